@@ -1,0 +1,57 @@
+# The commands of this repository. `make help` lists them; CONTRIBUTING.md explains them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+# uv trusts the machine's certificates as pip does; where they are the usual ones this changes nothing.
+export UV_SYSTEM_CERTS := 1
+UV_PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python
+LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url
+
+TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
+
+.PHONY: help setup lock check test demo bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 8
+
+setup: $(STAMP)  ## make .venv from the lock; does nothing when nothing changed
+
+# pip installs one tool, uv, at a pinned version and hash; uv installs the rest. The build back end is in the lock too,
+# so that installing our own three downloads nothing.
+$(STAMP): requirements-uv.lock requirements.lock client/pyproject.toml sidecar/pyproject.toml operator/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Pillion needs Python 3.11 or newer; this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(UV_PIP) --require-hashes -r requirements.lock
+	$(UV_PIP) --no-deps --no-build-isolation -e client -e sidecar -e operator
+	touch $@
+
+lock: $(STAMP)  ## pin requirements*.in anew; versions already locked stay (remove the file to take the newest)
+	$(LOCK) requirements-uv.in -o requirements-uv.lock
+	$(LOCK) requirements.in -o requirements.lock
+
+check: $(STAMP)  ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+
+test: $(STAMP)  ## every test that this machine can run; ARGS="tests/unit -k name" narrows it
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
+	$(BIN)/python examples/charlm/demo.py $(ARGS)
+
+bench: $(STAMP)  ## measure stall, persist and load against stock DCP
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove what the tools made; .venv too
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache scratch
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

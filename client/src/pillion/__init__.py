@@ -1,0 +1,72 @@
+"""
+Pillion takes checkpointing out of a PyTorch training process.
+
+The public names and nothing else; `pillion.dcp` is imported by who wants `torch.distributed.checkpoint`'s own signature.
+
+`Checkpointer` is imported when it is first asked for: the sidecar and the operator import `pillion.wire`, and must run
+without torch (3 s and 300 MB that they have no use for).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pillion.errors import (
+    ArenaExhausted,
+    BarrierTimeout,
+    CommitError,
+    CorruptCheckpoint,
+    IncompatibleCheckpoint,
+    InternalError,
+    LoadError,
+    NoCheckpoint,
+    PersistError,
+    PillionError,
+    ProtocolMismatch,
+    RemoteFailure,
+    SaveError,
+    SaveSkipped,
+    SettingsError,
+    SidecarError,
+    SidecarUnavailable,
+    StagingError,
+    UnsupportedLeaf,
+    UsageError,
+)
+from pillion.handle import Checkpoint, LoadReport, SaveHandle
+
+if TYPE_CHECKING:
+    from pillion.checkpointer import Checkpointer
+
+__all__ = [
+    "ArenaExhausted",
+    "BarrierTimeout",
+    "Checkpoint",
+    "Checkpointer",
+    "CommitError",
+    "CorruptCheckpoint",
+    "IncompatibleCheckpoint",
+    "InternalError",
+    "LoadError",
+    "LoadReport",
+    "NoCheckpoint",
+    "PersistError",
+    "PillionError",
+    "ProtocolMismatch",
+    "RemoteFailure",
+    "SaveError",
+    "SaveHandle",
+    "SaveSkipped",
+    "SettingsError",
+    "SidecarError",
+    "SidecarUnavailable",
+    "StagingError",
+    "UnsupportedLeaf",
+    "UsageError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Checkpointer":
+        from pillion import checkpointer
+
+        return checkpointer.Checkpointer
+    raise AttributeError(f"module 'pillion' has no attribute {name!r}")

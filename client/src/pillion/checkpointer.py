@@ -1,0 +1,331 @@
+"""
+`Checkpointer`: what a training script sees of Pillion.
+
+Called from: the training thread. No collective runs after the constructor, and `save` never raises into the training loop.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch.distributed as dist
+
+from pillion import cadence, group, loading, saving, storing
+from pillion import leaves as leaves_module
+from pillion import session as session_module
+from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
+from pillion.handle import Checkpoint, LoadReport, SaveHandle
+from pillion.wire import messages, names, policy
+
+_log = logging.getLogger(__name__)
+
+LATEST_TIMEOUT_S: Final = 60.0
+"""Bound for listing the storage; a shared file system under load takes seconds."""
+LEAD_LOCAL_S: Final = 0.25
+LEAD_PODS_S: Final = 2.0
+"""How far ahead a time-based save is announced, so that it reaches every rank before its step; within a pod, and across."""
+EXIT_LOST: Final = 74
+"""Exit status (EX_IOERR) of an interpreter that ends while a save is lost: a job must not look complete."""
+
+
+class Checkpointer:
+    """
+    Saves and loads a job's state through the sidecar of its pod.
+
+    Args:
+        root: directory of the run's checkpoints. In a pod the injected environment says it, and it may be left out.
+        policy: a CheckpointPolicy (the `spec` as a mapping, or a YAML or JSON file's path); for a run without a cluster.
+        process_group: the ranks that save together; None is the default group (or a single process).
+
+    Ranks: all of the process group construct it together, and construct several in the same order.
+
+    Blocks: one collective on the process group, then up to session.CONNECT_TIMEOUT_S for the sidecar.
+
+    Raises:
+        SettingsError: the policy or an environment variable is wrong, or the root cannot be written; lists all problems.
+        SidecarUnavailable: no sidecar, and none could be started.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        policy: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        environ = os.environ
+        self._closed = False
+        self.last_load: LoadReport | None = None
+        self._last_step = -1
+        self._group = group.join(process_group, environ)
+        where = _root(root, environ)
+        self._session = storing.open_session(
+            self._group,
+            root=where,
+            policy_document=_policy_document(policy, environ),
+            key=where,
+            on_event=self._on_event,
+            process_group=process_group,
+            environ=environ,
+        )
+        self._policy = self._session.policy
+        self._collector = leaves_module.Collector()
+        self._saver = saving.Saver(self._session)
+        self._cadence = cadence.Cadence(
+            self._policy.trigger,
+            decides=self._group.rank == 0,
+            lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
+        )
+        self._prepared: threading.Thread | None = None
+        _drain_at_exit(self)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """
+        Whether the policy wants a save at this step: its cadence, a save asked for from outside, or the pod's end.
+
+        The answer is the same on all ranks at the same step, and costs no communication.
+        """
+        now_s = time.monotonic()
+        proposal = self._cadence.proposal(step, now_s)
+        if proposal is not None:
+            self._session.send({"type": "announce", "step": proposal})
+        return self._cadence.due(step, now_s) is not cadence.Due.NOT_DUE
+
+    def save(
+        self, state_dict: Mapping[str, Any], step: int, *, overlap: bool = False, persist: bool | None = None
+    ) -> SaveHandle:
+        """
+        Copy the state into the arena and go on training; the sidecar does the rest.
+
+        Args:
+            state_dict: nested mapping of anything; tensors (also DTensor, ShardedTensor) are copied, the rest is pickled.
+            step: the training step; it may not go backwards within a run.
+            overlap: return at once and copy beside the next forward and backward pass; the next optimizer step waits for it.
+            persist: True to storage, False only to the arena, None as the policy's trigger says for this step.
+
+        Ranks: all, at the same steps. No collective.
+
+        Blocks: for the copy (with `overlap`: not), and under the policy's `overlap: Wait` for a free slot.
+
+        Raises:
+            Nothing: a failure is on the handle, in the log and in the sidecar's counters.
+        """
+        if persist is None:
+            persist = self._cadence.due(step, time.monotonic()) is not cadence.Due.SNAPSHOT
+        problem = self._refuse_save(step)
+        if problem is not None:
+            handle = SaveHandle(step)
+            _log.error("pillion: save of step %s refused: %s", step, problem)
+            handle.fail(problem)
+            return handle
+        self._last_step = step
+        handle = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
+        if persist:
+            self._cadence.saved(step, time.monotonic())
+        return handle
+
+    def _refuse_save(self, step: int) -> UsageError | None:
+        if self._closed:
+            return UsageError("the Checkpointer is closed")
+        if type(step) is not int or step < 0:
+            return UsageError(f"step must be a whole number of at least 0, not {step!r}")
+        if step <= self._last_step:
+            return UsageError(
+                f"step {step} comes after step {self._last_step}: steps only grow; load() an older step to go back to it"
+            )
+        return None
+
+    def wait(self, timeout_s: float) -> None:
+        """
+        Wait until no save is in flight, whatever became of each.
+
+        Raises:
+            TimeoutError: some are still in flight; names their steps.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._saver.wait_staged()
+        for handle in self._session.pending():
+            try:
+                handle.committed.exception(timeout=max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                steps = sorted(each.step for each in self._session.pending())
+                raise TimeoutError(f"saves of steps {steps} are still in flight after {timeout_s} s") from None
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    def load(self, state_dict: dict[str, Any], step: int | None = None) -> int | None:
+        """
+        Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
+
+        Args:
+            state_dict: as for `save`; tensors are filled in place, other leaves replaced, `Stateful` values get theirs.
+            step: a committed step; None for the newest (or what the policy's `restore` says).
+
+        Returns:
+            The step loaded, or None when there has never been a checkpoint and the policy allows a fresh start.
+            `last_load` tells the tier and the time.
+
+        Ranks: all.
+
+        Blocks: for the read; see loading.LOAD_SILENCE_S.
+
+        Raises:
+            NoCheckpoint, CorruptCheckpoint, IncompatibleCheckpoint: see pillion.errors.
+            SidecarUnavailable: it went away.
+        """
+        if self._closed:
+            raise UsageError("the Checkpointer is closed")
+        if not isinstance(state_dict, dict):
+            raise UsageError(f"load fills a dict in place, not a {type(state_dict).__name__}")
+        self._saver.wait_staged()
+        report = loading.load(self._session, self._collector, state_dict, step, path=None)
+        self.last_load = report
+        for where, why in report.refused.items():
+            _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
+        self._last_step = -1 if report.step is None else report.step
+        if report.step is not None:
+            self._cadence.saved(report.step, time.monotonic())
+        self._prepare(state_dict)
+        return report.step
+
+    def _prepare(self, state_dict: dict[str, Any]) -> None:
+        """Have the arena ready before the first save, beside whatever the trainer does until then."""
+        leaves = self._collector.collect(leaves_module.materialize(state_dict))
+
+        def prepare() -> None:
+            try:
+                self._saver.prepare(leaves)
+            except PillionError as err:
+                _log.warning("pillion: the arena is not prepared, the first save does it: %s", err)
+
+        self._prepared = threading.Thread(target=prepare, name="pillion-prepare", daemon=True)
+        self._prepared.start()
+
+    def latest(self) -> Checkpoint | None:
+        """
+        The newest committed checkpoint on storage; None when there is none.
+
+        Blocks: up to LATEST_TIMEOUT_S.
+        """
+        answer = self._session.request({"type": "latest"}, LATEST_TIMEOUT_S)
+        step = messages.optional_field(answer, "step", int)
+        if step is None:
+            return None
+        return Checkpoint(
+            step=step, path=messages.field(answer, "path", str), size_bytes=messages.field(answer, "size_bytes", int, 0)
+        )
+
+    # --- ending ----------------------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """
+        Drain what is in flight and part from the sidecar. Idempotent; after it every handle is done.
+
+        Blocks: up to `timeout_s` (None: the policy's drain.timeoutSeconds).
+        """
+        # After an uncaught exception the interpreter has set last_value: this then runs at its exit.
+        self._close(timeout_s, clean=getattr(sys, "last_value", None) is None)
+
+    def _close(self, timeout_s: float | None, *, clean: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _open_checkpointers.discard(self)
+        if self._prepared is not None:
+            self._prepared.join(session_module.RESERVE_TIMEOUT_S)
+        self._saver.close()
+        try:
+            drain_s = self._policy.drain.timeout_seconds if timeout_s is None else timeout_s
+            self._session.close(drain_s=drain_s, clean=clean)
+        except SidecarUnavailable as err:
+            _log.error("pillion: %s", err)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self._close(None, clean=error is None)
+
+    def _on_event(self, message: messages.Message) -> None:
+        if message["type"] == "announced":
+            step = messages.field(message, "step", int)
+            if not self._cadence.announce(step):
+                self._session.send({"type": "decline", "step": step})
+        elif message["type"] == "declined":
+            target = messages.field(message, "step", int)
+            if self._group.rank == 0:
+                self._cadence.declined(target)
+            else:
+                self._cadence.withdraw(target)
+        elif message["type"] == "save_now":
+            self._cadence.request_save()
+
+
+def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:
+    found = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
+    if not found:
+        raise SettingsError([f"no root: call Checkpointer(root), or set {names.ENV_ROOT}"])
+    return os.path.abspath(found)
+
+
+def _policy_document(
+    given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Mapping[str, object] | str | None:
+    """The document to send: checked here, so that a wrong one is told before anything is started."""
+    if given is None:
+        return environ.get(names.ENV_POLICY)
+    if isinstance(given, Mapping):
+        try:
+            policy.parse(given, embedded=True)
+        except policy.PolicyError as err:
+            raise SettingsError([str(problem) for problem in err.problems]) from err
+        return dict(given)
+    return os.path.abspath(os.fspath(given))
+
+
+# --- the interpreter's end -------------------------------------------------------------------------------------------
+
+_open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+_exit_registered = threading.Event()
+
+
+def _drain_at_exit(checkpointer: Checkpointer) -> None:
+    _open_checkpointers.add(checkpointer)
+    if not _exit_registered.is_set():
+        _exit_registered.set()
+        atexit.register(_drain_open)
+
+
+def _drain_open() -> None:
+    """
+    Drain saves that are in flight when the interpreter exits without a close.
+
+    A save that is lost makes the exit status EXIT_LOST: atexit cannot change it by an exception, so the process ends here,
+    after the streams are flushed.
+    """
+    lost: list[str] = []
+    for checkpointer in list(_open_checkpointers):
+        handles = checkpointer._session.pending()
+        checkpointer.close()
+        for handle in handles:
+            error = handle.committed.exception(0) if handle.committed.done() else None
+            if error is not None:
+                lost.append(f"step {handle.step}: {error}")
+    if lost:
+        print("pillion: saves lost at exit: " + "; ".join(lost), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_LOST)

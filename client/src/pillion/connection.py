@@ -1,0 +1,160 @@
+"""
+The client's end of the control channel: requests with bounded waits, and events from the sidecar.
+
+Called from: `pillion.checkpointer` (any trainer thread). Owns: the socket and one reader thread. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Final
+
+from pillion.errors import ErrorDocument, SidecarUnavailable
+from pillion.wire import messages
+
+SEND_TIMEOUT_S: Final = 30.0
+"""Bound of one send. The supervisor's loop reads at once; this long means that it is stopped or gone."""
+JOIN_TIMEOUT_S: Final = 5.0
+"""Bound for the reader thread to end once its socket is shut down."""
+
+_LOST: Final[messages.Message] = {"type": "_lost"}
+
+
+class Connection:
+    """
+    One connection to the sidecar.
+
+    Args:
+        path: the control socket.
+        connect_timeout_s: bound for the connect.
+        on_event: called in the reader thread for every message that answers no request. It must not block.
+        on_lost: called once, in the reader thread, when the sidecar is gone.
+
+    Raises:
+        SidecarUnavailable: nobody listens at `path`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        connect_timeout_s: float,
+        on_event: Callable[[messages.Message], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(connect_timeout_s)
+        try:
+            self._sock.connect(path)
+        except OSError as err:
+            self._sock.close()
+            raise SidecarUnavailable(f"no sidecar listens at {path}: {err}") from err
+        self._sock.settimeout(None)
+        # Only sends are bounded by the socket: the reader waits for as long as the connection lives, and EOF ends it.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
+        self._on_event, self._on_lost = on_event, on_lost
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, queue.SimpleQueue[messages.Message]] = {}
+        self._lock = threading.Lock()
+        self._lost: str | None = None
+        self._closing = False
+        self._reader = threading.Thread(target=self._read, name="pillion-control", daemon=True)
+        self._reader.start()
+
+    @property
+    def lost(self) -> bool:
+        return self._lost is not None
+
+    def send(self, message: messages.Message) -> None:
+        """
+        Send without waiting for an answer.
+
+        Raises:
+            SidecarUnavailable: the connection is gone.
+        """
+        frame = messages.encode(message)
+        with self._lock:
+            if self._lost is not None:
+                raise SidecarUnavailable(self._lost)
+            try:
+                self._sock.sendall(frame)
+            except OSError as err:
+                raise SidecarUnavailable(f"the sidecar does not take messages: {err}") from err
+
+    def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
+        """
+        Send, and wait for the one answer.
+
+        Raises:
+            SidecarUnavailable: the connection broke, or no answer came within `timeout_s`.
+            PillionError: the sidecar's answer is an error; raised as what it is.
+        """
+        with contextlib.closing(self.stream(message, timeout_s)) as answers:
+            return next(answers)
+
+    def stream(self, message: messages.Message, timeout_s: float) -> Generator[messages.Message]:
+        """Like `request`, for an answer of several messages; `timeout_s` bounds the wait for each. Close it when done."""
+        request_id = next(self._ids)
+        answers: queue.SimpleQueue[messages.Message] = queue.SimpleQueue()
+        self._waiting[request_id] = answers
+        started = time.monotonic()
+        try:
+            self.send({**message, "id": request_id})
+            while True:
+                try:
+                    answer = answers.get(timeout=timeout_s)
+                except queue.Empty:
+                    waited = time.monotonic() - started
+                    raise SidecarUnavailable(
+                        f"the sidecar gave no answer to {message['type']!r} in {waited:.1f} s"
+                    ) from None
+                if answer is _LOST:
+                    raise SidecarUnavailable(self._lost or "the sidecar is gone")
+                if answer["type"] == "failed":
+                    raise ErrorDocument.from_document(messages.field(answer, "error", dict)).to_exception()
+                yield answer
+        finally:
+            self._waiting.pop(request_id, None)
+
+    def close(self) -> None:
+        """Shut the connection; pending requests fail. Blocks: up to JOIN_TIMEOUT_S. Idempotent."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._reader is not threading.current_thread():
+            self._reader.join(JOIN_TIMEOUT_S)
+        self._sock.close()
+
+    def _read(self) -> None:
+        decoder = messages.Decoder()
+        reason = "the sidecar closed the connection"
+        try:
+            while True:
+                for message in messages.receive(self._sock, decoder):
+                    waiting = self._waiting.get(message.get("id", 0))
+                    if waiting is not None:
+                        waiting.put(message)
+                    elif "id" not in message:
+                        self._on_event(message)
+        except EOFError:
+            pass
+        except (OSError, messages.BadFrame) as err:
+            reason = f"the control channel broke: {err}"
+        with self._lock:
+            self._lost = reason
+        for waiting in list(self._waiting.values()):
+            waiting.put(_LOST)
+        if not self._closing:
+            self._on_lost(reason)
+
+
+def _timeval(seconds: float) -> bytes:
+    import struct
+
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

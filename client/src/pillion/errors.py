@@ -1,0 +1,285 @@
+"""
+Every error Pillion raises, one class per different thing the catcher should do.
+
+Called from: the client, the sidecar and the operator. This module imports nothing of ours.
+
+    PillionError
+    +-- UsageError                 fix the call; never retried
+    |   +-- SettingsError          names each bad setting, its value and what is allowed
+    |   +-- UnsupportedLeaf        fqn, type_name, why
+    +-- SidecarError               the pod's other half
+    |   +-- SidecarUnavailable     not up, or gone; the save is lost, training goes on
+    |   +-- ProtocolMismatch       ours, theirs
+    |   +-- ArenaExhausted         needed_bytes, available_bytes
+    +-- SaveError                  this checkpoint does not exist; .failures says which ranks and why
+    |   +-- SaveSkipped            the policy's overlap dropped it (Skip, Latest)
+    |   +-- StagingError           the state could not be copied into the arena
+    |   +-- PersistError           the bytes could not be made durable
+    |   +-- CommitError            durable everywhere, yet not published
+    |   +-- BarrierTimeout         phase, missing ranks, waited_s
+    +-- LoadError
+    |   +-- NoCheckpoint           looked_at
+    |   +-- CorruptCheckpoint      path and reason of each checkpoint refused
+    |   +-- IncompatibleCheckpoint the FQNs that differ
+    +-- InternalError              an invariant broke; please report it
+
+Errors cross a process as text only (`RemoteFailure`), never as a pickle: a pickled exception needs the class of the
+other side and can run code (see docs/decisions/0003).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFailure:
+    """Why one rank failed, told by the process where it happened."""
+
+    type_name: str
+    """Class name of the original error, for example ``OSError``."""
+    message: str
+    """Its text, with the errno's words where there is one."""
+    traceback_text: str = ""
+    """The remote traceback as text; empty where there was none to tell."""
+    pid: int = 0
+    """The process where it happened; 0 when the process is gone."""
+
+    def to_document(self) -> dict[str, object]:
+        return {"type": self.type_name, "message": self.message, "traceback": self.traceback_text, "pid": self.pid}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, object]) -> RemoteFailure:
+        pid = document.get("pid", 0)
+        return cls(
+            type_name=str(document.get("type", "Exception")),
+            message=str(document.get("message", "")),
+            traceback_text=str(document.get("traceback", "")),
+            pid=pid if isinstance(pid, int) else 0,
+        )
+
+    @classmethod
+    def from_exception(cls, error: BaseException, *, pid: int, traceback_text: str = "") -> RemoteFailure:
+        return cls(type(error).__name__, str(error) or repr(error), traceback_text, pid)
+
+
+class PillionError(Exception):
+    """The root: catch it to catch everything Pillion raises."""
+
+
+class UsageError(PillionError):
+    """The call is wrong; the message says how to put it right."""
+
+
+class SettingsError(UsageError):
+    """One or more settings are wrong; all of them are listed at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class UnsupportedLeaf(UsageError):
+    """A value of the state dict cannot be staged."""
+
+    def __init__(self, *, fqn: str, type_name: str, why: str) -> None:
+        self.fqn, self.type_name, self.why = fqn, type_name, why
+        super().__init__(f"cannot save {fqn!r} of type {type_name}: {why}")
+
+
+class SidecarError(PillionError):
+    """The sidecar did not do its part."""
+
+
+class SidecarUnavailable(SidecarError):
+    """The sidecar is not up, or went away. Training goes on; saves fail until it is back."""
+
+
+class ProtocolMismatch(SidecarError):
+    """Client and sidecar speak different versions of the control protocol."""
+
+    def __init__(self, *, ours: int, theirs: int) -> None:
+        self.ours, self.theirs = ours, theirs
+        super().__init__(
+            f"protocol version {ours} here, {theirs} there: install the same release of pillion and pillion-sidecar"
+        )
+
+
+class ArenaExhausted(SidecarError):
+    """The arena has no room for the snapshot, and may not grow."""
+
+    def __init__(self, *, needed_bytes: int, available_bytes: int, detail: str = "") -> None:
+        self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
+        super().__init__(
+            f"the arena has {available_bytes} bytes for a snapshot that needs {needed_bytes}"
+            f"{': ' + detail if detail else ''}; raise staging.sizeLimit"
+        )
+
+
+class SaveError(PillionError):
+    """
+    The save failed: the checkpoint does not exist, the one before it is untouched.
+
+    `failures` maps each failed rank to what happened there. A rank whose part went well is not in it.
+    """
+
+    def __init__(self, message: str, *, step: int = -1, failures: Mapping[int, RemoteFailure] | None = None) -> None:
+        self.step = step
+        self.failures: Mapping[int, RemoteFailure] = dict(failures or {})
+        told = [f"rank {rank}: {f.type_name}: {f.message}" for rank, f in sorted(self.failures.items())]
+        super().__init__(message + (f" [{'; '.join(told)}]" if told else ""))
+
+
+class SaveSkipped(SaveError):
+    """No slot was free, and the policy's ``overlap`` says to drop this save."""
+
+
+class StagingError(SaveError):
+    """The state could not be copied into the arena."""
+
+
+class PersistError(SaveError):
+    """A rank could not make its bytes durable."""
+
+
+class CommitError(SaveError):
+    """All bytes are durable, the commit did not happen."""
+
+
+class BarrierTimeout(SaveError):
+    """Some ranks did not arrive at a phase within its bound."""
+
+    def __init__(
+        self,
+        *,
+        phase: str,
+        missing: Sequence[int],
+        waited_s: float,
+        step: int = -1,
+        failures: Mapping[int, RemoteFailure] | None = None,
+    ) -> None:
+        self.phase, self.missing, self.waited_s = phase, tuple(missing), waited_s
+        super().__init__(
+            f"ranks {list(self.missing)} did not arrive at {phase!r} within {waited_s:.1f} s",
+            step=step,
+            failures=failures,
+        )
+
+
+class LoadError(PillionError):
+    """Loading failed. Unlike a save, a load may stop the caller: going on with wrong weights is worse."""
+
+
+class NoCheckpoint(LoadError):
+    """There is none, and the policy (or the call) demands one."""
+
+
+class CorruptCheckpoint(LoadError):
+    """Checkpoints exist, and none of them can be read: never a silent fresh start."""
+
+    def __init__(self, message: str, *, reasons: Mapping[str, str] | None = None) -> None:
+        self.reasons: Mapping[str, str] = dict(reasons or {})
+        super().__init__(message)
+
+
+class IncompatibleCheckpoint(LoadError):
+    """The checkpoint does not fit the state dict; `fqns` names where."""
+
+    def __init__(self, message: str, *, fqns: Sequence[str] = ()) -> None:
+        self.fqns = tuple(fqns)
+        super().__init__(message)
+
+
+class InternalError(PillionError):
+    """An invariant of Pillion broke. Please report it with the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorDocument:
+    """An error of ours on the wire: its class by name, its text, and the failures of the ranks."""
+
+    kind: str
+    message: str
+    failures: Mapping[int, RemoteFailure] = field(default_factory=dict)
+    detail: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the error that survive the crossing: ``missing``, ``phase``, ``fqns``, ``reasons``, ..."""
+
+    def to_document(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "message": self.message,
+            "failures": {str(rank): failure.to_document() for rank, failure in self.failures.items()},
+            "detail": dict(self.detail),
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, object]) -> ErrorDocument:
+        failures = document.get("failures")
+        detail = document.get("detail")
+        return cls(
+            kind=str(document.get("kind", "InternalError")),
+            message=str(document.get("message", "")),
+            failures={
+                int(rank): RemoteFailure.from_document(failure)
+                for rank, failure in (failures.items() if isinstance(failures, Mapping) else ())
+                if isinstance(failure, Mapping)
+            },
+            detail=dict(detail) if isinstance(detail, Mapping) else {},
+        )
+
+    @classmethod
+    def from_exception(cls, error: PillionError) -> ErrorDocument:
+        detail: dict[str, object] = {}
+        for name in ("phase", "missing", "waited_s", "needed_bytes", "available_bytes", "fqns", "reasons", "problems"):
+            if hasattr(error, name):
+                value = getattr(error, name)
+                detail[name] = list(value) if isinstance(value, tuple) else value
+        # The failures travel as fields; the raiser on the other side writes them into the text again.
+        message = str(error)
+        failures = getattr(error, "failures", {})
+        if failures:
+            message = message.rsplit(" [rank ", 1)[0]
+        return cls(type(error).__name__, message, failures, detail)
+
+    def to_exception(self, *, step: int = -1) -> PillionError:
+        """Rebuild the error on this side. An unknown kind becomes a SaveError: newer sidecars may know more kinds."""
+        detail = self.detail
+
+        def number(name: str) -> int:
+            value = detail.get(name, 0)
+            return value if isinstance(value, int) else 0
+
+        def sequence(name: str) -> list[object]:
+            value = detail.get(name, ())
+            return list(value) if isinstance(value, (list, tuple)) else []
+
+        if self.kind == "BarrierTimeout":
+            waited = detail.get("waited_s", 0.0)
+            return BarrierTimeout(
+                phase=str(detail.get("phase", "")),
+                missing=[rank for rank in sequence("missing") if isinstance(rank, int)],
+                waited_s=float(waited) if isinstance(waited, (int, float)) else 0.0,
+                step=step,
+                failures=self.failures,
+            )
+        if self.kind == "ArenaExhausted":
+            return ArenaExhausted(needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"))
+        if self.kind == "SettingsError":
+            return SettingsError([str(problem) for problem in sequence("problems")] or [self.message])
+        if self.kind == "IncompatibleCheckpoint":
+            return IncompatibleCheckpoint(self.message, fqns=[str(fqn) for fqn in sequence("fqns")])
+        if self.kind == "CorruptCheckpoint":
+            reasons = detail.get("reasons")
+            return CorruptCheckpoint(
+                self.message,
+                reasons={str(k): str(v) for k, v in reasons.items()} if isinstance(reasons, Mapping) else {},
+            )
+        save_errors = {c.__name__: c for c in (SaveSkipped, StagingError, PersistError, CommitError, SaveError)}
+        plain = {
+            c.__name__: c
+            for c in (UsageError, SidecarError, SidecarUnavailable, LoadError, NoCheckpoint, InternalError)
+        }
+        if self.kind in plain:
+            return plain[self.kind](self.message)
+        return save_errors.get(self.kind, SaveError)(self.message, step=step, failures=self.failures)

@@ -1,0 +1,134 @@
+"""
+Who the ranks are: rank, world size, which ranks share a pod, where the job's store is.
+
+Called from: `Checkpointer` and `pillion.dcp`, once, before training (all ranks). The only collective Pillion ever runs, and it
+runs on the caller's process group: afterwards the sidecars know one another through the job's store.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from pillion.wire import names
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """The job's TCPStore as the coordinator's environment names it."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What a `hello` tells the sidecar of this rank and its peers."""
+
+    rank: int
+    world_size: int
+    pods: tuple[tuple[int, ...], ...]
+    """Ranks of each pod, by the pod's first rank; the coordinator is the pod of rank 0."""
+    run_id: str
+    session: str
+    """Drawn by rank 0 at every start of the trainers: 32 hex digits."""
+    store: StoreAddress | None
+    """None when there is no TCPStore to reach; `store_problem` then says why."""
+    store_problem: str
+    attempt: int
+    """torchrun's restart count, for people; the session is what tells attempts apart."""
+
+    @property
+    def local_ranks(self) -> tuple[int, ...]:
+        return next(pod for pod in self.pods if self.rank in pod)
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this rank within its pod."""
+        return self.local_ranks.index(self.rank)
+
+
+def store_address(environ: Mapping[str, str]) -> StoreAddress:
+    """
+    The job's store from ``MASTER_ADDR`` and ``MASTER_PORT``.
+
+    Raises:
+        ValueError: one is missing or malformed; names it, its value and what is allowed.
+    """
+    host, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+    if not host:
+        raise ValueError("MASTER_ADDR is not set: the address of the job's TCPStore is needed to use a prefix of it")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"MASTER_PORT is {port!r}: a port between 1 and 65535 is needed to use a prefix of the job's store"
+        )
+    return StoreAddress(host, int(port))
+
+
+def pod_identity(environ: Mapping[str, str]) -> str:
+    """Ranks with the same identity share memory and a sidecar: the injected pod UID, else this boot of this host."""
+    pod = environ.get(names.ENV_POD)
+    if pod:
+        return pod
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def join(process_group: dist.ProcessGroup | None, environ: Mapping[str, str] | None = None) -> Group:
+    """
+    Agree on the group.
+
+    Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
+
+    Blocks: one `all_gather_object`, bounded by the process group's own timeout.
+    """
+    environ = os.environ if environ is None else environ
+    distributed = dist.is_available() and dist.is_initialized()
+    mine: dict[str, object] = {
+        "pod": pod_identity(environ),
+        "session": uuid.uuid4().hex,
+        "run": environ.get(names.ENV_RUN_ID) or environ.get("TORCHELASTIC_RUN_ID") or "default",
+        "attempt": environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        "store": None,
+        "problem": "",
+    }
+    try:
+        address = store_address(environ)
+        mine["store"] = [address.host, address.port]
+    except ValueError as err:
+        mine["problem"] = str(err)
+    if not distributed:
+        mine["store"], mine["problem"] = None, "no process group is initialised"
+        return _group(0, [mine])
+    entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather_object(entries, mine, group=process_group)
+    return _group(dist.get_rank(process_group), entries)
+
+
+def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:
+    """Pure: every rank computes the same from the same entries; what is said once is taken from rank 0."""
+    pods: dict[object, list[int]] = {}
+    for member, entry in enumerate(entries):
+        pods.setdefault(entry["pod"], []).append(member)
+    first = entries[0]
+    store = first["store"]
+    attempt = str(first["attempt"])
+    return Group(
+        rank=rank,
+        world_size=len(entries),
+        pods=tuple(sorted(tuple(ranks) for ranks in pods.values())),
+        run_id=str(first["run"]),
+        session=str(first["session"]),
+        store=StoreAddress(str(store[0]), int(store[1])) if isinstance(store, (list, tuple)) else None,
+        store_problem=str(first["problem"]),
+        attempt=int(attempt) if attempt.isdigit() else 0,
+    )

@@ -1,0 +1,99 @@
+"""
+What `save` and `load` tell: a handle with two futures and what the save cost, and the report of a load.
+
+Called from: the trainer. A handle never raises by itself: `result` does, when the caller asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from pillion.errors import PillionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One committed checkpoint."""
+
+    step: int
+    path: str
+    """Its directory on storage; empty for a snapshot that stays in the arena."""
+    size_bytes: int = 0
+    """Bytes on storage, all ranks."""
+    persist_s: float = 0.0
+    """From the seal of the last local rank until all bytes were durable."""
+    commit_s: float = 0.0
+    """From the last durable byte until the checkpoint was visible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did."""
+
+    step: int | None
+    """The step loaded; None when there was no checkpoint and the policy allows a fresh start."""
+    tier: str
+    """``arena``, ``storage`` or ``fresh``."""
+    path: str
+    elapsed_s: float
+    size_bytes: int
+    refused: Mapping[str, str]
+    """Checkpoints that were found corrupt and skipped: where -> why."""
+
+
+class SaveHandle:
+    """
+    One save on its way.
+
+    Attributes:
+        step: the training step.
+        staged: resolves with None once the state is in the arena and the trainer's tensors may change.
+        committed: resolves with the `Checkpoint` on every rank, or with the error that names the failed ranks.
+        stall_s: seconds that `save` (and the optimizer hook, for an overlapped one) held up the training loop.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.staged: Future[None] = Future()
+        self.committed: Future[Checkpoint] = Future()
+        self.stall_s = 0.0
+        # Nobody may cancel what another process does.
+        self.staged.set_running_or_notify_cancel()
+        self.committed.set_running_or_notify_cancel()
+
+    def result(self, timeout_s: float | None = None) -> Checkpoint:
+        """
+        Wait for the commit.
+
+        Blocks: up to `timeout_s`; for ever when it is None (every phase behind it has a bound of its own).
+
+        Raises:
+            SaveError: the save failed; `.failures` says on which ranks.
+            TimeoutError: not within `timeout_s`.
+        """
+        return self.committed.result(timeout_s)
+
+    def resolve_staged(self) -> None:
+        if not self.staged.done():
+            self.staged.set_result(None)
+
+    def resolve(self, checkpoint: Checkpoint) -> None:
+        self.resolve_staged()
+        if not self.committed.done():
+            self.committed.set_result(checkpoint)
+
+    def fail(self, error: PillionError) -> None:
+        """The save is lost, whatever phase it was in."""
+        if not self.staged.done():
+            self.staged.set_exception(error)
+        if not self.committed.done():
+            self.committed.set_exception(error)
+
+    def __repr__(self) -> str:
+        if not self.committed.done():
+            state = "staged" if self.staged.done() else "staging"
+        else:
+            state = "failed" if self.committed.exception() else "committed"
+        return f"<SaveHandle step={self.step} {state} stall_s={self.stall_s:.4f}>"

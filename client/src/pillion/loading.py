@@ -1,0 +1,119 @@
+"""
+One load: ask the sidecar, copy what it has verified, put the opaque leaves in place.
+
+Called from: `Checkpointer.load` (all ranks). Unlike a save, a load raises: training on wrong weights is worse than none.
+
+The sidecar answers with a stream, so that the trainer copies one part while the next is read and verified:
+
+    load_begin (tier, step, slot, dtypes) -> load_progress (items verified so far) ... -> loaded | failed
+         ^                                                                   |
+         +------ a corrupt one is found: the ranks agree on an older <-------+
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pillion import flatten
+from pillion import leaves as leaves_module
+from pillion.errors import LoadError
+from pillion.handle import LoadReport
+from pillion.session import Session
+from pillion.wire import layout, messages
+
+LOAD_SILENCE_S: Final = 1800.0
+"""Longest silence of the sidecar within a load. It speaks for every 32 MiB; the longest pause is the agreement of all pods,
+which waits for the slowest trainer to start."""
+
+
+def load(
+    session: Session,
+    collector: leaves_module.Collector,
+    state_dict: dict[str, Any],
+    step: int | None,
+    *,
+    path: str | None,
+) -> LoadReport:
+    """
+    Fill `state_dict` in place.
+
+    Ranks: all, in the same order.
+
+    Blocks: for the read; each silence of the sidecar is bounded by LOAD_SILENCE_S.
+
+    Raises:
+        LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`.
+        SidecarUnavailable: it went away.
+    """
+    started = time.perf_counter()
+    mapping = session.mapping
+    if mapping is None:
+        raise LoadError("the session has no arena")
+    wanted = leaves_module.materialize(state_dict)
+    leaves = collector.collect(wanted)
+    of = leaves.layout
+    request: messages.Message = {"type": "load", "step": step, "path": path, "layout": of.encoded.decode()}
+    copied = slot = 0
+    with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
+        for answer in answers:
+            if answer["type"] == "load_begin":
+                # Another round: an earlier one met a corrupt item. Everything is copied again.
+                copied, slot = 0, messages.field(answer, "slot", int)
+                leaves = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
+            elif answer["type"] == "load_progress":
+                upto = messages.field(answer, "upto", int)
+                mapping.copy_out(slot, leaves, copied, upto)
+                copied = upto
+            elif answer["type"] == "loaded":
+                break
+        found = messages.optional_field(answer, "step", int)
+        if found is not None:
+            mapping.copy_out(slot, leaves, copied, len(of.items))
+            opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
+            _assign(state_dict, wanted, of, opaque)
+    session.send({"type": "load_done"})
+    return LoadReport(
+        step=found,
+        tier=messages.field(answer, "tier", str),
+        path=messages.field(answer, "path", str, ""),
+        elapsed_s=time.perf_counter() - started,
+        size_bytes=of.tensors_bytes,
+        refused={str(k): str(v) for k, v in messages.field(answer, "refused", dict, {}).items()},
+    )
+
+
+def _with_dtypes(leaves: leaves_module.Leaves, dtypes: Mapping[str, Any]) -> leaves_module.Leaves:
+    """The slot holds the dtypes of the checkpoint; the copy converts, as stock `dcp.load` does."""
+    if not dtypes:
+        return leaves
+    items = tuple(
+        dataclasses.replace(item, dtype=str(dtypes.get(item.fqn, item.dtype))) for item in leaves.layout.items
+    )
+    changed = layout.Layout(items, leaves.layout.opaque, leaves.layout.paths)
+    return leaves_module.Leaves(changed, leaves.tensors, leaves.opaque)
+
+
+def _read_opaque(where: Mapping[str, Any], of: layout.Layout) -> list[bytes]:
+    """Opaque leaves in the order of the layout, from the file that the sidecar names."""
+    if not of.opaque:
+        return []
+    path, starts, lengths = where.get("file"), where.get("starts"), where.get("lengths")
+    if not isinstance(path, str) or not isinstance(starts, list) or not isinstance(lengths, list):
+        raise LoadError("the sidecar did not say where the opaque leaves are")
+    with open(path, "rb") as file:
+        return [os.pread(file.fileno(), length, start) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _assign(state_dict: dict[str, Any], wanted: dict[str, Any], of: layout.Layout, opaque: list[bytes]) -> None:
+    for fqn, data in zip(of.opaque, opaque, strict=True):
+        flatten.assign(wanted, of.paths[fqn], leaves_module.unpickled(data, fqn))
+    for key, value in state_dict.items():
+        if leaves_module.is_stateful(value):
+            value.load_state_dict(wanted[key])
+        else:
+            state_dict[key] = wanted[key]

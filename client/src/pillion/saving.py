@@ -1,0 +1,213 @@
+"""
+One save, from the state dict to the seal.
+
+Called from: `Checkpointer.save` and `pillion.dcp.async_save`, on the training thread; an overlapped save goes on in a thread
+of its own. Nothing here raises into the training loop: whatever goes wrong is on the handle.
+
+    collect the leaves -> claim a slot -> copy -> seal
+                          |<------- overlapped: beside the next forward and backward ------->|
+                                                  the optimizer's pre-hook waits for the end ^
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from pillion import leaves as leaves_module
+from pillion.errors import ErrorDocument, PillionError, StagingError
+from pillion.handle import SaveHandle
+from pillion.session import Session
+from pillion.wire import arena
+
+_log = logging.getLogger(__name__)
+
+SMALL_LEAF_BYTES: Final = 64 * 1024
+"""An overlapped save copies leaves up to this size at once: buffers that a forward pass changes (BatchNorm's statistics, step
+counters) are of this size, and are then safe without the optimizer hook."""
+OPAQUE_SLACK_BYTES: Final = 256 * 1024
+"""Room beside the layout for the manifest and for opaque leaves that grow a little from save to save."""
+
+
+class Saver:
+    """
+    Stages saves of one session, one at a time.
+
+    Owns: the staging thread of an overlapped save, and the optimizer hook (from the first overlapped save on).
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._collector = leaves_module.Collector()
+        self._staging: threading.Thread | None = None
+        self._staging_handle: SaveHandle | None = None
+        self._hook: Any = None
+
+    def save(
+        self,
+        state_dict: Mapping[str, Any],
+        step: int,
+        *,
+        persist: bool,
+        overlap: bool,
+        destination: Mapping[str, Any] | None = None,
+    ) -> SaveHandle:
+        """
+        Stage `state_dict`; the handle says what became of it.
+
+        Blocks: for the copy and, under `overlap: Wait`, for a free slot. With `overlap`, neither.
+        """
+        started = time.perf_counter()
+        handle = SaveHandle(step)
+        try:
+            self.wait_staged()
+            state_dict = leaves_module.materialize(state_dict)
+            leaves = self._collector.collect(state_dict)
+            names = leaves.layout.opaque
+            opaque = [leaves_module.pickled(leaf, fqn) for fqn, leaf in zip(names, leaves.opaque, strict=True)]
+            if overlap:
+                self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination)
+            else:
+                self._stage(handle, leaves, opaque, persist=persist, destination=destination)
+        except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
+            self._failed(handle, err)
+        handle.stall_s += time.perf_counter() - started
+        return handle
+
+    def _stage(
+        self,
+        handle: SaveHandle,
+        leaves: leaves_module.Leaves,
+        opaque: list[bytes],
+        *,
+        persist: bool,
+        destination: Mapping[str, Any] | None,
+        ready: object = None,
+    ) -> None:
+        session, mapping = self._session, self._session.mapping
+        if mapping is None:
+            raise StagingError("the session has no arena")
+        _, image_bytes = leaves.layout.opaque_starts([len(data) for data in opaque])
+        num_leaves = len(leaves.tensors) + len(opaque)
+        room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
+        grant = session.claim(handle.step, room_bytes=room, persist=persist, destination=destination)
+        session.track(handle)
+        mapping.copy_in(grant.slot, leaves, ready=ready)
+        self._check_unchanged(leaves)
+        mapping.seal(
+            grant.slot,
+            leaves=leaves,
+            opaque=opaque,
+            step=handle.step,
+            rank=session.group.rank,
+            world_size=session.group.world_size,
+            session=bytes.fromhex(session.group.session),
+        )
+        session.sealed(handle.step)
+        handle.resolve_staged()
+
+    # --- overlapped --------------------------------------------------------------------------------------------------
+
+    def _stage_beside(
+        self,
+        handle: SaveHandle,
+        leaves: leaves_module.Leaves,
+        opaque: list[bytes],
+        *,
+        persist: bool,
+        destination: Mapping[str, Any] | None,
+    ) -> None:
+        if self._hook is None:
+            self._hook = torch.optim.optimizer.register_optimizer_step_pre_hook(self._before_optimizer_step)
+        tensors = [
+            tensor.detach().clone() if tensor.numel() * tensor.element_size() <= SMALL_LEAF_BYTES else tensor
+            for tensor in leaves.tensors
+        ]
+        frozen = leaves_module.Leaves(leaves.layout, tensors, leaves.opaque, leaves_module.versions(tensors))
+        ready = None
+        if any(tensor.is_cuda for tensor in tensors):
+            ready = torch.cuda.Event()
+            ready.record()
+
+        def stage() -> None:
+            try:
+                self._stage(handle, frozen, opaque, persist=persist, destination=destination, ready=ready)
+            except Exception as err:  # a boundary, as in save()
+                self._failed(handle, err)
+
+        self._staging_handle = handle
+        self._staging = threading.Thread(target=stage, name="pillion-staging", daemon=True)
+        self._staging.start()
+
+    def _before_optimizer_step(self, *_: object) -> None:
+        self.wait_staged()
+
+    def wait_staged(self) -> None:
+        """
+        Wait for an overlapped save to be staged; its parameters may not change before.
+
+        Blocks: for the rest of the copy; the claim within it has session.OVERLAP_WAIT_S as its bound.
+        """
+        staging, handle = self._staging, self._staging_handle
+        if staging is None or handle is None:
+            return
+        started = time.perf_counter()
+        staging.join()
+        handle.stall_s += time.perf_counter() - started
+        self._staging = self._staging_handle = None
+
+    def _check_unchanged(self, leaves: leaves_module.Leaves) -> None:
+        """
+        An overlapped save whose tensors were changed during the copy is torn, and must not be sealed.
+
+        The optimizer hook prevents it; what changes parameters by other means is found by their version counters.
+        """
+        if leaves.versions is None:
+            return
+        for item, then, now in zip(
+            leaves.layout.items, leaves.versions, leaves_module.versions(leaves.tensors), strict=True
+        ):
+            if then != now:
+                raise StagingError(
+                    f"{item.fqn!r} was changed in place while an overlapped save copied it; something other than an"
+                    " optimizer's step changes it: save it with overlap=False"
+                )
+
+    # --- failing -----------------------------------------------------------------------------------------------------
+
+    def _failed(self, handle: SaveHandle, err: Exception) -> None:
+        error = err if isinstance(err, PillionError) else StagingError(f"{type(err).__name__}: {err}", step=handle.step)
+        error.__cause__ = err if error is not err else err.__cause__
+        _log.error("pillion: save of step %d failed: %s", handle.step, error)
+        self._session.forget(handle)
+        self._session.abandon(handle.step, ErrorDocument.from_exception(error))
+        handle.fail(error)
+
+    def prepare(self, layout_of: leaves_module.Leaves) -> None:
+        """
+        Have the arena ready for saves of this layout: allocated, touched, mapped, registered.
+
+        Called from: a thread of the client, ahead of the first save. Failing is not an error: the first save then
+        does it, and reports.
+        """
+        mapping = self._session.mapping
+        of = layout_of.layout
+        num_leaves = len(of.items) + len(of.opaque)
+        opaque_bytes = sum(leaves_module.aligned_estimate(leaf) for leaf in layout_of.opaque)
+        room = arena.room_bytes(of.tensors_bytes + opaque_bytes, len(of.encoded), OPAQUE_SLACK_BYTES, num_leaves)
+        for slot, capacity_bytes in enumerate(self._session.reserve(room)):
+            if mapping is not None:
+                mapping.populate(slot, capacity_bytes)
+                mapping.views(slot, of)
+
+    def close(self) -> None:
+        """Remove the optimizer hook. Blocks: until an overlapped save is staged."""
+        self.wait_staged()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

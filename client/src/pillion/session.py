@@ -1,0 +1,304 @@
+"""
+This rank's standing with its sidecar: found or started, greeted, and found again when it went away.
+
+Called from: `Checkpointer`, `pillion.dcp`. Owns: the connection, the mapping of the segment, and the handles of saves in flight.
+
+    start --> connect --> hello/welcome --> map the segment --> saves and loads ...
+                 ^                                                   | EOF
+                 +------------ reconnect, in the background <--------+   (handles in flight fail; training goes on)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion import connection, embedded, staging, wire
+from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable
+from pillion.group import Group
+from pillion.handle import Checkpoint, SaveHandle
+from pillion.wire import messages, names, policy
+
+_log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 60.0
+"""Bound for the sidecar to be there and to answer the hello. Other local ranks wait this long for local rank 0 to start it."""
+REQUEST_TIMEOUT_S: Final = 30.0
+"""Bound for answers that take no I/O on storage (reserve: it allocates and touches memory, about 1 s a GiB)."""
+RESERVE_TIMEOUT_S: Final = 600.0
+"""Bound for the arena to be allocated and touched: 600 s are 600 GiB on the slowest machine measured."""
+OVERLAP_WAIT_S: Final = 1800.0
+"""Bound for `overlap: Wait`: a save that storage did not take in half an hour is reported, not waited for."""
+RECONNECT_ATTEMPTS: Final = 20
+RECONNECT_PAUSE_S: Final = 0.5
+"""Pause before a reconnect, doubled up to 16 times its length: a restarted container is back in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A slot that this rank may fill for one step."""
+
+    slot: int
+    capacity_bytes: int
+
+
+class Session:
+    """
+    One rank's session.
+
+    Args:
+        group: who the ranks are.
+        root: where checkpoints go; absolute.
+        policy_document: the policy of an embedded run (a document, or a file's path); None in a pod.
+        key: what names the runtime directory of an embedded run (the root, or a nonce).
+        store_mode: ``prefix`` or ``own``; which store the sidecars of several pods meet in.
+        on_event: called in the reader thread for events that concern no handle (announced, declined, draining).
+
+    Blocks: up to CONNECT_TIMEOUT_S.
+
+    Raises:
+        SidecarUnavailable, ProtocolMismatch, SettingsError.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        root: str,
+        policy_document: Mapping[str, object] | str | None,
+        key: str,
+        store_mode: str | None,
+        on_event: Callable[[messages.Message], None],
+        environ: Mapping[str, str],
+    ) -> None:
+        self.group = group
+        self.root = root
+        self._policy_document = policy_document
+        self._store_mode = store_mode
+        self._on_other_event = on_event
+        self._environ = environ
+        self.injected = names.ENV_RUNTIME_DIR in environ
+        self.runtime_dir = embedded.runtime_directory(key, environ)
+        self.handles: dict[int, SaveHandle] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self.mapping: staging.SegmentMapping | None = None
+        self.welcome: messages.Message = {}
+        self._connection = self._greet(CONNECT_TIMEOUT_S)
+        self.policy = policy.parse(messages.field(self.welcome, "policy", dict), embedded=True)
+
+    # --- being connected -------------------------------------------------------------------------------------------
+
+    def _greet(self, timeout_s: float) -> connection.Connection:
+        deadline = time.monotonic() + timeout_s
+        path = os.path.join(self.runtime_dir, names.CONTROL_SOCKET)
+        while True:
+            try:
+                link = connection.Connection(
+                    path, connect_timeout_s=REQUEST_TIMEOUT_S, on_event=self._on_event, on_lost=self._on_lost
+                )
+                break
+            except SidecarUnavailable:
+                if not self.injected and self.group.local_rank == 0:
+                    embedded.start(self.runtime_dir, self._log_path())
+                elif time.monotonic() > deadline:
+                    raise
+                else:
+                    time.sleep(embedded.POLL_S)
+        try:
+            group = self.group
+            self.welcome = link.request(
+                {
+                    "type": "hello",
+                    "version": wire.PROTOCOL_VERSION,
+                    "session": group.session,
+                    "run_id": group.run_id,
+                    "attempt": group.attempt,
+                    "rank": group.rank,
+                    "world_size": group.world_size,
+                    "pods": group.pods,
+                    "pid": os.getpid(),
+                    "root": self.root,
+                    "policy": self._policy_document,
+                    "store_mode": self._store_mode,
+                    "store": [group.store.host, group.store.port] if group.store else None,
+                },
+                max(1.0, deadline - time.monotonic()),
+            )
+            theirs = messages.field(self.welcome, "segment", str)
+            if self.mapping is None:
+                self.mapping = staging.SegmentMapping(theirs)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def _log_path(self) -> str:
+        folder = os.path.join(self.root, names.INTERNAL_DIR)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return os.path.join(folder, f"sidecar-{self.group.local_ranks[0]}.log")
+        except OSError:
+            pass
+        os.makedirs(self.runtime_dir, mode=0o700, exist_ok=True)
+        return os.path.join(self.runtime_dir, names.SIDECAR_LOG)
+
+    def _on_lost(self, reason: str) -> None:
+        error = SidecarUnavailable(
+            f"{reason}; what was sealed stays in the arena, and the sidecar's successor persists it"
+        )
+        _log.warning("pillion: %s", error)
+        self._fail_all(error)
+        if not self._closed.is_set():
+            threading.Thread(target=self._reconnect, name="pillion-reconnect", daemon=True).start()
+
+    def _reconnect(self) -> None:
+        pause_s = RECONNECT_PAUSE_S
+        for attempt in range(RECONNECT_ATTEMPTS):
+            if self._closed.wait(pause_s):
+                return
+            pause_s = min(pause_s * 2, RECONNECT_PAUSE_S * 16)
+            try:
+                self._connection = self._greet(CONNECT_TIMEOUT_S)
+                _log.warning("pillion: the sidecar is back (attempt %d)", attempt + 1)
+                return
+            except PillionError as err:
+                _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt + 1, err)
+        _log.error("pillion: gave the sidecar up after %d attempts; saves fail from here on", RECONNECT_ATTEMPTS)
+
+    def _fail_all(self, error: PillionError) -> None:
+        with self._lock:
+            handles, self.handles = list(self.handles.values()), {}
+        for handle in handles:
+            handle.fail(error)
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def _on_event(self, message: messages.Message) -> None:
+        if message["type"] == "committed":
+            handle = self._take(messages.field(message, "step", int))
+            if handle is not None:
+                handle.resolve(
+                    Checkpoint(
+                        step=messages.field(message, "step", int),
+                        path=messages.field(message, "path", str),
+                        size_bytes=messages.field(message, "size_bytes", int, 0),
+                        persist_s=messages.field(message, "persist_s", float, 0.0),
+                        commit_s=messages.field(message, "commit_s", float, 0.0),
+                    )
+                )
+        elif message["type"] == "save_failed":
+            step = messages.field(message, "step", int)
+            error = ErrorDocument.from_document(messages.field(message, "error", dict)).to_exception(step=step)
+            handle = self._take(step)
+            if handle is not None:
+                _log.error("pillion: save of step %d failed: %s", step, error)
+                handle.fail(error)
+        elif message["type"] == "notice":
+            _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
+        else:
+            self._on_other_event(message)
+
+    def _take(self, step: int) -> SaveHandle | None:
+        with self._lock:
+            return self.handles.pop(step, None)
+
+    def track(self, handle: SaveHandle) -> None:
+        """Let events of the handle's step resolve it."""
+        with self._lock:
+            self.handles[handle.step] = handle
+
+    def forget(self, handle: SaveHandle) -> None:
+        with self._lock:
+            if self.handles.get(handle.step) is handle:
+                del self.handles[handle.step]
+
+    def pending(self) -> list[SaveHandle]:
+        with self._lock:
+            return list(self.handles.values())
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def reserve(self, room_bytes: int) -> list[int]:
+        """
+        Have every slot of this rank hold at least `room_bytes`, allocated and touched; the capacities.
+
+        Raises:
+            ArenaExhausted: the policy's limit, or the tmpfs, has no room.
+        """
+        answer = self._connection.request({"type": "reserve", "room_bytes": room_bytes}, RESERVE_TIMEOUT_S)
+        return [int(capacity) for capacity in messages.field(answer, "capacities", list)]
+
+    def claim(self, step: int, *, room_bytes: int, persist: bool, destination: Mapping[str, Any] | None) -> Grant:
+        """
+        A slot for a save of this step.
+
+        Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip.
+
+        Raises:
+            SaveSkipped, ArenaExhausted, SidecarUnavailable.
+        """
+        answer = self._connection.request(
+            {
+                "type": "claim",
+                "step": step,
+                "room_bytes": room_bytes,
+                "persist": persist,
+                "destination": dict(destination) if destination else None,
+            },
+            OVERLAP_WAIT_S,
+        )
+        return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
+
+    def sealed(self, step: int) -> None:
+        self._connection.send({"type": "sealed", "step": step})
+
+    def abandon(self, step: int, error: ErrorDocument) -> None:
+        """Tell the sidecar that this rank will not seal `step`. Never raises: it is called where a save failed already."""
+        with contextlib.suppress(SidecarUnavailable):
+            self._connection.send({"type": "abandon", "step": step, "error": error.to_document()})
+
+    def send(self, message: messages.Message) -> None:
+        """Tell the sidecar something that needs no answer; lost when it is gone."""
+        with contextlib.suppress(SidecarUnavailable):
+            self._connection.send(message)
+
+    def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
+        return self._connection.request(message, timeout_s)
+
+    def stream(self, message: messages.Message, timeout_s: float) -> Generator[messages.Message]:
+        return self._connection.stream(message, timeout_s)
+
+    def close(self, *, drain_s: float, clean: bool) -> None:
+        """
+        Say goodbye; the sidecar finishes what is in flight.
+
+        Args:
+            drain_s: how long it may take.
+            clean: False when an exception ends the trainer: an embedded sidecar then keeps the arena for a restart.
+
+        Blocks: up to `drain_s` plus the connection's own bounds. Handles that are still pending afterwards fail.
+
+        Raises:
+            SidecarUnavailable: the sidecar did not finish within the bound.
+        """
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            if not self._connection.lost:
+                self._connection.request(
+                    {"type": "goodbye", "drain_s": drain_s, "clean": clean}, drain_s + REQUEST_TIMEOUT_S
+                )
+        finally:
+            self._connection.close()
+            self._fail_all(SidecarUnavailable("the session was closed before the commit was known"))
+            if self.mapping is not None:
+                self.mapping.close()

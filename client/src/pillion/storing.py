@@ -1,0 +1,108 @@
+"""
+Which store the sidecars of several pods meet in, and opening a session on it.
+
+Called from: `Checkpointer`, `pillion.dcp` (all ranks, once).
+
+    DCP_USE_PREFIX_STORE   pods   store
+    "1"                    any    a prefix of the job's TCPStore; a missing or malformed MASTER_ADDR/PORT is an error
+    any other value        > 1    a store of our own, hosted by the coordinator's sidecar on a free port
+    unset                  > 1    the policy's `store` (Prefix by default; our own where the job has no TCPStore)
+    any                    1      none: all ranks share one sidecar, which needs no store to agree with itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from pillion import group
+from pillion import session as session_module
+from pillion.errors import PillionError, SettingsError, SidecarUnavailable
+from pillion.wire import messages, names
+
+
+def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: str = "Prefix") -> str | None:
+    """
+    ``prefix``, ``own`` or None (no store).
+
+    Raises:
+        SettingsError: prefix mode was asked for, and the job's store cannot be named. All ranks decide on the same facts:
+            those of rank 0.
+    """
+    asked = environ.get(names.ENV_PREFIX_STORE)
+    if asked == "1" and members.world_size > 1 and members.store is None:
+        raise SettingsError([f"{names.ENV_PREFIX_STORE}=1: {members.store_problem}"])
+    if len(members.pods) == 1:
+        return None
+    if asked is not None:
+        return "prefix" if asked == "1" else "own"
+    return "prefix" if policy_store == "Prefix" and members.store is not None else "own"
+
+
+def open_session(
+    members: group.Group,
+    *,
+    root: str,
+    policy_document: Mapping[str, object] | str | None,
+    key: str,
+    on_event: Callable[[messages.Message], None],
+    process_group: dist.ProcessGroup | None,
+    environ: Mapping[str, str],
+) -> session_module.Session:
+    """
+    Open this rank's session; in `own` mode the ranks first agree on the store that the coordinator's sidecar hosts.
+
+    Ranks: all.
+
+    Raises:
+        SettingsError: the store's address is needed and missing or malformed (on every rank).
+        SidecarUnavailable, ProtocolMismatch.
+    """
+    store = policy_document.get("store", "Prefix") if isinstance(policy_document, Mapping) else "Prefix"
+    mode = choose(members, environ, policy_store=str(store))
+
+    def opened(of: group.Group) -> session_module.Session:
+        return session_module.Session(
+            of,
+            root=root,
+            policy_document=policy_document,
+            key=key,
+            store_mode=mode,
+            on_event=on_event,
+            environ=environ,
+        )
+
+    if mode != "own":
+        return opened(members)
+    # Rank 0 goes first: its sidecar hosts the store, and says where in its welcome. The others learn it, or its error.
+    told: list[Any] = [None]
+    session = None
+    try:
+        if members.rank == 0:
+            session = opened(members)
+            told = [session.welcome.get("store") or "the coordinator's sidecar hosts no store"]
+    except PillionError as err:
+        told = [f"rank 0: {err}"]
+        raise
+    finally:
+        dist.broadcast_object_list(told, group=process_group, group_src=0)
+    if session is not None:
+        return session
+    if not isinstance(told[0], (list, tuple)):
+        raise SidecarUnavailable(str(told[0]))
+    return opened(_with_store(members, group.StoreAddress(str(told[0][0]), int(told[0][1]))))
+
+
+def _with_store(members: group.Group, address: group.StoreAddress) -> group.Group:
+    return group.Group(
+        rank=members.rank,
+        world_size=members.world_size,
+        pods=members.pods,
+        run_id=members.run_id,
+        session=members.session,
+        store=address,
+        store_problem="",
+        attempt=members.attempt,
+    )

@@ -1,0 +1,219 @@
+"""
+What lies beside the data of a checkpoint: a part file for each pod, and the manifest that the commit writes. Pure.
+
+Producer: the executor (parts: every pod; manifest: the coordinator). Consumer: the loader, a later run that finishes a commit,
+`pillion-sidecar` tools. JSON, UTF-8. Nothing here is a pickle; `.metadata` beside it is what stock DCP reads.
+
+    part-<first rank>.<generation>.json   what the ranks of one pod wrote: every chunk, where it lies, its digest
+    manifest.json                         which parts make the checkpoint; names and digests only, so that a commit costs
+                                          the same whatever the number of tensors
+    .metadata                             the commit marker
+
+Breaking (bump FORMAT_VERSION; readers keep reading the older ones): removing a field, another meaning of one.
+Not breaking: a new field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+FORMAT_VERSION: Final = 1
+
+
+class ManifestError(ValueError):
+    """A manifest or part file is damaged, or of a format this release does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One chunk of a tensor on storage, as one archive."""
+
+    fqn: str
+    dtype: str
+    size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+    digest: str
+
+    def with_digest(self, digest: str) -> StoredChunk:
+        return dataclasses.replace(self, digest=digest)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """One opaque leaf on storage."""
+
+    fqn: str
+    file: str
+    offset: int
+    length: int
+    digest: str
+
+    def with_digest(self, digest: str) -> StoredBytes:
+        return dataclasses.replace(self, digest=digest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What the ranks of one pod wrote for one save."""
+
+    step: int
+    generation: str
+    run_id: str
+    world_size: int
+    plan_id: str
+    """Parts make a checkpoint only together with parts of the same plan."""
+    ranks: tuple[int, ...]
+    files: Mapping[str, int]
+    """File -> its length, bytes."""
+    chunks: tuple[StoredChunk, ...]
+    opaque: tuple[StoredBytes, ...]
+    paths: Mapping[str, tuple[str | int, ...]]
+
+    def encode(self) -> bytes:
+        return json.dumps(
+            {
+                "format": FORMAT_VERSION,
+                "step": self.step,
+                "generation": self.generation,
+                "run_id": self.run_id,
+                "world_size": self.world_size,
+                "plan_id": self.plan_id,
+                "ranks": self.ranks,
+                "files": dict(self.files),
+                "chunks": [
+                    [c.fqn, c.dtype, c.size, c.offsets, c.sizes, c.file, c.offset, c.length, c.digest]
+                    for c in self.chunks
+                ],
+                "opaque": [[b.fqn, b.file, b.offset, b.length, b.digest] for b in self.opaque],
+                "paths": self.paths,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+
+def decode_part(data: bytes) -> Part:
+    """
+    Raises:
+        ManifestError: damaged, or of another format.
+    """
+    document = _document(data, "part")
+    try:
+        return Part(
+            step=int(document["step"]),
+            generation=str(document["generation"]),
+            run_id=str(document["run_id"]),
+            world_size=int(document["world_size"]),
+            plan_id=str(document["plan_id"]),
+            ranks=tuple(map(int, document["ranks"])),
+            files={str(name): int(length) for name, length in document["files"].items()},
+            chunks=tuple(
+                StoredChunk(
+                    str(fqn), str(dtype), tuple(map(int, size)), tuple(map(int, offsets)), tuple(map(int, sizes)),
+                    str(file), int(offset), int(length), str(digest),
+                )
+                for fqn, dtype, size, offsets, sizes, file, offset, length, digest in document["chunks"]
+            ),
+            opaque=tuple(
+                StoredBytes(str(fqn), str(file), int(offset), int(length), str(digest))
+                for fqn, file, offset, length, digest in document["opaque"]
+            ),
+            paths={
+                str(fqn): tuple(key if isinstance(key, int) else str(key) for key in path)
+                for fqn, path in document["paths"].items()
+            },
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise ManifestError(f"a part file is damaged: {err!r}") from err
+
+
+@dataclass(frozen=True, slots=True)
+class PartReference:
+    name: str
+    ranks: tuple[int, ...]
+    digest: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Which parts make the checkpoint."""
+
+    step: int
+    generation: str
+    run_id: str
+    world_size: int
+    plan_id: str
+    created_ns: int
+    """Wall clock, for people."""
+    size_bytes: int
+    digest_algorithm: str
+    metadata_digest: str
+    """Of `.metadata`: it and this manifest belong together, or the commit was cut short."""
+    parts: tuple[PartReference, ...]
+
+    def encode(self) -> bytes:
+        return json.dumps(
+            {
+                "format": FORMAT_VERSION,
+                "step": self.step,
+                "generation": self.generation,
+                "run_id": self.run_id,
+                "world_size": self.world_size,
+                "plan_id": self.plan_id,
+                "created_ns": self.created_ns,
+                "size_bytes": self.size_bytes,
+                "digest_algorithm": self.digest_algorithm,
+                "metadata_digest": self.metadata_digest,
+                "parts": [
+                    {"name": p.name, "ranks": p.ranks, "digest": p.digest, "length": p.length} for p in self.parts
+                ],
+            },
+            separators=(",", ":"),
+        ).encode()
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """
+    Raises:
+        ManifestError: damaged, or of another format.
+    """
+    document = _document(data, "manifest")
+    try:
+        return Manifest(
+            step=int(document["step"]),
+            generation=str(document["generation"]),
+            run_id=str(document["run_id"]),
+            world_size=int(document["world_size"]),
+            plan_id=str(document["plan_id"]),
+            created_ns=int(document["created_ns"]),
+            size_bytes=int(document["size_bytes"]),
+            digest_algorithm=str(document["digest_algorithm"]),
+            metadata_digest=str(document["metadata_digest"]),
+            parts=tuple(
+                PartReference(str(p["name"]), tuple(map(int, p["ranks"])), str(p["digest"]), int(p["length"]))
+                for p in document["parts"]
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise ManifestError(f"the manifest is damaged: {err!r}") from err
+
+
+def _document(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+        raise ManifestError(f"the {what} is no JSON: {err}") from err
+    if not isinstance(document, dict):
+        raise ManifestError(f"the {what} must be an object")
+    version = document.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise ManifestError(f"the {what} has format {version!r}; this release reads 1 to {FORMAT_VERSION}")
+    return document

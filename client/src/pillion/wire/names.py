@@ -1,0 +1,97 @@
+"""
+Every name that two parts of Pillion share: environment variables, files, store keys. Declared here, once.
+
+Producer: the injector (environment), the sidecar (files, store keys). Consumer: client, sidecar, operator, users.
+Breaking: renaming or removing any of them. Not breaking: adding one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+# --- environment -------------------------------------------------------------------------------------------------
+
+ENV_RUNTIME_DIR: Final = "PILLION_RUNTIME_DIR"
+"""Folder of the arena and the control socket (a tmpfs). Set by the injector; without it the client starts a sidecar."""
+ENV_ROOT: Final = "PILLION_ROOT"
+"""Where checkpoints live, when `Checkpointer()` is called without an argument."""
+ENV_POD: Final = "PILLION_POD"
+"""Identity of the pod (its UID). Ranks with the same value share one sidecar. Unset: this host."""
+ENV_POLICY: Final = "PILLION_POLICY"
+"""The policy as a JSON document, or the path of a YAML or JSON file."""
+ENV_RUN_ID: Final = "PILLION_RUN_ID"
+"""Name of the run, the same across restarts. Unset: torchrun's run id."""
+ENV_PEER_TIMEOUT_S: Final = "PILLION_PEER_TIMEOUT_S"
+ENV_LINGER_S: Final = "PILLION_LINGER_S"
+ENV_LOG_LEVEL: Final = "PILLION_LOG_LEVEL"
+ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
+"""torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
+
+# --- the runtime directory ---------------------------------------------------------------------------------------
+
+CONTROL_SOCKET: Final = "control.sock"
+SIDECAR_LOCK: Final = "sidecar.lock"
+"""Held with flock by the living sidecar of this directory."""
+SIDECAR_LOG: Final = "sidecar.log"
+RUNTIME_PREFIX: Final = "pillion-"
+
+
+def segment_file(local_rank: int) -> str:
+    """The arena's segment of one local rank."""
+    return f"segment-{local_rank}.arena"
+
+
+# --- storage -----------------------------------------------------------------------------------------------------
+
+STEP_PREFIX: Final = "step-"
+COMMIT_MARKER: Final = ".metadata"
+"""DCP's own marker, and ours: a directory without it holds no checkpoint."""
+MANIFEST: Final = "manifest.json"
+INTERNAL_DIR: Final = ".pillion"
+"""Below the root: generations and the sidecar's log. Nothing in it is needed to load a checkpoint."""
+_STEP = re.compile(r"^step-(\d+)$")
+_DATA_FILE = re.compile(r"^__(\d+)_(\d+)\.([0-9a-z-]+)\.distcp$")
+_PART_FILE = re.compile(r"^part-(\d+)\.([0-9a-z-]+)\.json$")
+
+
+def step_directory(step: int) -> str:
+    return f"{STEP_PREFIX}{step}"
+
+
+def parse_step_directory(name: str) -> int | None:
+    match = _STEP.match(name)
+    return int(match.group(1)) if match else None
+
+
+def data_file(rank: int, number: int, generation: str) -> str:
+    """DCP's file name with the generation in it, so that an older attempt never writes into a newer one's file."""
+    return f"__{rank}_{number}.{generation}.distcp"
+
+
+def part_file(first_rank: int, generation: str) -> str:
+    """A pod's share of the plan and its results, left next to its data."""
+    return f"part-{first_rank}.{generation}.json"
+
+
+def parse_part_file(name: str) -> tuple[int, str] | None:
+    match = _PART_FILE.match(name)
+    return (int(match.group(1)), match.group(2)) if match else None
+
+
+def parse_data_file(name: str) -> tuple[int, int, str] | None:
+    match = _DATA_FILE.match(name)
+    return (int(match.group(1)), int(match.group(2)), match.group(3)) if match else None
+
+
+# --- the job's store ---------------------------------------------------------------------------------------------
+
+
+def store_prefix(run_id: str, session: str) -> str:
+    """
+    Prefix of every key of one session.
+
+    The session is drawn anew at each start of the trainers, so that a restart never meets the keys of the attempt before
+    (the constant prefix of torch's own executor breaks elastic restarts: research/torch.md, 0.2).
+    """
+    return f"pillion/{run_id}/{session}"

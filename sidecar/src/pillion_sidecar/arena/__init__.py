@@ -1,0 +1,1 @@
+"""Segments (files of the arena) and the table of slots and saves."""

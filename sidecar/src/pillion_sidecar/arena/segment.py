@@ -1,0 +1,182 @@
+"""
+Segment files: made, grown, adopted and removed.
+
+Called from: the supervisor (owner) and the executor (reader and writer of images). The supervisor's process holds a shared
+`flock` on each segment as long as it lives: what nobody holds may be reclaimed, what somebody holds is never touched.
+
+Memory is allocated with `posix_fallocate` and touched here, before the trainer needs it: so a full tmpfs is an error of this
+process, never a SIGBUS in the trainer, and the pages are charged to the sidecar's container (research/kubernetes.md, 6.1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from typing import Final
+
+from pillion.errors import ArenaExhausted
+from pillion.wire import arena
+
+TOUCH_STEP_BYTES: Final = 64 * 1024**2
+MADV_POPULATE_WRITE: Final = 23
+"""Linux 5.14. Older kernels answer EINVAL; the pages are then touched one by one."""
+
+
+class Segment:
+    """
+    One open segment. `create` or `attach` make it.
+
+    Owns: the file descriptor (with its lease) and one mapping of the whole address range.
+    """
+
+    def __init__(self, path: str, fd: int, header: arena.SegmentHeader) -> None:
+        self.path = path
+        self.header = header
+        self._fd = fd
+        self.map = mmap.mmap(fd, header.segment_bytes)
+
+    @classmethod
+    def create(cls, path: str, *, num_slots: int, stride_bytes: int) -> Segment:
+        """
+        Make an empty segment, replacing what was at `path`.
+
+        Raises:
+            ArenaExhausted: not even the header pages fit.
+            OSError: the folder cannot be written.
+        """
+        header = arena.SegmentHeader(num_slots=num_slots, stride_bytes=stride_bytes)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.ftruncate(fd, header.segment_bytes)
+            _allocate(fd, 0, arena.PAGE_BYTES)
+            os.pwrite(fd, header.pack(), 0)
+            for index in range(num_slots):
+                _allocate(fd, header.slot_offset(index), arena.PAGE_BYTES)
+                os.pwrite(fd, arena.SlotHeader(state=arena.SlotState.FREE).pack(), header.slot_offset(index))
+            os.rename(temporary, path)
+            return cls(path, fd, header)
+        except BaseException:
+            os.close(fd)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+
+    @classmethod
+    def attach(cls, path: str) -> Segment:
+        """
+        Open a segment that exists.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is none of ours, or of another protocol version.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            header = arena.SegmentHeader.unpack(os.pread(fd, arena.PAGE_BYTES, 0))
+            if os.fstat(fd).st_size < header.segment_bytes:
+                raise ValueError(f"{path} is shorter than its header says")
+            return cls(path, fd, header)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def capacity_bytes(self, slot: int) -> int:
+        """
+        Bytes of the slot that are allocated: the length up to its first hole.
+
+        The file says it (SEEK_HOLE), so that a restarted sidecar need not remember.
+        """
+        start = self.header.slot_offset(slot)
+        try:
+            hole = os.lseek(self._fd, start, os.SEEK_HOLE)
+        except OSError:
+            return 0
+        return max(0, min(hole, start + self.header.stride_bytes) - start)
+
+    def grow(self, slot: int, room_bytes: int) -> int:
+        """
+        Allocate and touch the slot's first `room_bytes`; its capacity afterwards.
+
+        Blocks: about 1 s a GiB of fresh memory.
+
+        Raises:
+            ArenaExhausted: more than the slot's range, or more than the tmpfs has.
+        """
+        have = self.capacity_bytes(slot)
+        if room_bytes <= have:
+            return have
+        if room_bytes > self.header.stride_bytes:
+            raise ArenaExhausted(
+                needed_bytes=room_bytes, available_bytes=self.header.stride_bytes, detail="more than staging.sizeLimit"
+            )
+        start = self.header.slot_offset(slot)
+        _allocate(self._fd, start + have, room_bytes - have)
+        self._touch(start + have, room_bytes - have)
+        return room_bytes
+
+    def _touch(self, start: int, length: int) -> None:
+        end = start + length
+        while start < end:
+            step = min(TOUCH_STEP_BYTES, end - start)
+            try:
+                self.map.madvise(MADV_POPULATE_WRITE, start, step)
+            except OSError:
+                for page in range(start, start + step, arena.PAGE_BYTES):
+                    self.map[page] = 0
+            start += step
+
+    def slot(self, index: int) -> memoryview:
+        """The slot's whole address range; only its capacity may be touched."""
+        start = self.header.slot_offset(index)
+        return memoryview(self.map)[start : start + self.header.stride_bytes]
+
+    def read_header(self, slot: int) -> arena.SlotHeader:
+        """
+        The slot's header.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        start = self.header.slot_offset(slot)
+        return arena.SlotHeader.unpack(
+            self.map[start : start + arena.PAGE_BYTES], stride_bytes=self.header.stride_bytes
+        )
+
+    def write_header(self, slot: int, header: arena.SlotHeader) -> None:
+        """Write fields first and the state word last, as the layout promises."""
+        start = self.header.slot_offset(slot)
+        packed = header.pack()
+        self.map[start + arena.STATE_OFFSET + 4 : start + len(packed)] = packed[arena.STATE_OFFSET + 4 :]
+        self.map[start : start + arena.STATE_OFFSET] = packed[: arena.STATE_OFFSET]
+        self.write_state(slot, header.state)
+
+    def write_state(self, slot: int, state: arena.SlotState) -> None:
+        start = self.header.slot_offset(slot) + arena.STATE_OFFSET
+        self.map[start : start + 4] = arena.pack_state(state)
+
+    def close(self) -> None:
+        """Drop the mapping and the lease. The file stays."""
+        # A view may still be out (a cancelled read): the mapping then goes with it.
+        with contextlib.suppress(BufferError):
+            self.map.close()
+        os.close(self._fd)
+
+
+def _allocate(fd: int, offset: int, length: int) -> None:
+    try:
+        os.posix_fallocate(fd, offset, length)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise
+        stats = os.fstatvfs(fd)
+        raise ArenaExhausted(
+            needed_bytes=length,
+            available_bytes=stats.f_bavail * stats.f_frsize,
+            detail="the tmpfs of the arena is full",
+        ) from err

@@ -1,0 +1,255 @@
+"""
+Which save holds which slot, and what a claim gets. Pure: events in, decisions out; no clock, no file, no process.
+
+Called from: the supervisor, for every claim, seal, failure and outcome. The slots of a pod's local ranks are used in lockstep:
+slot i of every segment belongs to the same save, so that one decision (grant, wait, skip, replace) holds for all local ranks,
+and the pod never stages a step on some ranks only because of its own arena.
+
+    claimed --> complete --> queued --> persisting --> done      done: committed, failed, or a snapshot that stays in memory
+       |           (sealed by every local rank)
+       +--> failed: a rank gave up or died; the slot is free when no rank is filling it any more
+
+The newest complete save keeps its slot until a newer one is complete: it is what a crash restores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pillion.errors import ErrorDocument
+from pillion.wire.policy import Overlap
+
+
+class Phase(StrEnum):
+    FILLING = "filling"
+    COMPLETE = "complete"
+    PERSISTING = "persisting"
+    DONE = "done"
+
+
+@dataclass
+class Save:
+    """One step's save in this pod."""
+
+    step: int
+    slot: int
+    order: int
+    """Counts claims; the newest save is the one of the highest order."""
+    persist: bool
+    destination: Mapping[str, Any] | None
+    phase: Phase = Phase.FILLING
+    filling: set[int] = field(default_factory=set)
+    sealed: set[int] = field(default_factory=set)
+    failures: dict[int, ErrorDocument] = field(default_factory=dict)
+    persisted: bool = False
+    pins: int = 0
+    """Loads that read this slot now."""
+
+    @property
+    def complete(self) -> bool:
+        return self.phase is not Phase.FILLING and not self.failures
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    save: Save
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """Granted, at the price of an older save that was not being written: it is to be reported as skipped."""
+
+    save: Save
+    victim: Save
+
+
+@dataclass(frozen=True, slots=True)
+class MustWait:
+    """No slot is free; ask again after the next release."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """No slot is free and the policy does not wait; every local rank gets the same answer for this step."""
+
+    reason: str
+
+
+Decision = Granted | Replaced | MustWait | Skipped
+
+REMEMBERED_SKIPS = 64
+"""How many skipped steps are remembered, so that a slower local rank gets the same answer: ranks are at most a few apart."""
+
+
+class SlotTable:
+    """
+    The slots of one pod.
+
+    Args:
+        num_slots: slots of each segment.
+        ranks: the local ranks (global numbers).
+        overlap: what a claim gets when no slot is free.
+    """
+
+    def __init__(self, num_slots: int, ranks: Sequence[int], overlap: Overlap) -> None:
+        self.num_slots = num_slots
+        self.ranks = frozenset(ranks)
+        self.overlap = overlap
+        self.saves: dict[int, Save] = {}
+        self._skipped: dict[int, str] = {}
+        self._order = 0
+        self._lent: set[int] = set()
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def newest_complete(self) -> Save | None:
+        return max((save for save in self.saves.values() if save.complete), key=lambda s: s.order, default=None)
+
+    def oldest_queued(self) -> Save | None:
+        """The next save to persist: complete, wanted on storage, not taken up yet."""
+        queued = [s for s in self.saves.values() if s.phase is Phase.COMPLETE and s.persist and not s.failures]
+        return min(queued, key=lambda s: s.order, default=None)
+
+    def held(self) -> set[int]:
+        return {save.slot for save in self.saves.values()} | self._lent
+
+    def restorable(self) -> dict[int, int]:
+        """step -> slot of every complete save that is still whole."""
+        return {save.step: save.slot for save in self.saves.values() if save.complete}
+
+    # --- loads -----------------------------------------------------------------------------------------------------
+
+    def lend(self) -> int | None:
+        """A slot for a load to fill from storage; None when every slot is needed."""
+        slot = self._free_slot()
+        if slot is not None:
+            self._lent.add(slot)
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        self._lent.discard(slot)
+
+    def pin(self) -> list[Save]:
+        """Keep every complete save where it is while a load reads the arena."""
+        pinned = [save for save in self.saves.values() if save.complete]
+        for save in pinned:
+            save.pins += 1
+        return pinned
+
+    def unpin(self, pinned: Iterable[Save]) -> None:
+        for save in pinned:
+            save.pins -= 1
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def claim(self, step: int, rank: int, *, persist: bool, destination: Mapping[str, Any] | None = None) -> Decision:
+        """A rank wants to fill a slot for `step`."""
+        save = self.saves.get(step)
+        if save is not None and save.phase is Phase.FILLING and rank not in save.sealed:
+            save.filling.add(rank)
+            return Granted(save)
+        if save is not None:
+            # The same step again: after a load of an older one. What the slot holds is superseded, when nobody uses it.
+            if save.phase is Phase.PERSISTING or save.pins or save.phase is Phase.FILLING:
+                return MustWait()
+            del self.saves[step]
+        if step in self._skipped:
+            return Skipped(self._skipped[step])
+        victim = None
+        slot = self._free_slot()
+        if slot is None and self.overlap is Overlap.LATEST:
+            victim = self.oldest_queued()
+            if victim is not None and not victim.pins:
+                del self.saves[victim.step]
+                slot = victim.slot
+        if slot is None:
+            if self.overlap is Overlap.SKIP:
+                reason = f"no slot is free (staging.overlap: {self.overlap.value}, staging.slots: {self.num_slots})"
+                self._remember_skip(step, reason)
+                return Skipped(reason)
+            return MustWait()
+        self._order += 1
+        save = Save(step, slot, self._order, persist, destination, filling={rank})
+        self.saves[step] = save
+        return Replaced(save, victim) if victim is not None else Granted(save)
+
+    def _remember_skip(self, step: int, reason: str) -> None:
+        self._skipped[step] = reason
+        while len(self._skipped) > REMEMBERED_SKIPS:
+            del self._skipped[next(iter(self._skipped))]
+
+    def _free_slot(self) -> int | None:
+        free = sorted(set(range(self.num_slots)) - self.held())
+        if free:
+            return free[0]
+        newest = self.newest_complete()
+        done = [s for s in self.saves.values() if s.phase is Phase.DONE and s is not newest and not s.pins]
+        # A snapshot that stays in memory is as good as done once a newer save is complete.
+        done += [
+            s
+            for s in self.saves.values()
+            if s.phase is Phase.COMPLETE and not s.persist and s is not newest and not s.pins
+        ]
+        if not done:
+            return None
+        oldest = min(done, key=lambda s: s.order)
+        del self.saves[oldest.step]
+        return oldest.slot
+
+    def sealed(self, step: int, rank: int) -> Save | None:
+        """A rank sealed its slot; the save when it is now complete."""
+        save = self.saves.get(step)
+        if save is None or rank not in save.filling:
+            return None
+        save.filling.discard(rank)
+        save.sealed.add(rank)
+        if save.failures:
+            self._release_if_idle(save)
+            return None
+        if save.sealed == self.ranks:
+            save.phase = Phase.COMPLETE
+            return save
+        return None
+
+    def fail_rank(self, step: int, rank: int, error: ErrorDocument) -> Save | None:
+        """A rank will not seal `step`; the save when this is its first failure (it is to be reported)."""
+        save = self.saves.get(step)
+        if save is None or save.phase is not Phase.FILLING:
+            return None
+        first = not save.failures
+        save.filling.discard(rank)
+        save.failures[rank] = error
+        self._release_if_idle(save)
+        return save if first else None
+
+    def rank_lost(self, rank: int, error: ErrorDocument) -> list[Save]:
+        """A trainer died: what it was filling is torn. The saves that failed by it."""
+        failed = []
+        for save in list(self.saves.values()):
+            if save.phase is Phase.FILLING and rank not in save.sealed:
+                first = self.fail_rank(save.step, rank, error)
+                if first is not None:
+                    failed.append(first)
+        return failed
+
+    def start_persist(self, save: Save) -> None:
+        save.phase = Phase.PERSISTING
+
+    def finish(self, save: Save, *, persisted: bool) -> None:
+        """The save's outcome is known. Its slot stays until it is needed: it may be the newest snapshot."""
+        save.phase = Phase.DONE
+        save.persisted = save.persisted or persisted
+
+    def adopt(self, saves: Iterable[Save]) -> None:
+        """Saves found whole in the arena by a restarted sidecar, oldest first."""
+        for save in saves:
+            self._order += 1
+            save.order = self._order
+            self.saves[save.step] = save
+
+    def _release_if_idle(self, save: Save) -> None:
+        if save.failures and not save.filling and self.saves.get(save.step) is save:
+            del self.saves[save.step]

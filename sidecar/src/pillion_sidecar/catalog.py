@@ -1,0 +1,137 @@
+"""
+What is on storage: the committed steps of a root, and where every chunk of one lies. Called from: the executor, the supervisor.
+
+Our own checkpoints are read from manifest and parts (JSON, digests). What stock `dcp.save` wrote has neither; its `.metadata` is
+read by a restricted unpickler that knows DCP's own classes only (docs/decisions/0004).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pillion.wire import manifest, names
+from pillion_sidecar import commit
+from pillion_sidecar.storage import dcp_metadata, digest
+
+
+class Damaged(ValueError):
+    """A checkpoint that is committed and cannot be trusted; the text names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One readable checkpoint."""
+
+    path: str
+    step: int
+    size_bytes: int
+    chunks: Mapping[str, tuple[manifest.StoredChunk, ...]]
+    """FQN -> its chunks. `digest` is empty for what stock DCP wrote."""
+    opaque: Mapping[str, manifest.StoredBytes]
+    native: bool
+    """Written by us: the payload begins layout.HEAD_BYTES behind a chunk's offset."""
+
+
+def steps(root: str) -> dict[int, bool]:
+    """Steps that have a directory -> whether they are committed."""
+    found: dict[int, bool] = {}
+    try:
+        entries = os.listdir(root)
+    except FileNotFoundError:
+        return found
+    for name in entries:
+        step = names.parse_step_directory(name)
+        if step is not None:
+            found[step] = os.path.exists(os.path.join(root, name, names.COMMIT_MARKER))
+    return found
+
+
+def newest(root: str) -> tuple[int, str, int] | None:
+    """Step, path and size of the newest committed checkpoint, without reading its data."""
+    committed = [step for step, done in steps(root).items() if done]
+    if not committed:
+        return None
+    path = os.path.join(root, names.step_directory(max(committed)))
+    return max(committed), path, size_bytes(path)
+
+
+def size_bytes(path: str) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+
+
+def finish_interrupted(root: str) -> list[int]:
+    """Commit every save whose parts are all there; the steps. A directory that cannot be read is left as it is."""
+    finished = []
+    for step, done in sorted(steps(root).items()):
+        path = os.path.join(root, names.step_directory(step))
+        if not done and commit.finish(path) is not None:
+            finished.append(step)
+    return finished
+
+
+def read(path: str, step: int) -> Stored:
+    """
+    Where everything in a committed checkpoint lies.
+
+    Raises:
+        Damaged: manifest, a part or `.metadata` is missing or does not match its digest.
+    """
+    try:
+        metadata = _read(os.path.join(path, names.COMMIT_MARKER))
+        try:
+            encoded = _read(os.path.join(path, names.MANIFEST))
+        except FileNotFoundError:
+            return _read_stock(path, step, metadata)
+        return _read_native(path, encoded, metadata)
+    except (OSError, manifest.ManifestError) as err:
+        raise Damaged(f"{path}: {err}") from err
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
+    of = manifest.decode_manifest(encoded)
+    if of.digest_algorithm != digest.ALGORITHM:
+        raise Damaged(f"{path}: digests are {of.digest_algorithm}, this release knows {digest.ALGORITHM}")
+    if digest.digest(metadata) != of.metadata_digest:
+        finished = commit.finish(path)
+        if finished is None or finished.generation != of.generation:
+            raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {of.metadata_digest}, found another")
+        of = finished
+    chunks: dict[str, list[manifest.StoredChunk]] = {}
+    opaque: dict[str, manifest.StoredBytes] = {}
+    for reference in of.parts:
+        data = _read(os.path.join(path, reference.name))
+        if digest.digest(data) != reference.digest:
+            raise Damaged(f"{path}/{reference.name}: expected digest {reference.digest}, found {digest.digest(data)}")
+        part = manifest.decode_part(data)
+        for chunk in part.chunks:
+            chunks.setdefault(chunk.fqn, []).append(chunk)
+        for leaf in part.opaque:
+            opaque[leaf.fqn] = leaf
+    return Stored(path, of.step, of.size_bytes, {f: tuple(c) for f, c in chunks.items()}, opaque, native=True)
+
+
+def _read_stock(path: str, step: int, metadata: bytes) -> Stored:
+    try:
+        decoded = dcp_metadata.decode(metadata)
+    except ValueError as err:
+        raise Damaged(f"{path}/{names.COMMIT_MARKER}: {err}") from err
+    chunks: dict[str, tuple[manifest.StoredChunk, ...]] = {}
+    opaque: dict[str, manifest.StoredBytes] = {}
+    for fqn, entry in decoded.entries.items():
+        if isinstance(entry, dcp_metadata.BytesEntry):
+            opaque[fqn] = manifest.StoredBytes(fqn, entry.relative_path, entry.offset, entry.length, "")
+        else:
+            chunks[fqn] = tuple(
+                manifest.StoredChunk(
+                    fqn, entry.dtype, entry.size, c.offsets, c.sizes, c.relative_path, c.offset, c.length, ""
+                )
+                for c in entry.chunks
+            )
+    return Stored(path, step, size_bytes(path), chunks, opaque, native=False)

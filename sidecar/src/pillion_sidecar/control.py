@@ -1,0 +1,158 @@
+"""
+The control socket's server: one connection a trainer, frames in, messages to the supervisor, answers out.
+
+Called from: `app`. A client that sends garbage is told so and disconnected; the others never notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from pillion.errors import ErrorDocument, InternalError, PillionError, SidecarError
+from pillion.wire import messages
+
+_log = logging.getLogger(__name__)
+
+CLIENT_LIMIT: Final = 256
+"""Connections at once: a node has at most some ten ranks; this bounds what a broken loop can open."""
+HELLO_TIMEOUT_S: Final = 30.0
+"""Bound for the first message of a connection."""
+WRITE_LIMIT_BYTES: Final = 64 * 1024**2
+"""Unsent bytes to one client before it is dropped: its reader thread is stuck, and memory is bounded."""
+
+
+class Client:
+    """One connected trainer, as the supervisor sees it."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.number = next(self._numbers)
+        self.rank = -1
+        self.said_goodbye = False
+        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        self.pid, self.uid, _ = struct.unpack("iII", credentials)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Queue a message; a client that takes none is dropped."""
+        if self._writer.is_closing():
+            return
+        self._writer.write(messages.encode(message))
+        if self._writer.transport.get_write_buffer_size() > WRITE_LIMIT_BYTES:
+            _log.error("rank %d takes no messages: dropped", self.rank)
+            self._writer.transport.abort()
+
+    def answer(self, request: messages.Message, message: Mapping[str, Any]) -> None:
+        self.send({**message, "id": request.get("id", 0)})
+
+    def refuse(self, request: messages.Message, error: PillionError | ErrorDocument) -> None:
+        document = error if isinstance(error, ErrorDocument) else ErrorDocument.from_exception(error)
+        self.answer(request, {"type": "failed", "error": document.to_document()})
+
+
+class Handler(Protocol):
+    """What the server calls; the supervisor implements it."""
+
+    async def hello(self, client: Client, message: messages.Message) -> None:
+        """First message of a connection."""
+
+    async def message(self, client: Client, message: messages.Message) -> None:
+        """Any later one."""
+
+    async def lost(self, client: Client) -> None:
+        """The connection ended, by goodbye or by death."""
+
+
+class Server:
+    """
+    The listening socket.
+
+    Owns: the socket file; it is removed at close.
+    """
+
+    def __init__(self, path: str, handler: Handler) -> None:
+        self._path = path
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        """
+        Listen. A file left by a dead sidecar is replaced; the caller holds the directory's lock.
+
+        Raises:
+            OSError: the path is too long (107 bytes), or the directory cannot be written.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=messages.RECV_BYTES)
+        os.chmod(self._path, 0o666)  # trainer and sidecar may run as different users; the folder's mode guards it
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._clients):
+            writer.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._clients) >= CLIENT_LIMIT:
+            writer.close()
+            return
+        self._clients.add(writer)
+        client = Client(writer)
+        greeted = False
+        decoder = messages.Decoder()
+        try:
+            while True:
+                timeout = None if greeted else HELLO_TIMEOUT_S
+                data = await asyncio.wait_for(reader.read(messages.RECV_BYTES), timeout)
+                if not data:
+                    break
+                for message in decoder.feed(data):
+                    if greeted:
+                        await self._dispatch(client, message)
+                    elif message["type"] == "hello":
+                        await self._greet(client, message)
+                        greeted = True
+                    else:
+                        raise messages.BadFrame(f"the first message must be hello, not {message['type']!r:.40}")
+        except messages.BadFrame as err:
+            _log.warning("pid %d sent what is no message: %s", client.pid, err)
+            client.send({"type": "failed", "id": 0, "error": ErrorDocument("SidecarError", str(err)).to_document()})
+        except (ConnectionError, TimeoutError):
+            pass
+        finally:
+            self._clients.discard(writer)
+            if greeted:
+                await self._handler.lost(client)
+            writer.close()
+
+    async def _greet(self, client: Client, message: messages.Message) -> None:
+        try:
+            await self._handler.hello(client, message)
+        except messages.BadFrame as err:
+            client.refuse(message, SidecarError(str(err)))
+        except PillionError as err:
+            client.refuse(message, err)
+
+    async def _dispatch(self, client: Client, message: messages.Message) -> None:
+        try:
+            await self._handler.message(client, message)
+        except messages.BadFrame as err:
+            client.refuse(message, SidecarError(str(err)))
+        except PillionError as err:
+            client.refuse(message, err)
+        except Exception as err:  # a boundary: one bad request must not take the connection of a training job
+            _log.exception("request %s of rank %d failed", message["type"], client.rank)
+            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))

@@ -1,0 +1,134 @@
+"""
+What one executor knows of its session: ranks, pods, segments, the exchange, the generation.
+
+Called from: `executor.worker` (opens it), `persist`, `load` (use it). One session at a time; a new one replaces it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pillion.wire import layout, names, policy
+from pillion_sidecar import commit
+from pillion_sidecar.arena.segment import Segment
+from pillion_sidecar.executor import exchange, images, planning
+
+
+@dataclass
+class Context:
+    """See the module."""
+
+    session: str
+    run_id: str
+    world_size: int
+    pods: tuple[tuple[int, ...], ...]
+    local_ranks: tuple[int, ...]
+    root: str
+    segments: Mapping[int, Segment]
+    """rank -> its segment."""
+    exchange: exchange.Exchange
+    generation: int
+    retention: policy.Retention
+    restore: policy.Restore
+    peer_timeout_s: float
+    persist_timeout_s: float
+    write_threads: int
+    store_address: tuple[str, int] | None = None
+    """Where our own store listens; None when there is none or it is the job's."""
+    reader: images.Reader = field(default_factory=images.Reader)
+    plans: dict[str, planning.Plan] = field(default_factory=dict)
+    """Plans of this session by id; the newest few."""
+    layouts: dict[str, layout.Layout] = field(default_factory=dict)
+    """Layouts by digest: this pod's, and on the coordinator those of all pods."""
+    metadata: dict[object, bytes] = field(default_factory=dict)
+    """Coordinator: the last `.metadata`, which is the same as long as plan and lengths are."""
+    finished_phases: list[str] = field(default_factory=list)
+    """Phases of the last save, forgotten when every pod has arrived at the next one."""
+    loads: int = 0
+    """Loads of this session so far: all ranks load together, so the number is the same in every pod."""
+
+    @property
+    def first_rank(self) -> int:
+        return self.local_ranks[0]
+
+    @property
+    def coordinator(self) -> bool:
+        return self.first_rank == 0
+
+    def step_path(self, step: int) -> str:
+        return os.path.join(self.root, names.step_directory(step))
+
+
+def open_context(document: Mapping[str, Any]) -> Context:
+    """
+    Open a session from the supervisor's document.
+
+    Blocks: up to stores.CONNECT_TIMEOUT_S for the job's store, and the peer timeout for the coordinator's generation.
+
+    Raises:
+        OSError: a segment or the root is not there.
+        torch.distributed.DistError: the store does not answer.
+        BarrierTimeout: the coordinator's pod did not come.
+    """
+    pods = tuple(tuple(int(rank) for rank in pod) for pod in document["pods"])
+    local_ranks = tuple(int(rank) for rank in document["local_ranks"])
+    prefix = names.store_prefix(str(document["run_id"]), str(document["session"]))
+    store = document["store"]
+    address = None
+    between: exchange.Exchange
+    if store is None:
+        between = exchange.LocalExchange(local_ranks[0])
+    else:
+        from pillion_sidecar.executor import stores  # torch: 3 s and 300 MB that a single pod does not pay
+
+        if store["mode"] == "own" and local_ranks[0] == 0:
+            keep, view = stores.host(str(store["host"]), prefix)
+            address = (str(store["host"]), keep.port)
+            between = stores.StoreExchange(view, keep, pods, local_ranks[0])
+        else:
+            keep_client, view = stores.connect(str(store["host"]), int(store["port"]), prefix)
+            between = stores.StoreExchange(view, keep_client, pods, local_ranks[0])
+    segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
+    of = policy.parse(document["policy"], embedded=True)
+    context = Context(
+        session=str(document["session"]),
+        run_id=str(document["run_id"]),
+        world_size=int(document["world_size"]),
+        pods=pods,
+        local_ranks=local_ranks,
+        root=str(document["root"]),
+        segments=segments,
+        exchange=between,
+        generation=0,
+        retention=of.retention,
+        restore=of.restore,
+        peer_timeout_s=float(document["peer_timeout_s"]),
+        persist_timeout_s=float(document["persist_timeout_s"]),
+        write_threads=int(document["write_threads"]),
+        store_address=address,
+    )
+    # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
+    context.generation = _agree_on_generation(context, known=document.get("generation"))
+    return context
+
+
+def _agree_on_generation(context: Context, *, known: Any) -> int:
+    if context.coordinator:
+        if isinstance(known, int) and known > 0:
+            generation = known  # a successor of an executor that died goes on in its generation
+        elif context.root:
+            os.makedirs(context.root, exist_ok=True)
+            generation = commit.claim_generation(context.root)
+        else:
+            generation = time.time_ns()
+        context.exchange.publish("generation", {"generation": generation})
+        return generation
+    return int(context.exchange.receive("generation", context.peer_timeout_s)["generation"])
+
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Sends an event of the running operation to the supervisor."""

@@ -1,0 +1,177 @@
+"""
+The supervisor's end of the executor: start it, ask it, ping it, end it, and start the next one.
+
+Called from: the supervisor (event loop). Owns: the child process and its channel. One child at a time; what it was doing when it
+died is the supervisor's to repeat.
+
+    ended by a ladder: EOF on its channel (it exits by itself) -> SIGKILL after EXIT_TIMEOUT_S
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from pillion.errors import ErrorDocument, PillionError
+from pillion.wire import messages
+
+_log = logging.getLogger(__name__)
+
+EXIT_TIMEOUT_S: Final = 5.0
+"""Bound for the child to exit after its channel closed, before SIGKILL: it has nothing to finish then."""
+PING_PERIOD_S: Final = 5.0
+
+
+class ExecutorDied(PillionError):
+    """The child ended (or was ended) while it worked on a request."""
+
+
+class Executor:
+    """
+    One child process, started by `start`.
+
+    Args:
+        on_event: called on the loop with events of a running request (load progress).
+        ping_timeout_s: no pong for this long and the child is killed.
+    """
+
+    def __init__(self, *, log_level: str, ping_timeout_s: float, on_event: Callable[[messages.Message], None]) -> None:
+        self._log_level = log_level
+        self._ping_timeout_s = ping_timeout_s
+        self._on_event = on_event
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[messages.Message]] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """
+        Start the child. It is ready when it answers; requests may be sent at once.
+
+        Raises:
+            OSError: no process could be made.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pillion_sidecar.executor.worker",
+                str(theirs.fileno()),
+                self._log_level,
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            # The child's end must not stay open here: its EOF is how its death is seen.
+            theirs.close()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._tasks = [
+            asyncio.create_task(self._read(reader), name="executor-read"),
+            asyncio.create_task(self._ping(), name="executor-ping"),
+        ]
+        _log.info("executor started", extra={"pid": self._process.pid})
+
+    async def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Send a request and wait for its answer; the operation itself has the bounds.
+
+        Raises:
+            ExecutorDied: the child is gone.
+            PillionError: the operation failed.
+        """
+        if self._writer is None or self.pid is None:
+            raise ExecutorDied("the executor is not running")
+        request_id = next(self._ids)
+        answer: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = answer
+        try:
+            self._writer.write(messages.encode({**message, "id": request_id}))
+            await self._writer.drain()
+            reply = await answer
+        except (ConnectionError, OSError) as err:
+            raise ExecutorDied(f"the executor is gone: {err}") from err
+        finally:
+            self._pending.pop(request_id, None)
+        if reply["type"] == "failed":
+            raise ErrorDocument.from_document(reply["error"]).to_exception()
+        result = reply.get("result", {})
+        return result if isinstance(result, dict) else {}
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder = messages.Decoder()
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(messages.RECV_BYTES):
+                for message in decoder.feed(data):
+                    if message.get("event"):
+                        self._on_event(message)
+                        continue
+                    answer = self._pending.get(message.get("id", 0))
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
+        process = self._process
+        status: int | str = "unknown"
+        if process is not None:
+            with contextlib.suppress(TimeoutError):
+                status = await asyncio.wait_for(process.wait(), EXIT_TIMEOUT_S)
+        reason = describe_exit(status)
+        _log.warning("executor ended: %s", reason)
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(ExecutorDied(f"the executor ended: {reason}"))
+
+    async def _ping(self) -> None:
+        while self.pid is not None:
+            await asyncio.sleep(PING_PERIOD_S)
+            try:
+                await asyncio.wait_for(self.request({"type": "ping"}), self._ping_timeout_s)
+            except TimeoutError:
+                _log.error("the executor answered no ping for %.0f s: it is killed", self._ping_timeout_s)
+                self.kill()
+                return
+            except PillionError:
+                return
+
+    def kill(self) -> None:
+        """SIGKILL; requests in flight end in ExecutorDied."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Close the channel and wait for the child to go. Blocks: up to EXIT_TIMEOUT_S, then it is killed."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT_S)
+            except TimeoutError:
+                self.kill()
+                await self._process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def describe_exit(status: int | str) -> str:
+    """An exit status in words: ``killed by SIGKILL``, ``exit status 1``."""
+    if isinstance(status, int) and status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}"

@@ -1,0 +1,109 @@
+"""
+The exchange of several pods over a `torch.distributed` TCPStore: a prefix of the job's own, or one hosted here.
+
+Called from: the executor, at the opening of a session. The only place of the default path that imports torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch.distributed as dist
+
+from pillion.errors import BarrierTimeout
+from pillion_sidecar.executor import exchange
+
+CONNECT_TIMEOUT_S: Final = 60.0
+"""Bound for the connection to the job's store: it is there before the trainers' process group is."""
+MULTI_CHUNK: Final = 1024
+"""Keys of one multi_get: bounds one frame of the store."""
+
+
+def connect(host: str, port: int, prefix: str) -> tuple[dist.Store, dist.Store]:
+    """
+    A client of the job's store, and its prefixed view. No port is opened.
+
+    Raises:
+        torch.distributed.DistError: nobody answers there.
+    """
+    # No world_size: this client must not count in the job's own rendezvous.
+    store = dist.TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
+    )
+    return store, dist.PrefixStore(prefix, store)
+
+
+def host(address: str, prefix: str) -> tuple[dist.TCPStore, dist.Store]:
+    """A store of our own on a free port, which the kernel picks (bind to 0): no window for somebody else to take it."""
+    store = dist.TCPStore(
+        address,
+        0,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S),
+        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+    )
+    return store, dist.PrefixStore(prefix, store)
+
+
+class StoreExchange:
+    """
+    Phases as keys of a prefix store.
+
+    Args:
+        store: the prefixed view.
+        keep: what has to live as long (the TCPStore behind it).
+        pods: ranks of every pod.
+        first_rank: this pod's.
+    """
+
+    def __init__(self, store: dist.Store, keep: object, pods: Sequence[Sequence[int]], first_rank: int) -> None:
+        self._store = store
+        self._keep = keep
+        self._pods = {int(pod[0]): [int(rank) for rank in pod] for pod in pods}
+        self._first_rank = first_rank
+
+    def post(self, phase: str, document: exchange.Document) -> None:
+        self._store.set(f"{phase}/{self._first_rank}", exchange.encode(document).decode())
+        # `set` is not acknowledged; a round trip tells whether the store still lives (research/torch.md, 1.5).
+        self._store.check([f"{phase}/{self._first_rank}"])
+
+    def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
+        firsts = sorted(self._pods)
+        keys = [f"{phase}/{first}" for first in firsts]
+        self._wait(phase, keys, firsts, timeout_s)
+        values: list[Any] = []
+        for start in range(0, len(keys), MULTI_CHUNK):
+            values += self._store.multi_get(keys[start : start + MULTI_CHUNK])
+        return {first: exchange.decode(bytes(value)) for first, value in zip(firsts, values, strict=True)}
+
+    def _wait(self, phase: str, keys: Sequence[str], firsts: Sequence[int], timeout_s: float) -> None:
+        started = time.monotonic()
+        try:
+            self._store.wait(list(keys), datetime.timedelta(seconds=timeout_s))
+        except dist.DistStoreError as err:
+            missing = [
+                rank
+                for first, key in zip(firsts, keys, strict=True)
+                if not self._store.check([key])
+                for rank in self._pods.get(first, [first])
+            ]
+            raise BarrierTimeout(phase=phase, missing=missing, waited_s=time.monotonic() - started) from err
+
+    def publish(self, phase: str, document: exchange.Document) -> None:
+        self._store.set(f"{phase}/decision", exchange.encode(document).decode())
+        self._store.check([f"{phase}/decision"])
+
+    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
+        self._wait(phase, [f"{phase}/decision"], [0], timeout_s)
+        return exchange.decode(bytes(self._store.get(f"{phase}/decision")))
+
+    def forget(self, phases: Sequence[str]) -> None:
+        for phase in phases:
+            for first in self._pods:
+                self._store.delete_key(f"{phase}/{first}")
+            self._store.delete_key(f"{phase}/decision")

@@ -1,0 +1,158 @@
+"""
+The executor's child process: one thread answers pings and takes requests, one runs them, one at a time.
+
+    supervisor                            |  this process
+    ------------------------------------- | -----------------------------------------------
+    open, persist, digest, load, ping --> |  reader (main thread) --> queue --> runner thread
+    done, failed, events, pong        <-- |  <-----------------------------------+
+    EOF                               --> |  ends at once: its supervisor is gone
+
+Called from: `python -m pillion_sidecar.executor.worker FD` by `executor.parent`. A request that fails answers with the failure and
+the loop goes on; only the supervisor ends this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure
+from pillion.wire import messages
+from pillion_sidecar import log
+from pillion_sidecar.executor import context as context_module
+from pillion_sidecar.executor import images, load, persist
+
+_log = logging.getLogger(__name__)
+
+NICE: Final = 10
+"""Lower CPU priority than the trainer: what persists may not slow the step down (nvrx has the same knob)."""
+QUEUE_LIMIT: Final = 64
+"""Requests waiting; the supervisor sends one at a time, this only bounds a defect."""
+
+
+class Worker:
+    """See the module."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._send_lock = threading.Lock()
+        self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
+        self._context: context_module.Context | None = None
+        self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
+            "open": self._open,
+            "persist": self._persist,
+            "digest": self._digest,
+            "load": self._load,
+            "withdraw": self._withdraw,
+        }
+
+    def serve(self) -> None:
+        """Serve until the supervisor closes the channel. Blocks: for the life of the process."""
+        threading.Thread(target=self._run, name="pillion-run", daemon=True).start()
+        decoder = messages.Decoder()
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while True:
+                for message in messages.receive(self._sock, decoder):
+                    if message["type"] == "ping":
+                        self._send({"type": "pong", "id": message["id"]})
+                    else:
+                        self._requests.put_nowait(message)
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        frame = messages.encode(message)
+        with self._send_lock, contextlib.suppress(OSError):
+            self._sock.sendall(frame)
+
+    def _run(self) -> None:
+        while True:
+            request = self._requests.get()
+            try:
+                answer = self._operations[request["type"]](request)
+                self._send({"type": "done", "id": request["id"], "result": answer})
+            except Exception as err:  # a boundary: any failure is an answer, and the loop goes on
+                _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
+                self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document()})
+
+    # --- operations (runner thread) ------------------------------------------------------------------------------------
+
+    def _open(self, request: messages.Message) -> dict[str, Any]:
+        if self._context is not None:
+            for segment in self._context.segments.values():
+                segment.close()
+            self._context = None
+        self._context = context_module.open_context(request["session"])
+        return {"generation": self._context.generation, "store": self._context.store_address}
+
+    def _opened(self) -> context_module.Context:
+        if self._context is None:
+            raise InternalError("the executor has no session")
+        return self._context
+
+    def _persist(self, request: messages.Message) -> dict[str, Any]:
+        context = self._opened()
+        wanted = persist.Request.from_document(request["save"])
+        if wanted.destination and wanted.destination.get("writer") and wanted.persist:
+            from pillion_sidecar.executor import plugin  # torch.distributed.checkpoint
+
+            return plugin.persist(context, wanted)
+        outcome = persist.persist(context, wanted)
+        if not wanted.persist:
+            self._digest({"slot": wanted.slot, "step": wanted.step})
+        return outcome
+
+    def _digest(self, request: messages.Message) -> dict[str, Any]:
+        """Frame and digest a slot of every local rank, so that a restore from the arena can be verified."""
+        context = self._opened()
+        for segment in context.segments.values():
+            picture = context.reader.read(segment, int(request["slot"]), step=int(request["step"]))
+            images.digest_all(images.frame(picture))
+        return {}
+
+    def _withdraw(self, request: messages.Message) -> dict[str, Any]:
+        error = ErrorDocument.from_document(request["error"])
+        persist.withdraw(self._opened(), int(request["step"]), error, persist=bool(request["persist"]))
+        return {}
+
+    def _load(self, request: messages.Message) -> dict[str, Any]:
+        def progress(event: Mapping[str, Any]) -> None:
+            self._send({**event, "event": True})
+
+        return load.load(self._opened(), load.Request.from_document(request["load"]), progress)
+
+
+def _document(err: Exception) -> ErrorDocument:
+    if isinstance(err, PillionError):
+        return ErrorDocument.from_exception(err)
+    text = "".join(traceback.format_exception(err))
+    failure = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text)
+    return ErrorDocument("SaveError", "the executor failed", {-1: failure})
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its supervisor decides when it ends: a SIGTERM to the whole group must not cut a drain short.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log.configure(sys.argv[2])
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
+    for name in filter(None, os.environ.get("PILLION_PRELOAD", "").split(",")):
+        importlib.import_module(name)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    worker = Worker(sock)
+    worker.serve()
+    # Daemon threads may be in a write that never returns: the supervisor is gone, nobody waits for them.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""
+Loads of one pod: wait for every local rank to ask, lend a slot, run the executor, pass its progress on.
+
+Called from: the supervisor. A load is collective: one rank that never asks fails it for all at a bound, with its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
+from pillion.wire import messages
+from pillion_sidecar.arena.slots import Save
+from pillion_sidecar.control import Client
+
+if TYPE_CHECKING:
+    from pillion_sidecar.supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
+
+
+class Loads:
+    """See the module."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._asked: dict[int, tuple[Client, messages.Message]] = {}
+        self._running: dict[int, tuple[Client, messages.Message]] = {}
+        self._reading: set[int] = set()
+        """Ranks that still copy from a slot."""
+        self._pinned: list[Save] = []
+        self._lent: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._slot_free = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, client: Client, message: messages.Message) -> None:
+        """
+        A rank wants to load.
+
+        Raises:
+            UsageError: it asks for another step than its peers.
+        """
+        for other, asked in self._asked.values():
+            if asked.get("step") != message.get("step"):
+                raise UsageError(
+                    f"rank {client.rank} loads step {message.get('step')}, rank {other.rank} step {asked.get('step')}"
+                )
+        self._asked[client.rank] = (client, message)
+        pod = self._supervisor.pod
+        if pod is None:
+            raise UsageError("no session is open")
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._supervisor.settings.peer_timeout_s, self._timeout)
+        if set(self._asked) == set(pod.segments):
+            self._timer.cancel()
+            self._timer = None
+            ready, self._asked = self._asked, {}
+            task = asyncio.create_task(self._run(ready))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _timeout(self) -> None:
+        self._timer = None
+        pod = self._supervisor.pod
+        asked, self._asked = self._asked, {}
+        missing = sorted(set(pod.segments if pod is not None else ()) - set(asked))
+        waited = self._supervisor.settings.peer_timeout_s
+        error = LoadError(f"ranks {missing} did not ask to load within {waited:.1f} s; load is called on all ranks")
+        for client, message in asked.values():
+            client.refuse(message, error)
+
+    def rank_lost(self, rank: int) -> None:
+        self._asked.pop(rank, None)
+        self.done(rank)
+
+    def done(self, rank: int) -> None:
+        """A rank has copied all it wanted; the last one releases the slots."""
+        self._reading.discard(rank)
+        if not self._reading:
+            self._release()
+
+    def slot_released(self) -> None:
+        self._slot_free.set()
+
+    def progress(self, event: messages.Message) -> None:
+        """An event of the executor for one rank."""
+        entry = self._running.get(int(event.get("rank", -1)))
+        if entry is not None:
+            client, message = entry
+            client.answer(message, {k: v for k, v in event.items() if k != "event"})
+
+    async def _run(self, asked: dict[int, tuple[Client, messages.Message]]) -> None:
+        supervisor = self._supervisor
+        pod = supervisor.pod
+        try:
+            if pod is None:
+                raise UsageError("no session is open")
+            # A save in flight may be the newest: it is finished first.
+            await supervisor.quiet(supervisor.settings.persist_timeout_s)
+            self._release()
+            # First the slot, then the pins: with two slots the older snapshot has to make room.
+            self._lent = await self._lend()
+            self._pinned = pod.table.pin()
+            pod.reset(self._lent)
+            self._running = asked
+            self._reading = set(asked)
+            first = next(iter(asked.values()))[1]
+            result = await supervisor.operations.load(
+                pod,
+                {
+                    "step": messages.optional_field(first, "step", int),
+                    "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
+                    "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
+                    "spare_slot": self._lent,
+                },
+            )
+            self._answer(asked, result)
+        except PillionError as err:
+            self._fail(asked, ErrorDocument.from_exception(err))
+        except Exception as err:  # a boundary: the trainers wait for an answer
+            _log.exception("a load failed")
+            self._fail(asked, ErrorDocument("LoadError", f"{type(err).__name__}: {err}"))
+        finally:
+            self._running = {}
+
+    async def _lend(self) -> int:
+        supervisor = self._supervisor
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(supervisor.settings.peer_timeout_s):
+                while supervisor.pod is not None:
+                    self._slot_free.clear()
+                    slot = supervisor.pod.table.lend()
+                    if slot is not None:
+                        return slot
+                    await self._slot_free.wait()
+        raise LoadError(f"no slot became free to load into within {supervisor.settings.peer_timeout_s:.1f} s")
+
+    def _answer(self, asked: dict[int, tuple[Client, messages.Message]], result: dict[str, Any]) -> None:
+        metrics = self._supervisor.metrics
+        metrics.loads_arena += result["tier"] == "arena"
+        metrics.loads_storage += result["tier"] == "storage"
+        metrics.checkpoints_refused += len(result["refused"])
+        for where, why in result["refused"].items():
+            _log.error("refused the corrupt checkpoint %s: %s", where, why)
+        for rank, (client, message) in asked.items():
+            client.answer(
+                message,
+                {
+                    "type": "loaded",
+                    "step": result["step"],
+                    "tier": result["tier"],
+                    "path": result["path"],
+                    "refused": result["refused"],
+                    "opaque": result["opaque"].get(str(rank), {}),
+                },
+            )
+        _log.info("loaded step %s from %s", result["step"], result["tier"], extra={"step": result["step"]})
+
+    def _fail(self, asked: dict[int, tuple[Client, messages.Message]], error: ErrorDocument) -> None:
+        self._release()
+        for client, message in asked.values():
+            client.refuse(message, error)
+
+    def _release(self) -> None:
+        pod = self._supervisor.pod
+        if pod is None:
+            return
+        pod.table.unpin(self._pinned)
+        self._pinned = []
+        if self._lent is not None:
+            pod.table.give_back(self._lent)
+            self._lent = None

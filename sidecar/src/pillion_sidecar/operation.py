@@ -1,0 +1,157 @@
+"""
+Requests to the executor, and the executor's life: started before it is needed, opened for the session, replaced when it dies.
+
+Called from: the supervisor, one operation at a time (a lock keeps loads and saves apart).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from pillion.errors import ErrorDocument, PillionError
+from pillion.wire import messages
+from pillion_sidecar import settings
+from pillion_sidecar.arena.slots import Save
+from pillion_sidecar.executor.parent import Executor, ExecutorDied
+from pillion_sidecar.metrics import Metrics
+from pillion_sidecar.pod import Pod
+
+_log = logging.getLogger(__name__)
+
+
+class Operations:
+    """See the module."""
+
+    def __init__(
+        self, of: settings.Settings, metrics: Metrics, *, on_event: Callable[[messages.Message], None]
+    ) -> None:
+        self._settings = of
+        self._metrics = metrics
+        self._on_event = on_event
+        self._executor: Executor | None = None
+        self._opened: str | None = None
+        """The session that the living executor has open."""
+        self._opening: dict[str, Any] = {}
+        self._generation: int | None = None
+        """The session's generation: a successor goes on in it."""
+        self._generation_of: str | None = None
+        self._lock = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def executor_pid(self) -> int | None:
+        return self._executor.pid if self._executor is not None else None
+
+    async def prestart(self) -> None:
+        """Start the executor ahead of the first session, so that the first save finds it warm."""
+        async with self._lock:
+            await self._running()
+
+    def session(self, pod: Pod) -> None:
+        """A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save."""
+        task = asyncio.create_task(self._open_ahead(pod))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _open_ahead(self, pod: Pod) -> None:
+        try:
+            await self.open(pod)
+        except PillionError as err:
+            _log.warning("the executor could not open the session yet: %s", err)
+
+    async def open(self, pod: Pod) -> dict[str, Any]:
+        """
+        Have a running executor with this pod's session open; what it said (generation, store address).
+
+        Raises:
+            PillionError: why it could not; the executor is ended, and the next call starts a fresh one.
+        """
+        async with self._lock:
+            return await self._open(pod)
+
+    async def _running(self) -> Executor:
+        if self._executor is not None and self._executor.pid is not None:
+            return self._executor
+        if self._executor is not None:
+            await self._executor.stop()
+            self._metrics.executor_restarts += 1
+        self._opened = None
+        self._executor = Executor(
+            log_level=self._settings.log_level,
+            ping_timeout_s=self._settings.ping_timeout_s,
+            on_event=self._on_event,
+        )
+        await self._executor.start()
+        return self._executor
+
+    async def _open(self, pod: Pod) -> dict[str, Any]:
+        executor = await self._running()
+        session = pod.identity.session
+        if self._opened == session:
+            return self._opening
+        known = self._generation if self._generation_of == session else None
+        document = pod.session_document(
+            peer_timeout_s=self._settings.peer_timeout_s,
+            persist_timeout_s=self._settings.persist_timeout_s,
+            write_threads=self._settings.write_threads,
+            generation=known,
+        )
+        try:
+            self._opening = await executor.request({"type": "open", "session": document})
+        except PillionError:
+            # Half open is not open: the next save starts from a fresh process.
+            await executor.stop()
+            raise
+        self._opened = session
+        self._generation, self._generation_of = int(self._opening["generation"]), session
+        return self._opening
+
+    async def persist(self, pod: Pod, save: Save) -> dict[str, Any]:
+        """
+        Run one save.
+
+        Raises:
+            ExecutorDied: nothing is known of the save; a successor may repeat it.
+            SaveError: it failed.
+        """
+        request = {
+            "step": save.step,
+            "slot": save.slot,
+            "persist": save.persist,
+            "destination": save.destination,
+            "sequence": save.step + 1 if save.destination else 0,
+        }
+        return await self._run(pod, {"type": "persist", "save": request})
+
+    async def load(self, pod: Pod, request: dict[str, Any]) -> dict[str, Any]:
+        """
+        Run one load.
+
+        Raises:
+            ExecutorDied, LoadError.
+        """
+        return await self._run(pod, {"type": "load", "load": request})
+
+    async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
+        """Tell the other pods that this one has no part in `step`."""
+        try:
+            await self._run(pod, {"type": "withdraw", "step": step, "persist": persist, "error": error.to_document()})
+        except PillionError as err:
+            _log.info("step %d was withdrawn: %s", step, err)
+
+    async def _run(self, pod: Pod, message: dict[str, Any]) -> dict[str, Any]:
+        async with self._lock:
+            await self._open(pod)
+            executor = self._executor
+            if executor is None:
+                raise ExecutorDied("the executor is not running")
+            return await executor.request(message)
+
+    async def stop(self) -> None:
+        for task in list(self._background):
+            task.cancel()
+        if self._executor is not None:
+            await self._executor.stop()

@@ -1,0 +1,271 @@
+"""
+The arena of one pod under one session: segments, slot table, and who the ranks are. Called from: the supervisor.
+
+Everything here is quick and synchronous, except growing a segment, which the supervisor runs in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion.errors import ArenaExhausted
+from pillion.wire import arena, messages, names, policy
+from pillion_sidecar.arena.segment import Segment
+from pillion_sidecar.arena.slots import Phase, Save, SlotTable
+
+_log = logging.getLogger(__name__)
+
+STRIDE_STEP_BYTES: Final = 2 * 1024**2
+"""Slots begin at multiples of a huge page, should the tmpfs use them."""
+DEFAULT_LIMIT_SHARE: Final = 0.5
+"""Without staging.sizeLimit the arena may take this share of its tmpfs: the kernel's own default for a tmpfs is half of memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who this pod's ranks are, from the first hello of a session."""
+
+    session: str
+    run_id: str
+    attempt: int
+    world_size: int
+    pods: tuple[tuple[int, ...], ...]
+    local_ranks: tuple[int, ...]
+    root: str
+    store_mode: str | None
+    store: tuple[str, int] | None
+
+    @classmethod
+    def from_hello(cls, message: messages.Message, *, root: str) -> Identity:
+        """
+        Raises:
+            BadFrame: the hello contradicts itself.
+        """
+        rank = messages.field(message, "rank", int)
+        pods = messages.field(message, "pods", list)
+        try:
+            parsed = tuple(tuple(int(r) for r in pod) for pod in pods)
+            local = next(pod for pod in parsed if rank in pod)
+        except (TypeError, ValueError, StopIteration) as err:
+            raise messages.BadFrame(f"hello: rank {rank} is in none of the pods {pods!r:.200}") from err
+        world_size = messages.field(message, "world_size", int)
+        if sorted(r for pod in parsed for r in pod) != list(range(world_size)):
+            raise messages.BadFrame(
+                f"hello: the pods {pods!r:.200} do not hold the ranks 0 to {world_size - 1} once each"
+            )
+        session = messages.field(message, "session", str)
+        if len(session) != 32 or not set(session) <= set("0123456789abcdef"):
+            raise messages.BadFrame("hello: the session must be 32 hex digits")
+        store = messages.optional_field(message, "store", list)
+        return cls(
+            session=session,
+            run_id=messages.field(message, "run_id", str),
+            attempt=messages.field(message, "attempt", int, 0),
+            world_size=world_size,
+            pods=parsed,
+            local_ranks=local,
+            root=root,
+            store_mode=messages.optional_field(message, "store_mode", str),
+            store=(str(store[0]), int(store[1])) if store else None,
+        )
+
+
+class Pod:
+    """
+    The arena of the pod.
+
+    Owns: the segment files of its local ranks; `remove` unlinks them.
+    """
+
+    def __init__(self, runtime_dir: str, identity: Identity, of: policy.Policy) -> None:
+        self.runtime_dir = runtime_dir
+        self.identity = identity
+        self.policy = of
+        self.limit_bytes = _limit(runtime_dir, of)
+        self.segments: dict[int, Segment] = {}
+        self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap)
+        stride = -(-self.limit_bytes // STRIDE_STEP_BYTES) * STRIDE_STEP_BYTES + STRIDE_STEP_BYTES
+        for index, rank in enumerate(identity.local_ranks):
+            path = os.path.join(runtime_dir, names.segment_file(index))
+            self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
+        self.adopted = self._adopt_saves()
+
+    def _adopt_or_create(self, path: str, num_slots: int, stride_bytes: int) -> Segment:
+        try:
+            found = Segment.attach(path)
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as err:
+            _log.warning("the segment %s cannot be adopted: %s", path, err)
+        else:
+            if (found.header.num_slots, found.header.stride_bytes) == (num_slots, stride_bytes):
+                return found
+            found.close()
+        return Segment.create(path, num_slots=num_slots, stride_bytes=stride_bytes)
+
+    def _adopt_saves(self) -> list[Save]:
+        """Whole snapshots found in the arena, oldest first; torn slots are freed."""
+        found = []
+        ranks = self.identity.local_ranks
+        for slot in range(self.policy.staging.slots):
+            headers: dict[int, arena.SlotHeader] = {}
+            for rank in ranks:
+                with contextlib.suppress(ValueError):
+                    headers[rank] = self.segments[rank].read_header(slot)
+            first = headers.get(ranks[0])
+            whole = first is not None and all(
+                rank in headers
+                and headers[rank].state in (arena.SlotState.SEALED, arena.SlotState.PERSISTING)
+                and headers[rank].step == first.step
+                and headers[rank].rank == rank
+                and headers[rank].session == first.session
+                for rank in ranks
+            )
+            if not whole or first is None:
+                for rank in ranks:
+                    self._reset(rank, slot)
+                continue
+            for rank in ranks:
+                self.segments[rank].write_state(slot, arena.SlotState.SEALED)
+            persisted = all(arena.Flag.PERSISTED in headers[rank].flags for rank in ranks)
+            snapshot = any(arena.Flag.SNAPSHOT in headers[rank].flags for rank in ranks)
+            save = Save(first.step, slot, 0, persist=not snapshot, destination=None, sealed=set(ranks))
+            save.phase = Phase.DONE if persisted or snapshot else Phase.COMPLETE
+            save.persisted = persisted
+            found.append((first.sealed_ns, save))
+        saves = [save for _, save in sorted(found, key=lambda entry: entry[0])]
+        self.table.adopt(saves)
+        return saves
+
+    # --- slots -----------------------------------------------------------------------------------------------------
+
+    def grow(self, rank: int, slot: int, room_bytes: int) -> int:
+        """
+        Give a rank's slot at least `room_bytes`; its capacity. Runs in a thread.
+
+        Raises:
+            ArenaExhausted: over the policy's limit for the pod, or the tmpfs is full.
+        """
+        segment = self.segments[rank]
+        have = segment.capacity_bytes(slot)
+        if room_bytes <= have:
+            return have
+        used = sum(s.capacity_bytes(i) for s in self.segments.values() for i in range(s.header.num_slots))
+        if used - have + room_bytes > self.limit_bytes:
+            raise ArenaExhausted(
+                needed_bytes=room_bytes,
+                available_bytes=max(0, self.limit_bytes - used + have),
+                detail=f"the pod's limit is {self.limit_bytes} bytes for {len(self.segments)} ranks with"
+                f" {self.policy.staging.slots} slots each",
+            )
+        return segment.grow(slot, room_bytes)
+
+    def begin_fill(self, rank: int, slot: int, *, persist: bool) -> None:
+        """Mark a rank's slot as being filled, under a new sequence."""
+        segment = self.segments[rank]
+        try:
+            before = segment.read_header(slot)
+        except ValueError:
+            before = arena.SlotHeader(state=arena.SlotState.FREE)
+        if before.state is arena.SlotState.FILLING:
+            before = dataclasses.replace(before, layout_digest=bytes(16), framed_digest=bytes(16))
+        segment.write_header(
+            slot,
+            dataclasses.replace(
+                before,
+                state=arena.SlotState.FILLING,
+                flags=arena.Flag.NONE if persist else arena.Flag.SNAPSHOT,
+                sequence=before.sequence + 1,
+                digests_for=0,
+            ),
+        )
+
+    def _reset(self, rank: int, slot: int) -> None:
+        """Free a slot and forget what its image held."""
+        segment = self.segments[rank]
+        sequence = 0
+        with contextlib.suppress(ValueError):
+            sequence = segment.read_header(slot).sequence
+        segment.write_header(slot, arena.SlotHeader(state=arena.SlotState.FREE, sequence=sequence))
+
+    def reset(self, slot: int) -> None:
+        for rank in self.segments:
+            self._reset(rank, slot)
+
+    def mark(self, save: Save, state: arena.SlotState, *, persisted: bool = False) -> None:
+        """Write a save's state into its slots, for whoever finds the arena after us."""
+        for segment in self.segments.values():
+            header = segment.read_header(save.slot)
+            if header.step != save.step:
+                continue
+            flags = header.flags | arena.Flag.PERSISTED if persisted else header.flags
+            segment.write_header(save.slot, dataclasses.replace(header, state=state, flags=flags))
+
+    def session_document(
+        self, *, peer_timeout_s: float, persist_timeout_s: float, write_threads: int, generation: int | None
+    ) -> dict[str, Any]:
+        """What the executor needs to open this session."""
+        identity = self.identity
+        store: Mapping[str, Any] | None = None
+        if identity.store_mode is not None:
+            host, port = identity.store or (os.environ.get("PILLION_POD_IP", "127.0.0.1"), 0)
+            store = {"mode": identity.store_mode, "host": host, "port": port}
+        return {
+            "session": identity.session,
+            "run_id": identity.run_id,
+            "world_size": identity.world_size,
+            "pods": identity.pods,
+            "local_ranks": identity.local_ranks,
+            "root": identity.root,
+            "store": store,
+            "segments": {str(rank): segment.path for rank, segment in self.segments.items()},
+            "policy": policy.dump(self.policy),
+            "peer_timeout_s": peer_timeout_s,
+            "persist_timeout_s": persist_timeout_s,
+            "write_threads": write_threads,
+            "generation": generation,
+        }
+
+    def close(self) -> None:
+        for segment in self.segments.values():
+            segment.close()
+
+    def remove(self) -> None:
+        """Unlink the arena: everything in it is on storage, or was given up."""
+        paths = [segment.path for segment in self.segments.values()]
+        self.close()
+        for path in paths:
+            for name in (path, f"{path}.opaque"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+
+def _limit(runtime_dir: str, of: policy.Policy) -> int:
+    if of.staging.size_limit_bytes is not None:
+        return of.staging.size_limit_bytes
+    stats = os.statvfs(runtime_dir)
+    return int(stats.f_blocks * stats.f_frsize * DEFAULT_LIMIT_SHARE)
+
+
+def check_root(root: str) -> list[str]:
+    """
+    Problems of a root, told before the first save needs it: not writable, or without an atomic rename.
+    """
+    probe = os.path.join(root, names.INTERNAL_DIR, f"probe-{os.getpid()}")
+    try:
+        os.makedirs(os.path.dirname(probe), exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"pillion")
+        os.rename(probe, f"{probe}.renamed")
+        os.unlink(f"{probe}.renamed")
+    except OSError as err:
+        return [
+            f"the root {root} cannot be used: {err.strerror} ({err.filename}); a writable directory with rename is needed"
+        ]
+    return []

@@ -1,0 +1,137 @@
+"""
+The sidecar's settings: one frozen value, read from flags and environment in one place.
+
+Called from: `__main__`. A flag wins over its environment variable, which wins over the default. Every bound of the sidecar is
+here with its unit and its reason; all problems are reported together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from pillion.errors import SettingsError
+from pillion.wire import names, policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one sidecar runs with."""
+
+    runtime_dir: str = field(metadata={"env": names.ENV_RUNTIME_DIR})
+    """Folder of the arena and of the control socket; a tmpfs shared with the trainer."""
+    root: str = field(default="", metadata={"env": names.ENV_ROOT})
+    """Where checkpoints go. Empty: the trainer's hello says it (a run without a cluster)."""
+    policy: str = field(default="", metadata={"env": names.ENV_POLICY})
+    """The CheckpointPolicy: a JSON document, or the path of a YAML or JSON file. Empty: the hello's, or the defaults."""
+    embedded: bool = field(default=False, metadata={"env": "PILLION_EMBEDDED"})
+    """Started by the trainer: ends by itself when the trainer is gone for `linger_s`, and then removes its arena."""
+    peer_timeout_s: float = field(default=120.0, metadata={"env": names.ENV_PEER_TIMEOUT_S})
+    """Bound for every rank to arrive at a phase (seal, plan, outcome). Ranks of one step are seconds apart; a pod that is gone
+    is noticed by the job itself within its own collective timeout."""
+    persist_timeout_s: float = field(default=1800.0, metadata={"env": "PILLION_PERSIST_TIMEOUT_S"})
+    """Bound for one pod to write its part: 96 GiB at 50 MB/s."""
+    ping_timeout_s: float = field(default=30.0, metadata={"env": "PILLION_PING_TIMEOUT_S"})
+    """An executor that answers no ping for this long hangs, and is replaced. It answers from a thread of its own, so that only a
+    stopped or thrashing process is late."""
+    linger_s: float = field(default=120.0, metadata={"env": names.ENV_LINGER_S})
+    """How long an embedded sidecar keeps the arena for trainers that died: torchrun restarts its workers in seconds."""
+    write_threads: int = field(default=2, metadata={"env": "PILLION_WRITE_THREADS"})
+    """Direct writes in flight for each file; two keep an NVMe disk busy (docs/performance.md)."""
+    log_level: str = field(default="INFO", metadata={"env": names.ENV_LOG_LEVEL})
+    """DEBUG, INFO, WARNING or ERROR."""
+
+
+def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """
+    Read flags and environment.
+
+    Raises:
+        SettingsError: everything that is wrong, at once.
+        SystemExit: a flag that does not exist, or --help (argparse's own words).
+    """
+    parser = argparse.ArgumentParser(prog="pillion-sidecar run", description="Run the sidecar of one pod.")
+    for each in fields(Settings):
+        flag = "--" + each.name.replace("_", "-")
+        help_text = f"environment: {each.metadata['env']}"
+        if each.type == "bool":
+            parser.add_argument(flag, action="store_const", const="true", help=help_text)
+        else:
+            parser.add_argument(flag, metavar=each.name.upper(), help=help_text)
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for each in fields(Settings):
+        text = given[each.name] if given[each.name] is not None else environ.get(each.metadata["env"])
+        if text is None or text == "":
+            if each.name == "runtime_dir":
+                problems.append(f"--runtime-dir ({each.metadata['env']}) is missing: a folder on a tmpfs is needed")
+            continue
+        try:
+            values[each.name] = _convert(str(each.type), text)
+        except ValueError:
+            problems.append(f"{each.metadata['env']}={text!r}: {_ALLOWED[str(each.type)]} is allowed")
+    level = values.get("log_level", "INFO")
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        problems.append(f"{names.ENV_LOG_LEVEL}={level!r}: DEBUG, INFO, WARNING or ERROR is allowed")
+    if problems:
+        raise SettingsError(problems)
+    return Settings(**values)
+
+
+_ALLOWED = {
+    "float": "a number of seconds above 0",
+    "int": "a whole number above 0",
+    "bool": "true or false",
+    "str": "text",
+}
+
+
+def _convert(kind: str, text: str) -> object:
+    if kind == "bool":
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+    if kind in ("float", "int"):
+        number = float(text) if kind == "float" else int(text)
+        if not 0 < number < float("inf"):
+            raise ValueError(text)
+        return number
+    return text
+
+
+def read_policy(source: Mapping[str, object] | str | None) -> policy.Policy:
+    """
+    A policy from a document, a JSON text or a file's path.
+
+    Raises:
+        SettingsError: the file cannot be read, or the policy is wrong; every problem at once.
+    """
+    document: object = source or {}
+    if isinstance(source, str) and source:
+        text, origin = source, "the policy"
+        if not source.lstrip().startswith("{"):
+            origin = source
+            try:
+                with open(source, encoding="utf-8") as file:
+                    text = file.read()
+            except OSError as err:
+                raise SettingsError(
+                    [f"the policy file {source} cannot be read: {os.strerror(err.errno or 0)}"]
+                ) from err
+        try:
+            document = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as err:
+            raise SettingsError([f"{origin} is neither JSON nor YAML: {err}"]) from err
+    if not isinstance(document, Mapping):
+        raise SettingsError([f"the policy must be an object, not {type(document).__name__}"])
+    try:
+        return policy.parse(document, embedded=True)
+    except policy.PolicyError as err:
+        raise SettingsError([str(problem) for problem in err.problems]) from err

@@ -1,0 +1,48 @@
+"""
+The few opcodes of pickle protocol 2 that our two pickles are made of: `data.pkl` in each archive, and `.metadata`.
+
+This is the whole of how a value becomes opcodes; the modules `archive` and `dcp_metadata` call it and put them in
+order. Every opcode here is known to torch's restricted unpickler (`weights_only=True`), which takes a part of protocol
+2 only. It must never pickle an object by asking the object.
+
+Source: Lib/pickletools.py of CPython; torch/_weights_only_unpickler.py of torch 2.6 and 2.15.
+"""
+
+
+def push_int(value: int) -> bytes:
+    """
+    The shortest opcode of pickle protocol 2 that pushes `value`; torch's restricted unpickler knows each of them.
+
+    Raises: OverflowError when `value` needs more than 255 bytes.
+    """
+    if 0 <= value <= 0xFF:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value <= 0xFFFF:
+        return b"M" + value.to_bytes(2, "little")
+    if -(2**31) <= value < 2**31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    num_bytes = value.bit_length() // 8 + 1
+    return b"\x8a" + num_bytes.to_bytes(1, "little") + value.to_bytes(num_bytes, "little", signed=True)
+
+
+def push_ints(values: tuple[int, ...]) -> bytes:
+    """The opcodes of pickle protocol 2 that push `values` as a tuple."""
+    items = b"".join(map(push_int, values))
+    match len(values):
+        case 0:
+            return b")"
+        case 1 | 2 | 3:
+            return items + (b"\x85", b"\x86", b"\x87")[len(values) - 1]
+        case _:
+            return b"(" + items + b"t"
+
+
+def push_str(value: str) -> bytes:
+    """The opcode of pickle protocol 2 that pushes `value`; lone surrogates pass, as the standard pickler lets them."""
+    encoded = value.encode("utf-8", "surrogatepass")
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def push_global(module: str, name: str) -> bytes:
+    """The opcode of pickle protocol 2 that pushes the object `module.name`."""
+    return f"c{module}\n{name}\n".encode("ascii")

@@ -1,0 +1,248 @@
+"""
+The whole of: the cadence of one rank, and the protocol between the deciding rank and the others, in virtual time.
+
+Called from: pytest.
+Must never: read a clock.
+"""
+
+import pytest
+
+from pillion import cadence
+from pillion.cadence import Due
+from pillion.errors import UsageError
+from pillion.wire import policy
+
+
+def a_rank(
+    *,
+    period_steps: int | None = None,
+    period_seconds: int | None = None,
+    snapshot_steps: int | None = None,
+    decides: bool = True,
+    lead_s: float = 1.0,
+) -> cadence.Cadence:
+    trigger = policy.Trigger(period_steps=period_steps, period_seconds=period_seconds, snapshot_steps=snapshot_steps)
+    return cadence.Cadence(trigger, decides=decides, lead_s=lead_s)
+
+
+def walk(rank: cadence.Cadence, first: int, last: int, *, step_s: float = 1.0) -> list[int]:
+    """Takes the steps from first to last, at step * step_s seconds each; the steps that were persisted."""
+    return [step for step in range(first, last + 1) if rank.due(step, step * step_s) is Due.PERSIST]
+
+
+def test_step_periods_are_multiples_and_persisting_wins() -> None:
+    """A multiple of the persist period is persisted, another multiple of the snapshot period is only staged."""
+    rank = a_rank(period_steps=6, snapshot_steps=2)
+    answers = {step: rank.due(step, float(step)) for step in range(1, 13)}
+    assert [step for step, answer in answers.items() if answer is Due.PERSIST] == [6, 12]
+    assert [step for step, answer in answers.items() if answer is Due.SNAPSHOT] == [2, 4, 8, 10]
+
+
+def test_step_zero_is_never_persisted() -> None:
+    """Before the first step there is nothing worth a checkpoint; a snapshot of it costs no storage."""
+    assert a_rank(period_steps=1).due(0, 0.0) is Due.NOT_DUE
+    assert a_rank(period_steps=2, snapshot_steps=1).due(0, 0.0) is Due.SNAPSHOT
+
+
+def test_without_a_period_nothing_is_ever_due() -> None:
+    """A run that names no period saves when its author calls save, and at no other time."""
+    rank = a_rank()
+    assert {rank.due(step, float(step)) for step in range(100)} == {Due.NOT_DUE}
+    assert rank.proposal(99, 1e9) is None
+
+
+def test_the_period_is_proposed_once_and_far_enough_ahead() -> None:
+    """When the period is over, the deciding rank names one step that lies the lead ahead, and says it once."""
+    rank = a_rank(period_seconds=10, lead_s=3.5)
+    walk(rank, 1, 10)
+    assert rank.proposal(10, 10.0) is None
+    rank.due(11, 11.0)
+    assert rank.proposal(11, 11.0) == 15
+    assert rank.proposal(11, 11.0) is None
+    rank.due(12, 12.0)
+    assert rank.proposal(12, 12.0) is None
+
+
+def test_the_lead_is_two_steps_when_steps_are_long() -> None:
+    """Steps that are longer than the lead still leave two of them for a message to arrive."""
+    rank = a_rank(period_seconds=10, lead_s=0.5)
+    walk(rank, 1, 2, step_s=60.0)
+    assert rank.proposal(2, 120.0) == 4
+
+
+def test_an_announced_step_is_persisted_and_starts_the_period_again() -> None:
+    """At the accepted step the answer is persist, and the next proposal comes a whole period after it."""
+    rank = a_rank(period_seconds=10)
+    walk(rank, 1, 11)
+    target = rank.proposal(11, 11.0)
+    assert target == 13
+    assert rank.announce(target)
+    assert walk(rank, 12, 22) == [13]
+    assert rank.proposal(22, 22.9) is None
+    assert rank.proposal(22, 23.0) is not None
+
+
+def test_a_persisted_save_by_steps_starts_the_period_of_time_again() -> None:
+    """With both periods set, time counts from the last persisted save, whoever asked for it."""
+    rank = a_rank(period_seconds=10)
+    walk(rank, 1, 9)
+    rank.saved(9, 9.0)
+    walk(rank, 10, 18)
+    assert rank.proposal(18, 18.0) is None
+    rank.due(19, 19.0)
+    assert rank.proposal(19, 19.0) == 21
+
+
+def test_a_rank_past_the_announced_step_declines() -> None:
+    """A rank that has answered for a step does not take that answer back."""
+    rank = a_rank(decides=False)
+    walk(rank, 1, 5)
+    assert not rank.announce(5)
+    assert rank.due(5, 5.0) is Due.NOT_DUE
+    assert rank.announce(6)
+    assert walk(rank, 6, 7) == [6]
+
+
+def test_a_rank_that_has_not_begun_declines() -> None:
+    """Before its first step a rank cannot know whether the announced one is ahead of it."""
+    rank = a_rank(decides=False, period_steps=5)
+    assert not rank.announce(5)
+    assert not rank.announce(7)
+
+
+def test_an_announcement_that_comes_twice_is_answered_alike() -> None:
+    """A repeated announcement of a step that was persisted is not a decline."""
+    rank = a_rank(decides=False)
+    rank.due(1, 1.0)
+    assert rank.announce(3)
+    assert walk(rank, 2, 5) == [3]
+    assert rank.announce(3)
+
+
+def test_a_declined_step_is_proposed_again_twice_as_far() -> None:
+    """After a decline the next proposal is immediate and its lead doubles, until one holds."""
+    rank = a_rank(period_seconds=10, lead_s=3.0)
+    walk(rank, 1, 11)
+    assert rank.proposal(11, 11.0) == 14
+    rank.declined(14)
+    assert rank.proposal(11, 11.0) == 17
+    rank.declined(14)
+    assert rank.proposal(11, 11.0) is None
+    rank.declined(17)
+    assert rank.proposal(11, 11.0) == 23
+    assert rank.announce(23)
+    assert walk(rank, 12, 33) == [23]
+    assert rank.proposal(33, 33.0) == 36
+
+
+def test_a_decline_after_the_save_was_taken_asks_for_another_one() -> None:
+    """A save that a rank declined is incomplete: when the decline comes late, a new step is proposed at once."""
+    rank = a_rank(lead_s=3.0)
+    walk(rank, 1, 2)
+    rank.request_save()
+    target = rank.proposal(2, 2.0)
+    assert target == 5
+    assert rank.announce(target)
+    assert walk(rank, 3, 6) == [5]
+    rank.declined(5)
+    assert rank.proposal(6, 6.0) == 12
+    rank.declined(5)
+    assert rank.proposal(6, 6.0) is None
+
+
+def test_a_withdrawn_step_is_not_persisted() -> None:
+    """A rank that accepted a step another rank declined skips it when it hears so in time, and says when it did not."""
+    rank = a_rank(decides=False)
+    rank.due(1, 1.0)
+    assert rank.announce(3)
+    assert rank.withdraw(3)
+    assert rank.announce(4)
+    assert walk(rank, 2, 4) == [4]
+    assert not rank.withdraw(4)
+
+
+def test_a_lost_announcement_is_proposed_again() -> None:
+    """The deciding rank that walks past its own proposal without being told of it proposes another step."""
+    rank = a_rank(period_seconds=10)
+    walk(rank, 1, 11)
+    assert rank.proposal(11, 11.0) == 13
+    walk(rank, 12, 13)
+    assert rank.proposal(13, 13.0) == 17
+
+
+def test_a_request_makes_the_next_proposal_immediate() -> None:
+    """Save-now needs no period, and one save answers it."""
+    rank = a_rank()
+    walk(rank, 1, 4)
+    assert rank.proposal(4, 4.0) is None
+    rank.request_save()
+    target = rank.proposal(4, 4.0)
+    assert target == 6
+    assert rank.announce(target)
+    assert walk(rank, 5, 9) == [6]
+    rank.saved(6, 8.0)
+    assert rank.proposal(9, 9.0) is None
+
+
+def test_a_request_is_not_answered_by_an_older_save() -> None:
+    """The report of a save that is older than the request leaves the request standing."""
+    rank = a_rank()
+    walk(rank, 1, 4)
+    rank.request_save()
+    rank.saved(2, 4.5)
+    assert rank.proposal(4, 4.5) == 6
+
+
+def test_only_the_deciding_rank_proposes() -> None:
+    """A rank that does not decide proposes nothing, and a request made to it is an error."""
+    rank = a_rank(period_seconds=1, decides=False)
+    walk(rank, 1, 100)
+    assert rank.proposal(100, 1000.0) is None
+    with pytest.raises(UsageError):
+        rank.request_save()
+
+
+def test_a_step_asked_about_twice_is_answered_alike() -> None:
+    """An announcement between two questions about one step does not change the answer, and no time is learned."""
+    rank = a_rank(period_steps=4, period_seconds=10)
+    walk(rank, 1, 5)
+    assert not rank.announce(5)
+    assert rank.due(5, 500.0) is Due.NOT_DUE
+    assert rank.due(4, 501.0) is Due.PERSIST
+
+
+def test_one_long_step_barely_shortens_the_lead() -> None:
+    """A stall of a minute among steps of a second leaves the lead as many steps as before, give or take one."""
+    rank = a_rank(lead_s=10.0)
+    walk(rank, 1, 20)
+    rank.due(21, 81.0)
+    rank.request_save()
+    assert rank.proposal(21, 81.0) in (21 + 9, 21 + 10)
+
+
+def test_a_loop_that_asks_at_every_tenth_step_meets_its_target() -> None:
+    """The proposed step is one that the loop will ask about."""
+    rank = a_rank(lead_s=1.0)
+    for step in (10, 20, 30):
+        rank.due(step, float(step))
+    rank.request_save()
+    assert rank.proposal(30, 30.0) == 50
+
+
+def test_after_a_rollback_the_proposed_step_is_new_to_everyone() -> None:
+    """A rank that went back to an older step proposes one beyond all that it was asked about, so none declines."""
+    rank = a_rank()
+    walk(rank, 1, 50)
+    rank.due(20, 51.0)
+    rank.request_save()
+    target = rank.proposal(20, 51.0)
+    assert target is not None
+    assert target > 50
+    assert rank.announce(target)
+
+
+@pytest.mark.parametrize("lead_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_lead_that_is_no_time_is_refused(lead_s: float) -> None:
+    """The lead is a positive, finite number of seconds."""
+    with pytest.raises(UsageError, match="lead_s"):
+        a_rank(lead_s=lead_s)
