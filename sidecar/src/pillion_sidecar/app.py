@@ -3,7 +3,9 @@ One sidecar process: lock, server, supervisor, signals, and the order in which t
 
 Called from: `__main__`. The only place where the parts meet.
 
-    SIGTERM, SIGINT      drain: the newest snapshot and all that is queued, within the policy's drain.timeoutSeconds; then exit
+    SIGUSR1              save now: the trainers save at the next step that all of them have ahead of them
+    SIGTERM, SIGINT      save now, then drain: the newest snapshot and all that is queued, within the policy's
+                         drain.timeoutSeconds; then exit
     last goodbye         an embedded sidecar exits and removes its arena
     trainers gone        an embedded sidecar keeps the arena for `linger_s`, then exits likewise
 """
@@ -22,7 +24,7 @@ import time
 from enum import IntEnum
 from typing import Final
 
-from pillion.wire import names
+from pillion.wire import names, policy
 from pillion_sidecar import control
 from pillion_sidecar.settings import Settings
 from pillion_sidecar.supervisor import Supervisor
@@ -31,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 IDLE_CHECK_S: Final = 0.1
 """How often an embedded sidecar looks whether it is needed: a torchrun job's end waits for nothing here."""
+LAST_SAVE_S: Final = 10.0
+"""How long a drain waits for living trainers to make one more save: a few of their steps. The newest snapshot goes anyway."""
 NICE: Final = 5
 """Above the executor's, below the trainer's."""
 
@@ -70,6 +74,8 @@ async def run(settings: Settings) -> Exit:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    asked: set[asyncio.Task[None]] = set()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: asked.add(loop.create_task(supervisor.save_now())))
     removable = False
     try:
         await supervisor.start()
@@ -110,8 +116,15 @@ async def _drain(supervisor: Supervisor) -> bool:
     pod = supervisor.pod
     if pod is None:
         return True
+    deadline = time.monotonic() + pod.policy.drain.timeout_seconds
+    if supervisor.clients and pod.policy.trigger.on_termination is policy.OnTermination.SAVE:
+        before = supervisor.metrics.last_committed_step
+        await supervisor.save_now()
+        grace = min(deadline, time.monotonic() + LAST_SAVE_S)
+        while supervisor.clients and time.monotonic() < grace and supervisor.metrics.last_committed_step == before:
+            await asyncio.sleep(IDLE_CHECK_S)
     supervisor.rescue()
-    drained = await supervisor.quiet(pod.policy.drain.timeout_seconds)
+    drained = await supervisor.quiet(max(0.0, deadline - time.monotonic()))
     newest = pod.table.newest_complete()
     if not drained or (newest is not None and newest.persist and not newest.persisted):
         _log.error("ends with step %s not on storage; the arena keeps it", newest.step if newest is not None else None)

@@ -142,6 +142,17 @@ class Operations:
         except PillionError as err:
             _log.info("step %d was withdrawn: %s", step, err)
 
+    async def signal(self, pod: Pod, message: dict[str, Any]) -> None:
+        """Tell every pod of the job; lost when there is no way now: whoever needs it asks again."""
+        try:
+            if self._opened != pod.identity.session:
+                await self.open(pod)
+            if self._executor is not None:
+                # Not under the lock: a save may hold it for minutes.
+                await self._executor.request({"type": "signal", "message": message})
+        except PillionError as err:
+            _log.warning("other pods were not told %s: %s", message, err)
+
     async def _run(self, pod: Pod, message: dict[str, Any]) -> dict[str, Any]:
         async with self._lock:
             await self._open(pod)

@@ -94,6 +94,7 @@ class Pod:
         for index, rank in enumerate(identity.local_ranks):
             path = os.path.join(runtime_dir, names.segment_file(index))
             self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
+        self._remove_strangers()
         self.adopted = self._adopt_saves()
 
     def _adopt_or_create(self, path: str, num_slots: int, stride_bytes: int) -> Segment:
@@ -108,6 +109,14 @@ class Pod:
                 return found
             found.close()
         return Segment.create(path, num_slots=num_slots, stride_bytes=stride_bytes)
+
+    def _remove_strangers(self) -> None:
+        """Segments of local ranks that this session does not have (a smaller world): they would hold memory for nobody."""
+        own = {os.path.basename(segment.path) for segment in self.segments.values()}
+        for name in os.listdir(self.runtime_dir):
+            if name.startswith("segment-") and name not in own and name.removesuffix(".opaque") not in own:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.runtime_dir, name))
 
     def _adopt_saves(self) -> list[Save]:
         """Whole snapshots found in the arena, oldest first; torn slots are freed."""
@@ -124,6 +133,7 @@ class Pod:
                 and headers[rank].state in (arena.SlotState.SEALED, arena.SlotState.PERSISTING)
                 and headers[rank].step == first.step
                 and headers[rank].rank == rank
+                and headers[rank].world_size == self.identity.world_size
                 and headers[rank].session == first.session
                 for rank in ranks
             )

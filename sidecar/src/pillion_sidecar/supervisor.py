@@ -69,7 +69,7 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._quiet = asyncio.Condition()
         self._worker: asyncio.Task[None] | None = None
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._hello_lock = asyncio.Lock()
 
     async def start(self) -> None:
@@ -78,7 +78,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop working; what is sealed stays in the arena. Blocks: for the executor's ladder."""
-        for task in [self._worker, *self._farewells]:
+        for task in [self._worker, *self._tasks]:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -161,16 +161,16 @@ class Supervisor:
         elif kind == "latest":
             await self._latest(client, message)
         elif kind == "announce":
-            self._broadcast({"type": "announced", "step": messages.field(message, "step", int)})
+            await self.signal({"type": "announced", "step": messages.field(message, "step", int)})
         elif kind == "decline":
-            self._broadcast({"type": "declined", "step": messages.field(message, "step", int)})
+            await self.signal({"type": "declined", "step": messages.field(message, "step", int)})
         elif kind == "status":
             client.answer(message, self._status())
         elif kind == "goodbye":
             client.said_goodbye = True
             task = asyncio.create_task(self._farewell(client, message))
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         else:
             _log.debug("rank %d sent the unknown message %s", client.rank, kind)
 
@@ -306,8 +306,8 @@ class Supervisor:
         waiting, self._waiting = self._waiting, []
         for client, message in waiting:
             task = asyncio.get_running_loop().create_task(self._retry(client, message))
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         self.loads.slot_released()
 
     async def _retry(self, client: Client, message: messages.Message) -> None:
@@ -418,7 +418,36 @@ class Supervisor:
         self._broadcast({**outcome, "type": "committed", "step": save.step})
 
     def _on_executor_event(self, event: messages.Message) -> None:
-        self.loads.progress(event)
+        if event["type"] in ("load_begin", "load_progress"):
+            self.loads.progress(event)
+        else:
+            self._heard(event)
+
+    # --- announcements -----------------------------------------------------------------------------------------------
+
+    async def signal(self, message: dict[str, Any]) -> None:
+        """Tell all trainers of the job: those of this pod at once, those of others through the executor."""
+        pod = self.pod
+        if pod is None or len(pod.identity.pods) == 1:
+            self._heard(message)
+            return
+        # In the background: the executor may be busy, and this trainer's next message must not wait for it.
+        task = asyncio.create_task(self.operations.signal(pod, message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _heard(self, message: messages.Message) -> None:
+        if message["type"] == "save_now":
+            # Rank 0 decides at which step, so that all ranks save at the same one.
+            decider = self.clients.get(0)
+            if decider is not None:
+                decider.send({"type": "save_now"})
+            return
+        self._broadcast({"type": message["type"], "step": messages.field(message, "step", int)})
+
+    async def save_now(self) -> None:
+        """Have the trainers save at a step that all of them have ahead of them."""
+        await self.signal({"type": "save_now"})
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 

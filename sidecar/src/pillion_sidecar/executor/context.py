@@ -48,6 +48,8 @@ class Context:
     """Coordinator: the last `.metadata`, which is the same as long as plan and lengths are."""
     finished_phases: list[str] = field(default_factory=list)
     """Phases of the last save, forgotten when every pod has arrived at the next one."""
+    signal_store: Any = None
+    """A client of its own for `signals`; None within one pod."""
     loads: int = 0
     """Loads of this session so far: all ranks load together, so the number is the same in every pod."""
 
@@ -79,6 +81,7 @@ def open_context(document: Mapping[str, Any]) -> Context:
     prefix = names.store_prefix(str(document["run_id"]), str(document["session"]))
     store = document["store"]
     address = None
+    signal_store = None
     between: exchange.Exchange
     if store is None:
         between = exchange.LocalExchange(local_ranks[0])
@@ -89,9 +92,11 @@ def open_context(document: Mapping[str, Any]) -> Context:
             keep, view = stores.host(str(store["host"]), prefix)
             address = (str(store["host"]), keep.port)
             between = stores.StoreExchange(view, keep, pods, local_ranks[0])
+            _, signal_store = stores.connect(*address, prefix)
         else:
             keep_client, view = stores.connect(str(store["host"]), int(store["port"]), prefix)
             between = stores.StoreExchange(view, keep_client, pods, local_ranks[0])
+            _, signal_store = stores.connect(str(store["host"]), int(store["port"]), prefix)
     segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
     of = policy.parse(document["policy"], embedded=True)
     context = Context(
@@ -110,6 +115,7 @@ def open_context(document: Mapping[str, Any]) -> Context:
         persist_timeout_s=float(document["persist_timeout_s"]),
         write_threads=int(document["write_threads"]),
         store_address=address,
+        signal_store=signal_store,
     )
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
     context.generation = _agree_on_generation(context, known=document.get("generation"))

@@ -30,7 +30,7 @@ from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFai
 from pillion.wire import messages
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
-from pillion_sidecar.executor import images, load, persist
+from pillion_sidecar.executor import images, load, persist, signals
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Worker:
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._context: context_module.Context | None = None
+        self._signals: signals.Signals | None = None
         self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
             "open": self._open,
             "persist": self._persist,
@@ -65,6 +66,8 @@ class Worker:
                 for message in messages.receive(self._sock, decoder):
                     if message["type"] == "ping":
                         self._send({"type": "pong", "id": message["id"]})
+                    elif message["type"] == "signal":
+                        self._signal(message)
                     else:
                         self._requests.put_nowait(message)
 
@@ -83,14 +86,31 @@ class Worker:
                 _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
                 self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document()})
 
+    def _signal(self, message: messages.Message) -> None:
+        # Not behind the running save: an announcement is about the next one.
+        try:
+            if self._signals is None:
+                raise InternalError("the executor has no session with other pods")
+            self._signals.send(message["message"])
+            self._send({"type": "done", "id": message["id"], "result": {}})
+        except (RuntimeError, PillionError) as err:
+            self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
+
     # --- operations (runner thread) ------------------------------------------------------------------------------------
 
     def _open(self, request: messages.Message) -> dict[str, Any]:
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
         if self._context is not None:
             for segment in self._context.segments.values():
                 segment.close()
             self._context = None
         self._context = context_module.open_context(request["session"])
+        if self._context.signal_store is not None:
+            self._signals = signals.Signals(
+                self._context.signal_store, lambda message: self._send({**message, "event": True})
+            )
         return {"generation": self._context.generation, "store": self._context.store_address}
 
     def _opened(self) -> context_module.Context:

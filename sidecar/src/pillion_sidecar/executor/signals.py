@@ -1,0 +1,83 @@
+"""
+Small messages to all pods of a job, in one order: a save announced for a step, declined, or asked for.
+
+Called from: `executor.worker`. Over a store client of its own: the exchange's client may be waiting for a peer for minutes. Each
+pod looks for the next message a few times a second; nothing here is on the training path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from pillion_sidecar.executor import exchange
+
+_log = logging.getLogger(__name__)
+
+POLL_S: Final = 0.5
+"""Between two looks. With checkpointer.LEAD_PODS_S (2 s) ahead, an announcement is there in time; 1,000 pods then ask the store
+2,000 times a second, a tenth of what it answers."""
+KEPT_MESSAGES: Final = 64
+"""Messages that stay in the store for pods that look late."""
+KEY: Final = "signals"
+
+
+class Store(Protocol):
+    """What is used of a `torch.distributed.Store`."""
+
+    def add(self, key: str, amount: int) -> int: ...
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+class Signals:
+    """
+    One pod's end.
+
+    Owns: a thread that looks for messages until `close`.
+    """
+
+    def __init__(self, store: Store, on_message: Callable[[exchange.Document], None]) -> None:
+        self._store = store
+        self._on_message = on_message
+        # A pod that joins late, or whose executor was replaced, does not hear what is over.
+        self._seen = store.add(KEY, 0)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="pillion-signals", daemon=True)
+        self._thread.start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """
+        Tell every pod, this one too. Blocks: one round trip.
+
+        Raises:
+            RuntimeError: the store is gone (torch's DistError is one).
+        """
+        number = self._store.add(KEY, 1)
+        self._store.set(f"{KEY}/{number}", exchange.encode(message).decode())
+        if number > KEPT_MESSAGES:
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(f"{KEY}/{number - KEPT_MESSAGES}")
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_S):
+            try:
+                newest = self._store.add(KEY, 0)
+                # A message that was deleted already, or whose sender died between its two steps, is passed over.
+                self._seen = max(self._seen, newest - KEPT_MESSAGES)
+                while self._seen < newest and self._store.check([f"{KEY}/{self._seen + 1}"]):
+                    self._seen += 1
+                    self._on_message(exchange.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
+            except (RuntimeError, ValueError) as err:
+                _log.warning("announcements of other pods are not heard any more: %s", err)
+                return
+
+    def close(self) -> None:
+        """Stop looking. Blocks: up to POLL_S and one round trip."""
+        self._closed.set()
+        self._thread.join(POLL_S * 10)
