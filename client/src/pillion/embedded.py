@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -25,6 +26,8 @@ START_TIMEOUT_S: Final = 60.0
 """Bound for a started sidecar to listen. It takes 0.3 s on an idle machine; a loaded one with a cold disk takes long."""
 ALREADY_RUNNING: Final = 75
 """The sidecar's exit status (EX_TEMPFAIL) when another one owns the runtime directory."""
+RESPAWN_PAUSE_S: Final = 0.2
+"""Pause before another try for the lock: a sidecar that ends holds it for some 100 ms more."""
 POLL_S: Final = 0.02
 """Pause between two looks for the socket while it starts: the first save is far behind it."""
 
@@ -48,7 +51,8 @@ def start(runtime_dir: str, log_path: str) -> int:
     """
     Start a sidecar for `runtime_dir` and wait until it listens; its process id.
 
-    A sidecar that already owns the directory makes the new one exit at once; its socket is then the one found.
+    A sidecar that already owns the directory makes the new one exit at once; its socket is then the one found, or, when
+    it was ending, another one is started.
 
     Blocks: up to START_TIMEOUT_S.
 
@@ -57,22 +61,40 @@ def start(runtime_dir: str, log_path: str) -> int:
     """
     os.makedirs(runtime_dir, mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "pillion_sidecar", "run", "--runtime-dir", runtime_dir, "--embedded"]
-    with open(log_path, "ab") as log:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"
-        )
+    child = _spawn(command, log_path)
     path = os.path.join(runtime_dir, names.CONTROL_SOCKET)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if _listens(path):
             return child.pid
         status = child.poll()
-        if status not in (None, ALREADY_RUNNING):
+        if status == ALREADY_RUNNING:
+            # The one that has the lock is about to listen, or about to end: then this one's successor gets it.
+            time.sleep(RESPAWN_PAUSE_S)
+            if not _listens(path):
+                child = _spawn(command, log_path)
+        elif status is not None:
             raise SidecarUnavailable(f"the sidecar ended with status {status} before it listened: {_tail(log_path)}")
         time.sleep(POLL_S)
     child.kill()
     child.wait()
     raise SidecarUnavailable(f"the sidecar did not listen within {START_TIMEOUT_S:.0f} s: {_tail(log_path)}")
+
+
+def _spawn(command: list[str], log_path: str) -> subprocess.Popen[bytes]:
+    with open(log_path, "ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"
+        )
+
+
+def _spawn(runtime_dir: str, log_path: str) -> subprocess.Popen[bytes]:
+    os.makedirs(runtime_dir, mode=0o700, exist_ok=True)
+    command = [sys.executable, "-m", "pillion_sidecar", "run", "--runtime-dir", runtime_dir, "--embedded"]
+    with open(log_path, "ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"
+        )
 
 
 def _listens(path: str) -> bool:

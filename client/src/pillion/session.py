@@ -132,7 +132,8 @@ class Session:
                 max(1.0, deadline - time.monotonic()),
             )
             theirs = messages.field(self.welcome, "segment", str)
-            if self.mapping is None:
+            # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
+            if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
                 self.mapping = staging.SegmentMapping(theirs)
         except BaseException:
             link.close()

@@ -54,6 +54,7 @@ class SegmentMapping:
             try:
                 self.header = arena.SegmentHeader.unpack(os.pread(fd, arena.PAGE_BYTES, 0))
                 self._map = mmap.mmap(fd, self.header.segment_bytes)
+                self.inode = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
         except (OSError, ValueError) as err:

@@ -56,16 +56,10 @@ class Exit(IntEnum):
 
 async def run(settings: Settings) -> Exit:
     """Run until it is told to end, or not needed any more. Blocks: for the sidecar's life."""
-    os.makedirs(settings.runtime_dir, mode=0o700 if settings.embedded else 0o777, exist_ok=True)
-    lock = os.open(os.path.join(settings.runtime_dir, names.SIDECAR_LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(lock)
-        if err.errno in (errno.EAGAIN, errno.EACCES):
-            _log.info("another sidecar owns %s", settings.runtime_dir)
-            return Exit.ALREADY_RUNNING
-        raise
+    lock = _lock(settings)
+    if lock is None:
+        _log.info("another sidecar owns %s", settings.runtime_dir)
+        return Exit.ALREADY_RUNNING
     with contextlib.suppress(OSError):
         os.nice(NICE)
     supervisor = Supervisor(settings)
@@ -100,6 +94,26 @@ async def run(settings: Settings) -> Exit:
             # The lock file goes last, with the folder: whoever comes next makes both anew.
             shutil.rmtree(settings.runtime_dir, ignore_errors=True)
         os.close(lock)
+
+
+def _lock(settings: Settings) -> int | None:
+    """The runtime directory's lock, held until this process ends; None when another sidecar has it."""
+    path = os.path.join(settings.runtime_dir, names.SIDECAR_LOCK)
+    os.makedirs(settings.runtime_dir, mode=0o700 if settings.embedded else 0o777, exist_ok=True)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one before may have removed the folder between our open and our lock: a lock on a removed file guards nothing.
+        if os.stat(path).st_ino == os.fstat(lock).st_ino:
+            return lock
+    except FileNotFoundError:
+        pass
+    except OSError as err:
+        if err.errno not in (errno.EAGAIN, errno.EACCES):
+            os.close(lock)
+            raise
+    os.close(lock)
+    return None
 
 
 async def _until_unneeded(supervisor: Supervisor, stop: asyncio.Event) -> None:

@@ -106,6 +106,7 @@ class Loads:
             # First the slot, then the pins: with two slots the older snapshot has to make room.
             self._lent = await self._lend()
             self._pinned = pod.table.pin()
+            pod.table.forget_doomed()
             pod.reset(self._lent)
             self._running = asked
             self._reading = set(asked)

@@ -32,6 +32,7 @@ class Operations:
         self._metrics = metrics
         self._on_event = on_event
         self._executor: Executor | None = None
+        self._pod: Pod | None = None
         self._opened: str | None = None
         """The session that the living executor has open."""
         self._opening: dict[str, Any] = {}
@@ -52,9 +53,15 @@ class Operations:
 
     def session(self, pod: Pod) -> None:
         """A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save."""
+        self._pod = pod
         task = asyncio.create_task(self._open_ahead(pod))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _revive(self) -> None:
+        """The executor ended by itself: its successor is ready before the next save needs it."""
+        if self._pod is not None:
+            self.session(self._pod)
 
     async def _open_ahead(self, pod: Pod) -> None:
         try:
@@ -83,6 +90,7 @@ class Operations:
             log_level=self._settings.log_level,
             ping_timeout_s=self._settings.ping_timeout_s,
             on_event=self._on_event,
+            on_exit=self._revive,
         )
         await self._executor.start()
         return self._executor
@@ -162,6 +170,7 @@ class Operations:
             return await executor.request(message)
 
     async def stop(self) -> None:
+        self._pod = None
         for task in list(self._background):
             task.cancel()
         if self._executor is not None:

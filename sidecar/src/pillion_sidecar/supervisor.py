@@ -215,6 +215,8 @@ class Supervisor:
             self._withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
             client.refuse(message, SaveSkipped(decision.reason, step=step))
             return
+        if isinstance(decision, slots.Doomed):
+            raise _staging_error(step, decision.failures)
         if isinstance(decision, slots.Replaced):
             victim = decision.victim
             self.metrics.saves_replaced += 1
@@ -268,11 +270,14 @@ class Supervisor:
 
     def _fail_rank(self, step: int, rank: int, error: ErrorDocument) -> None:
         pod = self._require_pod()
+        unknown = step not in pod.table.saves
         save = pod.table.fail_rank(step, rank, error)
+        told = _staging_error(step, {rank: error})
         if save is not None:
-            failure = RemoteFailure(error.kind, error.message)
-            told = StagingError("a rank could not stage", step=step, failures=dict(error.failures) or {rank: failure})
             self._report_failed(save, told, withdraw=True)
+        elif unknown:
+            self.metrics.saves_failed += 1
+            self._withdraw(step, told, persist=True)
         self._released()
 
     def _report_failed(self, save: Save, error: SaveError, *, withdraw: bool) -> None:
@@ -485,6 +490,13 @@ class Supervisor:
             self.parted = not self._crashed
             self.idle_since = time.monotonic()
         client.answer(message, {"type": "farewell", "drained": drained})
+
+
+def _staging_error(step: int, errors: Mapping[int, ErrorDocument]) -> StagingError:
+    failures: dict[int, RemoteFailure] = {}
+    for rank, error in errors.items():
+        failures |= dict(error.failures) or {rank: RemoteFailure(error.kind, error.message)}
+    return StagingError("a rank could not stage", step=step, failures=failures)
 
 
 def _document(error: PillionError) -> dict[str, object]:

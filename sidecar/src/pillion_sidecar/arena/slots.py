@@ -78,7 +78,14 @@ class Skipped:
     reason: str
 
 
-Decision = Granted | Replaced | MustWait | Skipped
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """A local rank could not even claim this step: the others need not stage it."""
+
+    failures: Mapping[int, ErrorDocument]
+
+
+Decision = Granted | Replaced | MustWait | Skipped | Doomed
 
 REMEMBERED_SKIPS = 64
 """How many skipped steps are remembered, so that a slower local rank gets the same answer: ranks are at most a few apart."""
@@ -100,6 +107,7 @@ class SlotTable:
         self.overlap = overlap
         self.saves: dict[int, Save] = {}
         self._skipped: dict[int, str] = {}
+        self._doomed: dict[int, dict[int, ErrorDocument]] = {}
         self._order = 0
         self._lent: set[int] = set()
 
@@ -132,6 +140,11 @@ class SlotTable:
     def give_back(self, slot: int) -> None:
         self._lent.discard(slot)
 
+    def forget_doomed(self) -> None:
+        """After a load a step may come again."""
+        self._doomed.clear()
+        self._skipped.clear()
+
     def pin(self) -> list[Save]:
         """Keep every complete save where it is while a load reads the arena."""
         pinned = [save for save in self.saves.values() if save.complete]
@@ -156,6 +169,8 @@ class SlotTable:
             if save.phase is Phase.PERSISTING or save.pins or save.phase is Phase.FILLING:
                 return MustWait()
             del self.saves[step]
+        if step in self._doomed:
+            return Doomed(self._doomed[step])
         if step in self._skipped:
             return Skipped(self._skipped[step])
         victim = None
@@ -215,9 +230,18 @@ class SlotTable:
         return None
 
     def fail_rank(self, step: int, rank: int, error: ErrorDocument) -> Save | None:
-        """A rank will not seal `step`; the save when this is its first failure (it is to be reported)."""
+        """
+        A rank will not seal `step`; the save when this is its first failure (it is to be reported).
+
+        A step that nobody has claimed yet is remembered: whoever claims it is told.
+        """
         save = self.saves.get(step)
-        if save is None or save.phase is not Phase.FILLING:
+        if save is None:
+            self._doomed.setdefault(step, {})[rank] = error
+            while len(self._doomed) > REMEMBERED_SKIPS:
+                del self._doomed[next(iter(self._doomed))]
+            return None
+        if save.phase is not Phase.FILLING:
             return None
         first = not save.failures
         save.filling.discard(rank)

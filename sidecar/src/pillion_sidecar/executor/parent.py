@@ -43,10 +43,19 @@ class Executor:
         ping_timeout_s: no pong for this long and the child is killed.
     """
 
-    def __init__(self, *, log_level: str, ping_timeout_s: float, on_event: Callable[[messages.Message], None]) -> None:
+    def __init__(
+        self,
+        *,
+        log_level: str,
+        ping_timeout_s: float,
+        on_event: Callable[[messages.Message], None],
+        on_exit: Callable[[], None],
+    ) -> None:
         self._log_level = log_level
         self._ping_timeout_s = ping_timeout_s
         self._on_event = on_event
+        self._on_exit = on_exit
+        self._stopping = False
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[messages.Message]] = {}
         self._process: asyncio.subprocess.Process | None = None
@@ -135,6 +144,8 @@ class Executor:
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(ExecutorDied(f"the executor ended: {reason}"))
+        if not self._stopping:
+            self._on_exit()
 
     async def _ping(self) -> None:
         while self.pid is not None:
@@ -156,6 +167,7 @@ class Executor:
 
     async def stop(self) -> None:
         """Close the channel and wait for the child to go. Blocks: up to EXIT_TIMEOUT_S, then it is killed."""
+        self._stopping = True
         if self._writer is not None:
             self._writer.close()
         if self._process is not None:

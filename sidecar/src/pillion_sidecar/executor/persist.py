@@ -15,16 +15,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion.errors import BarrierTimeout, CommitError, ErrorDocument, PersistError, RemoteFailure, SaveError
+from pillion.errors import BarrierTimeout, ErrorDocument, PersistError, RemoteFailure, SaveError
 from pillion.wire import layout, manifest, names
 from pillion_sidecar import commit, retention
-from pillion_sidecar.executor import images, planning
+from pillion_sidecar.executor import faults, images, planning
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.storage import digest, directio
 
@@ -66,9 +65,9 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
     Raises:
         SaveError: with the failures of every failed rank; no checkpoint was made.
     """
-    phase = _phase(context, request.step, persist=request.persist)
+    phase = phase_of(context, request.step, persist=request.persist)
     started = time.monotonic()
-    pictures, failures = _read_slots(context, request)
+    pictures, failures = read_slots(context, request)
     plan = _agree(context, request, phase, pictures, failures)
     if not request.persist:
         return {"path": "", "size_bytes": 0, "persist_s": time.monotonic() - started, "commit_s": 0.0}
@@ -88,7 +87,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
     if context.coordinator and metadata is not None:
         _conclude(context, request, phase, plan, share.directory, metadata)
     outcome = context.exchange.receive(f"{phase}/outcome", context.persist_timeout_s)
-    _raise_failures(outcome, request.step)
+    faults.raise_told(outcome, request.step)
     return {
         "path": share.directory,
         "size_bytes": int(outcome["size_bytes"]),
@@ -104,16 +103,16 @@ def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool
     Raises:
         SaveError: always, with the failures that every pod now knows.
     """
-    phase = _phase(context, step, persist=persist)
+    phase = phase_of(context, step, persist=persist)
     local = {rank: RemoteFailure(error.kind, error.message) for rank in context.local_ranks}
     failures = {rank: failure for rank, failure in error.failures.items() if rank in local} or local
-    context.exchange.post(f"{phase}/plan", {"failures": _documents(failures), "ranks": {}})
+    context.exchange.post(f"{phase}/plan", {"failures": faults.documents(failures), "ranks": {}})
     if context.coordinator:
         _publish_decision(context, phase, persist=persist)
-    _raise_failures(context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2), step)
+    faults.raise_told(context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2), step)
 
 
-def _phase(context: Context, step: int, *, persist: bool) -> str:
+def phase_of(context: Context, step: int, *, persist: bool) -> str:
     # A step comes again after a load of an older one, and a snapshot comes again when its trainer died: neither may meet
     # the keys of the time before. Every pod counts the same loads.
     return f"{'save' if persist else 'snapshot'}/{context.loads}/{step}"
@@ -122,14 +121,14 @@ def _phase(context: Context, step: int, *, persist: bool) -> str:
 # --- agreeing on the plan --------------------------------------------------------------------------------------------
 
 
-def _read_slots(context: Context, request: Request) -> tuple[dict[int, images.Image], dict[int, RemoteFailure]]:
+def read_slots(context: Context, request: Request) -> tuple[dict[int, images.Image], dict[int, RemoteFailure]]:
     pictures: dict[int, images.Image] = {}
     failures: dict[int, RemoteFailure] = {}
     for rank in context.local_ranks:
         try:
             pictures[rank] = context.reader.read(context.segments[rank], request.slot, step=request.step)
         except images.TornSlot as err:
-            failures[rank] = _failure(err)
+            failures[rank] = faults.of_exception(err)
     return pictures, failures
 
 
@@ -141,7 +140,7 @@ def _agree(
     failures: Mapping[int, RemoteFailure],
 ) -> planning.Plan:
     document: dict[str, Any] = {
-        "failures": _documents(failures),
+        "failures": faults.documents(failures),
         "ranks": {str(r): [p.layout.digest, p.opaque_lengths] for r, p in pictures.items()},
     }
     for picture in pictures.values():
@@ -156,7 +155,7 @@ def _agree(
         _publish_decision(context, phase, persist=request.persist)
     # The coordinator waits as long for its peers, and then has to tell.
     decision = context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2)
-    _raise_failures(decision, request.step)
+    faults.raise_told(decision, request.step)
     plan_id = str(decision["plan_id"])
     if not request.persist:
         return planning.Plan(plan_id, {}, {})
@@ -176,9 +175,9 @@ def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:
     try:
         decision = _decide(context, phase, persist=persist)
     except BarrierTimeout as err:
-        decision = {"failures": _documents(_missing(err)), "phase": err.phase, "waited_s": err.waited_s}
+        decision = {"failures": faults.documents(faults.of_missing(err)), "phase": err.phase, "waited_s": err.waited_s}
     except planning.PlanError as err:
-        decision = {"failures": _documents({rank: _failure(err) for rank in err.ranks})}
+        decision = {"failures": faults.documents({rank: faults.of_exception(err) for rank in err.ranks})}
     context.exchange.publish(f"{phase}/plan", decision)
 
 
@@ -188,9 +187,9 @@ def _decide(context: Context, phase: str, *, persist: bool) -> dict[str, Any]:
     # Every pod is here, so every pod has left the save before: its keys can go.
     context.exchange.forget(context.finished_phases)
     context.finished_phases = [f"{phase}/plan", f"{phase}/result", f"{phase}/outcome"]
-    failures = _collect_failures(documents)
+    failures = faults.collect(documents)
     if failures:
-        return {"failures": _documents(failures)}
+        return {"failures": faults.documents(failures)}
     digests = {int(rank): str(entry[0]) for document in documents.values() for rank, entry in document["ranks"].items()}
     plan_id = planning.plan_id(digests)
     if persist and plan_id not in context.plans:
@@ -234,7 +233,7 @@ class _Share:
             try:
                 self._write_rank(rank, images.frame(picture), chunks, opaque, files, paths)
             except Exception as err:  # a boundary: the other local ranks' failures are to be told too
-                failures[rank] = _failure(err)
+                failures[rank] = faults.of_exception(err)
         if failures:
             for name in files:
                 with contextlib.suppress(OSError):
@@ -384,17 +383,17 @@ def _conclude(
     """(coordinator) Commit when every pod's bytes are durable, and tell every pod what became of the save."""
     try:
         documents = context.exchange.collect(f"{phase}/result", context.persist_timeout_s)
-        failures = _collect_failures(documents)
+        failures = faults.collect(documents)
         if failures:
-            outcome: dict[str, Any] = {"failures": _documents(failures)}
+            outcome: dict[str, Any] = {"failures": faults.documents(failures)}
             _discard(context, request, directory)
         else:
             outcome = {"failures": {}, "size_bytes": sum(int(d["size_bytes"]) for d in documents.values())}
             _commit(context, request, plan, directory, documents, metadata.result())
     except BarrierTimeout as err:
-        outcome = {"failures": _documents(_missing(err)), "phase": err.phase, "waited_s": err.waited_s}
+        outcome = {"failures": faults.documents(faults.of_missing(err)), "phase": err.phase, "waited_s": err.waited_s}
     except Exception as err:  # a boundary: the peers wait for the outcome
-        outcome = {"failures": _documents({0: _failure(err)}), "kind": "CommitError"}
+        outcome = {"failures": faults.documents({0: faults.of_exception(err)}), "kind": "CommitError"}
     context.exchange.publish(f"{phase}/outcome", outcome)
 
 
@@ -449,45 +448,7 @@ def _discard(context: Context, request: Request, directory: str) -> None:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def _failure(err: BaseException) -> RemoteFailure:
-    text = "".join(traceback.format_exception(err))
-    return RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text)
-
-
 def _failed(context: Context, err: Exception) -> dict[str, Any]:
     if isinstance(err, SaveError) and err.failures:
-        return {"failures": _documents(err.failures)}
-    return {"failures": _documents({rank: _failure(err) for rank in context.local_ranks})}
-
-
-def _documents(failures: Mapping[int, RemoteFailure]) -> dict[str, Any]:
-    return {str(rank): failure.to_document() for rank, failure in failures.items()}
-
-
-def _missing(err: BarrierTimeout) -> dict[int, RemoteFailure]:
-    text = f"did not arrive at {err.phase!r} within {err.waited_s:.1f} s"
-    return {rank: RemoteFailure("BarrierTimeout", text) for rank in err.missing}
-
-
-def _collect_failures(documents: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailure]:
-    return {
-        int(rank): RemoteFailure.from_document(failure)
-        for document in documents.values()
-        for rank, failure in document.get("failures", {}).items()
-    }
-
-
-def _raise_failures(decision: Mapping[str, Any], step: int) -> None:
-    failures = _collect_failures({0: decision})
-    if not failures:
-        return
-    if "phase" in decision:
-        raise BarrierTimeout(
-            phase=str(decision["phase"]),
-            missing=sorted(failures),
-            waited_s=float(decision.get("waited_s", 0.0)),
-            step=step,
-            failures=failures,
-        )
-    kind = CommitError if decision.get("kind") == "CommitError" else PersistError
-    raise kind(f"step {step} was not saved", step=step, failures=failures)
+        return {"failures": faults.documents(err.failures)}
+    return {"failures": faults.documents({rank: faults.of_exception(err) for rank in context.local_ranks})}
