@@ -23,6 +23,21 @@ LEVELS_WITH_PROCESSES: Final = ("process", "distributed")
 _TESTS: Final = Path(__file__).parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """
+    Adds the options of our own.
+    """
+    parser.addoption("--update-golden", action="store_true", help="write the records of the golden tests anew")
+
+
+@pytest.fixture
+def update_golden(pytestconfig: pytest.Config) -> bool:
+    """
+    Whether records are to be written anew.
+    """
+    return bool(pytestconfig.getoption("update_golden"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     Marks each test with its level, orders quick levels first, and skips what this machine cannot run.

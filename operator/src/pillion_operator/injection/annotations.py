@@ -1,0 +1,122 @@
+"""
+The whole of: the annotations and labels under ``pillion.dev/``: their names, what a user may write in them, and reading it.
+
+Called from: `decide`; the controller, for the names. `docs/reference/annotations.md` is this module in words.
+Must never: stop at the first problem, or judge a value by anything but the value; limits of the policy are in `overrides`.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+PREFIX: Final = "pillion.dev/"
+POLICY: Final = "pillion.dev/policy"
+INJECT: Final = "pillion.dev/inject"
+CONTAINERS: Final = "pillion.dev/containers"
+JOB_ID: Final = "pillion.dev/job-id"
+CLIENT: Final = "pillion.dev/client"
+SIDECAR_IMAGE: Final = "pillion.dev/sidecar-image"
+STAGING_SIZE_LIMIT: Final = "pillion.dev/staging-size-limit"
+RESOURCES: Final = {
+    "pillion.dev/sidecar-cpu-request": ("requests", "cpu"),
+    "pillion.dev/sidecar-cpu-limit": ("limits", "cpu"),
+    "pillion.dev/sidecar-memory-request": ("requests", "memory"),
+    "pillion.dev/sidecar-memory-limit": ("limits", "memory"),
+}
+"""By annotation: where its value goes in the resources of the sidecar. The arena is added to the memory afterwards."""
+SAVE_NOW: Final = "pillion.dev/save-now"
+"""On a running pod or its job: asks for a save. The controller reads it; injection does not."""
+STATUS: Final = "pillion.dev/status"
+"""Written by injection: what was done, as JSON; `status` has the fields."""
+INJECTED: Final = "pillion.dev/injected"
+"""Label, "true", written by injection: the controller watches the pods that have it."""
+
+KNOWN: Final = (
+    *(POLICY, INJECT, CONTAINERS, JOB_ID, CLIENT, SIDECAR_IMAGE, STAGING_SIZE_LIMIT),
+    *RESOURCES,
+    *(SAVE_NOW, STATUS),
+)
+
+# A DNS subdomain: what the API server takes as the name of an object.
+_OBJECT_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_CONTAINER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+# A part of a path: neither empty, nor hidden, nor '..'.
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
+_IMAGE: Final = re.compile(r"[^\s@:/][^\s@]{0,511}(@sha256:[0-9a-f]{64})?")
+_NAME_MOST: Final = 253
+
+
+class Client(StrEnum):
+    """Where the trainer has the client library from."""
+
+    INJECTED = "Injected"
+    INSTALLED = "Installed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the annotations of a pod say. A value that was refused is as if it were absent."""
+
+    policy: str = ""
+    """Name of the policy. Empty: the pod did not opt in."""
+    inject: bool = True
+    containers: tuple[str, ...] = ()
+    """Trainer containers. Empty: injection chooses."""
+    job_id: str = ""
+    """Empty: from the pod's owner."""
+    client: Client = Client.INJECTED
+    image: str = ""
+    """Empty: the operator's setting."""
+    resources: Mapping[str, str]
+    """By annotation, not yet judged: the policy's own reader does that."""
+    staging_size_limit: str | None = None
+    """Not yet judged. None: the policy's."""
+
+
+def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
+    """The wishes of a pod, and all that is wrong with how they are written."""
+    problems: list[str] = []
+
+    def read(name: str, pattern: re.Pattern[str], allowed: str) -> str:
+        text = annotations.get(name, "")
+        if name in annotations and ((len(text) > _NAME_MOST and name != SIDECAR_IMAGE) or not pattern.fullmatch(text)):
+            problems.append(f"{name}: got {_clip(text)}; allowed: {allowed}")
+            return ""
+        return text
+
+    for name in sorted(annotations):
+        if name.startswith(PREFIX) and name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"did you mean {near[0]}?" if near else "the annotations are " + ", ".join(KNOWN)
+            problems.append(f"{name}: there is no such annotation; {hint}")
+    inject = annotations.get(INJECT, "true")
+    if inject not in ("true", "false"):
+        problems.append(f'{INJECT}: got {_clip(inject)}; allowed: "true" or "false"')
+    client = annotations.get(CLIENT, Client.INJECTED.value)
+    if client not in list(Client):
+        problems.append(f"{CLIENT}: got {_clip(client)}; allowed: one of {', '.join(Client)}")
+    names = tuple(name.strip() for name in annotations[CONTAINERS].split(",")) if CONTAINERS in annotations else ()
+    if not all(_CONTAINER_NAME.fullmatch(name) for name in names) or len(set(names)) != len(names):
+        allowed = "names of the pod's containers, each once, separated by commas"
+        problems.append(f"{CONTAINERS}: got {_clip(annotations[CONTAINERS])}; allowed: {allowed}")
+        names = ()
+    wishes = Wishes(
+        # An empty name is what matchConditions takes as not opted in, so it is no mistake here either.
+        policy=read(POLICY, _OBJECT_NAME, "the name of a CheckpointPolicy") if annotations.get(POLICY) else "",
+        inject=inject != "false",
+        containers=names,
+        job_id=read(JOB_ID, _JOB_ID, "at most 253 letters, digits, '-', '_' and '.', a letter or digit first and last"),
+        client=Client(client) if client in list(Client) else Client.INJECTED,
+        image=read(SIDECAR_IMAGE, _IMAGE, "an image reference"),
+        resources={name: annotations[name] for name in RESOURCES if name in annotations},
+        staging_size_limit=annotations.get(STAGING_SIZE_LIMIT),
+    )
+    return wishes, problems
+
+
+def _clip(text: str) -> str:
+    # An annotation may have a quarter of a MiB; a message of the API server should not.
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,0 +1,208 @@
+"""
+The whole of: laying parts into a pod, and taking them out again.
+
+Called from: `decide`, and `pillion-operator inject --remove`. `insert` on a pod that has the parts brings them up to date and leaves
+everything where it is, with what other webhooks added to our containers; `remove` is the inverse.
+
+Must never: touch what it did not put there; reorder a list; change what it is given. A list that becomes empty is taken away:
+an empty list and none are the same to the API server.
+"""
+
+import copy
+from collections.abc import Collection, Iterable
+from typing import Any, Final
+
+from pillion_operator.injection import annotations, pods, quantities, sidecar_spec, status
+from pillion_operator.injection.pods import Json
+from pillion_operator.injection.sidecar_spec import Parts
+
+DEFAULT_GRACE_S: Final = 30
+"""Source: Kubernetes API reference, PodSpec, terminationGracePeriodSeconds."""
+_MESH_PROXIES: Final = ("istio-proxy", "linkerd-proxy")
+_OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
+
+
+def remove(pod: Json) -> Json:
+    """The pod without what `insert` put into it; the pod itself where that was nothing."""
+    found = status.read(pod)
+    bare = copy.deepcopy(pod)
+    if found is None:
+        return bare
+    spec = bare["spec"]
+    before = found.before
+    declared = [before.declared] if before.declared else []
+    _set(spec, "initContainers", _merge(spec.get("initContainers"), declared, "name", _OWN_CONTAINERS))
+    _set(spec, "volumes", _merge(spec.get("volumes"), [], "name", sidecar_spec.VOLUMES))
+    for container in spec.get("containers") or []:
+        _strip(container, before.python_path.get(container.get("name", "")))
+    if spec.get("terminationGracePeriodSeconds") == before.grace_set_s:
+        _set(spec, "terminationGracePeriodSeconds", before.grace_s)
+    if spec.get("resources") == before.resources_set:
+        _set(spec, "resources", copy.deepcopy(before.resources))
+    metadata = bare["metadata"]
+    for key, name in (("annotations", annotations.STATUS), ("labels", annotations.INJECTED)):
+        kept = {each: value for each, value in (metadata.get(key) or {}).items() if each != name}
+        _set(metadata, key, kept)
+    return bare
+
+
+def insert(pod: Json, bare: Json, parts: Parts) -> tuple[Json, status.Before]:
+    """The pod with the parts in it, without the annotation; and what `remove` needs. `bare` is `remove(pod)`."""
+    done = copy.deepcopy(pod)
+    spec: Json = done["spec"]
+    declared = pods.named(pods.init_containers(bare), sidecar_spec.SIDECAR)
+    spec["initContainers"] = _insert_own(spec.get("initContainers") or [], parts)
+    spec["volumes"] = _merge(spec.get("volumes"), parts.volumes, "name", sidecar_spec.VOLUMES)
+    python_path: dict[str, str] = {}
+    for container, untouched in zip(spec["containers"], pods.containers(bare), strict=True):
+        if container["name"] in parts.trainers:
+            literal = _lay_into_trainer(container, untouched, parts)
+            if literal is not None:
+                python_path[container["name"]] = literal
+        else:
+            _strip(container, None)
+    grace_s = pods.spec(bare).get("terminationGracePeriodSeconds")
+    spec["terminationGracePeriodSeconds"] = (DEFAULT_GRACE_S if grace_s is None else grace_s) + parts.drain_s
+    resources = pods.spec(bare).get("resources")
+    _set(spec, "resources", _raised(resources, parts.sidecar["resources"]))
+    return done, status.Before(
+        grace_s=grace_s,
+        grace_set_s=spec["terminationGracePeriodSeconds"],
+        resources=copy.deepcopy(resources),
+        resources_set=copy.deepcopy(spec.get("resources")),
+        python_path=python_path,
+        declared=copy.deepcopy(declared),
+    )
+
+
+def mark(pod: Json, of: status.Status) -> None:
+    """Write status annotation and label into a pod that `insert` made."""
+    metadata = pod["metadata"]
+    metadata["annotations"] = (metadata.get("annotations") or {}) | {annotations.STATUS: status.dump(of)}
+    metadata["labels"] = (metadata.get("labels") or {}) | {annotations.INJECTED: "true"}
+
+
+def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
+    """
+    The init containers with ours among them.
+
+    Where ours are already, they stay. Else the sidecar goes behind a mesh's native proxy, which it needs to call home, or
+    first, so that it reads the last checkpoint while other init containers run; the client goes right behind the sidecar.
+    """
+    result = [each for each in init_containers if parts.client or each.get("name") != sidecar_spec.CLIENT]
+    where = {each.get("name"): index for index, each in enumerate(result)}
+    if (at := where.get(sidecar_spec.SIDECAR)) is not None:
+        result[at] = _keep_additions(result[at], parts.sidecar)
+    else:
+        proxies = [
+            where[name] for name in _MESH_PROXIES if name in where and pods.is_native_sidecar(result[where[name]])
+        ]
+        at = max(proxies, default=-1) + 1
+        result.insert(at, copy.deepcopy(parts.sidecar))
+    if parts.client:
+        where = {each.get("name"): index for index, each in enumerate(result)}
+        if (at_client := where.get(sidecar_spec.CLIENT)) is not None:
+            result[at_client] = _keep_additions(result[at_client], parts.client)
+        else:
+            result.insert(at + 1, copy.deepcopy(parts.client))
+    return result
+
+
+def _keep_additions(current: Json, wanted: Json) -> Json:
+    """Our container as wanted, with the keys, variables and mounts that the pod's author or another webhook gave it."""
+    result = copy.deepcopy(current)
+    result.update(copy.deepcopy(wanted))
+    for key, by in (("env", "name"), ("volumeMounts", "mountPath")):
+        _set(result, key, _merge(current.get(key), wanted.get(key) or [], by, ()))
+    if "livenessProbe" not in wanted:
+        result.pop("livenessProbe", None)
+    return result
+
+
+def _lay_into_trainer(container: Json, bare: Json, parts: Parts) -> str | None:
+    """Lay environment and mounts into a trainer container; the literal PYTHONPATH that it had, or None."""
+    wanted_env = list(parts.trainer_env)
+    env = _merge(container.get("env"), wanted_env, "name", sidecar_spec.TRAINER_ENV)
+    literal = None
+    if parts.client:
+        had = [each for each in bare.get("env") or [] if each.get("name") == sidecar_spec.PYTHONPATH]
+        last = had[-1] if had else None
+        if last is not None and "valueFrom" not in last:
+            literal = last.get("value", "")
+            entry = {"name": sidecar_spec.PYTHONPATH, "value": _behind(literal)}
+        else:
+            # The kubelet expands a variable that an earlier entry, or an envFrom, has set.
+            known = last is not None or bool(bare.get("envFrom"))
+            entry = {"name": sidecar_spec.PYTHONPATH, "value": _behind("$(PYTHONPATH)" if known else "")}
+        literals = [
+            n for n, each in enumerate(env) if each.get("name") == sidecar_spec.PYTHONPATH and "valueFrom" not in each
+        ]
+        ours = [n for n in literals if _is_behind(env[n].get("value") or "")]
+        if at := ours or (literals if literal is not None else []):
+            env[at[-1]] = entry
+        else:
+            env.append(entry)
+    _set(container, "env", env)
+    mounts = _merge(container.get("volumeMounts"), parts.trainer_mounts, "mountPath", sidecar_spec.TRAINER_MOUNTS)
+    _set(container, "volumeMounts", mounts)
+    return literal
+
+
+def _strip(container: Json, python_path: str | None) -> None:
+    """Take environment and mounts out of a container; `python_path` is the literal that it had."""
+    env = []
+    for each in _merge(container.get("env"), [], "name", sidecar_spec.TRAINER_ENV):
+        is_ours = each.get("name") == sidecar_spec.PYTHONPATH and _is_behind(each.get("value") or "")
+        if is_ours and python_path is not None:
+            # The API server leaves an empty value out.
+            env.append({"name": sidecar_spec.PYTHONPATH} | ({"value": python_path} if python_path else {}))
+        elif not is_ours:
+            env.append(each)
+    _set(container, "env", env)
+    mounts = [each for each in container.get("volumeMounts") or [] if each.get("name") not in sidecar_spec.VOLUMES]
+    _set(container, "volumeMounts", mounts)
+
+
+def _raised(resources: Json | None, of_sidecar: Json) -> Json | None:
+    """
+    The pod's own resources with room for the sidecar: what its author measured stays the trainer's.
+
+    Source: KEP-2837, pod-level resources: the requests of the containers must fit in them.
+    """
+    raised = copy.deepcopy(resources)
+    for part, amounts in (raised or {}).items():
+        for name in ("cpu", "memory"):
+            more = of_sidecar[part].get(name) or of_sidecar["requests"][name] if part in of_sidecar else None
+            total = quantities.add(name, amounts[name], more) if more and name in (amounts or {}) else None
+            if total is not None:
+                amounts[name] = total
+    return raised
+
+
+def _behind(python_path: str) -> str:
+    return f"{python_path}:{sidecar_spec.CLIENT_DIR}" if python_path else sidecar_spec.CLIENT_DIR
+
+
+def _is_behind(python_path: str) -> bool:
+    return python_path == sidecar_spec.CLIENT_DIR or python_path.endswith(f":{sidecar_spec.CLIENT_DIR}")
+
+
+def _merge(current: Iterable[Json] | None, wanted: Iterable[Json], key: str, ours: Collection[str]) -> list[Json]:
+    """`current` with the wanted entries: in place where they are, else at the end. Others of `ours` are dropped."""
+    missing = {each[key]: each for each in wanted}
+    result = []
+    for each in current or []:
+        name: Any = each.get(key)
+        if name in missing:
+            result.append(copy.deepcopy(missing.pop(name)))
+        elif name not in ours:
+            result.append(copy.deepcopy(each))
+    return result + [copy.deepcopy(each) for each in missing.values()]
+
+
+def _set(into: Json, key: str, value: Any) -> None:
+    """Set a field, or take it away for what means the same as its absence."""
+    if value in (None, [], {}):
+        into.pop(key, None)
+    else:
+        into[key] = value

@@ -1,0 +1,50 @@
+"""
+The whole of: a CheckpointPolicy object as the injection needs it: the spec, and what tells one version from another.
+
+Called from: whoever reads policies, from the API server or from a file.
+Must never: raise for a policy that cannot be used; that is a decision about pods, and the controller's condition.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pillion.wire import policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPolicy:
+    """A CheckpointPolicy object."""
+
+    name: str
+    """Empty: a bare spec from a file, which goes with any name."""
+    uid: str = ""
+    generation: int = 0
+    spec: policy.Policy | None
+    """None: it cannot be used, and `problems` says why."""
+    problems: tuple[str, ...] = ()
+    failure_policy: policy.FailurePolicy | None = None
+    """What its `failurePolicy` says, even where the rest cannot be used. None: nothing that is allowed."""
+
+
+def from_object(document: Mapping[str, Any]) -> CheckpointPolicy:
+    """A CheckpointPolicy from an object as the API server gives it, or from a bare spec."""
+    metadata = document.get("metadata") or {}
+    spec, problems = None, tuple[str, ...]()
+    try:
+        spec = policy.parse(document, embedded=False)
+    except policy.PolicyError as err:
+        problems = tuple(str(problem) for problem in err.problems)
+    failure_policy = spec.failure_policy if spec else None
+    if spec is None:
+        with contextlib.suppress(ValueError, AttributeError):
+            failure_policy = policy.FailurePolicy(document.get("spec", document).get("failurePolicy"))
+    return CheckpointPolicy(
+        name=str(metadata.get("name") or ""),
+        uid=str(metadata.get("uid") or ""),
+        generation=metadata.get("generation") or 0,
+        spec=spec,
+        problems=problems,
+        failure_policy=failure_policy,
+    )

@@ -1,0 +1,140 @@
+"""
+The whole of: what a pod may change about its sidecar, and the policy that holds for the pod afterwards.
+
+Called from: `decide`. A pod says it in annotations, or by declaring an init container ``pillion-sidecar`` of its own, which
+injection then completes; an annotation wins. The policy is the ceiling: no limit of it is raised.
+Must never: read a quantity by itself; the policy's reader does, so that both are judged alike.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion.wire import policy
+from pillion_operator.injection import annotations, quantities
+from pillion_operator.injection.pods import Json
+from pillion_operator.settings import Settings
+
+_CONTAINER: Final = "container pillion-sidecar"
+_DECLARED_ONLY_BY_US: Final = (
+    *("command", "args", "workingDir", "ports", "lifecycle"),
+    *("startupProbe", "readinessProbe", "livenessProbe", "stdin", "tty"),
+)
+_DECLARED_SECURITY: Final = ("runAsUser", "runAsGroup", "runAsNonRoot")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """What holds for one pod."""
+
+    policy: policy.Policy
+    image: str
+    image_pull_policy: str
+
+
+def apply(
+    given: policy.Policy, wishes: annotations.Wishes, declared: Json | None, settings: Settings
+) -> tuple[Effective, list[str], list[str]]:
+    """What holds for the pod, and all that is wrong with its annotations and with the container that it declares."""
+    in_annotations: list[str] = []
+    in_container = _container_problems(declared) if declared else []
+    asked = _asked(wishes, declared)
+    effective = given
+    while asked:  # One of them goes with each problem.
+        try:
+            effective = policy.parse(_with(given, asked), embedded=False)
+            break
+        except policy.PolicyError as err:
+            for problem in err.problems[: len(asked)]:
+                # A request above its limit: whichever of the two the pod said is to blame.
+                blamed = (problem.path, problem.path.replace("requests", "limits"), *asked)
+                path = next(each for each in blamed if each in asked)
+                _, source = asked.pop(path)
+                text = f"{source}{str(problem).removeprefix(problem.path)}"
+                (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
+    for path, (value, source) in asked.items():
+        if most := _ceiling(path, given, effective):
+            text = f"{source}: got {value!r}; allowed: at most {most}, as the policy says"
+            (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
+
+    image = wishes.image or str((declared or {}).get("image") or "") or settings.sidecar_image
+    if image != settings.sidecar_image and repository(image) not in allowed_repositories(settings):
+        source = annotations.SIDECAR_IMAGE if wishes.image else f"{_CONTAINER}: image"
+        text = f"{source}: got {image!r}; allowed: an image of {', '.join(allowed_repositories(settings))}"
+        (in_annotations if wishes.image else in_container).append(text)
+    pull = str((declared or {}).get("imagePullPolicy") or settings.image_pull_policy)
+    return Effective(policy=effective, image=image, image_pull_policy=pull), in_annotations, in_container
+
+
+def repository(image: str) -> str:
+    """An image reference without its tag and digest."""
+    return re.sub(r":[^/:]*$", "", image.split("@", 1)[0])
+
+
+def allowed_repositories(settings: Settings) -> tuple[str, ...]:
+    """Where a pod may take its sidecar's image from."""
+    listed = tuple(each.strip() for each in settings.allowed_images.split(",") if each.strip())
+    return listed or (repository(settings.sidecar_image),)
+
+
+def _asked(wishes: annotations.Wishes, declared: Json | None) -> dict[str, tuple[object, str]]:
+    """By path in the policy: what the pod asks for, and where it says so."""
+    asked: dict[str, tuple[object, str]] = {}
+    for part in ("requests", "limits"):
+        for name, amount in (((declared or {}).get("resources") or {}).get(part) or {}).items():
+            if name in ("cpu", "memory"):
+                asked[f"sidecar.resources.{part}.{name}"] = (amount, f"{_CONTAINER}: resources.{part}.{name}")
+    for annotation, amount in wishes.resources.items():
+        asked[".".join(("sidecar.resources", *annotations.RESOURCES[annotation]))] = (amount, annotation)
+    if wishes.staging_size_limit is not None:
+        asked["staging.sizeLimit"] = (wishes.staging_size_limit, annotations.STAGING_SIZE_LIMIT)
+    return asked
+
+
+def _with(given: policy.Policy, asked: Mapping[str, tuple[object, str]]) -> dict[str, object]:
+    """The document of a policy with what a pod asks for in it."""
+    document = policy.dump(given)
+    for path, (value, _) in asked.items():
+        *sections, last = path.split(".")
+        into: Any = document
+        for section in sections:
+            into = into[section]
+        into[last] = value
+    return document
+
+
+def _container_problems(declared: Json) -> list[str]:
+    problems = [f"{key}: injection sets it" for key in _DECLARED_ONLY_BY_US if declared.get(key)]
+    if declared.get("restartPolicy", "Always") != "Always":
+        problems.append(f"restartPolicy: got {declared['restartPolicy']!r}; allowed: Always, or nothing")
+    security: Mapping[str, Any] = declared.get("securityContext") or {}
+    problems += [
+        f"securityContext.{key}: injection sets it; a pod may say {', '.join(_DECLARED_SECURITY)}"
+        for key in security
+        if key not in _DECLARED_SECURITY
+    ]
+    for part in ("requests", "limits"):
+        amounts = (declared.get("resources") or {}).get(part) or {}
+        problems += [
+            f"resources.{part}.{name}: a sidecar takes cpu and memory only"
+            for name in amounts
+            if name not in ("cpu", "memory")
+        ]
+    return [f"{_CONTAINER}: {problem}" for problem in problems]
+
+
+def _ceiling(path: str, given: policy.Policy, effective: policy.Policy) -> str:
+    """What the policy allows at most, where an override is above it; else empty."""
+    # Requests need no look of their own: the policy's reader holds them below the limits.
+    before, after = given.sidecar.resources.limits, effective.sidecar.resources.limits
+    most, now, show = {
+        "staging.sizeLimit": (given.staging.size_limit_bytes, effective.staging.size_limit_bytes, policy.format_bytes),
+        "sidecar.resources.limits.memory": (before.memory_bytes, after.memory_bytes, policy.format_bytes),
+        "sidecar.resources.limits.cpu": (
+            before.cpu_millicores,
+            after.cpu_millicores,
+            quantities.format_millicores,
+        ),
+    }.get(path, (None, None, str))
+    return show(most) if most is not None and now is not None and now > most else ""

@@ -1,0 +1,53 @@
+"""
+The whole of: how the injection reads a pod, which is a plain JSON value, so that fields of newer releases survive.
+
+Called from: every module of the injection.
+Must never: change what it is given.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+Json = dict[str, Any]
+"""An object of JSON. A pod is one, and so is a container."""
+
+
+def metadata_map(pod: Json, name: str) -> dict[str, str]:
+    """`metadata.labels` or `metadata.annotations`; empty where there are none."""
+    found = (pod.get("metadata") or {}).get(name) or {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def spec(pod: Json) -> Json:
+    """The pod's spec; empty where there is none."""
+    return pod.get("spec") or {}
+
+
+def containers(pod: Json) -> list[Json]:
+    """The regular containers."""
+    return spec(pod).get("containers") or []
+
+
+def init_containers(pod: Json) -> list[Json]:
+    """The init containers, native sidecars among them."""
+    return spec(pod).get("initContainers") or []
+
+
+def named(entries: Iterable[Json], name: str) -> Json | None:
+    """The entry of that name, or None."""
+    return next((entry for entry in entries if entry.get("name") == name), None)
+
+
+def is_native_sidecar(init_container: Json) -> bool:
+    """
+    Whether an init container runs beside the regular ones.
+
+    Source: Kubernetes documentation, "Sidecar Containers".
+    """
+    return init_container.get("restartPolicy") == "Always"
+
+
+def controller(pod: Json) -> Json | None:
+    """The owner reference of the pod's controller, or None."""
+    owners = (pod.get("metadata") or {}).get("ownerReferences") or []
+    return next((owner for owner in owners if owner.get("controller")), None)

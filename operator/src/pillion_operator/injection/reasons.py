@@ -1,0 +1,40 @@
+"""
+The whole of: why a pod is injected, left alone or refused, each reason with a code and a sentence.
+
+Called from: the injection, which puts a reason in each decision; events, metrics and logs, which show the same one.
+Must never: hold anything about one pod; what is particular is in the decision's details.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """A reason. Its value is the code in events (`reason`), metrics (label `reason`), logs and the documentation."""
+
+    sentence: str
+    """What it means, for a person."""
+
+    def __new__(cls, code: str, sentence: str) -> "Reason":
+        member = str.__new__(cls, code)
+        member._value_ = code
+        member.sentence = sentence
+        return member
+
+    INJECTED = "Injected", "The sidecar was injected."
+    NOT_OPTED_IN = "NotOptedIn", "The pod has no annotation pillion.dev/policy, so it is none of our business."
+    OPTED_OUT = "OptedOut", 'The pod opted out with the annotation pillion.dev/inject: "false".'
+    MIRROR_POD = "MirrorPod", "The pod mirrors a static pod of its node, which no webhook can change."
+    POLICY_SUSPENDED = "PolicySuspended", "The policy is suspended; set spec.suspend to false to have pods injected."
+    POLICY_MISSING = (
+        "PolicyMissing",
+        "No CheckpointPolicy of that name is in the pod's namespace; create it, and the pod's controller tries again.",
+    )
+    POLICY_INVALID = "PolicyInvalid", "The CheckpointPolicy cannot be used; its condition Ready says the same."
+    BAD_ANNOTATION = "BadAnnotation", "An annotation of the pod has a value that is not allowed."
+    BAD_SIDECAR_CONTAINER = (
+        "BadSidecarContainer",
+        "The pod declares a container pillion-sidecar that asks for what is not allowed.",
+    )
+    RESERVED_NAME = "ReservedName", "The pod uses a name or a path that injection needs for itself."
+    UNSUPPORTED_POD = "UnsupportedPod", "The pod cannot run a sidecar."
+    INTERNAL_ERROR = "InternalError", "Injection failed for a reason of its own; please report it."

@@ -1,0 +1,291 @@
+"""
+The whole of: what injection lays into a pod: the native sidecar, the container that lays out the client, their volumes, and
+what the trainer containers get.
+
+    pod
+    +-- pillion-sidecar   init container that stays; arena, storage, token, a /tmp of its own
+    +-- pillion-client    init container that ends; copies the client library to a volume
+    +-- trainer           arena, and the client read-only; never the storage, never the token
+
+Called from: `decide`. Two subcommands of the sidecar's image are fixed here besides ``run``:
+``pillion-sidecar notify`` tells the supervisor in ``PILLION_RUNTIME_DIR`` that the pod is terminating and returns at once;
+``pillion-sidecar client --to DIR`` lays the client library out so that an installed one wins.
+
+Must never: request a GPU, declare a port, give the sidecar a startup or readiness probe (a failing one would keep the
+trainer from starting, or take its DNS name away), or mount the storage in another container.
+
+What the API server fills in by default is written out, so that a second look at the same pod finds nothing to change.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion.wire import names, policy
+from pillion_operator.injection import annotations, identity, overrides, pods, quantities
+from pillion_operator.injection.pods import Json
+from pillion_operator.settings import Settings
+
+SIDECAR: Final = "pillion-sidecar"
+CLIENT: Final = "pillion-client"
+
+ARENA_VOLUME: Final = "pillion-arena"
+STORAGE_VOLUME: Final = "pillion-storage"
+CLIENT_VOLUME: Final = "pillion-client"
+TOKEN_VOLUME: Final = "pillion-token"
+TMP_VOLUME: Final = "pillion-tmp"
+VOLUMES: Final = (ARENA_VOLUME, STORAGE_VOLUME, CLIENT_VOLUME, TOKEN_VOLUME, TMP_VOLUME)
+
+RUNTIME_DIR: Final = "/pillion/arena"
+STORAGE_DIR: Final = "/pillion/storage"
+CLIENT_DIR: Final = "/pillion/client"
+TOKEN_DIR: Final = "/pillion/token"
+TOKEN_FILE: Final = "token"
+TRAINER_MOUNTS: Final = (RUNTIME_DIR, CLIENT_DIR)
+
+PYTHONPATH: Final = "PYTHONPATH"
+TRAINER_ENV: Final = (names.ENV_RUNTIME_DIR, names.ENV_ROOT, names.ENV_POD, names.ENV_RUN_ID)
+"""What a trainer container gets besides PYTHONPATH. A pod that sets one of them itself is refused."""
+ENV_POD_NAME: Final = "PILLION_POD_NAME"
+ENV_POD_NAMESPACE: Final = "PILLION_POD_NAMESPACE"
+ENV_POD_IP: Final = "PILLION_POD_IP"
+ENV_NODE_NAME: Final = "PILLION_NODE_NAME"
+ENV_COMPLETION_INDEX: Final = "PILLION_JOB_COMPLETION_INDEX"
+ENV_POLICY_NAME: Final = "PILLION_POLICY_NAME"
+ENV_JOB_KIND: Final = "PILLION_JOB_KIND"
+ENV_JOB_NAME: Final = "PILLION_JOB_NAME"
+ENV_HOME_URL: Final = "PILLION_HOME_URL"
+ENV_HOME_CA: Final = "PILLION_HOME_CA"
+ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
+
+_DOWNWARD: Final = {
+    names.ENV_POD: "metadata.uid",
+    ENV_POD_NAME: "metadata.name",
+    ENV_POD_NAMESPACE: "metadata.namespace",
+    ENV_POD_IP: "status.podIP",
+    ENV_NODE_NAME: "spec.nodeName",
+    # Empty in a pod without that annotation.
+    ENV_COMPLETION_INDEX: "metadata.annotations['batch.kubernetes.io/job-completion-index']",
+}
+
+HEADROOM_LEAST_BYTES: Final = 64 * 2**20
+"""Room in the arena's file system for what is no slot: segment headers, pages at the ends, the socket, the log."""
+HEADROOM_SHARE: Final = 50
+"""One part in so many of a large arena: the kubelet evicts a pod whose volume is fuller than its limit."""
+FALLBACK: Final = policy.ResourceList(cpu_millicores=500, memory_bytes=2**30)
+"""For what neither policy nor pod says: a container without requests and limits is refused in a namespace with a quota."""
+CPU_LIMIT_MILLICORES: Final = 2000
+"""Where each container of the pod has a CPU limit (a quota asks for it) and policy and pod say none for the sidecar."""
+_CLIENT_AMOUNTS: Final = {"cpu": "500m", "memory": "128Mi"}
+"""Requests and limits, equal, so that they do not change the pod's class of service. An interpreter and a copy of a few files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is laid into one pod."""
+
+    sidecar: Json
+    client: Json | None
+    """None: the trainer has the client in its image."""
+    volumes: list[Json]
+    trainers: tuple[str, ...]
+    """The trainer containers, by name."""
+    trainer_env: list[Json]
+    trainer_mounts: list[Json]
+    drain_s: int
+    """What the pod's grace period is raised by."""
+
+
+def build(
+    bare: Json,
+    effective: overrides.Effective,
+    job: identity.Job,
+    wishes: annotations.Wishes,
+    declared: Json | None,
+    trainers: tuple[str, ...],
+    settings: Settings,
+) -> Parts:
+    """The parts for a pod without them (`bare`)."""
+    of = effective.policy
+    root = f"{STORAGE_DIR}/{job.id}"
+    claim = of.storage.persistent_volume_claim
+    assert claim is not None, "the policy's reader asks for a claim in a cluster"
+    arena_bytes = _with_headroom(of.staging.size_limit_bytes)
+    injects_client = wishes.client is annotations.Client.INJECTED
+
+    env = [
+        _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
+        _literal(names.ENV_ROOT, root),
+        _literal(names.ENV_RUN_ID, job.id),
+        _literal(names.ENV_POLICY, json.dumps(policy.dump(of), separators=(",", ":"), sort_keys=True)),
+        _literal(ENV_POLICY_NAME, wishes.policy),
+        _literal(ENV_JOB_KIND, job.kind),
+        _literal(ENV_JOB_NAME, job.name),
+        _literal(names.ENV_LOG_LEVEL, settings.log_level),
+        # torch and tempfile want a home and a /tmp; the root file system is read-only.
+        _literal("HOME", "/tmp"),
+        # An image made for GPUs would see them all where the NVIDIA runtime is the default; "void" is none, for that runtime.
+        _literal("NVIDIA_VISIBLE_DEVICES", "void"),
+        *(_from_field(name, path) for name, path in _DOWNWARD.items()),
+    ]
+    mounts = [_mount(ARENA_VOLUME, RUNTIME_DIR), _mount(STORAGE_VOLUME, STORAGE_DIR), _mount(TMP_VOLUME, "/tmp")]
+    if claim.sub_path:
+        mounts[1]["subPath"] = claim.sub_path
+    volumes: list[Json] = [
+        {"name": ARENA_VOLUME, "emptyDir": {"medium": "Memory"}},
+        {"name": STORAGE_VOLUME, "persistentVolumeClaim": {"claimName": claim.claim_name}},
+        {"name": TMP_VOLUME, "emptyDir": {"sizeLimit": "256Mi"}},
+    ]
+    if arena_bytes:
+        volumes[0]["emptyDir"]["sizeLimit"] = policy.format_bytes(arena_bytes)
+    if injects_client:
+        volumes.append({"name": CLIENT_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}})
+    if settings.home_url:
+        env += [_literal(ENV_HOME_URL, settings.home_url), _literal(ENV_TOKEN_FILE, f"{TOKEN_DIR}/{TOKEN_FILE}")]
+        env += [_literal(ENV_HOME_CA, settings.home_ca)] if settings.home_ca else []
+        mounts.append(_mount(TOKEN_VOLUME, TOKEN_DIR) | {"readOnly": True})
+        volumes.append(_token_volume(settings))
+
+    charged_bytes = arena_bytes if of.staging.memory_accounting is policy.MemoryAccounting.SIDECAR else 0
+    sidecar: Json = {
+        "name": SIDECAR,
+        "image": effective.image,
+        "imagePullPolicy": effective.image_pull_policy,
+        "restartPolicy": "Always",
+        "command": ["pillion-sidecar", "run"],
+        "env": env,
+        "resources": _resources(of.sidecar.resources, bare, charged_bytes),
+        "volumeMounts": mounts,
+        "securityContext": _security_context(bare, trainers, declared, settings),
+        "lifecycle": {"preStop": {"exec": {"command": ["pillion-sidecar", "notify"]}}},
+    }
+    if settings.liveness == "Exec":
+        sidecar["livenessProbe"] = {
+            "exec": {"command": ["pillion-sidecar", "ping"]},
+            "initialDelaySeconds": 60,
+            "periodSeconds": 60,
+            "timeoutSeconds": 30,
+            "successThreshold": 1,
+            "failureThreshold": 5,
+        }
+    client: Json = {
+        "name": CLIENT,
+        "image": effective.image,
+        "imagePullPolicy": effective.image_pull_policy,
+        "command": ["pillion-sidecar", "client", "--to", CLIENT_DIR],
+        "resources": {"requests": dict(_CLIENT_AMOUNTS), "limits": dict(_CLIENT_AMOUNTS)},
+        "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR)],
+        "securityContext": _security_context(bare, trainers, None, settings),
+    }
+    return Parts(
+        sidecar=sidecar,
+        client=client if injects_client else None,
+        volumes=volumes,
+        trainers=trainers,
+        trainer_env=[
+            _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
+            _literal(names.ENV_ROOT, root),
+            _literal(names.ENV_RUN_ID, job.id),
+            _from_field(names.ENV_POD, _DOWNWARD[names.ENV_POD]),
+        ],
+        trainer_mounts=[
+            _mount(ARENA_VOLUME, RUNTIME_DIR),
+            *([_mount(CLIENT_VOLUME, CLIENT_DIR) | {"readOnly": True}] if injects_client else []),
+        ],
+        drain_s=of.drain.timeout_seconds,
+    )
+
+
+def _literal(name: str, value: str) -> Json:
+    # The kubelet expands $(NAME) in a value and reads $$ as one $.
+    return {"name": name, "value": value.replace("$", "$$")}
+
+
+def _from_field(name: str, path: str) -> Json:
+    return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+
+
+def _mount(volume: str, path: str) -> Json:
+    return {"name": volume, "mountPath": path}
+
+
+def _token_volume(settings: Settings) -> Json:
+    token = {
+        "audience": settings.token_audience,
+        "expirationSeconds": settings.token_expiration_s,
+        "path": TOKEN_FILE,
+    }
+    # 0644: the sidecar's user is not known to the kubelet as the only one of the pod, and the volume is mounted nowhere else.
+    return {"name": TOKEN_VOLUME, "projected": {"defaultMode": 0o644, "sources": [{"serviceAccountToken": token}]}}
+
+
+def _with_headroom(arena_bytes: int | None) -> int:
+    """Size of the arena's file system, in whole MiB; 0 where the policy sets no limit."""
+    if arena_bytes is None:
+        return 0
+    whole = arena_bytes + max(HEADROOM_LEAST_BYTES, arena_bytes // HEADROOM_SHARE)
+    return -(-whole // 2**20) * 2**20
+
+
+def _security_context(bare: Json, trainers: tuple[str, ...], declared: Json | None, settings: Settings) -> Json:
+    """
+    The restricted Pod Security profile, under the trainer's user where it has one, so that both may open the arena's files.
+
+    A pod may name another user for its sidecar, root too: a volume that only root may write leaves no other choice.
+    """
+    trainer = (pods.named(pods.containers(bare), trainers[0]) or {}).get("securityContext") or {}
+    pod = pods.spec(bare).get("securityContext") or {}
+    own = (declared or {}).get("securityContext") or {}
+    user = own.get("runAsUser", trainer.get("runAsUser", pod.get("runAsUser")) or settings.run_as_user)
+    group = own.get("runAsGroup", trainer.get("runAsGroup", pod.get("runAsGroup")) or settings.run_as_group)
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": user != 0,
+        "runAsUser": user,
+        "runAsGroup": group,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _resources(of: policy.Resources, bare: Json, charged_bytes: int) -> Json:
+    """
+    Requests and limits, both always there, with the arena in the memory.
+
+    A pod of the class Guaranteed stays one: it would lose its own cores otherwise. A CPU limit is set only where each container
+    of the pod has one, as it slows the drain.
+    """
+    requests, limits = of.requests, of.limits
+    memory = requests.memory_bytes or limits.memory_bytes or FALLBACK.memory_bytes or 0
+    memory_limit = limits.memory_bytes or memory
+    cpu = requests.cpu_millicores or limits.cpu_millicores or FALLBACK.cpu_millicores or 0
+    cpu_limit = limits.cpu_millicores
+    beside = [*pods.containers(bare), *pods.init_containers(bare)]
+    if all(_is_guaranteed(each) for each in beside):
+        memory, cpu_limit = memory_limit, cpu_limit or cpu
+        cpu = cpu_limit
+    elif cpu_limit is None and all(_amount(each, "limits", "cpu") for each in beside):
+        cpu_limit = max(cpu, CPU_LIMIT_MILLICORES)
+    return {
+        "requests": _amounts(cpu, memory + charged_bytes),
+        "limits": _amounts(cpu_limit, memory_limit + charged_bytes),
+    }
+
+
+def _amounts(millicores: int | None, memory_bytes: int) -> dict[str, str]:
+    cpu = {} if millicores is None else {"cpu": quantities.format_millicores(millicores)}
+    return cpu | {"memory": policy.format_bytes(memory_bytes)}
+
+
+def _amount(container: Json, part: str, name: str) -> Any:
+    return ((container.get("resources") or {}).get(part) or {}).get(name)
+
+
+def _is_guaranteed(container: Json) -> bool:
+    """Whether a container's requests are its limits. Source: Kubernetes documentation, "Pod Quality of Service Classes"."""
+    for name in ("cpu", "memory"):
+        limit, request = _amount(container, "limits", name), _amount(container, "requests", name)
+        if limit is None or (request is not None and not quantities.same(name, request, limit)):
+            return False
+    return True

@@ -1,0 +1,71 @@
+"""
+The whole of: the annotation ``pillion.dev/status``: what injection did to a pod, and what was there before.
+
+Producer: the injection. Consumer: the injection, when it sees the pod again or takes the sidecar out; the controller; people.
+Breaking changes: removing or renaming a field. A reader takes a version that it does not know for no status at all.
+
+Must never: be trusted with more than the pod's own fields; whoever makes a pod can write it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pillion_operator.injection import annotations, pods
+from pillion_operator.injection.pods import Json
+
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What injection changed, as opposed to added: the value that was there, and the one that it put there."""
+
+    grace_s: int | None = None
+    """`terminationGracePeriodSeconds`. None: not said."""
+    grace_set_s: int | None = None
+    resources: Json | None = None
+    """The pod's own `resources`, not those of a container. None: not said."""
+    resources_set: Json | None = None
+    python_path: dict[str, str] = field(default_factory=dict)
+    """By trainer container: the literal PYTHONPATH that it had."""
+    declared: Json | None = None
+    """The container ``pillion-sidecar`` that the pod declared itself, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What was done to a pod."""
+
+    policy: str
+    policy_uid: str
+    policy_generation: int
+    job_kind: str
+    job_name: str
+    job_id: str
+    image: str
+    containers: tuple[str, ...]
+    """The trainer containers."""
+    before: Before
+
+
+def dump(status: Status) -> str:
+    """The annotation's value: the same text for the same status."""
+    document = dataclasses.asdict(status)
+    document["before"] = {key: value for key, value in document["before"].items() if value not in (None, {})}
+    return json.dumps({"version": VERSION} | document, separators=(",", ":"), sort_keys=True)
+
+
+def read(pod: Json) -> Status | None:
+    """The status in a pod's annotation; None where there is none, or one of another version, or no status at all."""
+    text = pods.metadata_map(pod, "annotations").get(annotations.STATUS, "")
+    try:
+        document: dict[str, Any] = json.loads(text)
+        if document.pop("version") != VERSION:
+            return None
+        document["containers"] = tuple(document["containers"])
+        document["before"] = Before(**document["before"])
+        return Status(**document)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

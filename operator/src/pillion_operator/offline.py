@@ -1,0 +1,108 @@
+"""
+The whole of: injection without a cluster: the pods and pod templates of the documents of a file.
+
+Called from: `__main__`, for people, and for schedulers that count the resources of a template before any pod exists (Kueue,
+Volcano). What is done to a template is what the webhook does to its pods, which then find nothing left to do.
+Must never: read a file, or change what it is given.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion.wire import policy
+from pillion_operator.injection import annotations, apply, checkpoint_policy, decide, identity, pods
+from pillion_operator.injection.pods import Json
+from pillion_operator.settings import Settings
+
+_TEMPLATES: Final = {
+    "Job": ("spec.template",),
+    "Deployment": ("spec.template",),
+    "ReplicaSet": ("spec.template",),
+    "StatefulSet": ("spec.template",),
+    "JobSet": ("spec.replicatedJobs.*.template.spec.template",),
+    "PyTorchJob": ("spec.pytorchReplicaSpecs.*.template",),
+    "LeaderWorkerSet": ("spec.leaderWorkerTemplate.leaderTemplate", "spec.leaderWorkerTemplate.workerTemplate"),
+    "VolcanoJob": ("spec.tasks.*.template",),
+}
+"""
+By kind: where its pod templates are. A kind that makes several jobs out of one template (a CronJob, a training runtime) is not
+here: the job's id is in the pod, and differs between them.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one pod or template."""
+
+    where: str
+    """``Kind/name``, and the path of the template in it."""
+    decision: decide.Decision
+
+
+def inject(
+    documents: Sequence[Json], policies: Sequence[checkpoint_policy.CheckpointPolicy], settings: Settings
+) -> tuple[list[Json], list[Outcome]]:
+    """The documents with each pod and template injected where it is to be, and what became of each."""
+    result = copy.deepcopy(list(documents))
+    outcomes = []
+    for document in result:
+        for where, pod, job in _pods(document):
+            wanted = pods.metadata_map(pod, "annotations").get(annotations.POLICY, "")
+            found = next((each for each in policies if each.name in ("", wanted)), None)
+            decision = decide.inject(pod, found, settings, job=job)
+            if isinstance(decision, decide.Inject):
+                _replace(pod, decision.pod)
+            outcomes.append(Outcome(where=where, decision=decision))
+    return result, outcomes
+
+
+def remove(documents: Sequence[Json]) -> list[Json]:
+    """The documents with what injection did taken out again."""
+    result = copy.deepcopy(list(documents))
+    for document in result:
+        for _, pod, _ in _pods(document):
+            _replace(pod, apply.remove(pod))
+    return result
+
+
+def is_policy(document: Mapping[str, Any]) -> bool:
+    """Whether a document is a CheckpointPolicy object."""
+    return document.get("kind") == policy.KIND and document.get("apiVersion") == policy.API_VERSION
+
+
+def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | None]]:
+    """The pods in a document: where, the pod, and its job where the document says it."""
+    kind = str(document.get("kind"))
+    name = str((document.get("metadata") or {}).get("name") or "")
+    if kind == "Pod":
+        yield f"Pod/{name}", document, None
+        return
+    if kind == "Job" and str(document.get("apiVersion")).startswith("batch.volcano.sh/"):
+        kind = "VolcanoJob"
+    for path in _TEMPLATES.get(kind, ()):
+        for at, template in _at(document, path.split(".")):
+            job = identity.Job(kind=kind, name=name, id=name) if name else None
+            yield f"{kind}/{name} {at}", template, job
+
+
+def _at(value: Any, path: Sequence[str], done: str = "") -> Iterator[tuple[str, Json]]:
+    if not path:
+        if isinstance(value, dict):
+            yield done, value
+        return
+    entries: list[tuple[str, Any]] = []
+    if path[0] != "*":
+        entries = [(f"{done}.{path[0]}".lstrip("."), value.get(path[0]))] if isinstance(value, dict) else []
+    elif isinstance(value, dict):
+        entries = [(f"{done}.{key}", each) for key, each in value.items()]
+    elif isinstance(value, list):
+        entries = [(f"{done}[{index}]", each) for index, each in enumerate(value)]
+    for at, entry in entries:
+        yield from _at(entry, path[1:], at)
+
+
+def _replace(old: Json, new: Json) -> None:
+    old.clear()
+    old.update(new)

@@ -1,0 +1,207 @@
+"""
+The whole of: what injection reads out of a pod: its job, its wishes, what it may override; and what it answers.
+
+Called from: pytest.
+Must never: compare whole messages; only what a reader needs from them.
+"""
+
+from typing import Any
+
+import pytest
+
+from pillion.errors import SettingsError
+from pillion.wire import policy
+from pillion_operator import settings
+from pillion_operator.injection import (
+    annotations,
+    checkpoint_policy,
+    decide,
+    identity,
+    overrides,
+    quantities,
+    reasons,
+    status,
+)
+
+IMAGE = "example/pillion-sidecar:1"
+SPEC: dict[str, Any] = {
+    "trigger": {"periodSteps": 10},
+    "staging": {"sizeLimit": "8Gi"},
+    "storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}},
+}
+
+
+def owned(kind: str, name: str, labels: dict[str, str], **metadata: Any) -> dict[str, Any]:
+    owner = {"kind": kind, "name": name, "controller": True}
+    return {"metadata": {"labels": labels, "ownerReferences": [owner]} | metadata, "spec": {}}
+
+
+@pytest.mark.parametrize(
+    ("pod", "expected"),
+    [
+        (owned("Job", "a", {"batch.kubernetes.io/job-name": "a"}), ("Job", "a", "a")),
+        (owned("Job", "a", {"job-name": "a"}), ("Job", "a", "a")),
+        (owned("Job", "s-n-0", {"jobset.sigs.k8s.io/jobset-name": "s", "job-name": "s-n-0"}), ("JobSet", "s", "s")),
+        (
+            owned("Job", "t-n-0", {"trainer.kubeflow.org/trainjob-name": "t", "jobset.sigs.k8s.io/jobset-name": "t"}),
+            ("TrainJob", "t", "t"),
+        ),
+        (owned("PyTorchJob", "p", {"training.kubeflow.org/job-name": "p"}), ("PyTorchJob", "p", "p")),
+        (
+            owned("StatefulSet", "l-1", {"leaderworkerset.sigs.k8s.io/name": "l", "leaderworkerset.sigs.k8s.io/group-index": "1"}),
+            ("LeaderWorkerSet", "l", "l-1"),
+        ),
+        (owned("Job", "v", {}, annotations={"volcano.sh/job-name": "v"}), ("VolcanoJob", "v", "v")),
+        (owned("ReplicaSet", "d-5f7c", {"pod-template-hash": "5f7c"}), ("Deployment", "d", "d")),
+        (owned("StatefulSet", "x", {}), ("StatefulSet", "x", "x")),
+        ({"metadata": {"name": "alone"}}, ("Pod", "alone", "alone")),
+        ({"metadata": {"generateName": "alone-"}}, ("Pod", "alone", "alone")),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_job_is_the_object_that_the_user_made(pod: dict[str, Any], expected: tuple[str, str, str] | None) -> None:
+    """Every pod of a job has the same id, after every restart, whatever stands between the user's object and the pod."""
+    job = identity.identify(pod)
+    assert (job and (job.kind, job.name, job.id)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "No_Such"),
+        ("inject", "no"),
+        ("client", "injected"),
+        ("containers", "a,,b"),
+        ("containers", "a,a"),
+        ("job-id", ".."),
+        ("job-id", "a/b"),
+        ("job-id", "x" * 254),
+        ("sidecar-image", "a b"),
+        ("job_id", "x"),
+    ],
+)
+def test_a_bad_annotation_is_named_with_what_is_allowed(name: str, value: str) -> None:
+    """One problem, which begins with the annotation."""
+    _, problems = annotations.parse({f"pillion.dev/{name}": value})
+    assert len(problems) == 1
+    assert problems[0].startswith(f"pillion.dev/{name}: ")
+
+
+def test_annotations_of_others_are_none_of_our_business() -> None:
+    """Only our own prefix is read."""
+    wishes, problems = annotations.parse({"example.com/inject": "no", "pillion.dev/policy": "llm"})
+    assert problems == []
+    assert (wishes.policy, wishes.inject) == ("llm", True)
+
+
+def decided(**wishes: str) -> decide.Decision:
+    given = {f"pillion.dev/{name.replace('_', '-')}": value for name, value in wishes.items()}
+    metadata = {"name": "train", "annotations": {"pillion.dev/policy": "llm"} | given}
+    pod = {"metadata": metadata, "spec": {"containers": [{"name": "trainer"}]}}
+    return decide.inject(pod, checkpoint_policy.from_object(SPEC), settings.Settings(sidecar_image=IMAGE))
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"staging_size_limit": "9Gi"},
+        {"staging_size_limit": ""},
+        {"sidecar_memory_limit": "2Gi"},
+        {"sidecar_memory_request": "2Gi"},
+        {"sidecar_memory_limit": "512Mi"},
+        {"sidecar_cpu_limit": "100m"},
+        {"sidecar_cpu_request": "0"},
+        {"sidecar_image": "example/pillion-sidecar-of-mine:1"},
+        {"sidecar_image": "other/pillion-sidecar:1"},
+    ],
+)
+def test_an_override_above_the_policy_is_refused(wishes: dict[str, str]) -> None:
+    """The policy is the ceiling, and requests stay below limits; the annotation that is to blame is named."""
+    made = decided(**wishes)
+    assert isinstance(made, decide.Deny)
+    assert made.reason is reasons.Reason.BAD_ANNOTATION
+    assert [each.split(":")[0] for each in made.details] == [f"pillion.dev/{next(iter(wishes)).replace('_', '-')}"]
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"staging_size_limit": "1Gi"},
+        {"sidecar_memory_limit": "512Mi", "sidecar_memory_request": "256Mi"},
+        {"sidecar_cpu_limit": "16"},
+        {"sidecar_image": "example/pillion-sidecar@sha256:" + "0" * 64},
+    ],
+)
+def test_an_override_within_the_policy_is_taken(wishes: dict[str, str]) -> None:
+    """What the policy leaves open, or more, a pod may have less of."""
+    assert isinstance(decided(**wishes), decide.Inject)
+
+
+def test_repositories_are_compared_without_tag_and_digest() -> None:
+    """A port in the address is no tag."""
+    assert overrides.repository("host:5000/a/b") == "host:5000/a/b"
+    assert overrides.repository("host:5000/a/b:1@sha256:00") == "host:5000/a/b"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "before": 3}'])
+def test_a_status_that_cannot_be_read_is_no_status(text: str) -> None:
+    """Anyone can write the annotation; nothing in it makes injection fail."""
+    assert status.read({"metadata": {"annotations": {annotations.STATUS: text}}}) is None
+
+
+def test_every_reason_has_a_code_of_its_own_and_a_sentence() -> None:
+    """Codes are fit for an event's reason and for a metric's label; sentences are fit for a person."""
+    for reason in reasons.Reason:
+        assert reason.value.isalpha()
+        assert reason.value[0].isupper()
+        assert reason.sentence.endswith(".")
+    assert len({reason.sentence for reason in reasons.Reason}) == len(reasons.Reason)
+
+
+def test_a_policy_that_cannot_be_used_still_says_what_to_do_with_pods() -> None:
+    """failurePolicy is read alone where the rest is refused."""
+    found = checkpoint_policy.from_object({"kind": "x", "spec": {"failurePolicy": "Ignore"}})
+    assert (found.spec, found.failure_policy) == (None, policy.FailurePolicy.IGNORE)
+    assert checkpoint_policy.from_object({"failurePolicy": "Perhaps"}).failure_policy is None
+
+
+def test_the_operator_decides_where_there_is_no_policy() -> None:
+    """With Ignore a pod whose policy is missing starts untouched, and the reason is the same."""
+    pod = {"metadata": {"name": "a", "annotations": {"pillion.dev/policy": "llm"}}}
+    ignoring = settings.Settings(failure_policy=policy.FailurePolicy.IGNORE)
+    made = decide.inject(pod, None, ignoring)
+    assert isinstance(made, decide.Skip)
+    assert made.reason is reasons.Reason.POLICY_MISSING
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "expected"),
+    [
+        ("cpu", "500m", "1", "1500m"),
+        ("cpu", "0.5", 2, "2500m"),
+        ("memory", "1Gi", "512Mi", "1536Mi"),
+        ("memory", "1Gi", "many", None),
+    ],
+)
+def test_amounts_are_added_whatever_their_spelling(name: str, one: object, other: object, expected: str | None) -> None:
+    """A sum is exact, or it is not there."""
+    assert quantities.add(name, one, other) == expected
+
+
+def test_settings_report_all_problems_at_once() -> None:
+    """Each bad variable is named with what is allowed; an empty one is an absent one."""
+    bad = {
+        "PILLION_LIVENESS": "Sometimes",
+        "PILLION_TOKEN_EXPIRATION_S": "599",
+        "PILLION_HOME_URL": "http://home",
+        "PILLION_LOG_LEVEL": "",
+    }
+    with pytest.raises(SettingsError) as caught:
+        settings.from_env(bad)
+    assert [each.split("=")[0] for each in caught.value.problems] == [
+        "PILLION_TOKEN_EXPIRATION_S",
+        "PILLION_LIVENESS",
+        "PILLION_HOME_URL",
+    ]
+    found = settings.from_env({"PILLION_FAILURE_POLICY": "Ignore", "PILLION_RUN_AS_USER": "7"})
+    assert (found.failure_policy, found.run_as_user) == (policy.FailurePolicy.IGNORE, 7)
