@@ -6,20 +6,17 @@ Called from: the training thread. No collective runs after the constructor, and 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
 import threading
 import time
 import types
-import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
 import torch.distributed as dist
 
-from pillion import cadence, group, loading, saving, storing
+from pillion import cadence, ending, group, loading, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
@@ -33,8 +30,6 @@ LATEST_TIMEOUT_S: Final = 60.0
 LEAD_LOCAL_S: Final = 0.25
 LEAD_PODS_S: Final = 2.0
 """How far ahead a time-based save is announced, so that it reaches every rank before its step; within a pod, and across."""
-EXIT_LOST: Final = 74
-"""Exit status (EX_IOERR) of an interpreter that ends while a save is lost: a job must not look complete."""
 
 
 class Checkpointer:
@@ -86,7 +81,7 @@ class Checkpointer:
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
         self._prepared: threading.Thread | None = None
-        _drain_at_exit(self)
+        ending.drain_at_exit(self)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -97,10 +92,11 @@ class Checkpointer:
         The answer is the same on all ranks at the same step, and costs no communication.
         """
         now_s = time.monotonic()
+        answer = self._cadence.due(step, now_s)
         proposal = self._cadence.proposal(step, now_s)
         if proposal is not None:
             self._session.send({"type": "announce", "step": proposal})
-        return self._cadence.due(step, now_s) is not cadence.Due.NOT_DUE
+        return answer is not cadence.Due.NOT_DUE
 
     def save(
         self, state_dict: Mapping[str, Any], step: int, *, overlap: bool = False, persist: bool | None = None
@@ -121,14 +117,14 @@ class Checkpointer:
         Raises:
             Nothing: a failure is on the handle, in the log and in the sidecar's counters.
         """
-        if persist is None:
-            persist = self._cadence.due(step, time.monotonic()) is not cadence.Due.SNAPSHOT
         problem = self._refuse_save(step)
         if problem is not None:
             handle = SaveHandle(step)
             _log.error("pillion: save of step %s refused: %s", step, problem)
             handle.fail(problem)
             return handle
+        if persist is None:
+            persist = self._cadence.due(step, time.monotonic()) is not cadence.Due.SNAPSHOT
         self._last_step = step
         handle = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
         if persist:
@@ -193,7 +189,8 @@ class Checkpointer:
         self.last_load = report
         for where, why in report.refused.items():
             _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
-        self._last_step = -1 if report.step is None else report.step
+        # The step loaded may be saved again (a loop that starts at it does); an older one may not.
+        self._last_step = -1 if report.step is None else report.step - 1
         if report.step is not None:
             self._cadence.saved(report.step, time.monotonic())
         self._prepare(state_dict)
@@ -234,14 +231,17 @@ class Checkpointer:
 
         Blocks: up to `timeout_s` (None: the policy's drain.timeoutSeconds).
         """
-        # After an uncaught exception the interpreter has set last_value: this then runs at its exit.
-        self._close(timeout_s, clean=getattr(sys, "last_value", None) is None)
+        self._close(timeout_s, clean=not ending.by_exception())
+
+    def in_flight(self) -> list[SaveHandle]:
+        """The handles of saves whose outcome is not known yet."""
+        return self._session.pending()
 
     def _close(self, timeout_s: float | None, *, clean: bool) -> None:
         if self._closed:
             return
         self._closed = True
-        _open_checkpointers.discard(self)
+        ending.closed(self)
         if self._prepared is not None:
             self._prepared.join(session_module.RESERVE_TIMEOUT_S)
         self._saver.close()
@@ -294,38 +294,3 @@ def _policy_document(
             raise SettingsError([str(problem) for problem in err.problems]) from err
         return dict(given)
     return os.path.abspath(os.fspath(given))
-
-
-# --- the interpreter's end -------------------------------------------------------------------------------------------
-
-_open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-_exit_registered = threading.Event()
-
-
-def _drain_at_exit(checkpointer: Checkpointer) -> None:
-    _open_checkpointers.add(checkpointer)
-    if not _exit_registered.is_set():
-        _exit_registered.set()
-        atexit.register(_drain_open)
-
-
-def _drain_open() -> None:
-    """
-    Drain saves that are in flight when the interpreter exits without a close.
-
-    A save that is lost makes the exit status EXIT_LOST: atexit cannot change it by an exception, so the process ends here,
-    after the streams are flushed.
-    """
-    lost: list[str] = []
-    for checkpointer in list(_open_checkpointers):
-        handles = checkpointer._session.pending()
-        checkpointer.close()
-        for handle in handles:
-            error = handle.committed.exception(0) if handle.committed.done() else None
-            if error is not None:
-                lost.append(f"step {handle.step}: {error}")
-    if lost:
-        print("pillion: saves lost at exit: " + "; ".join(lost), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_LOST)

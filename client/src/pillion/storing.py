@@ -87,7 +87,9 @@ def open_session(
         told = [f"rank 0: {err}"]
         raise
     finally:
-        dist.broadcast_object_list(told, group=process_group, group_src=0)
+        # By global rank: torch 2.6 has no `group_src`.
+        source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+        dist.broadcast_object_list(told, src=source, group=process_group)
     if session is not None:
         return session
     if not isinstance(told[0], (list, tuple)):

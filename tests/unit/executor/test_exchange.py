@@ -1,0 +1,89 @@
+"""
+The whole of: how pods exchange documents, the same claims for the exchange within one pod and the one over a store.
+
+Called from: pytest.
+Must never: use a store that is no TCPStore; what differs between stores is what matters.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from pillion.errors import BarrierTimeout
+from pillion_sidecar.executor import exchange, stores
+
+
+def local() -> exchange.Exchange:
+    """All ranks in one pod."""
+    return exchange.LocalExchange(0)
+
+
+def over_a_store() -> exchange.Exchange:
+    """The coordinator's end of a job of one pod, over a real store on a free port."""
+    keep, view = stores.host("127.0.0.1", "pillion/test")
+    return stores.StoreExchange(view, keep, [[0]], 0)
+
+
+@pytest.mark.parametrize("make", [local, over_a_store])
+def test_what_is_posted_is_collected_and_what_is_published_is_received(make: Callable[[], exchange.Exchange]) -> None:
+    """Documents come back as they were; posting again overwrites, as an executor's successor does it."""
+    between = make()
+    between.post("save/0/1/plan", {"text": "\u00e9", "n": 1})
+    between.post("save/0/1/plan", {"text": "again"})
+    assert between.collect("save/0/1/plan", 1.0) == {0: {"text": "again"}}
+    between.publish("save/0/1/plan", {"plan": [1, 2]})
+    assert between.receive("save/0/1/plan", 1.0) == {"plan": [1, 2]}
+
+
+@pytest.mark.parametrize("make", [local, over_a_store])
+def test_what_never_comes_ends_at_the_bound_with_phase_and_ranks(make: Callable[[], exchange.Exchange]) -> None:
+    """BarrierTimeout for a part and for a decision that nobody gave; forgotten phases are gone."""
+    between = make()
+    for wait in (between.collect, between.receive):
+        with pytest.raises(BarrierTimeout) as caught:
+            wait("never", 0.05)
+        assert (caught.value.phase, caught.value.missing) == ("never", (0,))
+    between.post("old", {})
+    between.publish("old", {})
+    between.forget(["old"])
+    with pytest.raises(BarrierTimeout):
+        between.collect("old", 0.05)
+
+
+def test_the_ranks_of_a_pod_that_is_missing_are_all_named() -> None:
+    """Of three pods two posted: the error names every rank of the third, and no other; no key of ours lies outside the
+    prefix."""
+    keep, view = stores.host("127.0.0.1", "pillion/run/session")
+    pods = [[0, 3], [1, 4], [2, 5]]
+    ends = [stores.StoreExchange(view, keep, pods, first) for first in (0, 1, 2)]
+    ends[0].post("p", {"from": 0})
+    ends[1].post("p", {"from": 1})
+    with pytest.raises(BarrierTimeout) as caught:
+        ends[0].collect("p", 0.1)
+    assert caught.value.missing == (2, 5)
+    assert caught.value.waited_s >= 0.1
+    ends[2].post("p", {"from": 2})
+    assert ends[0].collect("p", 1.0) == {0: {"from": 0}, 1: {"from": 1}, 2: {"from": 2}}
+    assert all(key.endswith("init/") or "pillion/run/session" in key for key in keep.list_keys())
+    before = keep.num_keys()
+    ends[0].publish("p", {})
+    ends[0].forget(["p"])
+    assert keep.num_keys() == before - 3
+
+
+def test_a_stranger_in_our_prefix_is_an_error_and_no_document() -> None:
+    """A value that is no JSON object is a ValueError."""
+    for data in (b"[]", b"1", b"\xff", b""):
+        with pytest.raises(ValueError):
+            exchange.decode(data)
+
+
+def test_a_store_that_is_not_there_is_an_error_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens: connect raises within its own bound."""
+    monkeypatch.setattr(stores, "CONNECT_TIMEOUT_S", 0.2)
+    keep, _ = stores.host("127.0.0.1", "x")
+    port = keep.port
+    del keep, _
+    with pytest.raises(dist.DistError):
+        stores.connect("127.0.0.1", port, "x")
