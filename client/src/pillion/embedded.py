@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from pillion import group
 from pillion.errors import SidecarUnavailable
 from pillion.wire import names
 
@@ -41,7 +42,8 @@ def runtime_directory(key: str, environ: Mapping[str, str]) -> str:
     injected = environ.get(names.ENV_RUNTIME_DIR)
     if injected:
         return injected
-    pod = environ.get(names.ENV_POD) or environ.get("GROUP_RANK") or "0"
+    # Whoever counts as one pod has to find one directory; torchrun's number of the node may change at a restart.
+    pod = group.pod_identity(environ)
     digest = hashlib.sha256(f"{key}\0{pod}".encode()).hexdigest()[:16]
     base = "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     return os.path.join(base, f"{names.RUNTIME_PREFIX}{os.getuid()}-{digest}")
@@ -66,6 +68,8 @@ def start(runtime_dir: str, log_path: str) -> int:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if _listens(path):
+            # Reaped when it ends, so that it leaves no zombie in a trainer that lives longer.
+            threading.Thread(target=child.wait, name="pillion-reap", daemon=True).start()
             return child.pid
         status = child.poll()
         if status == ALREADY_RUNNING:
@@ -82,15 +86,6 @@ def start(runtime_dir: str, log_path: str) -> int:
 
 
 def _spawn(command: list[str], log_path: str) -> subprocess.Popen[bytes]:
-    with open(log_path, "ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"
-        )
-
-
-def _spawn(runtime_dir: str, log_path: str) -> subprocess.Popen[bytes]:
-    os.makedirs(runtime_dir, mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "pillion_sidecar", "run", "--runtime-dir", runtime_dir, "--embedded"]
     with open(log_path, "ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"

@@ -231,7 +231,18 @@ class ErrorDocument:
     @classmethod
     def from_exception(cls, error: PillionError) -> ErrorDocument:
         detail: dict[str, object] = {}
-        for name in ("phase", "missing", "waited_s", "needed_bytes", "available_bytes", "fqns", "reasons", "problems"):
+        for name in (
+            "phase",
+            "missing",
+            "waited_s",
+            "needed_bytes",
+            "available_bytes",
+            "fqns",
+            "reasons",
+            "problems",
+            "ours",
+            "theirs",
+        ):
             if hasattr(error, name):
                 value = getattr(error, name)
                 detail[name] = list(value) if isinstance(value, tuple) else value
@@ -263,6 +274,9 @@ class ErrorDocument:
                 step=step,
                 failures=self.failures,
             )
+        if self.kind == "ProtocolMismatch":
+            # Told by the other side: its own version is theirs here.
+            return ProtocolMismatch(ours=number("theirs"), theirs=number("ours"))
         if self.kind == "ArenaExhausted":
             return ArenaExhausted(needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"))
         if self.kind == "SettingsError":

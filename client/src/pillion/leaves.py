@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -46,6 +47,8 @@ class Leaves:
     """One per opaque leaf."""
     versions: Sequence[int] | None = None
     """In-place version of each tensor when an overlapped save began; None where the copy is done before anything can change."""
+    seen: Seen | None = None
+    """What a collector remembers of the state dict."""
 
 
 def materialize(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,9 +75,12 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        self._signature: list[object] = []
-        self._layout: layout.Layout | None = None
-        self._chunks: dict[object, tuple[layout.Item, ...]] = {}
+        self._seen: Seen | None = None
+
+    def adopt(self, leaves: Leaves) -> None:
+        """Remember what another collector saw, so that the first state dict of that shape costs no more than the next."""
+        if self._seen is None:
+            self._seen = leaves.seen
 
     def collect(self, state_dict: Mapping[str, Any]) -> Leaves:
         """
@@ -86,12 +92,22 @@ class Collector:
             UnsupportedLeaf: a leaf that cannot be staged (meta or fake tensors, DTensors with a Partial placement).
             UsageError: two leaves of one name.
         """
-        flat, paths = flatten.flatten(state_dict, _is_tensor)
+        seen = self._seen
+        values = seen.shape.leaves(state_dict) if seen is not None else None
+        if seen is not None and values is not None:
+            known = seen.plain.of(values) if seen.plain is not None else None
+            if known is not None:
+                return Leaves(seen.layout, *known, seen=seen)
+            structure, paths = seen.shape, seen.paths
+            flat = dict(zip(paths, values, strict=True))
+        else:
+            flat, paths = flatten.flatten(state_dict, _is_tensor)
+            structure = _Shape(state_dict, set(paths.values()))
         signature: list[object] = []
         tensors: list[torch.Tensor] = []
         opaque: list[object] = []
         opaque_names: list[str] = []
-        chunked: list[tuple[str, Any, str]] = []
+        chunked = False
         for fqn, leaf in flat.items():
             if isinstance(leaf, torch.Tensor) and type(leaf) in _PLAIN:
                 dtype = DTYPE_NAMES.get(leaf.dtype)
@@ -118,12 +134,106 @@ class Collector:
                 for item, tensor in chunks:
                     signature.append(item)
                     tensors.append(tensor)
-                chunked.append((fqn, leaf, ""))
-        if self._layout is None or signature != self._signature:
+                chunked = True
+        if seen is not None and signature == seen.signature:
+            of = seen.layout
+        else:
             items = [_item(entry) for entry in signature if not isinstance(entry, str)]
-            self._layout = layout.Layout(tuple(items), tuple(opaque_names), paths)
-            self._signature = signature
-        return Leaves(self._layout, tensors, opaque)
+            of = layout.Layout(tuple(items), tuple(opaque_names), paths)
+        plain = _PlainTensors(list(flat.values())) if not chunked else None
+        if plain is not None and plain.num_tensors != len(tensors):
+            plain = None
+        self._seen = Seen(signature, of, structure, paths, plain)
+        return Leaves(of, tensors, opaque, seen=self._seen)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a collector remembers of the last state dict."""
+
+    signature: list[object]
+    layout: layout.Layout
+    shape: _Shape
+    paths: dict[str, flatten.Path]
+    plain: _PlainTensors | None
+    """None where tensors have to be looked at one by one (DTensors, sparse ones)."""
+
+
+class _Shape:
+    """
+    The containers of a state dict: their keys, and the type of every value.
+
+    As long as they stay, the leaves are the same ones in the same order, and comparing takes a tenth of flattening.
+    """
+
+    def __init__(self, container: Any, leaf_paths: AbstractSet[flatten.Path], path: flatten.Path = ()) -> None:
+        self._is_mapping = isinstance(container, Mapping)
+        self._keys = tuple(container) if self._is_mapping else ()
+        values = list(container.values()) if self._is_mapping else container
+        self._types = list(map(type, values))
+        self._lists: list[int] = []
+        """Lists that are leaves: one that now holds a tensor is a container from now on."""
+        self._inner: list[tuple[int, _Shape]] = []
+        names: Iterable[str | int] = map(str, self._keys) if self._is_mapping else range(len(values))
+        for index, (name, value) in enumerate(zip(names, values, strict=True)):
+            below: flatten.Path = (*path, name)
+            if below not in leaf_paths:
+                self._inner.append((index, _Shape(value, leaf_paths, below)))
+            elif isinstance(value, list):
+                self._lists.append(index)
+
+    def leaves(self, container: Any) -> list[object] | None:
+        """The leaves in traversal order; None when something changed."""
+        found: list[object] = []
+        return found if self._collect(container, found) else None
+
+    def _collect(self, container: Any, found: list[object]) -> bool:
+        if self._is_mapping:
+            if tuple(container) != self._keys:
+                return False
+            values = list(container.values())
+        else:
+            values = container
+        if list(map(type, values)) != self._types:
+            return False
+        for index in self._lists:
+            if flatten.flatten({"": values[index]}, _is_tensor)[0].keys() != {""}:
+                return False
+        done = 0
+        for index, inner in self._inner:
+            found += values[done:index]
+            if not inner._collect(values[index], found):
+                return False
+            done = index + 1
+        found += values[done:]
+        return True
+
+
+class _PlainTensors:
+    """What was seen of a state dict whose tensors are all plain ones: enough to know them again without a look at each."""
+
+    def __init__(self, values: list[object]) -> None:
+        self._tensors = [index for index, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        self._opaque = [index for index, value in enumerate(values) if not isinstance(value, torch.Tensor)]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._dtypes = [tensor.dtype for tensor in tensors]
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self._tensors)
+
+    def of(self, values: list[object]) -> tuple[list[torch.Tensor], list[object]] | None:
+        """Tensors and opaque leaves, of types that were the same before; None when a tensor is of another kind now."""
+        tensors = cast("list[torch.Tensor]", [values[index] for index in self._tensors])
+        same = (
+            [tensor.shape for tensor in tensors] == self._shapes
+            and [tensor.dtype for tensor in tensors] == self._dtypes
+            and all(tensor.layout is torch.strided for tensor in tensors)
+            and not any(tensor.is_meta for tensor in tensors)
+            and not any(hasattr(tensor, "global_offsets") for tensor in tensors)
+        )
+        return (tensors, [values[index] for index in self._opaque]) if same else None
 
 
 def _item(entry: object) -> layout.Item:

@@ -3,9 +3,10 @@ One load: ask the sidecar, copy what it has verified, put the opaque leaves in p
 
 Called from: `Checkpointer.load` (all ranks). Unlike a save, a load raises: training on wrong weights is worse than none.
 
-The sidecar answers with a stream, so that the trainer copies one part while the next is read and verified:
+The sidecar answers with a stream, so that the trainer copies one part while the next is read and verified (from the arena, where
+nothing has to be read, it copies all of it meanwhile); what was copied counts when `loaded` says that all of it passed:
 
-    load_begin (tier, step, slot, dtypes) -> load_progress (items verified so far) ... -> loaded | failed
+    load_begin (tier, step, slot, dtypes) -> load_progress (items that may be copied) ... -> loaded | failed
          ^                                                                   |
          +------ a corrupt one is found: the ranks agree on an older <-------+
 """
@@ -59,24 +60,27 @@ def load(
     of = leaves.layout
     request: messages.Message = {"type": "load", "step": step, "path": path, "layout": of.encoded.decode()}
     copied = slot = 0
-    with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
-        for answer in answers:
-            if answer["type"] == "load_begin":
-                # Another round: an earlier one met a corrupt item. Everything is copied again.
-                copied, slot = 0, messages.field(answer, "slot", int)
-                leaves = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
-            elif answer["type"] == "load_progress":
-                upto = messages.field(answer, "upto", int)
-                mapping.copy_out(slot, leaves, copied, upto)
-                copied = upto
-            elif answer["type"] == "loaded":
-                break
-        found = messages.optional_field(answer, "step", int)
-        if found is not None:
-            mapping.copy_out(slot, leaves, copied, len(of.items))
-            opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
-            _assign(state_dict, wanted, of, opaque)
-    session.send({"type": "load_done"})
+    try:
+        with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
+            for answer in answers:
+                if answer["type"] == "load_begin":
+                    # Another round: an earlier one met a corrupt item. Everything is copied again.
+                    copied, slot = 0, messages.field(answer, "slot", int)
+                    leaves = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
+                elif answer["type"] == "load_progress":
+                    upto = messages.field(answer, "upto", int)
+                    mapping.copy_out(slot, leaves, copied, upto)
+                    copied = upto
+                elif answer["type"] == "loaded":
+                    break
+            found = messages.optional_field(answer, "step", int)
+            if found is not None:
+                mapping.copy_out(slot, leaves, copied, len(of.items))
+                opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
+                _assign(state_dict, wanted, of, opaque)
+    finally:
+        # Also after an error (a class that cannot be unpickled): slots that nobody reads any more must not stay lent.
+        session.send({"type": "load_done"})
     return LoadReport(
         step=found,
         tier=messages.field(answer, "tier", str),

@@ -28,7 +28,10 @@ from pillion.wire import messages, names, policy
 _log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 60.0
-"""Bound for the sidecar to be there and to answer the hello. Other local ranks wait this long for local rank 0 to start it."""
+"""Bound for the sidecar to be there. Other local ranks wait this long for local rank 0 to start it."""
+HELLO_TIMEOUT_S: Final = 1830.0
+"""Bound for the answer to the hello: the sidecar first finishes the saves that the trainers before left in its arena, within its
+own persist_timeout_s (1800 s). A shorter one would end a restart whose last save is large."""
 REQUEST_TIMEOUT_S: Final = 30.0
 """Bound for answers that take no I/O on storage (reserve: it allocates and touches memory, about 1 s a GiB)."""
 RESERVE_TIMEOUT_S: Final = 600.0
@@ -60,7 +63,7 @@ class Session:
         store_mode: ``prefix`` or ``own``; which store the sidecars of several pods meet in.
         on_event: called in the reader thread for events that concern no handle (announced, declined, draining).
 
-    Blocks: up to CONNECT_TIMEOUT_S.
+    Blocks: up to CONNECT_TIMEOUT_S, and HELLO_TIMEOUT_S after a crash.
 
     Raises:
         SidecarUnavailable, ProtocolMismatch, SettingsError.
@@ -88,6 +91,7 @@ class Session:
         self.handles: dict[int, SaveHandle] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._greeted = False
         self.mapping: staging.SegmentMapping | None = None
         self.welcome: messages.Message = {}
         self._connection = self._greet(CONNECT_TIMEOUT_S)
@@ -97,13 +101,32 @@ class Session:
 
     def _greet(self, timeout_s: float) -> connection.Connection:
         deadline = time.monotonic() + timeout_s
+        while True:
+            link = self._connect(deadline)
+            try:
+                self._hello(link)
+                with self._lock:
+                    if not link.lost:
+                        self._greeted = True
+                        return link
+            except SidecarUnavailable:
+                # One that was at its end (the run before has just closed) took the connection with it: its successor answers.
+                if not link.lost or time.monotonic() > deadline:
+                    link.close()
+                    raise
+            except BaseException:
+                link.close()
+                raise
+            link.close()
+
+    def _connect(self, deadline: float) -> connection.Connection:
+        self._greeted = False
         path = os.path.join(self.runtime_dir, names.CONTROL_SOCKET)
         while True:
             try:
-                link = connection.Connection(
+                return connection.Connection(
                     path, connect_timeout_s=REQUEST_TIMEOUT_S, on_event=self._on_event, on_lost=self._on_lost
                 )
-                break
             except SidecarUnavailable:
                 if not self.injected and self.group.local_rank == 0:
                     embedded.start(self.runtime_dir, self._log_path())
@@ -111,34 +134,31 @@ class Session:
                     raise
                 else:
                     time.sleep(embedded.POLL_S)
-        try:
-            group = self.group
-            self.welcome = link.request(
-                {
-                    "type": "hello",
-                    "version": wire.PROTOCOL_VERSION,
-                    "session": group.session,
-                    "run_id": group.run_id,
-                    "attempt": group.attempt,
-                    "rank": group.rank,
-                    "world_size": group.world_size,
-                    "pods": group.pods,
-                    "pid": os.getpid(),
-                    "root": self.root,
-                    "policy": self._policy_document,
-                    "store_mode": self._store_mode,
-                    "store": [group.store.host, group.store.port] if group.store else None,
-                },
-                max(1.0, deadline - time.monotonic()),
-            )
-            theirs = messages.field(self.welcome, "segment", str)
-            # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
-            if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
-                self.mapping = staging.SegmentMapping(theirs)
-        except BaseException:
-            link.close()
-            raise
-        return link
+
+    def _hello(self, link: connection.Connection) -> None:
+        group = self.group
+        self.welcome = link.request(
+            {
+                "type": "hello",
+                "version": wire.PROTOCOL_VERSION,
+                "session": group.session,
+                "run_id": group.run_id,
+                "attempt": group.attempt,
+                "rank": group.rank,
+                "world_size": group.world_size,
+                "pods": group.pods,
+                "pid": os.getpid(),
+                "root": self.root,
+                "policy": self._policy_document,
+                "store_mode": self._store_mode,
+                "store": [group.store.host, group.store.port] if group.store else None,
+            },
+            HELLO_TIMEOUT_S,
+        )
+        theirs = messages.field(self.welcome, "segment", str)
+        # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
+        if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
+            self.mapping = staging.SegmentMapping(theirs)
 
     def _log_path(self) -> str:
         folder = os.path.join(self.root, names.INTERNAL_DIR)
@@ -152,6 +172,9 @@ class Session:
         return os.path.join(self.runtime_dir, names.SIDECAR_LOG)
 
     def _on_lost(self, reason: str) -> None:
+        with self._lock:
+            if not self._greeted:
+                return  # whoever greets sees it, and tries again
         error = SidecarUnavailable(
             f"{reason}; what was sealed stays in the arena, and the sidecar's successor persists it"
         )
@@ -166,8 +189,12 @@ class Session:
             if self._closed.wait(pause_s):
                 return
             pause_s = min(pause_s * 2, RECONNECT_PAUSE_S * 16)
+            self._connection.close()
             try:
                 self._connection = self._greet(CONNECT_TIMEOUT_S)
+                if self._closed.is_set():
+                    self._connection.close()
+                    return
                 _log.warning("pillion: the sidecar is back (attempt %d)", attempt + 1)
                 return
             except PillionError as err:

@@ -77,6 +77,12 @@ async def run(settings: Settings) -> Exit:
         _log.info("listening in %s", settings.runtime_dir, extra={"pid": os.getpid()})
         if settings.embedded:
             await _until_unneeded(supervisor, stop)
+            server.stop_listening()
+            while server.num_connections and not stop.is_set():
+                # A trainer came in the last moment: it is served. No await lies between the look and the close of the door.
+                await server.start()
+                await _until_unneeded(supervisor, stop)
+                server.stop_listening()
         else:
             await stop.wait()
         drained = await _drain(supervisor)

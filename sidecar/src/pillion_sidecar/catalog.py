@@ -95,7 +95,10 @@ def _read(path: str) -> bytes:
 
 
 def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
-    of = manifest.decode_manifest(encoded)
+    try:
+        of = manifest.decode_manifest(encoded)
+    except manifest.ManifestError as err:
+        raise Damaged(f"{path}/{names.MANIFEST}: {err}") from err
     if of.digest_algorithm != digest.ALGORITHM:
         raise Damaged(f"{path}: digests are {of.digest_algorithm}, this release knows {digest.ALGORITHM}")
     if digest.digest(metadata) != of.metadata_digest:

@@ -97,9 +97,18 @@ class Server:
         self._server = await asyncio.start_unix_server(self._serve, self._path, limit=messages.RECV_BYTES)
         os.chmod(self._path, 0o666)  # trainer and sidecar may run as different users; the folder's mode guards it
 
-    async def close(self) -> None:
+    @property
+    def num_connections(self) -> int:
+        return len(self._clients)
+
+    def stop_listening(self) -> None:
+        """Take no new connection. One that the kernel took already is cut, and its client looks for our successor."""
         if self._server is not None:
             self._server.close()
+            self._server = None
+
+    async def close(self) -> None:
+        self.stop_listening()
         for writer in list(self._clients):
             writer.close()
         with contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from pillion.errors import ErrorDocument, PillionError
+from pillion.errors import ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages
 from pillion_sidecar import settings
 from pillion_sidecar.arena.slots import Save
@@ -39,6 +39,8 @@ class Operations:
         self._generation: int | None = None
         """The session's generation: a successor goes on in it."""
         self._generation_of: str | None = None
+        self._loads = self._epoch = 0
+        """As Context.loads and Context.epoch of this session: a successor counts on from them, or it would never meet its peers."""
         self._lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -101,12 +103,15 @@ class Operations:
         if self._opened == session:
             return self._opening
         known = self._generation if self._generation_of == session else None
+        if known is None:
+            self._loads = self._epoch = 0
         document = pod.session_document(
             peer_timeout_s=self._settings.peer_timeout_s,
             persist_timeout_s=self._settings.persist_timeout_s,
             write_threads=self._settings.write_threads,
             generation=known,
         )
+        document |= {"loads": self._loads, "epoch": self._epoch}
         try:
             self._opening = await executor.request({"type": "open", "session": document})
         except PillionError:
@@ -132,16 +137,35 @@ class Operations:
             "destination": save.destination,
             "sequence": save.step + 1 if save.destination else 0,
         }
-        return await self._run(pod, {"type": "persist", "save": request})
+        try:
+            return await self._run(pod, {"type": "persist", "save": request})
+        except SaveError:
+            if save.destination is not None:
+                # Its caller was told, and decides; nobody comes back to this arena for it, so that it is not owed to
+                # storage at the drain.
+                save.persist = False
+            raise
 
     async def load(self, pod: Pod, request: dict[str, Any]) -> dict[str, Any]:
         """
-        Run one load.
+        Run one load; when the executor dies with it, once more by its successor.
 
         Raises:
-            ExecutorDied, LoadError.
+            LoadError.
         """
-        return await self._run(pod, {"type": "load", "load": request})
+        message = {"type": "load", "load": request}
+        try:
+            try:
+                result = await self._run(pod, message)
+            except ExecutorDied as err:
+                _log.warning("the load goes to the executor's successor: %s", err)
+                result = await self._run(pod, message)
+        except ExecutorDied as err:
+            raise LoadError(f"two executors in a row died while they loaded: {err}") from err
+        finally:
+            self._loads += 1
+        self._epoch += 1
+        return result
 
     async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
         """Tell the other pods that this one has no part in `step`."""

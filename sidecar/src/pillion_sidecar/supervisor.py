@@ -33,7 +33,7 @@ from pillion.errors import (
     UsageError,
 )
 from pillion.wire import arena, messages, policy
-from pillion_sidecar import catalog, loads, settings
+from pillion_sidecar import catalog, failures, loads, settings
 from pillion_sidecar.arena import slots
 from pillion_sidecar.arena.slots import Phase, Save
 from pillion_sidecar.control import Client
@@ -211,18 +211,19 @@ class Supervisor:
             self._waiting.append((client, {**message, "waited": True}))
             return
         if isinstance(decision, slots.Skipped):
-            self.metrics.saves_skipped += 1
-            self._withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
+            if decision.first:
+                self.metrics.saves_skipped += 1
+                self._withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
             client.refuse(message, SaveSkipped(decision.reason, step=step))
             return
         if isinstance(decision, slots.Doomed):
-            raise _staging_error(step, decision.failures)
+            raise failures.staging_error(step, decision.failures)
         if isinstance(decision, slots.Replaced):
             victim = decision.victim
             self.metrics.saves_replaced += 1
             error = SaveSkipped(f"replaced by step {step} (staging.overlap: Latest)", step=victim.step)
             self._withdraw(victim.step, error, persist=victim.persist)
-            self._broadcast({"type": "save_failed", "step": victim.step, "error": _document(error)})
+            self._broadcast({"type": "save_failed", "step": victim.step, "error": failures.document(error)})
         save = decision.save
         room = messages.field(message, "room_bytes", int)
         try:
@@ -270,17 +271,18 @@ class Supervisor:
 
     def _fail_rank(self, step: int, rank: int, error: ErrorDocument) -> None:
         pod = self._require_pod()
-        unknown = step not in pod.table.saves
+        first = step not in pod.table.saves and not pod.table.settled(step)
         save = pod.table.fail_rank(step, rank, error)
-        told = _staging_error(step, {rank: error})
+        told = failures.staging_error(step, {rank: error})
         if save is not None:
-            self._report_failed(save, told, withdraw=True)
-        elif unknown:
+            # The rank itself knows, and better: its handle has the error as it was raised.
+            self._report_failed(save, told, withdraw=True, but=rank)
+        elif first:
             self.metrics.saves_failed += 1
             self._withdraw(step, told, persist=True)
         self._released()
 
-    def _report_failed(self, save: Save, error: SaveError, *, withdraw: bool) -> None:
+    def _report_failed(self, save: Save, error: SaveError, *, withdraw: bool, but: int | None = None) -> None:
         step = save.step
         self._forget_timer(step)
         self.metrics.saves_failed += 1
@@ -289,7 +291,7 @@ class Supervisor:
         _log.error("save of step %d failed: %s", step, error, extra={"step": step})
         if withdraw:
             self._withdraw(step, error, persist=save.persist)
-        self._broadcast({"type": "save_failed", "step": step, "error": _document(error)})
+        self._broadcast({"type": "save_failed", "step": step, "error": failures.document(error)}, but=but)
 
     def _withdraw(self, step: int, error: SaveError, *, persist: bool) -> None:
         """Other pods wait for this one's part of `step`: tell them that it never comes."""
@@ -302,9 +304,10 @@ class Supervisor:
         if timer is not None:
             timer.cancel()
 
-    def _broadcast(self, message: Mapping[str, Any]) -> None:
-        for client in self.clients.values():
-            client.send(message)
+    def _broadcast(self, message: Mapping[str, Any], *, but: int | None = None) -> None:
+        for rank, client in self.clients.items():
+            if rank != but:
+                client.send(message)
 
     def _released(self) -> None:
         """A slot may be free: the waiting claims and loads try again, in their order."""
@@ -329,7 +332,8 @@ class Supervisor:
         save = pod.table.newest_complete()
         if save is not None and not save.persisted and not save.persist and pod.identity.root:
             save.persist = True
-            save.phase = Phase.COMPLETE
+            if save.phase is Phase.DONE:  # one that is being registered as a snapshot is queued again by _persist
+                save.phase = Phase.COMPLETE
             _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
             self._wake.set()
 
@@ -379,6 +383,7 @@ class Supervisor:
         pod.mark(save, arena.SlotState.PERSISTING)
         outcome: dict[str, Any] | None = None
         error: SaveError | None = None
+        wanted = save.persist
         for attempt in range(PERSIST_ATTEMPTS):
             try:
                 outcome = await self.operations.persist(pod, save)
@@ -390,19 +395,21 @@ class Supervisor:
                 if attempt + 1 < PERSIST_ATTEMPTS:
                     _log.warning("step %d goes to the executor's successor: %s", save.step, err)
             except SaveError as err:
-                error = _for_local_ranks(err, pod)
+                error = failures.for_local_ranks(err, list(pod.segments))
                 break
             except PillionError as err:
                 failure = RemoteFailure(type(err).__name__, str(err))
                 error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 break
-        persisted = outcome is not None and save.persist
+        persisted = outcome is not None and wanted
         pod.mark(save, arena.SlotState.SEALED, persisted=persisted)
         pod.table.finish(save, persisted=persisted)
-        if outcome is None:
+        if save.persist and not wanted:  # its trainer died meanwhile: see rescue
+            save.phase = Phase.COMPLETE
+        elif outcome is None:
             self._report_failed(save, error or SaveError("the save failed", step=save.step), withdraw=False)
-            return
-        self._committed(save, outcome)
+        else:
+            self._committed(save, outcome)
 
     def _committed(self, save: Save, outcome: Mapping[str, Any]) -> None:
         metrics = self.metrics
@@ -490,22 +497,3 @@ class Supervisor:
             self.parted = not self._crashed
             self.idle_since = time.monotonic()
         client.answer(message, {"type": "farewell", "drained": drained})
-
-
-def _staging_error(step: int, errors: Mapping[int, ErrorDocument]) -> StagingError:
-    failures: dict[int, RemoteFailure] = {}
-    for rank, error in errors.items():
-        failures |= dict(error.failures) or {rank: RemoteFailure(error.kind, error.message)}
-    return StagingError("a rank could not stage", step=step, failures=failures)
-
-
-def _document(error: PillionError) -> dict[str, object]:
-    return ErrorDocument.from_exception(error).to_document()
-
-
-def _for_local_ranks(error: SaveError, pod: Pod) -> SaveError:
-    """A failure of the whole executor (rank -1) is one of every local rank."""
-    failure = error.failures.get(-1)
-    if failure is None:
-        return error
-    return SaveError("the executor failed", step=error.step, failures=dict.fromkeys(pod.segments, failure))

@@ -76,6 +76,8 @@ class Skipped:
     """No slot is free and the policy does not wait; every local rank gets the same answer for this step."""
 
     reason: str
+    first: bool = False
+    """This is the claim that decided it: told to the other pods and counted once, not once a rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,10 @@ class SlotTable:
     def give_back(self, slot: int) -> None:
         self._lent.discard(slot)
 
+    def settled(self, step: int) -> bool:
+        """Whether `step` was skipped or has failed: every later claim of it is refused."""
+        return step in self._skipped or step in self._doomed
+
     def forget_doomed(self) -> None:
         """After a load a step may come again."""
         self._doomed.clear()
@@ -160,6 +166,10 @@ class SlotTable:
 
     def claim(self, step: int, rank: int, *, persist: bool, destination: Mapping[str, Any] | None = None) -> Decision:
         """A rank wants to fill a slot for `step`."""
+        if step in self._skipped:
+            return Skipped(self._skipped[step])
+        if step in self._doomed:
+            return Doomed(self._doomed[step])
         save = self.saves.get(step)
         if save is not None and save.phase is Phase.FILLING and rank not in save.sealed:
             save.filling.add(rank)
@@ -169,27 +179,29 @@ class SlotTable:
             if save.phase is Phase.PERSISTING or save.pins or save.phase is Phase.FILLING:
                 return MustWait()
             del self.saves[step]
-        if step in self._doomed:
-            return Doomed(self._doomed[step])
-        if step in self._skipped:
-            return Skipped(self._skipped[step])
         victim = None
         slot = self._free_slot()
         if slot is None and self.overlap is Overlap.LATEST:
-            victim = self.oldest_queued()
-            if victim is not None and not victim.pins:
+            victim = self._victim()
+            if victim is not None:
                 del self.saves[victim.step]
                 slot = victim.slot
         if slot is None:
             if self.overlap is Overlap.SKIP:
                 reason = f"no slot is free (staging.overlap: {self.overlap.value}, staging.slots: {self.num_slots})"
                 self._remember_skip(step, reason)
-                return Skipped(reason)
+                return Skipped(reason, first=True)
             return MustWait()
         self._order += 1
         save = Save(step, slot, self._order, persist, destination, filling={rank})
         self.saves[step] = save
         return Replaced(save, victim) if victim is not None else Granted(save)
+
+    def _victim(self) -> Save | None:
+        """What `Latest` replaces: the oldest queued save, while another whole one stays in memory."""
+        victim = self.oldest_queued()
+        others = [save for save in self.saves.values() if save.complete and save is not victim]
+        return victim if victim is not None and not victim.pins and others else None
 
     def _remember_skip(self, step: int, reason: str) -> None:
         self._skipped[step] = reason
@@ -233,15 +245,15 @@ class SlotTable:
         """
         A rank will not seal `step`; the save when this is its first failure (it is to be reported).
 
-        A step that nobody has claimed yet is remembered: whoever claims it is told.
+        The step is remembered: a rank that claims it later was not there when the failure was told, and hears of it then.
         """
         save = self.saves.get(step)
-        if save is None:
-            self._doomed.setdefault(step, {})[rank] = error
-            while len(self._doomed) > REMEMBERED_SKIPS:
-                del self._doomed[next(iter(self._doomed))]
+        if step in self._skipped or (save is not None and save.phase is not Phase.FILLING):
             return None
-        if save.phase is not Phase.FILLING:
+        self._doomed.setdefault(step, {})[rank] = error
+        while len(self._doomed) > REMEMBERED_SKIPS:
+            del self._doomed[next(iter(self._doomed))]
+        if save is None:
             return None
         first = not save.failures
         save.filling.discard(rank)

@@ -51,7 +51,9 @@ class Context:
     signal_store: Any = None
     """A client of its own for `signals`; None within one pod."""
     loads: int = 0
-    """Loads of this session so far: all ranks load together, so the number is the same in every pod."""
+    """Loads of this session that were begun: all ranks load together, so the number is the same in every pod."""
+    epoch: int = 0
+    """Loads that ended well: the pods agreed on each, so this is the same in every pod even after a load that one never joined."""
 
     @property
     def first_rank(self) -> int:
@@ -116,6 +118,8 @@ def open_context(document: Mapping[str, Any]) -> Context:
         write_threads=int(document["write_threads"]),
         store_address=address,
         signal_store=signal_store,
+        loads=int(document.get("loads", 0)),
+        epoch=int(document.get("epoch", 0)),
     )
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
     context.generation = _agree_on_generation(context, known=document.get("generation"))

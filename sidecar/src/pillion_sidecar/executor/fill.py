@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pillion_sidecar.executor.load import Request, Wanted
 
 PROGRESS_BYTES = 32 * 1024**2
-"""As load.PROGRESS_BYTES."""
+"""Verified bytes between two announcements: 5 ms of copying, so the copy starts early and messages stay few."""
 MISMATCHES_SHOWN = 20
 """FQNs listed in an error's text; the error's field has all."""
 

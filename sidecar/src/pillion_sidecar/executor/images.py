@@ -81,7 +81,10 @@ class Reader:
         if hashlib.blake2b(manifest, digest_size=16).digest() != header.manifest_digest:
             raise TornSlot(f"slot {slot} of {segment.path}: the manifest does not match its digest")
         of = self._layout(segment, slot, header, memory)
-        lengths = tuple(int(length) for length in json.loads(manifest)["opaque"])
+        document = json.loads(manifest)
+        if document["step"] != header.step:
+            raise TornSlot(f"slot {slot} of {segment.path}: the header says step {header.step}, not {document['step']}")
+        lengths = tuple(int(length) for length in document["opaque"])
         starts, image_bytes = of.opaque_starts(lengths)
         if len(lengths) != len(of.opaque) or image_bytes != header.image_bytes:
             raise TornSlot(f"slot {slot} of {segment.path}: the image has another length than its layout")

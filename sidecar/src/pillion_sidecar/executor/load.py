@@ -2,7 +2,7 @@
 One load: the ranks agree on a step and a tier, each pod verifies and hands over, a corrupt one is skipped for an older.
 
 Called from: `executor.worker`. Reads are verified item by item and announced as they pass, so that the trainer copies one part
-while the next is read.
+while the next is read; a snapshot in the arena is announced whole, and verified while it is copied.
 
     every pod:    post what its arena holds
     coordinator:  newest step that every arena holds, or newest committed on storage -> publish
@@ -12,7 +12,6 @@ while the next is read.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import traceback
 from collections.abc import Mapping
@@ -35,8 +34,6 @@ from pillion_sidecar.executor import fill, images
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.storage import digest
 
-PROGRESS_BYTES: Final = 32 * 1024**2
-"""Verified bytes between two announcements: 5 ms of copying, so the copy starts early and messages stay few."""
 ROUNDS_LIMIT: Final = 64
 """Corrupt checkpoints refused before giving up: more than any retention keeps."""
 
@@ -85,8 +82,8 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     """
     context.loads += 1
     phase = f"load/{context.loads}"
-    usable = _usable(context, request)
-    context.exchange.post(f"{phase}/offer", {"arena": sorted(usable), "step": request.step})
+    usable, torn = _usable(context, request)
+    context.exchange.post(f"{phase}/offer", {"arena": sorted(usable), "torn": torn, "step": request.step})
     refused: dict[str, str] = {}
     for number in range(ROUNDS_LIMIT):
         at = f"{phase}/{number}"
@@ -98,6 +95,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         if choice["error"] is not None:
             raise ErrorDocument.from_document(choice["error"]).to_exception()
         if choice["step"] is None:
+            context.epoch += 1
             return {"step": None, "tier": "fresh", "path": "", "refused": refused, "opaque": {}}
         step, tier = int(choice["step"]), str(choice["tier"])
         result: dict[str, Any] = {"corrupt": None, "error": None}
@@ -121,6 +119,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         if verdict["error"] is not None:
             raise ErrorDocument.from_document(verdict["error"]).to_exception()
         if verdict["corrupt"] is None:
+            context.epoch += 1
             return {"step": step, "tier": tier, "path": choice["path"], "refused": refused, "opaque": opaque}
         refused[f"{tier}:{step}"] = str(verdict["corrupt"])
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")
@@ -133,10 +132,12 @@ def _choose(context: Context, request: Request, phase: str, refused: Mapping[str
     choice: dict[str, Any] = {"step": None, "tier": "", "path": "", "refused": dict(refused), "error": None}
     try:
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
+        for offer in offers.values():
+            choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
         found = pick(
             arena_steps=set.intersection(*(set(map(int, offer["arena"])) for offer in offers.values())),
             committed=_committed(context),
-            refused=refused,
+            refused=choice["refused"],
             step=_wanted_step(context, request),
             fresh=context.restore.mode is RestoreMode.NONE and request.step is None,
             on_missing=context.restore.on_missing,
@@ -220,20 +221,27 @@ def _judge(context: Context, at: str) -> dict[str, Any]:
 # --- the arena -------------------------------------------------------------------------------------------------------
 
 
-def _usable(context: Context, request: Request) -> dict[int, int]:
-    """step -> slot, where every local rank's slot holds exactly what that rank wants, from the same world."""
+def _usable(context: Context, request: Request) -> tuple[dict[int, int], dict[str, str]]:
+    """
+    step -> slot, where every local rank's slot holds exactly what that rank wants, from the same world; and step -> why not,
+    where a slot was sealed and does not hold what its header says.
+    """
     usable = {}
+    torn = {}
     for step, slot in request.arena.items():
-        with contextlib.suppress(images.TornSlot):
+        try:
             pictures = {w.rank: context.reader.read(context.segments[w.rank], slot, step=step) for w in request.wanted}
-            if all(
-                pictures[w.rank].layout.digest == w.layout.digest
-                and pictures[w.rank].header.rank == w.rank
-                and pictures[w.rank].header.world_size == context.world_size
-                for w in request.wanted
-            ):
-                usable[step] = slot
-    return usable
+        except images.TornSlot as err:
+            torn[str(step)] = str(err)
+            continue
+        if all(
+            pictures[w.rank].layout.digest == w.layout.digest
+            and pictures[w.rank].header.rank == w.rank
+            and pictures[w.rank].header.world_size == context.world_size
+            for w in request.wanted
+        ):
+            usable[step] = slot
+    return usable, torn
 
 
 def _from_arena(context: Context, request: Request, slot: int, progress: Progress) -> dict[str, Any]:
@@ -253,8 +261,10 @@ def _from_arena(context: Context, request: Request, slot: int, progress: Progres
         known = images.known_digests(picture)
         progress({"type": "load_begin", "rank": wanted.rank, "tier": "arena", "slot": slot, "dtypes": {}})
         memory = picture.memory
-        announced = 0
         num_items = len(picture.layout.items)
+        # The copy goes on beside the verification, and counts only when that has passed: reading memory twice in turn would
+        # take twice as long. An item that fails refuses the snapshot as a whole, and the next round copies everything anew.
+        progress({"type": "load_progress", "rank": wanted.rank, "upto": num_items})
         # Killed between its seal and its digests: layout and manifest matched, there is nothing to hold the rest against.
         for index, (start, length) in enumerate(picture.extents() if known is not None else ()):
             if known is not None and digest.digest(memory[start : start + length]) != known[index]:
@@ -264,9 +274,6 @@ def _from_arena(context: Context, request: Request, slot: int, progress: Progres
                 raise catalog.Damaged(
                     f"{name!r} in the arena's slot {slot} of rank {wanted.rank} changed since its seal"
                 )
-            if index < num_items and start + length - announced >= PROGRESS_BYTES:
-                announced = start + length
-                progress({"type": "load_progress", "rank": wanted.rank, "upto": index + 1})
         base = segment.header.slot_offset(slot) + arena.PAGE_BYTES
         return str(wanted.rank), {
             "file": segment.path,

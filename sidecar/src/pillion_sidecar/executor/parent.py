@@ -149,7 +149,7 @@ class Executor:
 
     async def _ping(self) -> None:
         while self.pid is not None:
-            await asyncio.sleep(PING_PERIOD_S)
+            await asyncio.sleep(min(PING_PERIOD_S, self._ping_timeout_s))
             try:
                 await asyncio.wait_for(self.request({"type": "ping"}), self._ping_timeout_s)
             except TimeoutError:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,6 +28,8 @@ from pillion_sidecar.executor import faults, images, planning
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.storage import digest, directio
 
+SWITCH_S: Final = 0.0005
+"""sys.setswitchinterval of this process: a thread that goes on with the next block does not wait 5 ms for one that digests."""
 KEPT_PLANS: Final = 4
 """Plans remembered a session: layouts change rarely (frozen layers, a partial save), and then go back and forth."""
 
@@ -88,11 +91,14 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         _conclude(context, request, phase, plan, share.directory, metadata)
     outcome = context.exchange.receive(f"{phase}/outcome", context.persist_timeout_s)
     faults.raise_told(outcome, request.step)
+    commit_s = time.monotonic() - durable
+    if context.coordinator:
+        _retain(context, request, share.directory)
     return {
         "path": share.directory,
         "size_bytes": int(outcome["size_bytes"]),
         "persist_s": durable - started,
-        "commit_s": time.monotonic() - durable,
+        "commit_s": commit_s,
     }
 
 
@@ -112,10 +118,42 @@ def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool
     faults.raise_told(context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2), step)
 
 
+def check_destination(context: Context, request: Request) -> None:
+    """
+    End a save that must not be written where it would go, on every pod.
+
+    Raises:
+        SaveError: the checkpoint exists and may not be overwritten; or the save was found in the arena by a successor of
+            the sidecar that knew its destination.
+    """
+    destination = request.destination
+    problem: Exception | None = None
+    if request.persist and destination is None and not context.root:
+        problem = LookupError(f"where step {request.step} was to go went with the sidecar that was told it")
+    elif destination is not None and destination.get("overwrite") is False:
+        directory = str(destination["path"])
+        ours = generation_text(context.generation, request.sequence)
+        # A successor repeats the save of an executor that died, which may have committed it.
+        if os.path.exists(os.path.join(directory, names.COMMIT_MARKER)) and committed_as(directory) != ours:
+            problem = RuntimeError(f"Checkpoint already exists and overwrite=False: {directory}")
+    if problem is not None:
+        failures = dict.fromkeys(context.local_ranks, faults.of_exception(problem))
+        withdraw(context, request.step, ErrorDocument("PersistError", str(problem), failures), persist=True)
+
+
+def committed_as(directory: str) -> str | None:
+    """Generation of the checkpoint in a directory; None where it is not one of ours."""
+    try:
+        with open(os.path.join(directory, names.MANIFEST), "rb") as file:
+            return manifest.decode_manifest(file.read()).generation
+    except (OSError, manifest.ManifestError):
+        return None
+
+
 def phase_of(context: Context, step: int, *, persist: bool) -> str:
     # A step comes again after a load of an older one, and a snapshot comes again when its trainer died: neither may meet
     # the keys of the time before. Every pod counts the same loads.
-    return f"{'save' if persist else 'snapshot'}/{context.loads}/{step}"
+    return f"{'save' if persist else 'snapshot'}/{context.epoch}/{step}"
 
 
 # --- agreeing on the plan --------------------------------------------------------------------------------------------
@@ -224,33 +262,32 @@ class _Share:
             PersistError: with each local rank that failed, and why.
         """
         os.makedirs(self.directory, exist_ok=True)
+        sys.setswitchinterval(SWITCH_S)
         failures: dict[int, RemoteFailure] = {}
-        chunks: list[manifest.StoredChunk] = []
-        opaque: list[manifest.StoredBytes] = []
-        files: dict[str, int] = {}
-        paths: dict[str, tuple[str | int, ...]] = {}
+        places: dict[int, tuple[images.Image, RankPlace]] = {}
         for rank, picture in pictures.items():
             try:
-                self._write_rank(rank, images.frame(picture), chunks, opaque, files, paths)
+                place = RankPlace(rank, picture.layout, picture.opaque_lengths, self.plan, self.generation)
+                places[rank] = images.frame(picture), place
             except Exception as err:  # a boundary: the other local ranks' failures are to be told too
                 failures[rank] = faults.of_exception(err)
+        files = {place.file: place.file_bytes for _, place in places.values() if place.runs}
+        with futures.ThreadPoolExecutor(1, "pillion-digest") as pool:
+            # Beside the writing, and its text too: 10,000 tensors take as long as writing 200 MiB.
+            describing = pool.submit(self._describe, places, files)
+            for rank, (picture, place) in places.items():
+                try:
+                    if place.runs:
+                        target = os.path.join(self.directory, place.file)
+                        directio.write_file(target, picture.memory, place.runs, num_threads=self.context.write_threads)
+                except Exception as err:  # a boundary, as above
+                    failures[rank] = faults.of_exception(err)
         if failures:
             for name in files:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.directory, name))
             raise PersistError("this pod could not write its share", step=self.step, failures=failures)
-        part = manifest.Part(
-            step=self.step,
-            generation=self.generation,
-            run_id=self.context.run_id,
-            world_size=self.context.world_size,
-            plan_id=self.plan.plan_id,
-            ranks=self.context.local_ranks,
-            files=files,
-            chunks=tuple(chunks),
-            opaque=tuple(opaque),
-            paths=paths,
-        ).encode()
+        part = describing.result()
         name = names.part_file(self.context.first_rank, self.generation)
         directio.replace_file(os.path.join(self.directory, name), part)
         return {
@@ -261,32 +298,29 @@ class _Share:
             "size_bytes": sum(files.values()) + len(part),
         }
 
-    def _write_rank(
-        self,
-        rank: int,
-        picture: images.Image,
-        chunks: list[manifest.StoredChunk],
-        opaque: list[manifest.StoredBytes],
-        files: dict[str, int],
-        paths: dict[str, tuple[str | int, ...]],
-    ) -> None:
-        place = RankPlace(rank, picture.layout, picture.opaque_lengths, self.plan, self.generation)
-        digests: list[str] = []
-        with futures.ThreadPoolExecutor(1, "pillion-digest") as pool:
-            digesting = pool.submit(images.digest_all, picture)
-            if place.runs:
-                target = os.path.join(self.directory, place.file)
-                files[place.file] = directio.write_file(
-                    target, picture.memory, place.runs, num_threads=self.context.write_threads
-                )
-            digests = digesting.result()
-        num_items = len(picture.layout.items)
-        for index, chunk in place.chunks():
-            chunks.append(chunk.with_digest(digests[index]))
-            paths[chunk.fqn] = picture.layout.paths[chunk.fqn]
-        for index, leaf in place.opaque():
-            opaque.append(leaf.with_digest(digests[num_items + index]))
-            paths[leaf.fqn] = picture.layout.paths[leaf.fqn]
+    def _describe(self, places: Mapping[int, tuple[images.Image, RankPlace]], files: Mapping[str, int]) -> bytes:
+        """Digest every rank's image; the part file."""
+        chunks: list[manifest.StoredChunk] = []
+        opaque: list[manifest.StoredBytes] = []
+        paths: dict[str, tuple[str | int, ...]] = {}
+        for picture, place in places.values():
+            digests = images.digest_all(picture)
+            chunks += [chunk for _, chunk in place.chunks(digests)]
+            opaque += [leaf for _, leaf in place.opaque(digests[len(picture.layout.items) :])]
+            paths |= picture.layout.paths
+        written = {chunk.fqn for chunk in chunks} | {leaf.fqn for leaf in opaque}
+        return manifest.Part(
+            step=self.step,
+            generation=self.generation,
+            run_id=self.context.run_id,
+            world_size=self.context.world_size,
+            plan_id=self.plan.plan_id,
+            ranks=self.context.local_ranks,
+            files=files,
+            chunks=tuple(chunks),
+            opaque=tuple(opaque),
+            paths={fqn: path for fqn, path in paths.items() if fqn in written},
+        ).encode()
 
 
 class RankPlace:
@@ -307,9 +341,10 @@ class RankPlace:
             end = self._opaque_starts[last - 1] + opaque_lengths[last - 1]
             self.runs.append(directio.Run(start, end - start))
         self._placed = directio.place(self.runs)
+        self.file_bytes = self._placed.file_bytes
 
-    def chunks(self) -> list[tuple[int, manifest.StoredChunk]]:
-        """(index of the item, its chunk without a digest)"""
+    def chunks(self, digests: Sequence[str] | None = None) -> list[tuple[int, manifest.StoredChunk]]:
+        """(index of the item, its chunk); `digests` are those of all items."""
         found = []
         of = self.layout
         for run, (first, last) in enumerate(self._item_ranges):
@@ -321,23 +356,26 @@ class RankPlace:
                         index,
                         manifest.StoredChunk(
                             item.fqn, item.dtype, item.size, item.offsets, item.sizes,
-                            self.file, start + shift, of.end(index) - start, "",
+                            self.file, start + shift, of.end(index) - start, digests[index] if digests else "",
                         ),
                     )
                 )  # fmt: skip
         return found
 
-    def opaque(self) -> list[tuple[int, manifest.StoredBytes]]:
-        """(index of the opaque leaf, it without a digest)"""
+    def opaque(self, digests: Sequence[str] | None = None) -> list[tuple[int, manifest.StoredBytes]]:
+        """(index of the opaque leaf, it); `digests` are those of all opaque leaves."""
         found = []
         for position, (first, last) in enumerate(self._opaque_ranges):
             run = len(self._item_ranges) + position
             shift = self._placed.file_offsets[run] - self.runs[run].slot_offset
             for index in range(first, last):
-                fqn, start = self.layout.opaque[index], self._opaque_starts[index]
-                found.append(
-                    (index, manifest.StoredBytes(fqn, self.file, start + shift, self._opaque_lengths[index], ""))
+                fqn, start, known = (
+                    self.layout.opaque[index],
+                    self._opaque_starts[index],
+                    digests[index] if digests else "",
                 )
+                leaf = manifest.StoredBytes(fqn, self.file, start + shift, self._opaque_lengths[index], known)
+                found.append((index, leaf))
         return found
 
 
@@ -426,7 +464,12 @@ def _commit(
     commit.publish(directory, made, metadata)
     with contextlib.suppress(OSError):
         directio.fsync_directory(os.path.dirname(directory))
-        retention.remove_older_files(directory, generation)
+
+
+def _retain(context: Context, request: Request, directory: str) -> None:
+    """(coordinator) Remove what the policy does not keep. After the outcome is told: some file systems take 0.2 s a GiB."""
+    with contextlib.suppress(OSError):
+        retention.remove_older_files(directory, generation_text(context.generation, request.sequence))
         if context.root and request.destination is None:
             retention.apply(context.root, context.retention, current=request.step)
 

@@ -14,6 +14,7 @@ the loop goes on; only the supervisor ends this process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import os
@@ -27,7 +28,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure
-from pillion.wire import messages
+from pillion.wire import messages, policy
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import images, load, persist, signals
@@ -43,12 +44,15 @@ QUEUE_LIMIT: Final = 64
 class Worker:
     """See the module."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, broken: Exception | None = None) -> None:
         self._sock = sock
+        self._broken = broken
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._context: context_module.Context | None = None
         self._signals: signals.Signals | None = None
+        self._writer: Mapping[str, Any] | None = None
+        """The policy's storage.writer, for saves that name no destination."""
         self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
             "open": self._open,
             "persist": self._persist,
@@ -80,6 +84,8 @@ class Worker:
         while True:
             request = self._requests.get()
             try:
+                if self._broken is not None:
+                    raise self._broken
                 answer = self._operations[request["type"]](request)
                 self._send({"type": "done", "id": request["id"], "result": answer})
             except Exception as err:  # a boundary: any failure is an answer, and the loop goes on
@@ -107,6 +113,11 @@ class Worker:
                 segment.close()
             self._context = None
         self._context = context_module.open_context(request["session"])
+        named = policy.parse(request["session"]["policy"], embedded=True).storage.writer
+        self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
+        if named is not None:
+            # Ahead of the first save: it takes seconds.
+            importlib.import_module("pillion_sidecar.executor.plugin")
         if self._context.signal_store is not None:
             self._signals = signals.Signals(
                 self._context.signal_store, lambda message: self._send({**message, "event": True})
@@ -121,6 +132,10 @@ class Worker:
     def _persist(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
         wanted = persist.Request.from_document(request["save"])
+        if wanted.persist and wanted.destination is None and self._writer is not None:
+            path = context.step_path(wanted.step)
+            wanted = dataclasses.replace(wanted, destination={"path": path, "writer": self._writer, "retained": True})
+        persist.check_destination(context, wanted)
         if wanted.destination and wanted.destination.get("writer") and wanted.persist:
             from pillion_sidecar.executor import plugin  # torch.distributed.checkpoint
 
@@ -165,10 +180,14 @@ def main() -> None:
     log.configure(sys.argv[2])
     with contextlib.suppress(OSError):
         os.nice(NICE)
-    for name in filter(None, os.environ.get("PILLION_PRELOAD", "").split(",")):
-        importlib.import_module(name)
+    broken = None
+    try:
+        for name in filter(None, os.environ.get("PILLION_PRELOAD", "").split(",")):
+            importlib.import_module(name)
+    except Exception as err:  # a boundary: the error goes to whoever asks, and the supervisor starts a fresh process
+        broken = err
     sock = socket.socket(fileno=int(sys.argv[1]))
-    worker = Worker(sock)
+    worker = Worker(sock, broken)
     worker.serve()
     # Daemon threads may be in a write that never returns: the supervisor is gone, nobody waits for them.
     os._exit(0)

@@ -1,0 +1,70 @@
+"""
+The whole of: the end of a training script that did not close its Checkpointer: saves in flight are drained, or reported lost.
+
+Called from: pytest.
+Must never: fork; what is tested is the end of a real interpreter.
+"""
+
+from pathlib import Path
+
+import torch
+
+from process.ranks import Ranks, committed
+from support.deadlines import Deadline
+from support.processes import Processes
+
+SCRIPT = """
+import os, signal, sys
+import torch
+import pillion
+
+root, mode = sys.argv[1:]
+checkpointer = pillion.Checkpointer(root, policy={"drain": {"timeoutSeconds": 2}})
+checkpointer.save({"w": torch.ones(1000)}, 1).result(60)
+executor = checkpointer._session.request({"type": "status"}, 10)["executor_pid"]
+if mode == "lost":
+    os.kill(executor, signal.SIGSTOP)
+for step in (2, 3):
+    checkpointer.save({"w": torch.full((1000,), float(step))}, step)
+print("the last line")
+if mode == "error":
+    raise RuntimeError("the user's own error")
+"""
+
+
+def test_saves_in_flight_at_the_end_of_the_script_are_drained(
+    processes: Processes, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The interpreter ends with status 0, all saves are committed, and sidecar and arena are gone."""
+    processes.python("-c", SCRIPT, tmp_path, "drained").check(Deadline.SCRIPT)
+    assert committed(tmp_path) == [1, 2, 3]
+    ranks.alone()
+
+
+def test_saves_that_are_lost_at_the_end_are_told_by_the_exit_status(
+    processes: Processes, ranks: Ranks, tmp_path: Path
+) -> None:
+    """With an executor that hangs and a short drain the interpreter ends with 74 and names the steps; the one before stays."""
+    run = processes.python("-c", SCRIPT, tmp_path, "lost")
+    assert run.wait(Deadline.SCRIPT) == 74, run.tail()
+    assert run.stdout == "the last line\n"
+    assert "saves lost at exit" in run.stderr
+    assert "step 2" in run.stderr
+    assert "step 3" in run.stderr
+    assert committed(tmp_path) == [1]
+
+
+def test_an_error_of_the_user_keeps_its_own_exit_status_and_the_arena(
+    processes: Processes, ranks: Ranks, tmp_path: Path
+) -> None:
+    """An uncaught exception ends with 1; what was in flight is committed, and a restart loads it from the arena."""
+    run = processes.python("-c", SCRIPT, tmp_path, "error")
+    assert run.wait(Deadline.SCRIPT) == 1, run.tail()
+    assert "the user's own error" in run.stderr
+    assert committed(tmp_path) == [1, 2, 3]
+    opened = ranks.open(tmp_path)
+    state = {"w": torch.zeros(1000)}
+    assert opened.load(state) == 3
+    assert opened.last_load is not None
+    assert opened.last_load.tier == "arena"
+    assert float(state["w"][0]) == 3.0

@@ -1,0 +1,237 @@
+"""
+The whole of: what a restarted trainer gets back: from the arena, from storage, and from neither when both are damaged.
+
+Called from: pytest.
+Must never: trust a value that was not written by a save of the same test.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pillion
+from pillion import checkpointer
+from pillion.errors import CorruptCheckpoint, NoCheckpoint
+from pillion.wire import arena, layout
+from process import ranks as processes
+from process.ranks import Peer, Ranks
+from support.deadlines import Deadline
+
+POLICY = {"staging": {"slots": 3}}
+
+
+def state_of(step: int, rank: int = 0) -> dict[str, Any]:
+    """A state that tells step and rank in every tensor, and in a value that is no tensor."""
+    return {
+        "weight": torch.full((300, 7), float(step)),
+        "moment": {"exp_avg": torch.arange(1000) + step},
+        "own": {f"rank{rank}": torch.full((64,), float(1000 * step + rank))},
+        "note": [step, "text"],
+        "step": step,
+    }
+
+
+def assert_state(found: dict[str, Any], step: int, rank: int = 0) -> None:
+    """Every value is of that step and rank, none of another."""
+    wanted = state_of(step, rank)
+    assert torch.equal(found["weight"], wanted["weight"])
+    assert torch.equal(found["moment"]["exp_avg"], wanted["moment"]["exp_avg"])
+    assert torch.equal(found["own"][f"rank{rank}"], wanted["own"][f"rank{rank}"])
+    assert (found["note"], found["step"]) == (wanted["note"], wanted["step"])
+
+
+def load(root: Path, peer: Peer) -> tuple[int | None, str, dict[str, str]]:
+    """A fresh Checkpointer loads; step, tier and what was refused, after the values were checked."""
+    with checkpointer.Checkpointer(root, policy=POLICY) as opened:
+        state = state_of(0, peer.rank)
+        step = opened.load(state)
+        assert opened.last_load is not None
+        if step is not None:
+            assert_state(state, step, peer.rank)
+        return step, opened.last_load.tier, dict(opened.last_load.refused)
+
+
+def segment_of(root: Path) -> Path:
+    """The arena file of local rank 0."""
+    from pillion import embedded
+
+    return Path(embedded.runtime_directory(str(root), {})) / "segment-0.arena"
+
+
+def test_a_restarted_trainer_loads_the_newest_step_from_the_arena_without_reading_storage(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """After SIGKILL of both ranks and with the files of storage gone, both load the newest step that both had sealed."""
+    root = tmp_path / "root"
+
+    def train(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer(root, policy=POLICY)
+        for step in (1, 2):
+            opened.save(state_of(step, peer.rank), step).result(Deadline.COMMITTED.s)
+        if peer.rank == 0:
+            # A third step is sealed by rank 0 alone: no rank may load it.
+            opened.save(state_of(3, peer.rank), 3)
+        peer.tell()
+        peer.hear()
+
+    job = ranks.start(train, num_ranks=2)
+    job.hear()
+    job.kill()
+    root.rename(tmp_path / "away")
+    answers = ranks.start(lambda peer: load(root, peer), num_ranks=2).finish()
+    assert answers == [(2, "arena", {}), (2, "arena", {})]
+
+
+def test_a_bit_flipped_in_the_arena_is_found_and_the_files_are_loaded(ranks: Ranks, tmp_path: Path) -> None:
+    """A tensor that changed in the arena since its seal is refused by name, and the same step comes from storage."""
+
+    def train(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer(tmp_path, policy=POLICY)
+        for step in (1, 2):
+            opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+        peer.tell()
+        peer.hear()
+
+    job = ranks.start(train)
+    job.hear()
+    job.kill()
+    path = segment_of(tmp_path)
+    with path.open("rb") as file:
+        header = arena.SegmentHeader.unpack(file.read(arena.PAGE_BYTES))
+        file.seek(header.slot_offset(1))
+        assert arena.SlotHeader.unpack(file.read(arena.PAGE_BYTES), stride_bytes=header.stride_bytes).step == 2
+    payload = header.slot_offset(1) + arena.PAGE_BYTES + layout.HEAD_BYTES
+    processes.flip(path, payload + 100)
+    [(step, tier, refused)] = ranks.start(lambda peer: load(tmp_path, peer)).finish()
+    assert (step, tier) == (2, "storage")
+    assert list(refused) == ["arena:2"]
+    assert "'weight'" in refused["arena:2"]
+
+
+@pytest.mark.parametrize("where", ["layout", "manifest", "header"])
+def test_a_damaged_description_of_a_slot_is_refused_like_damaged_data(ranks: Ranks, tmp_path: Path, where: str) -> None:
+    """A bit flipped in a slot's header, layout or manifest keeps the slot from being used; the step comes from storage."""
+
+    def train(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer(tmp_path, policy=POLICY)
+        opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
+        peer.tell()
+        peer.hear()
+
+    job = ranks.start(train)
+    job.hear()
+    job.kill()
+    path = segment_of(tmp_path)
+    with path.open("rb") as file:
+        header = arena.SegmentHeader.unpack(file.read(arena.PAGE_BYTES))
+        file.seek(header.slot_offset(0))
+        slot = arena.SlotHeader.unpack(file.read(arena.PAGE_BYTES), stride_bytes=header.stride_bytes)
+    # Of the header the step, which becomes 3: nothing else would tell that the data is of step 1.
+    offset = {"layout": slot.layout_offset + 20, "manifest": slot.manifest_offset + 12, "header": 24}[where]
+    processes.flip(path, header.slot_offset(0) + offset, bit=1)
+    [(step, tier, refused)] = ranks.start(lambda peer: load(tmp_path, peer)).finish()
+    assert (step, tier) == (1, "storage")
+    assert list(refused) == ["arena:3" if where == "header" else "arena:1"]
+
+
+def test_a_bit_flipped_in_any_stored_file_is_found_and_the_older_checkpoint_is_loaded(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Whichever file of the newest checkpoint is damaged, a load either repairs it from the others or takes the one before,
+    and says which and why."""
+    opened = ranks.open(tmp_path, **POLICY)
+    for step in (1, 2):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    opened.close()
+    ranks.alone()
+    newest = tmp_path / "step-2"
+    files = sorted(path.name for path in newest.iterdir())
+    assert [name.split(".")[-1] for name in files] == ["metadata", "distcp", "json", "json"]
+    for name in files:
+        damaged = newest / name
+        intact = damaged.read_bytes()
+        processes.flip(damaged, len(intact) // 2, bit=3)
+        opened = ranks.open(tmp_path, **POLICY)
+        state = state_of(0)
+        found = opened.load(state)
+        report = opened.last_load
+        opened.close()
+        ranks.alone()
+        assert report is not None
+        assert found is not None
+        assert_state(state, found)
+        if name == ".metadata":
+            # Everything in it is in the parts too: it is written anew, the same bytes.
+            assert (found, damaged.read_bytes()) == (2, intact)
+        else:
+            assert found == 1, name
+            assert list(report.refused) == ["storage:2"]
+            assert name in report.refused["storage:2"]
+        damaged.write_bytes(intact)
+
+
+def test_checkpoints_that_are_all_corrupt_are_an_error_and_never_a_fresh_start(ranks: Ranks, tmp_path: Path) -> None:
+    """With every checkpoint damaged, load raises CorruptCheckpoint with a reason for each, and leaves the state alone."""
+    opened = ranks.open(tmp_path, **POLICY)
+    for step in (1, 2):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    opened.close()
+    ranks.alone()
+    for data in tmp_path.glob("step-*/*.distcp"):
+        processes.flip(data, 3000)
+    opened = ranks.open(tmp_path, **POLICY)
+    state = state_of(0)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        opened.load(state)
+    assert set(caught.value.reasons) == {"storage:1", "storage:2"}
+    assert state["step"] == 0
+
+
+def test_one_rank_whose_file_is_damaged_takes_all_ranks_to_the_older_step(ranks: Ranks, tmp_path: Path) -> None:
+    """A damaged file of rank 1 alone makes both ranks load the step before."""
+
+    def train(peer: Peer) -> None:
+        with checkpointer.Checkpointer(tmp_path, policy=POLICY) as opened:
+            for step in (1, 2):
+                opened.save(state_of(step, peer.rank), step).result(Deadline.COMMITTED.s)
+
+    ranks.start(train, num_ranks=2).finish()
+    ranks.alone()
+    [data] = (tmp_path / "step-2").glob("__1_*.distcp")
+    processes.flip(data, data.stat().st_size - 5000)
+    for pods in (None, ["a", "b"]):
+        answers = ranks.start(lambda peer: load(tmp_path, peer), num_ranks=2, pods=pods).finish()
+        assert [(step, tier) for step, tier, _ in answers] == [(1, "storage"), (1, "storage")]
+        assert all(data.name in refused["storage:2"] for _, _, refused in answers)
+
+
+def test_a_load_of_a_named_step_takes_that_step_or_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    """load(step=...) goes back to a committed step, from which saving goes on; a step that is not there is an error."""
+    opened = ranks.open(tmp_path, **POLICY)
+    for step in (1, 2, 3):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    state = state_of(0)
+    assert opened.load(state, step=1) == 1
+    assert_state(state, 1)
+    with pytest.raises(NoCheckpoint, match="step 7"):
+        opened.load(state, step=7)
+    again = {**state_of(2), "note": ["second", "time"]}
+    opened.save(again, 2).result(Deadline.COMMITTED.s)
+    assert opened.load(state, step=2) == 2
+    assert state["note"] == ["second", "time"]
+    newest = opened.latest()
+    assert newest is not None
+    assert newest.step == 3
+
+
+def test_where_no_checkpoint_ever_was_the_policy_decides(ranks: Ranks, tmp_path: Path) -> None:
+    """An empty root is a fresh start by default, and NoCheckpoint with restore.onMissing: Fail."""
+    opened = ranks.open(tmp_path / "fresh")
+    assert opened.load(state_of(0)) is None
+    assert isinstance(opened.last_load, pillion.LoadReport)
+    assert opened.last_load.tier == "fresh"
+    strict = ranks.open(tmp_path / "strict", restore={"onMissing": "Fail"})
+    with pytest.raises(NoCheckpoint):
+        strict.load(state_of(0))

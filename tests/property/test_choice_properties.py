@@ -1,0 +1,83 @@
+"""
+The whole of: which checkpoint is loaded and which ones are removed: pure decisions, for any input.
+
+Called from: pytest.
+Must never: import torch; what decides runs without it.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pillion.errors import CorruptCheckpoint, NoCheckpoint
+from pillion.wire.policy import OnMissing, Retention
+from pillion_sidecar import retention
+from pillion_sidecar.executor import load
+
+steps = st.sets(st.integers(0, 60), max_size=8)
+
+
+@given(committed=steps, keep_last=st.none() | st.integers(1, 5), every=st.none() | st.integers(1, 9), data=st.data())
+def test_retention_keeps_what_it_must(
+    committed: set[int], keep_last: int | None, every: int | None, data: st.DataObject
+) -> None:
+    """The newest keepLast, the multiples, the one just committed and all that lie ahead of it stay; the rest goes."""
+    current = data.draw(st.sampled_from(sorted(committed))) if committed else 5
+    policy = Retention(keep_last=keep_last, keep_every_steps=every if keep_last else None)
+    removed = retention.choose(committed, policy, current=current)
+    kept = committed - set(removed)
+    assert removed == sorted(set(removed))
+    assert set(removed) <= committed
+    if keep_last is None:
+        assert not removed
+        return
+    upto = sorted(step for step in committed if step <= current)
+    must = set(upto[-keep_last:]) | {step for step in committed if step > current or step == current}
+    must |= {step for step in upto if every and step % every == 0}
+    assert kept == must
+
+
+@given(
+    arena_steps=steps,
+    committed=steps,
+    refused=st.sets(st.tuples(st.sampled_from(["arena", "storage"]), st.integers(0, 60)), max_size=6),
+    step=st.none() | st.integers(0, 60),
+    on_missing=st.sampled_from(list(OnMissing)),
+)
+def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where_nothing_ever_was(
+    arena_steps: set[int],
+    committed: set[int],
+    refused: set[tuple[str, int]],
+    step: int | None,
+    on_missing: OnMissing,
+) -> None:
+    """Never a refused one, never another step than asked for, the arena at a tie; an error instead of a fresh start when
+    something was refused."""
+    usable = {("arena", s) for s in arena_steps} | {("storage", s) for s in committed}
+    usable = {(tier, s) for tier, s in usable - refused if step is None or s == step}
+
+    def pick() -> tuple[int, str] | None:
+        return load.pick(
+            arena_steps=arena_steps,
+            committed=committed,
+            refused={f"{tier}:{s}": "corrupt" for tier, s in refused},
+            step=step,
+            fresh=False,
+            on_missing=on_missing,
+            root="/checkpoints",
+        )
+
+    if usable:
+        found = pick()
+        assert found is not None
+        assert (found[1], found[0]) in usable
+        assert found[0] == max(s for _, s in usable)
+        assert found[1] == "arena" or ("arena", found[0]) not in usable
+    elif refused:
+        with pytest.raises(CorruptCheckpoint):
+            pick()
+    elif step is not None or on_missing is OnMissing.FAIL:
+        with pytest.raises(NoCheckpoint):
+            pick()
+    else:
+        assert pick() is None

@@ -1,0 +1,157 @@
+"""
+The whole of: the client's end of the control channel against a sidecar that is gone, silent, or talks nonsense.
+
+Called from: pytest.
+Must never: start a sidecar; the other end is a socket of this test.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pillion import connection
+from pillion.errors import IncompatibleCheckpoint, SidecarUnavailable
+from pillion.wire import messages
+from support import deadlines
+from support.deadlines import Deadline
+
+
+@contextlib.contextmanager
+def connected(
+    folder: Path, serve: Callable[[socket.socket], None], lost: list[str]
+) -> Iterator[tuple[connection.Connection, list[messages.Message]]]:
+    """A connection whose other end runs `serve` in a thread, and the events that came."""
+    path = str(folder / "s")
+    events: list[messages.Message] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def accept() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                serve(peer)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        link = connection.Connection(
+            path, connect_timeout_s=Deadline.REPLY.s, on_event=events.append, on_lost=lost.append
+        )
+        try:
+            yield link, events
+        finally:
+            link.close()
+            thread.join(Deadline.SETTLE.s)
+
+
+def _read(peer: socket.socket, decoder: messages.Decoder) -> messages.Message:
+    while True:
+        for message in messages.receive(peer, decoder):
+            return message
+
+
+def test_nobody_listening_is_sidecar_unavailable_with_the_path(tmp_path: Path) -> None:
+    """A missing socket, and one that a killed sidecar left behind, are both SidecarUnavailable."""
+    stale = tmp_path / "stale"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(stale))
+    for path in (tmp_path / "missing", stale):
+        with pytest.raises(SidecarUnavailable, match=str(path)):
+            connection.Connection(str(path), connect_timeout_s=1.0, on_event=print, on_lost=print)
+
+
+def test_a_silent_sidecar_ends_a_request_at_its_bound(tmp_path: Path) -> None:
+    """The error names the request; the connection is still there for the next one."""
+    lost: list[str] = []
+
+    def serve(peer: socket.socket) -> None:
+        decoder = messages.Decoder()
+        _read(peer, decoder)
+        second = _read(peer, decoder)
+        peer.sendall(messages.encode({"type": "done", "id": second["id"]}))
+        peer.recv(1)
+
+    with connected(tmp_path, serve, lost) as (link, _):
+        with pytest.raises(SidecarUnavailable, match="'reserve'"):
+            link.request({"type": "reserve"}, 0.05)
+        assert link.request({"type": "status"}, Deadline.REPLY.s)["type"] == "done"
+    assert lost == []
+
+
+def test_a_sidecar_that_goes_away_ends_every_request_and_is_told_once(tmp_path: Path) -> None:
+    """EOF fails the waiting request at once, later ones too, and on_lost comes exactly once."""
+    lost: list[str] = []
+
+    def serve(peer: socket.socket) -> None:
+        _read(peer, messages.Decoder())
+
+    with connected(tmp_path, serve, lost) as (link, _):
+        with pytest.raises(SidecarUnavailable):
+            link.request({"type": "load"}, Deadline.REPLY.s)
+        deadlines.eventually(lambda: lost, Deadline.REPLY, "on_lost was called")
+        with pytest.raises(SidecarUnavailable):
+            link.send({"type": "sealed"})
+        assert link.lost
+    assert len(lost) == 1
+
+
+def test_nonsense_from_the_sidecar_breaks_the_connection_and_nothing_else(tmp_path: Path) -> None:
+    """Bytes that are no frame end the connection with the reason."""
+    lost: list[str] = []
+
+    def serve(peer: socket.socket) -> None:
+        _read(peer, messages.Decoder())
+        peer.sendall(b"\xff" * 64)
+        peer.recv(1)
+
+    with connected(tmp_path, serve, lost) as (link, _), pytest.raises(SidecarUnavailable, match="broke"):
+        link.request({"type": "claim"}, Deadline.REPLY.s)
+    assert len(lost) == 1
+
+
+def test_answers_find_their_request_and_events_their_handler(tmp_path: Path) -> None:
+    """Answers in another order than the requests, a late answer to nobody, and an event between them are kept apart."""
+    lost: list[str] = []
+
+    def serve(peer: socket.socket) -> None:
+        decoder = messages.Decoder()
+        found: list[messages.Message] = []
+        while len(found) < 2:
+            found += messages.receive(peer, decoder)
+        peer.sendall(messages.encode({"type": "late", "id": 999}))
+        peer.sendall(messages.encode({"type": "notice", "text": "hello"}))
+        for request in sorted(found, key=lambda message: str(message["name"]), reverse=True):
+            peer.sendall(messages.encode({"type": "done", "id": request["id"], "name": request["name"]}))
+        peer.recv(1)
+
+    with connected(tmp_path, serve, lost) as (link, events):
+        answers: dict[str, object] = {}
+
+        def ask(name: str) -> None:
+            answers[name] = link.request({"type": "ask", "name": name}, Deadline.REPLY.s)["name"]
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(Deadline.REPLY.s)
+    assert answers == {"a": "a", "b": "b"}
+    assert [event["type"] for event in events] == ["notice"]
+
+
+def test_a_refusal_is_raised_as_the_error_that_it_is(tmp_path: Path) -> None:
+    """A `failed` answer becomes the named exception, with its fields."""
+
+    def serve(peer: socket.socket) -> None:
+        request = _read(peer, messages.Decoder())
+        error = {"kind": "IncompatibleCheckpoint", "message": "no", "detail": {"fqns": ["a.b"]}}
+        peer.sendall(messages.encode({"type": "failed", "id": request["id"], "error": error}))
+        peer.recv(1)
+
+    with connected(tmp_path, serve, []) as (link, _), pytest.raises(IncompatibleCheckpoint) as caught:
+        link.request({"type": "load"}, Deadline.REPLY.s)
+    assert caught.value.fqns == ("a.b",)
