@@ -135,7 +135,8 @@ class Collector:
                     signature.append(item)
                     tensors.append(tensor)
                 chunked = True
-        if seen is not None and signature == seen.signature:
+        # Equal names may have other paths: {"a": [x]} and {"a": {"0": x}}.
+        if seen is not None and signature == seen.signature and paths == seen.paths:
             of = seen.layout
         else:
             items = [_item(entry) for entry in signature if not isinstance(entry, str)]

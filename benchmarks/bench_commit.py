@@ -1,0 +1,140 @@
+"""
+What the agreement of many pods costs: commit after the last byte, by number of pods; and an unchanged plan, by tensors.
+
+Called from: run.py. One real TCPStore; the coordinator runs the executor's own code (`persist.persist`) in this process, on
+a real slot. The other pods are threads in a few child processes, each with its own TCPStore client, that speak the
+exchange as an executor does: post "plan", receive the plan, post "result", receive the outcome. Left out: their disks and
+their network; they share this machine's cores, so the numbers are an upper bound for the store and the coordinator.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import measures
+import torch
+
+from pillion import leaves, staging
+from pillion.wire import arena, policy
+from pillion_sidecar.arena.segment import Segment
+from pillion_sidecar.executor import context as context_module
+from pillion_sidecar.executor import exchange, persist, stores
+
+POD_COUNTS = (8, 64, 512)
+NUM_CHILDREN = 4
+NUM_SAVES = 5
+CHILD_TIMEOUT_S = 60.0
+
+
+def measure(of: measures.Settings) -> list[measures.Line]:
+    lines: list[measures.Line] = []
+    medians = {}
+    for num_pods in POD_COUNTS:
+        line = _commit_line(of, num_pods)
+        medians[num_pods] = line.measured
+        lines.append(line)
+    first, last = POD_COUNTS[0], POD_COUNTS[-1]
+    growth = medians[last] / medians[first]
+    lines.append(
+        measures.Line(what=f"commit: {last} pods / {first} pods ({last // first} times as many)", measured=growth)
+    )
+    agreed = {num_tensors: _agree_s(of, num_tensors) for num_tensors in (100, 10_000)}
+    for num_tensors, agreed_s in agreed.items():
+        lines.append(measures.Line(what=f"unchanged plan, {num_tensors} tensors", measured=agreed_s * 1e3, unit="ms"))
+    lines.append(
+        measures.Line(what="unchanged plan: 10,000 tensors / 100", measured=agreed[10_000] / agreed[100], goal=1.5)
+    )
+    return lines
+
+
+class _Trainer:
+    """One segment with one slot, sealed anew for each step by the client's own code."""
+
+    def __init__(self, path: Path, num_tensors: int) -> None:
+        state_dict = {"layer": {str(i): torch.zeros(16) for i in range(num_tensors)}}
+        self.leaves = leaves.Collector().collect(state_dict)
+        of = self.leaves.layout
+        room = arena.room_bytes(of.tensors_bytes, len(of.encoded), 4096, len(of.items))
+        self.segment = Segment.create(str(path), num_slots=1, stride_bytes=-(-room // (1 << 20)) * (1 << 20))
+        self.segment.grow(0, room)
+        self._mapping = staging.SegmentMapping(str(path))
+
+    def save(self, context: context_module.Context, step: int, *, persisted: bool) -> dict[str, Any]:
+        """Seal the slot (with the same tensors) and run the executor's save."""
+        self._mapping.seal(
+            0, leaves=self.leaves, opaque=[], step=step, rank=0, world_size=context.world_size, session=bytes(16)
+        )
+        request = persist.Request(step=step, slot=0, persist=persisted, destination=None, sequence=0)
+        return persist.persist(context, request)
+
+    def close(self) -> None:
+        self._mapping.close()
+        self.segment.close()
+
+
+def _context(root: Path, between: exchange.Exchange, num_pods: int, segment: Segment) -> context_module.Context:
+    parsed = policy.parse({"retention": {"keepLast": 1}}, embedded=True)
+    return context_module.Context(
+        session="bench",
+        run_id="bench",
+        world_size=num_pods,
+        pods=tuple((rank,) for rank in range(num_pods)),
+        local_ranks=(0,),
+        root=str(root),
+        segments={0: segment},
+        exchange=between,
+        generation=1,
+        retention=parsed.retention,
+        restore=parsed.restore,
+        peer_timeout_s=120.0,
+        persist_timeout_s=120.0,
+        write_threads=2,
+    )
+
+
+def _commit_line(of: measures.Settings, num_pods: int) -> measures.Line:
+    keep, view = stores.host("127.0.0.1", "bench/")
+    between = stores.StoreExchange(view, keep, [(rank,) for rank in range(num_pods)], 0)
+    commits = []
+    with measures.scratch(of) as root:
+        trainer = _Trainer(root / "segment", 16)
+        shares = [range(1, num_pods)[i::NUM_CHILDREN] for i in range(NUM_CHILDREN)]
+        script = str(Path(__file__).with_name("simulated_pods.py"))
+        # 512 clients of this machine have no host name, and the store says so of each.
+        environ = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        arguments = [sys.executable, script, str(keep.port), trainer.leaves.layout.digest, str(NUM_SAVES)]
+        children = [subprocess.Popen([*arguments, *map(str, share)], env=environ) for share in shares if len(share)]
+        try:
+            (root / "run").mkdir()
+            context = _context(root / "run", between, num_pods, trainer.segment)
+            for step in range(1, NUM_SAVES + 1):
+                commits.append(float(trainer.save(context, step, persisted=True)["commit_s"]))
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+        finally:
+            for child in children:
+                child.wait(CHILD_TIMEOUT_S)
+            trainer.close()
+    return measures.median_line(
+        f"commit after the last byte, {num_pods} simulated pods", commits[1:], unit="s", goal=0.1
+    )
+
+
+def _agree_s(of: measures.Settings, num_tensors: int) -> float:
+    """Seconds from the slot to the plan when nothing changed, over a real store with one pod in it: the median of 20."""
+    keep, view = stores.host("127.0.0.1", "bench/")
+    between = stores.StoreExchange(view, keep, [(0,)], 0)
+    times = []
+    with measures.scratch(of) as root:
+        trainer = _Trainer(root / "segment", num_tensors)
+        context = _context(root, between, 1, trainer.segment)
+        for step in range(1, 22):
+            times.append(float(trainer.save(context, step, persisted=False)["persist_s"]))
+        trainer.close()
+    return sorted(times[1:])[len(times) // 2]

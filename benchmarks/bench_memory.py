@@ -1,0 +1,70 @@
+"""
+Memory of the sidecar beside the arena: supervisor and executor, with one pod (no torch) and with two (torch for the store).
+
+Called from: run.py. Counted are RssAnon and RssFile of both processes; the arena's pages are RssShmem, and are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import measures
+
+NUM_SAVES = 50
+
+
+def measure(of: measures.Settings) -> list[measures.Line]:
+    state_dict = measures.state(min(of.num_bytes, 64 << 20), 64)
+    with measures.scratch(of) as root, measures.checkpointer(root) as checkpointer:
+        measures.prepare(checkpointer, state_dict)
+        status = checkpointer._session.request({"type": "status"}, measures.SAVE_TIMEOUT_S)
+        pids = [int(status["pid"]), int(status["executor_pid"])]
+        sizes = []
+        for step in range(1, NUM_SAVES + 11):
+            checkpointer.save(state_dict, step).result(measures.SAVE_TIMEOUT_S)
+            sizes.append(sum(private_mib(pid) for pid in pids))
+    lines = [
+        measures.Line(what="sidecar beside the arena, one pod", measured=sizes[-1], unit="MiB", goal=400.0),
+        # The first ten saves fill caches (layouts, plans, the allocator's own).
+        measures.Line(
+            what=f"its growth over {NUM_SAVES} saves",
+            measured=(sizes[-1] / sizes[9] - 1) * 100,
+            unit="%",
+            goal=1.0,
+        ),
+    ]
+    with_torch = _bare_mib("import pillion_sidecar.executor.persist, pillion_sidecar.executor.stores")
+    without = _bare_mib("import pillion_sidecar.executor.persist")
+    lines.append(
+        measures.Line(
+            what="the same, several pods (the executor imports torch)",
+            measured=sizes[-1] + with_torch - without,
+            unit="MiB",
+            goal=400.0,
+            note=f"one pod's plus what the import takes in a bare process ({with_torch - without:.0f} MiB)",
+        )
+    )
+    return lines
+
+
+def private_mib(pid: int) -> float:
+    """RssAnon + RssFile of a process, MiB."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")) / 1024
+
+
+def _bare_mib(statement: str) -> float:
+    code = f"{statement}\nimport sys\nprint('ready', flush=True)\nsys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ)
+    )
+    with process:
+        if process.stdout is None or process.stdin is None:
+            raise RuntimeError("no pipes")
+        process.stdout.readline()
+        found = private_mib(process.pid)
+        process.stdin.close()
+    return found

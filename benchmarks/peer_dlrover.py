@@ -1,0 +1,78 @@
+"""
+DLRover's flash checkpoint, as its documentation has one use it: seconds of stall and until durable of each save, as JSON.
+
+    torchrun --standalone --nproc-per-node=1 peer_dlrover.py DIRECTORY NUM_BYTES NUM_SAVES
+
+Called from: bench_peers.py, in DLRover's own environment; imports nothing of Pillion. Durable is when its tracker file names the
+step: `wait_latest_checkpoint` needs that file to exist. (It does not sync its files, so this is in its favour.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_S = 120.0
+
+
+def main() -> None:
+    directory, num_bytes, num_saves = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    dist.init_process_group("gloo")
+    ddp = importlib.import_module("dlrover.trainer.torch.flash_checkpoint.ddp")
+    kinds = importlib.import_module("dlrover.trainer.torch.flash_checkpoint.checkpointer")
+    before = set(os.listdir("/dev/shm"))
+    numel = num_bytes // 64 // 4
+    state_dict = {f"layer.{i}.weight": torch.randn(numel) for i in range(64)}
+    checkpointer = ddp.DdpCheckpointer(directory)
+    tracker = os.path.join(directory, "dlrover_latest.txt")
+    found = []
+    for step in range(1, num_saves + 1):
+        path = os.path.join(directory, str(step), "rank_0.pt")
+        begin_s = time.perf_counter()
+        checkpointer.save_checkpoint(step, {"model": state_dict}, path, storage_type=kinds.StorageType.DISK)
+        stall_s = time.perf_counter() - begin_s
+        while _latest(tracker) != step:
+            if time.perf_counter() - begin_s > TIMEOUT_S:
+                raise TimeoutError(f"step {step} was not durable in {TIMEOUT_S:.0f} s")
+            time.sleep(0.005)
+        found.append((stall_s, time.perf_counter() - begin_s))
+    dist.destroy_process_group()
+    print(json.dumps(found), flush=True)
+    _end(before)
+
+
+def _end(before: set[str]) -> None:
+    """Its saver is a process that outlives the trainer (that is its point), and so does its memory: end both."""
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+            for pid in file.read().split():
+                os.kill(int(pid), signal.SIGKILL)
+    # A folder of sockets for each run.
+    shutil.rmtree(
+        os.path.join(tempfile.gettempdir(), "ckpt_sock", os.environ["TORCHELASTIC_RUN_ID"]), ignore_errors=True
+    )
+    for name in set(os.listdir("/dev/shm")) - before:
+        if "_ckpt_shm_" in name:
+            os.unlink(os.path.join("/dev/shm", name))
+    os._exit(0)
+
+
+def _latest(tracker: str) -> int:
+    try:
+        with open(tracker, encoding="ascii") as file:
+            return int(file.read().strip() or -1)
+    except (OSError, ValueError):
+        return -1
+
+
+if __name__ == "__main__":
+    main()
