@@ -52,7 +52,8 @@ def take(mark: str) -> Snapshot:
     """
     return Snapshot(
         processes={process.pid: _describe(process) for process in own_processes(mark)},
-        shared_memory=frozenset(path.name for path in _SHARED_MEMORY.glob(_SHARED_MEMORY_PREFIX + "*")),
+        shared_memory=frozenset(path.name for path in _SHARED_MEMORY.glob(_SHARED_MEMORY_PREFIX + "*"))
+        - _foreign(mark),
         descriptors=_descriptors(),
         threads={thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None},
     )
@@ -70,6 +71,22 @@ def own_processes(mark: str) -> list[psutil.Process]:
             found[process.pid] = process
     exempt = getattr(resource_tracker._resource_tracker, "_pid", None)
     return [process for pid, process in found.items() if pid != exempt]
+
+
+def _foreign(mark: str) -> frozenset[str]:
+    """
+    Runtime directories of living sidecars that are not of this test: somebody else trains on this machine as well.
+    """
+    own = {process.pid for process in own_processes(mark)}
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            arguments = process.cmdline()
+        except (psutil.Error, OSError):
+            continue
+        if "pillion_sidecar" in arguments and process.pid not in own:
+            found |= {Path(each).name for each in arguments if Path(each).parent == _SHARED_MEMORY}
+    return frozenset(found)
 
 
 def carries(process: psutil.Process, mark: str) -> bool:

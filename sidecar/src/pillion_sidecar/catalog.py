@@ -83,7 +83,15 @@ def read(path: str, step: int) -> Stored:
         try:
             encoded = _read(os.path.join(path, names.MANIFEST))
         except FileNotFoundError:
-            return _read_stock(path, step, metadata)
+            if not any(names.parse_part_file(name) for name in os.listdir(path)):
+                return _read_stock(path, step, metadata)
+            # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
+            if commit.finish(path) is None:
+                raise Damaged(f"{path}/{names.MANIFEST}: is missing, and the parts do not make it again") from None
+            encoded, metadata = (
+                _read(os.path.join(path, names.MANIFEST)),
+                _read(os.path.join(path, names.COMMIT_MARKER)),
+            )
         return _read_native(path, encoded, metadata)
     except (OSError, manifest.ManifestError) as err:
         raise Damaged(f"{path}: {err}") from err
