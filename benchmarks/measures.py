@@ -80,9 +80,9 @@ def scratch(of: Settings) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def checkpointer(root: Path) -> Iterator[pillion.Checkpointer]:
+def checkpointer(root: Path, *, keep_last: int = 1) -> Iterator[pillion.Checkpointer]:
     """A run without a cluster, with a sidecar of its own. Blocks, at the end: until that is gone, and its arena with it."""
-    with pillion.Checkpointer(root, policy={"retention": {"keepLast": 1}}) as made:
+    with pillion.Checkpointer(root, policy={"retention": {"keepLast": keep_last}}) as made:
         yield made
     deadline_s = time.monotonic() + SIDECAR_GONE_S
     while os.path.exists(made._session.runtime_dir):

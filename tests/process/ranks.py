@@ -62,6 +62,10 @@ class Peer:
 
 Body = Callable[[Peer], object]
 
+JOIN_TRIES: Final = 3
+"""How often the ranks of a job are forked until all are in their process group."""
+TURN_VARIABLE: Final = "PILLION_TEST_TURN"
+
 
 @final
 class Trainer:
@@ -95,6 +99,20 @@ class Trainer:
         if kind == "error":
             raise AssertionError(f"rank {self.rank}: {value}\n{self.tail()}")
         return value
+
+    def joined(self) -> bool:
+        """
+        Whether the rank is in its process group. Blocks: up to Deadline.STAGED.
+        """
+        if not self._pipe.poll(Deadline.STAGED.s):
+            return False
+        try:
+            kind, value = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return False
+        if kind == "error":
+            raise AssertionError(f"rank {self.rank}: {value}\n{self.tail()}")
+        return bool(kind == "joined")
 
     def say(self, value: object = None) -> None:
         """
@@ -213,9 +231,33 @@ class Ranks:
         if num_ranks > 1 and store is None:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             self._stores.append(store)
+        for turn in range(JOIN_TRIES):
+            trainers = self._fork_all(body, num_ranks, pods, env, store, attempt, turn)
+            if num_ranks == 1 or all(trainer.joined() for trainer in trainers):
+                break
+            # Seen in some 1 of 500 forks on a loaded machine: torch's gloo never finishes in a child that was forked
+            # while threads of the store ran here. Nothing of ours has run in it yet.
+            for trainer in trainers:
+                trainer.kill()
+        else:
+            raise deadlines.DeadlinePassed(
+                f"{num_ranks} ranks did not join in {JOIN_TRIES} tries: {trainers[0].tail()}"
+            )
+        return Job(trainers, store)
+
+    def _fork_all(
+        self,
+        body: Body,
+        num_ranks: int,
+        pods: Sequence[str] | None,
+        env: Mapping[str, str] | None,
+        store: "dist.TCPStore | None",
+        attempt: int,
+        turn: int,
+    ) -> list[Trainer]:
         trainers = []
         for rank in range(num_ranks):
-            variables = dict(env or {})
+            variables = dict(env or {}) | {TURN_VARIABLE: str(turn)}
             if store is not None:
                 variables |= {
                     "RANK": str(rank),
@@ -229,7 +271,7 @@ class Ranks:
             if pods is not None:
                 variables["PILLION_POD"] = pods[rank]
             trainers.append(self._fork(body, rank, num_ranks, variables))
-        return Job(trainers, store)
+        return trainers
 
     def _fork(self, body: Body, rank: int, world_size: int, variables: Mapping[str, str]) -> Trainer:
         output = self._folder / f"{len(self._started)}.rank{rank}"
@@ -311,7 +353,9 @@ class Ranks:
         for sidecar in sidecars:
             with contextlib.suppress(psutil.Error):
                 arguments = sidecar.cmdline()
-                self._folders.add(arguments[arguments.index("--runtime-dir") + 1])
+                # Between its fork and its exec a process has its parent's command line.
+                if "--runtime-dir" in arguments:
+                    self._folders.add(arguments[arguments.index("--runtime-dir") + 1])
                 sidecar.terminate()
         psutil.wait_procs(sidecars, timeout=Deadline.DRAINED.s)
         leaks.end([process for process in psutil.process_iter() if leaks.carries(process, self._mark)])
@@ -343,8 +387,9 @@ def _run(body: Body, peer: Peer, pipe: "Connection[Any, Any]") -> int:
         if peer.world_size > 1:
             store, rank, world_size = next(dist.rendezvous("env://"))
             # As examples/charlm/training.py join(): the store outlives a restart, gloo's addresses in it do not.
-            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            turn = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}.{os.environ[TURN_VARIABLE]}"
+            dist.init_process_group("gloo", store=dist.PrefixStore(turn, store), rank=rank, world_size=world_size)
+            _send(pipe, ("joined", None))
         value = body(peer)
         _send(pipe, ("returned", value))
     except BaseException:

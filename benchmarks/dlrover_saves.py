@@ -1,14 +1,16 @@
 """
-DLRover's flash checkpoint, as its documentation has one use it: seconds of stall and until durable of each save, as JSON.
+DLRover's flash checkpoint, as its documentation has one use it: seconds of stall, until told and until durable, as JSON.
 
-    torchrun --standalone --nproc-per-node=1 peer_dlrover.py DIRECTORY NUM_BYTES NUM_SAVES
+    torchrun --standalone --nproc-per-node=1 dlrover_saves.py DIRECTORY NUM_BYTES NUM_SAVES
 
-Called from: bench_peers.py, in DLRover's own environment; imports nothing of Pillion. Durable is when its tracker file names the
-step: `wait_latest_checkpoint` needs that file to exist. (It does not sync its files, so this is in its favour.)
+Called from: bench_peers.py, in DLRover's own environment; imports nothing of Pillion. Told is when its tracker file names the
+step (`wait_latest_checkpoint` needs that file to exist). It does not sync what it wrote, so the bytes are on the disk only
+after an fsync, which is made here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -34,7 +36,7 @@ def main() -> None:
     state_dict = {f"layer.{i}.weight": torch.randn(numel) for i in range(64)}
     checkpointer = ddp.DdpCheckpointer(directory)
     tracker = os.path.join(directory, "dlrover_latest.txt")
-    found = []
+    found: list[tuple[float, float, float]] = []
     for step in range(1, num_saves + 1):
         path = os.path.join(directory, str(step), "rank_0.pt")
         begin_s = time.perf_counter()
@@ -44,7 +46,11 @@ def main() -> None:
             if time.perf_counter() - begin_s > TIMEOUT_S:
                 raise TimeoutError(f"step {step} was not durable in {TIMEOUT_S:.0f} s")
             time.sleep(0.005)
-        found.append((stall_s, time.perf_counter() - begin_s))
+        told_s = time.perf_counter() - begin_s
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        found.append((stall_s, told_s, time.perf_counter() - begin_s))
+        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     dist.destroy_process_group()
     print(json.dumps(found), flush=True)
     _end(before)
@@ -56,10 +62,11 @@ def _end(before: set[str]) -> None:
         with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
             for pid in file.read().split():
                 os.kill(int(pid), signal.SIGKILL)
-    # A folder of sockets for each run.
-    shutil.rmtree(
-        os.path.join(tempfile.gettempdir(), "ckpt_sock", os.environ["TORCHELASTIC_RUN_ID"]), ignore_errors=True
-    )
+    # Its sockets: a folder for each run, in a fixed place.
+    sockets = os.path.join(tempfile.gettempdir(), "ckpt_sock")
+    shutil.rmtree(os.path.join(sockets, os.environ["TORCHELASTIC_RUN_ID"]), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rmdir(sockets)
     for name in set(os.listdir("/dev/shm")) - before:
         if "_ckpt_shm_" in name:
             os.unlink(os.path.join("/dev/shm", name))
