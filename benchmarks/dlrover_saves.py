@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,6 @@ def main() -> None:
     dist.init_process_group("gloo")
     ddp = importlib.import_module("dlrover.trainer.torch.flash_checkpoint.ddp")
     kinds = importlib.import_module("dlrover.trainer.torch.flash_checkpoint.checkpointer")
-    before = set(os.listdir("/dev/shm"))
     numel = num_bytes // 64 // 4
     state_dict = {f"layer.{i}.weight": torch.randn(numel) for i in range(64)}
     checkpointer = ddp.DdpCheckpointer(directory)
@@ -53,10 +53,9 @@ def main() -> None:
         shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     dist.destroy_process_group()
     print(json.dumps(found), flush=True)
-    _end(before)
 
 
-def _end(before: set[str]) -> None:
+def _end(before: set[str], status: int) -> None:
     """Its saver is a process that outlives the trainer (that is its point), and so does its memory: end both."""
     for task in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
@@ -70,7 +69,7 @@ def _end(before: set[str]) -> None:
     for name in set(os.listdir("/dev/shm")) - before:
         if "_ckpt_shm_" in name:
             os.unlink(os.path.join("/dev/shm", name))
-    os._exit(0)
+    os._exit(status)
 
 
 def _latest(tracker: str) -> int:
@@ -82,4 +81,10 @@ def _latest(tracker: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    _before = set(os.listdir("/dev/shm"))
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        _end(_before, 1)
+    _end(_before, 0)
