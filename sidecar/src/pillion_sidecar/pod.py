@@ -163,7 +163,7 @@ class Pod:
             ArenaExhausted: over the policy's limit for the pod, or the tmpfs is full.
         """
         segment = self.segments[rank]
-        have = segment.capacity_bytes(slot)
+        have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
         if room_bytes <= have:
             return have
         used = sum(s.capacity_bytes(i) for s in self.segments.values() for i in range(s.header.num_slots))

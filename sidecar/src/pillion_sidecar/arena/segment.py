@@ -37,6 +37,8 @@ class Segment:
         self.header = header
         self._fd = fd
         self.map = mmap.mmap(fd, header.segment_bytes)
+        self._known: dict[int, int] = {}
+        """slot -> capacity as last looked up. A slot never shrinks, so it is a lower bound."""
 
     @classmethod
     def create(cls, path: str, *, num_slots: int, stride_bytes: int) -> Segment:
@@ -86,18 +88,22 @@ class Segment:
             os.close(fd)
             raise
 
-    def capacity_bytes(self, slot: int) -> int:
+    def capacity_bytes(self, slot: int, *, enough_bytes: int | None = None) -> int:
         """
         Bytes of the slot that are allocated: the length up to its first hole.
 
         The file says it (SEEK_HOLE), so that a restarted sidecar need not remember.
         """
+        if enough_bytes is not None and self._known.get(slot, 0) >= enough_bytes:
+            # SEEK_HOLE walks every page, 10 ms a GiB, and a claim waits for it.
+            return self._known[slot]
         start = self.header.slot_offset(slot)
         try:
             hole = os.lseek(self._fd, start, os.SEEK_HOLE)
         except OSError:
             return 0
-        return max(0, min(hole, start + self.header.stride_bytes) - start)
+        self._known[slot] = max(0, min(hole, start + self.header.stride_bytes) - start)
+        return self._known[slot]
 
     def grow(self, slot: int, room_bytes: int) -> int:
         """
@@ -108,7 +114,7 @@ class Segment:
         Raises:
             ArenaExhausted: more than the slot's range, or more than the tmpfs has.
         """
-        have = self.capacity_bytes(slot)
+        have = self.capacity_bytes(slot, enough_bytes=room_bytes)
         if room_bytes <= have:
             return have
         if room_bytes > self.header.stride_bytes:
