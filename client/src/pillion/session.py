@@ -162,12 +162,12 @@ class Session:
 
     def _log_path(self) -> str:
         folder = os.path.join(self.root, names.INTERNAL_DIR)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return os.path.join(folder, f"sidecar-{self.group.local_ranks[0]}.log")
-        except OSError:
-            pass
+        # Without a root (pillion.dcp) the folder would be made in the working directory.
+        with contextlib.suppress(OSError):
+            if self.root:
+                os.makedirs(folder, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return os.path.join(folder, f"sidecar-{self.group.local_ranks[0]}.log")
         os.makedirs(self.runtime_dir, mode=0o700, exist_ok=True)
         return os.path.join(self.runtime_dir, names.SIDECAR_LOG)
 

@@ -221,7 +221,7 @@ class Storage(_Section):
     The backends are ``path`` and ``persistent_volume_claim``, never both. A cluster takes a claim: a path of a sidecar
     ends with its pod. A run without a cluster takes a path, or neither and the root given in code; a claim is accepted,
     so that one document serves both, but nothing mounts it: such a run needs the root as well. ``writer`` is no
-    backend: it replaces who writes the items; manifest, plan parts and commit marker are on the backend in any case.
+    backend: it replaces who writes, and what it leaves is its own format: no manifest, no parts, no digests of ours.
     """
 
     path: str | None = field(
