@@ -28,6 +28,26 @@ ENV_LOG_LEVEL: Final = "PILLION_LOG_LEVEL"
 ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
 """torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
 
+# --- environment of an injected sidecar --------------------------------------------------------------------------
+
+ENV_POD_NAME: Final = "PILLION_POD_NAME"
+ENV_POD_NAMESPACE: Final = "PILLION_POD_NAMESPACE"
+ENV_POD_IP: Final = "PILLION_POD_IP"
+ENV_NODE_NAME: Final = "PILLION_NODE_NAME"
+ENV_COMPLETION_INDEX: Final = "PILLION_JOB_COMPLETION_INDEX"
+ENV_POLICY_NAME: Final = "PILLION_POLICY_NAME"
+"""Name of the CheckpointPolicy object that `PILLION_POLICY` was read from."""
+ENV_JOB_KIND: Final = "PILLION_JOB_KIND"
+ENV_JOB_NAME: Final = "PILLION_JOB_NAME"
+ENV_HOME_URL: Final = "PILLION_HOME_URL"
+"""Where the sidecar calls home (`pillion.wire.home`). Unset: it does not."""
+ENV_HOME_CA: Final = "PILLION_HOME_CA"
+"""Certificates, PEM, that the server at `PILLION_HOME_URL` is trusted by."""
+ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
+"""The service account token to call home with; the kubelet renews the file."""
+ENV_METRICS_PORT: Final = "PILLION_METRICS_PORT"
+"""Port of the sidecar's Prometheus endpoint. Unset or 0: none is opened."""
+
 # --- the runtime directory ---------------------------------------------------------------------------------------
 
 CONTROL_SOCKET: Final = "control.sock"

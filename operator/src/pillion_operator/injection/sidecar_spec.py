@@ -46,26 +46,15 @@ TRAINER_MOUNTS: Final = (RUNTIME_DIR, CLIENT_DIR)
 PYTHONPATH: Final = "PYTHONPATH"
 TRAINER_ENV: Final = (names.ENV_RUNTIME_DIR, names.ENV_ROOT, names.ENV_POD, names.ENV_RUN_ID)
 """What a trainer container gets besides PYTHONPATH. A pod that sets one of them itself is refused."""
-ENV_POD_NAME: Final = "PILLION_POD_NAME"
-ENV_POD_NAMESPACE: Final = "PILLION_POD_NAMESPACE"
-ENV_POD_IP: Final = "PILLION_POD_IP"
-ENV_NODE_NAME: Final = "PILLION_NODE_NAME"
-ENV_COMPLETION_INDEX: Final = "PILLION_JOB_COMPLETION_INDEX"
-ENV_POLICY_NAME: Final = "PILLION_POLICY_NAME"
-ENV_JOB_KIND: Final = "PILLION_JOB_KIND"
-ENV_JOB_NAME: Final = "PILLION_JOB_NAME"
-ENV_HOME_URL: Final = "PILLION_HOME_URL"
-ENV_HOME_CA: Final = "PILLION_HOME_CA"
-ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
 
 _DOWNWARD: Final = {
     names.ENV_POD: "metadata.uid",
-    ENV_POD_NAME: "metadata.name",
-    ENV_POD_NAMESPACE: "metadata.namespace",
-    ENV_POD_IP: "status.podIP",
-    ENV_NODE_NAME: "spec.nodeName",
+    names.ENV_POD_NAME: "metadata.name",
+    names.ENV_POD_NAMESPACE: "metadata.namespace",
+    names.ENV_POD_IP: "status.podIP",
+    names.ENV_NODE_NAME: "spec.nodeName",
     # Empty in a pod without that annotation.
-    ENV_COMPLETION_INDEX: "metadata.annotations['batch.kubernetes.io/job-completion-index']",
+    names.ENV_COMPLETION_INDEX: "metadata.annotations['batch.kubernetes.io/job-completion-index']",
 }
 
 HEADROOM_LEAST_BYTES: Final = 64 * 2**20
@@ -118,9 +107,9 @@ def build(
         _literal(names.ENV_ROOT, root),
         _literal(names.ENV_RUN_ID, job.id),
         _literal(names.ENV_POLICY, json.dumps(policy.dump(of), separators=(",", ":"), sort_keys=True)),
-        _literal(ENV_POLICY_NAME, wishes.policy),
-        _literal(ENV_JOB_KIND, job.kind),
-        _literal(ENV_JOB_NAME, job.name),
+        _literal(names.ENV_POLICY_NAME, wishes.policy),
+        _literal(names.ENV_JOB_KIND, job.kind),
+        _literal(names.ENV_JOB_NAME, job.name),
         _literal(names.ENV_LOG_LEVEL, settings.log_level),
         # torch and tempfile want a home and a /tmp; the root file system is read-only.
         _literal("HOME", "/tmp"),
@@ -141,8 +130,11 @@ def build(
     if injects_client:
         volumes.append({"name": CLIENT_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}})
     if settings.home_url:
-        env += [_literal(ENV_HOME_URL, settings.home_url), _literal(ENV_TOKEN_FILE, f"{TOKEN_DIR}/{TOKEN_FILE}")]
-        env += [_literal(ENV_HOME_CA, settings.home_ca)] if settings.home_ca else []
+        env += [
+            _literal(names.ENV_HOME_URL, settings.home_url),
+            _literal(names.ENV_TOKEN_FILE, f"{TOKEN_DIR}/{TOKEN_FILE}"),
+        ]
+        env += [_literal(names.ENV_HOME_CA, settings.home_ca)] if settings.home_ca else []
         mounts.append(_mount(TOKEN_VOLUME, TOKEN_DIR) | {"readOnly": True})
         volumes.append(_token_volume(settings))
 
