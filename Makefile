@@ -7,6 +7,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV   := .venv
+# What the cluster is made with: auto, built, kind or existing; see tests/cluster/README.md.
+CLUSTER ?= auto
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 # uv trusts the machine's certificates as pip does; where they are the usual ones this changes nothing.
@@ -16,10 +18,10 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test demo bench clean
+.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo bench clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 setup: $(STAMP)  ## make .venv from the lock; does nothing when nothing changed
 
@@ -36,6 +38,8 @@ $(STAMP): requirements-uv.lock requirements.lock client/pyproject.toml sidecar/p
 lock: $(STAMP)  ## pin requirements*.in anew; versions already locked stay (remove the file to take the newest)
 	$(LOCK) requirements-uv.in -o requirements-uv.lock
 	$(LOCK) requirements.in -o requirements.lock
+	for image in build sidecar operator; do \
+	  $(LOCK) --constraint requirements.lock requirements-$$image.in -o requirements-$$image.lock; done
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
@@ -45,6 +49,15 @@ check: $(STAMP)  ## lint, format, types, import contracts
 
 test: $(STAMP)  ## every test that this machine can run; ARGS="tests/unit -k name" narrows it
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(STAMP)  ## the stories on a real Kubernetes, made and taken down here; needs root, Go, Debian packages
+	$(BIN)/python -m pytest tests/cluster --cluster $(CLUSTER) $(ARGS)
+
+cluster-up: $(STAMP)  ## a real Kubernetes of two nodes, for people; says how to reach it
+	cd tests && ../$(BIN)/python -m cluster.harness up --cluster $(CLUSTER)
+
+cluster-down: $(STAMP)  ## take it down again
+	cd tests && ../$(BIN)/python -m cluster.harness down --cluster $(CLUSTER)
 
 demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
 	$(BIN)/python examples/charlm/demo.py $(ARGS)

@@ -18,6 +18,12 @@ __all__ = ["nothing_left", "processes"]
 LEVELS: Final = ("unit", "golden", "property", "guard", "process", "distributed", "chart", "cluster")
 """Folders under tests/, quick ones first; each is a marker too."""
 
+CLUSTERS: Final = ("auto", "built", "kind", "existing")
+"""Providers of cluster.harness, which is not imported where no cluster is asked for."""
+
+CLUSTER_TIMEOUT_S: Final = 600
+"""The wall for one test on a cluster: it starts pods, some of them twice, and waits for kubelets."""
+
 LEVELS_WITH_PROCESSES: Final = ("process", "distributed")
 
 _TESTS: Final = Path(__file__).parent
@@ -28,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     Adds the options of our own.
     """
     parser.addoption("--update-golden", action="store_true", help="write the records of the golden tests anew")
+    parser.addoption(
+        "--cluster",
+        choices=CLUSTERS,
+        help="run the tests of the level cluster, on a cluster of this provider (make test-cluster)",
+    )
+    parser.addoption("--keep-cluster", action="store_true", help="leave the cluster up, and use one that is")
 
 
 @pytest.fixture
@@ -45,6 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         level = _level(item)
         item.add_marker(level)
+        if level == "cluster":
+            item.add_marker(pytest.mark.timeout(CLUSTER_TIMEOUT_S))
+            if not item.config.getoption("--cluster"):
+                item.add_marker(pytest.mark.skip(reason="needs a cluster: make test-cluster"))
         # The list is shared by the parametrized items of one function.
         names = item.fixturenames if isinstance(item, pytest.Function) else []
         if level in LEVELS_WITH_PROCESSES and "nothing_left" not in names:

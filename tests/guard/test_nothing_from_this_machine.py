@@ -13,7 +13,13 @@ from typing import Final
 
 from guard import repository
 
-LOCKS: Final = ("requirements.lock", "requirements-uv.lock")
+LOCKS: Final = (
+    "requirements.lock",
+    "requirements-uv.lock",
+    "requirements-build.lock",
+    "requirements-sidecar.lock",
+    "requirements-operator.lock",
+)
 
 PIN: Final = re.compile(r"[a-z0-9][a-z0-9.-]*==[^\s/]+( ; [^/]*)? \\")
 HASH: Final = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")

@@ -37,6 +37,17 @@ class Deadline(enum.Enum):
     DRAINED = (60.0, "a sidecar has persisted its newest snapshot and ended")
     SCRIPT = (120.0, "a training script of a few dozen steps has ended")
     TORCHRUN = (170.0, "the same under torchrun, with one restart; below the wall of pytest's own timeout")
+    API = (20.0, "a controller of the cluster has noticed a change and written its answer")
+    POD_STARTED = (
+        120.0,
+        "pods are scheduled, their images there, and their containers run; several at once on two cores",
+    )
+    POD_GONE = (90.0, "a pod has used its grace period, and its object is removed")
+    TRAINED = (180.0, "a trainer in a pod imports torch, joins its peers and makes some dozens of steps")
+    RECOVERED = (180.0, "a crashed or replaced trainer has started again and loaded")
+    HOME = (20.0, "what a sidecar reports has reached an object's status, or a policy its job: a few reports")
+    ROLLED_OUT = (150.0, "the operator's Deployments are available after an install or a change")
+    NODE_LOST = (120.0, "the control plane has noticed that a node is gone, and moved on")
 
     def __init__(self, quiet_s: float, reason: str) -> None:
         self.quiet_s = quiet_s

@@ -1,0 +1,59 @@
+# The images of Pillion: `--target sidecar` and `--target operator`.
+#
+#   docker build --target sidecar  --build-arg TORCH_INDEX=<PyTorch's index of CPU wheels> -t pillion-sidecar .
+#   docker build --target operator -t pillion-operator .
+#
+# BASE         a Python of 3.11 or newer; pin it by digest in production. Where it brings a torch (2.6 or newer), that one is used.
+# TORCH_INDEX  the package index that torch is installed from; empty is the default index, whose torch for x86-64 is the CUDA build
+#              (5 GB). The sidecar never computes, so a CPU build is all that it needs.
+# PIP_*        pip's own settings, for a build behind a gateway.
+#
+# Both run as 65532, with a read-only root file system: nothing is written outside of mounted volumes.
+
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS wheels
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+WORKDIR /src
+RUN python3 -m venv /build
+COPY requirements-build.lock .
+RUN /build/bin/pip install --quiet --no-cache-dir --require-hashes -r requirements-build.lock
+COPY client client
+COPY sidecar sidecar
+COPY operator operator
+RUN /build/bin/pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels ./client ./sidecar ./operator
+
+
+FROM ${BASE} AS operator
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+RUN python3 -m venv /opt/pillion
+RUN --mount=type=bind,source=requirements-operator.lock,target=/tmp/requirements.lock \
+    /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/requirements.lock
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
+    /wheels/pillion-*.whl /wheels/pillion_operator-*.whl
+ENV PATH=/opt/pillion/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+ENTRYPOINT ["pillion-operator"]
+
+
+FROM ${BASE} AS sidecar
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+ARG TORCH_INDEX
+ARG TORCH=torch==2.15.0
+RUN python3 -m venv --system-site-packages /opt/pillion
+RUN --mount=type=bind,source=requirements-sidecar.lock,target=/tmp/requirements.lock \
+    /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/requirements.lock
+RUN /opt/pillion/bin/python -c "import torch" 2>/dev/null \
+    || /opt/pillion/bin/pip install --quiet --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "${TORCH}" numpy
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
+    /wheels/pillion-*.whl /wheels/pillion_sidecar-*.whl
+# The demo's trainer, so that one image is enough to try it.
+COPY examples /opt/pillion/examples
+ENV PATH=/opt/pillion/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+CMD ["pillion-sidecar", "run"]

@@ -1,0 +1,127 @@
+"""
+The whole of: the cluster of a test run, the product installed on it, and a namespace for each test.
+
+Called from: pytest. A test asks for `kube` (a namespace on a cluster with the product), `training` (the same with a volume and the
+trainer's script), or `api` (an API server with our CRDs, for what talks to it directly).
+Must never: leave a namespace, a volume or a cluster behind, unless --keep-cluster was said.
+"""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from cluster.harness import binaries, clusters
+from cluster.harness.machine import HarnessError
+from support import jobs
+from support.deadlines import Deadline, eventually
+from support.kube import Json, Kube
+from support.release import NAMESPACE, Release
+
+PREFIX: Final = "pillion-test-"
+"""Of the tests' namespaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """An API server."""
+
+    kubeconfig: Path
+    namespace: str
+    """Fresh, and removed after the test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A namespace that is ready for training jobs."""
+
+    kube: Kube
+    volume: Path
+    """The checkpoints' volume, as a folder of this machine."""
+
+    def run(self, policy: Json, *job: Json) -> None:
+        """Apply a policy and the objects of a job."""
+        self.kube.apply(policy)
+        self.kube.create(*job)
+
+
+@pytest.fixture(scope="session")
+def cluster(pytestconfig: pytest.Config) -> Iterator[clusters.Cluster]:
+    """The cluster; where it cannot be had, the tests fail and say why."""
+    keep = bool(pytestconfig.getoption("--keep-cluster"))
+    try:
+        found = clusters.choose(str(pytestconfig.getoption("--cluster")))
+        if not (keep and found.is_up()):
+            found.up()
+    except HarnessError as err:
+        pytest.exit(f"no cluster: {err}", returncode=4)
+    yield found
+    everywhere = Kube(found.kubectl, found.kubeconfig, "default")
+    eventually(lambda: not _leftovers(everywhere), Deadline.POD_GONE, "the namespaces of the tests to be gone")
+    if not keep:
+        found.down()
+
+
+def _leftovers(kube: Kube) -> list[str]:
+    return [name for each in kube.all("namespaces") if (name := each["metadata"]["name"]).startswith(PREFIX)]
+
+
+@pytest.fixture(scope="session")
+def release(cluster: clusters.Cluster) -> Iterator[Release]:
+    """The product, installed from the chart with the images of this checkout."""
+    try:
+        cluster.build_and_load()
+        helm = Path(shutil.which("helm") or binaries.program("helm"))
+    except HarnessError as err:
+        pytest.exit(f"no images: {err}", returncode=4)
+    found = Release(helm, Kube(cluster.kubectl, cluster.kubeconfig, NAMESPACE))
+    found.install()
+    yield found
+    found.uninstall()
+
+
+@pytest.fixture
+def kube(cluster: clusters.Cluster, release: Release) -> Iterator[Kube]:
+    """A fresh namespace on the cluster with the product."""
+    del release
+    with _namespace(cluster) as found:
+        yield found
+
+
+@pytest.fixture
+def training(cluster: clusters.Cluster, kube: Kube) -> Iterator[Training]:
+    """A fresh namespace with a shared volume, its claim `checkpoints`, and the trainer's script."""
+    folder = cluster.volume(kube.namespace)
+    volume, claim = jobs.claim(kube.namespace, folder)
+    kube.apply(volume, claim, jobs.script())
+    yield Training(kube, folder)
+    kube.delete("persistentvolume", volume["metadata"]["name"])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def api(cluster: clusters.Cluster, release: Release) -> Iterator[Api]:
+    """An API server with our CRDs, and a fresh namespace."""
+    del release
+    with _namespace(cluster) as found:
+        yield Api(found.kubeconfig, found.namespace)
+
+
+@contextlib.contextmanager
+def _namespace(cluster: clusters.Cluster) -> Iterator[Kube]:
+    name = f"{PREFIX}{uuid.uuid4().hex[:8]}"
+    found = Kube(cluster.kubectl, cluster.kubeconfig, name)
+    found.run("create", "namespace", name)
+    try:
+        yield found
+    finally:
+        # Jobs first: their controller would make new pods while the namespace empties. No grace: nothing is looked at any more.
+        found.run("delete", "jobs", "--all", "--cascade=background", "--wait=false")
+        found.run("delete", "pods", "--all", "--force", "--grace-period=0", "--wait=false")
+        # It empties while the next test runs; `cluster` sees to it that all are gone.
+        found.run("delete", "namespace", name, "--wait=false")

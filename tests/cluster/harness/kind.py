@@ -1,0 +1,84 @@
+"""
+The whole of: the provider `kind`: Kubernetes in Docker, where its node image can be pulled.
+
+Called from: `clusters`, and so by the workflow for hosted CI. Needs kind, kubectl and Docker; images are built by Docker.
+Must never: touch a cluster of another name.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from cluster.harness.images import OPERATOR_IMAGE, SIDECAR_IMAGE
+from cluster.harness.limits import ROOT, Limit, state_folder
+from cluster.harness.machine import HarnessError, run
+
+CLUSTER: Final = "pillion-test"
+VOLUMES: Final = "/srv/pillion-test"
+BASE: Final = "python:3.13-slim"
+
+
+class Kind:
+    """A cluster of this provider."""
+
+    @property
+    def name(self) -> str:
+        return "kind"
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        return [f"{CLUSTER}-worker", f"{CLUSTER}-worker2"]
+
+    @property
+    def kubeconfig(self) -> Path:
+        return state_folder() / "kind.kubeconfig"
+
+    @property
+    def kubectl(self) -> Path:
+        found = shutil.which("kubectl")
+        if found is None:
+            raise HarnessError("kubectl is not on this machine")
+        return Path(found)
+
+    def is_up(self) -> bool:
+        return self.kubeconfig.exists() and CLUSTER in run("kind", "get", "clusters").split()
+
+    def up(self) -> None:
+        """Two workers that share a folder of this machine. Blocks: up to Limit.CONTROL_PLANE and Limit.NODE."""
+        self.down()
+        self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
+        mount = {"hostPath": VOLUMES, "containerPath": VOLUMES}
+        config = {
+            "kind": "Cluster",
+            "apiVersion": "kind.x-k8s.io/v1alpha4",
+            "nodes": [{"role": "control-plane"}, *({"role": "worker", "extraMounts": [mount]} for _ in range(2))],
+        }
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(config, file)
+            file.flush()
+            run(
+                *("kind", "create", "cluster", "--name", CLUSTER, "--config", file.name),
+                *("--kubeconfig", self.kubeconfig, "--wait", f"{Limit.NODE.s:.0f}s"),
+                limit=Limit.IMAGE,
+            )
+
+    def down(self) -> None:
+        if CLUSTER in run("kind", "get", "clusters").split():
+            run("kind", "delete", "cluster", "--name", CLUSTER, limit=Limit.NODE)
+
+    def build_and_load(self) -> None:
+        for tag, target in ((OPERATOR_IMAGE, "operator"), (SIDECAR_IMAGE, "sidecar")):
+            run(
+                *("docker", "build", "--target", target, "--build-arg", f"BASE={BASE}", "--tag", tag, ROOT),
+                limit=Limit.IMAGE,
+            )
+            run("kind", "load", "docker-image", tag, "--name", CLUSTER, limit=Limit.IMAGE)
+
+    def volume(self, name: str) -> Path:
+        path = Path(VOLUMES) / name
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o777)
+        return path

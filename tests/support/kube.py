@@ -1,0 +1,150 @@
+"""
+The whole of: talking to a cluster as a user does: kubectl, with JSON in and out.
+
+Called from: the tests of the level cluster, the cluster's demo.
+Must never: wait without a deadline, or hide what kubectl said.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from support.deadlines import Deadline, eventually
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+class KubectlFailed(AssertionError):
+    """kubectl refused; the text is what it said. An assertion, so that `eventually` tries again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kube:
+    """kubectl with a kubeconfig, in a namespace."""
+
+    kubectl: Path
+    kubeconfig: Path
+    namespace: str
+
+    def run(self, *arguments: str, given: str | None = None, deadline: Deadline = Deadline.API) -> str:
+        """
+        Run kubectl; its standard output.
+
+        Raises:
+            KubectlFailed: it refused, or did not end in time.
+        """
+        command = [str(self.kubectl), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}", *arguments]
+        try:
+            done = subprocess.run(
+                command, input=given, capture_output=True, text=True, check=False, timeout=deadline.s + 5
+            )
+        except subprocess.TimeoutExpired as err:
+            raise KubectlFailed(f"kubectl {' '.join(arguments)}: not done within {deadline.s} s") from err
+        if done.returncode:
+            raise KubectlFailed(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def apply(self, *documents: Json) -> None:
+        """Apply objects."""
+        self.run("apply", "-f", "-", given=_list(documents))
+
+    def create(self, *documents: Json) -> None:
+        """Create objects."""
+        self.run("create", "-f", "-", given=_list(documents))
+
+    def get(self, kind: str, name: str) -> Json | None:
+        """An object, or None where there is none."""
+        text = self.run("get", kind, name, "--ignore-not-found", "-o", "json")
+        return json.loads(text) if text.strip() else None
+
+    def all(self, kind: str, selector: str = "") -> list[Json]:
+        """The objects of a kind."""
+        options = ["-l", selector] if selector else []
+        items: list[Json] = json.loads(self.run("get", kind, "-o", "json", *options))["items"]
+        return items
+
+    def delete(self, kind: str, name: str, *options: str) -> None:
+        """Ask for an object to be deleted, without waiting for it."""
+        self.run("delete", kind, name, "--wait=false", *options)
+
+    def logs(self, pod: str, container: str, *options: str) -> str:
+        """What a container has printed."""
+        return self.run("logs", pod, "-c", container, *options)
+
+    def exec(self, pod: str, container: str, *command: str, deadline: Deadline = Deadline.API) -> str:
+        """Run a command in a container."""
+        return self.run("exec", pod, "-c", container, "--", *command, deadline=deadline)
+
+    def annotate(self, kind: str, name: str, *pairs: str) -> None:
+        """Set annotations, as key=value."""
+        self.run("annotate", "--overwrite", kind, name, *pairs)
+
+    def patch(self, kind: str, name: str, patch: Json) -> None:
+        """Merge-patch an object."""
+        self.run("patch", kind, name, "--type=merge", "-p", json.dumps(patch))
+
+    def pods(self, job: str) -> list[Json]:
+        """The pods of a Job that are not on their way out, by completion index."""
+        found = [pod for pod in self.all("pods", f"job-name={job}") if "deletionTimestamp" not in pod["metadata"]]
+        return sorted(found, key=lambda pod: pod["metadata"]["annotations"].get(_INDEX, ""))
+
+    def events(self, of: str = "") -> list[Json]:
+        """Events in the namespace, of the object of that name."""
+        found = self.all("events")
+        return [event for event in found if not of or event["involvedObject"].get("name") == of]
+
+    def until(self, predicate: Callable[[], T], deadline: Deadline, what: str) -> T:
+        """`eventually`, with what the namespace holds in the message when it never comes true."""
+        try:
+            return eventually(predicate, deadline, what)
+        except AssertionError as err:
+            raise AssertionError(f"{err}\n{self.describe()}") from None
+
+    def describe(self) -> str:
+        """What a person would look at: pods, their states, events, and the ends of their logs."""
+        lines = []
+        for command in (("get", "pods,jobs,checkpoints,checkpointpolicies", "-o", "wide"), ("get", "events")):
+            try:
+                lines.append(self.run(*command))
+            except KubectlFailed as err:
+                lines.append(str(err))
+        try:
+            for pod in self.all("pods"):
+                for container in _containers(pod):
+                    name = pod["metadata"]["name"]
+                    try:
+                        lines.append(f"--- {name} {container}\n{self.logs(name, container, '--tail=15')}")
+                    except KubectlFailed as err:
+                        lines.append(f"--- {name} {container}: {err}")
+        except KubectlFailed as err:
+            lines.append(str(err))
+        return "\n".join(lines)
+
+
+_INDEX = "batch.kubernetes.io/job-completion-index"
+
+
+def _list(documents: tuple[Json, ...]) -> str:
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(documents)})
+
+
+def _containers(pod: Json) -> list[str]:
+    spec = pod["spec"]
+    return [each["name"] for each in [*spec.get("initContainers", []), *spec["containers"]]]
+
+
+def condition(document: Json | None, kind: str) -> Json:
+    """A condition of an object; empty where it has none of that type."""
+    conditions = ((document or {}).get("status") or {}).get("conditions") or []
+    return next((each for each in conditions if each["type"] == kind), {})
+
+
+def container_status(pod: Json, name: str) -> Json:
+    """A container's status, init containers included; empty where there is none yet."""
+    status = pod.get("status") or {}
+    every = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+    return next((each for each in every if each["name"] == name), {})
