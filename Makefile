@@ -18,7 +18,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo bench clean
+.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo demo-cluster bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -61,6 +61,9 @@ cluster-down: $(STAMP)  ## take it down again
 
 demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
 	$(BIN)/python examples/charlm/demo.py $(ARGS)
+
+demo-cluster: $(STAMP)  ## the same on a cluster: two pods on two nodes, a crash, a deleted pod; made and taken down here
+	cd tests && ../$(BIN)/python -m cluster.demo --cluster $(CLUSTER) $(ARGS)
 
 bench: $(STAMP)  ## measure stall, persist and load against stock DCP
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -11,13 +11,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from cluster.harness import binaries, control_plane, images, node, packages, pki
 from cluster.harness.limits import Limit, cache_folder, state_folder
 from cluster.harness.machine import HarnessError, Machine, make_network, remove_network, route, run
+from cluster.harness.node import CONTAINERD_SOCKET
 
 CONTROL: Final = "control"
 NODES: Final = ("node1", "node2")
@@ -139,6 +140,22 @@ class Built:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o777)
         return path
+
+    @contextlib.contextmanager
+    def small_volume(self, node: str, folder: Path, mib: int) -> Iterator[None]:
+        """Mount a file system of so many MiB over a folder of `volume`, on one node."""
+        machine = self.machines[node]
+        machine.exec("mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=0777", "small", folder)
+        try:
+            yield
+        finally:
+            machine.exec("umount", folder)
+
+    def kill(self, node: str, container_id: str) -> None:
+        """SIGKILL to the first process of a container, as the kernel would send it."""
+        socket = self.machines[node].inside(CONTAINERD_SOCKET)
+        identity = container_id.removeprefix("containerd://")
+        run("ctr", "--address", socket, "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", identity)
 
     def run_kubectl(self, *arguments: str, limit: Limit = Limit.COMMAND) -> str:
         return run(self.kubectl, f"--kubeconfig={self.kubeconfig}", *arguments, limit=limit)

@@ -8,6 +8,7 @@ Must never: know what the tests do with it.
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -52,6 +53,12 @@ class Cluster(Protocol):
 
     def volume(self, name: str) -> Path:
         """A path that is the same folder on every node, for a shared volume."""
+
+    def small_volume(self, node: str, folder: Path, mib: int) -> AbstractContextManager[None]:
+        """Mount a file system of so many MiB over a folder of `volume`, on one node."""
+
+    def kill(self, node: str, container_id: str) -> None:
+        """SIGKILL to the first process of a container, as the kernel would send it."""
 
 
 def choose(name: str) -> Cluster:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from cluster.harness.machine import HarnessError, run
@@ -60,3 +61,9 @@ class Existing:
                 "PILLION_TEST_VOLUMES is not set: a folder that all nodes of the cluster share is needed"
             )
         return Path(folder) / name
+
+    def small_volume(self, node: str, folder: Path, mib: int) -> AbstractContextManager[None]:
+        raise HarnessError(f"nothing is mounted on {node}: it is not ours")
+
+    def kill(self, node: str, container_id: str) -> None:
+        raise HarnessError(f"{container_id} is not killed: {node} is not ours")

@@ -5,10 +5,11 @@ Called from: `clusters`, and so by the workflow for hosted CI. Needs kind, kubec
 Must never: touch a cluster of another name.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -76,6 +77,19 @@ class Kind:
                 limit=Limit.IMAGE,
             )
             run("kind", "load", "docker-image", tag, "--name", CLUSTER, limit=Limit.IMAGE)
+
+    @contextlib.contextmanager
+    def small_volume(self, node: str, folder: Path, mib: int) -> Iterator[None]:
+        run("docker", "exec", node, "mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=0777", "small", folder)
+        try:
+            yield
+        finally:
+            run("docker", "exec", node, "umount", folder)
+
+    def kill(self, node: str, container_id: str) -> None:
+        identity = container_id.removeprefix("containerd://")
+        kill = ("ctr", "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", identity)
+        run("docker", "exec", node, *kill)
 
     def volume(self, name: str) -> Path:
         path = Path(VOLUMES) / name
