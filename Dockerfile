@@ -8,6 +8,7 @@
 #              (5 GB). The sidecar never computes, so a CPU build is all that it needs.
 # PIP_*        pip's own settings, for a build behind a gateway.
 #
+# Files are copied rather than mounted into a step: not every builder looks at what is in a mount when it uses a layer again.
 # Both run as 65532, with a read-only root file system: nothing is written outside of mounted volumes.
 
 ARG BASE=python:3.13-slim
@@ -29,11 +30,11 @@ FROM ${BASE} AS operator
 ARG PIP_CERT
 ARG PIP_INDEX_URL
 RUN python3 -m venv /opt/pillion
-RUN --mount=type=bind,source=requirements-operator.lock,target=/tmp/requirements.lock \
-    /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/requirements.lock
-RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
-    /wheels/pillion-*.whl /wheels/pillion_operator-*.whl
+COPY requirements-operator.lock /opt/pillion/
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/requirements-operator.lock
+COPY --from=wheels /wheels /opt/pillion/wheels
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
+    /opt/pillion/wheels/pillion-*.whl /opt/pillion/wheels/pillion_operator-*.whl
 ENV PATH=/opt/pillion/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 65532:65532
 ENTRYPOINT ["pillion-operator"]
@@ -45,13 +46,13 @@ ARG PIP_INDEX_URL
 ARG TORCH_INDEX
 ARG TORCH=torch==2.15.0
 RUN python3 -m venv --system-site-packages /opt/pillion
-RUN --mount=type=bind,source=requirements-sidecar.lock,target=/tmp/requirements.lock \
-    /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/requirements.lock
+COPY requirements-sidecar.lock /opt/pillion/
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/requirements-sidecar.lock
 RUN /opt/pillion/bin/python -c "import torch" 2>/dev/null \
     || /opt/pillion/bin/pip install --quiet --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "${TORCH}" numpy
-RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
-    /wheels/pillion-*.whl /wheels/pillion_sidecar-*.whl
+COPY --from=wheels /wheels /opt/pillion/wheels
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
+    /opt/pillion/wheels/pillion-*.whl /opt/pillion/wheels/pillion_sidecar-*.whl
 # The demo's trainer, so that one image is enough to try it.
 COPY examples /opt/pillion/examples
 ENV PATH=/opt/pillion/bin:${PATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

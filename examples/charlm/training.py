@@ -76,12 +76,16 @@ def join() -> int:
     """
     Joins the process group that torchrun describes; gives this process's rank.
 
-    Like `init_process_group("gloo")`, with the restart count in front of the store's keys. torchrun's store outlives a
-    restart, with gloo's addresses of the ranks that died in it (seen in torch 2.15): a rank that is quicker than the
-    rest would read one of those, and fail with "Connection refused".
+    Like `init_process_group("gloo")`, with the restart count in front of the store's keys where the store is torchrun's own: it
+    outlives a restart, with gloo's addresses of the ranks that died in it (seen in torch 2.15): a rank that is quicker than the
+    rest would read one of those, and fail with "Connection refused". Across nodes the counts differ, as each torchrun has its
+    own; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 then gives every start a store of its own (examples/cluster/job.yaml).
 
     Blocks: until all ranks are there, up to torch's own default timeout.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        distributed.init_process_group("gloo")
+        return distributed.get_rank()
     store, rank, world_size = next(distributed.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = distributed.PrefixStore(f"attempt-{attempt}", store)

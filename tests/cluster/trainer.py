@@ -26,12 +26,8 @@ def main() -> None:
     distributed = "RANK" in os.environ
     rank = 0
     if distributed:
-        # As in examples/charlm/training.py: the store of torchrun outlives a restart, with the addresses of the dead.
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world_size
-        )
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
     numel = int(float(os.environ.get("MIB", "4")) * 2**20 / 4)
     say("started", rank=rank, torch=torch.__version__, client=os.path.dirname(pillion.__file__))
     with pillion.Checkpointer() as checkpointer:
@@ -58,8 +54,12 @@ def main() -> None:
                 handles.append(checkpointer.save(state, step))
             for handle in [each for each in handles if each.committed.done()]:
                 handles.remove(handle)
-                error = handle.committed.exception()
-                say("failed" if error else "committed", rank=rank, step=handle.step, error=str(error or ""))
+                if error := handle.committed.exception():
+                    say("failed", rank=rank, step=handle.step, error=str(error))
+                else:
+                    # One that stays in memory has no path.
+                    event = "committed" if handle.committed.result().path else "snapshot"
+                    say(event, rank=rank, step=handle.step)
             if step % 20 == 0:
                 say("step", rank=rank, step=step)
             time.sleep(step_s)

@@ -6,7 +6,7 @@ Must never: contain anything of Pillion but the annotation; the rest is injectio
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,9 +115,11 @@ def job(
         )
         command = [
             *(PYTHON, "-m", "torch.distributed.run", f"--nnodes={pods}", "--nproc-per-node=1"),
-            *("--node-rank=$(JOB_COMPLETION_INDEX)", f"--master-addr={name}-0.{name}", "--master-port=29500"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={name}-0.{name}:29400", f"--rdzv-id={name}"),
             *(f"--max-restarts={max_restarts}", "/trainer/trainer.py"),
         ]
+        # Each rendezvous gets a store of its own: torchrun's outlives a restart, with gloo's addresses of the dead in it.
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | variables
     spec = {
         "restartPolicy": restart_policy,
         "enableServiceLinks": False,
@@ -129,10 +131,7 @@ def job(
                 "image": IMAGE,
                 "imagePullPolicy": "Never",
                 "command": command,
-                "env": [
-                    *_completion_index(),
-                    *({"name": key, "value": value} for key, value in variables.items()),
-                ],
+                "env": [{"name": key, "value": value} for key, value in variables.items()],
                 "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}},
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                 "volumeMounts": [{"name": "trainer", "mountPath": "/trainer"}],
@@ -164,11 +163,6 @@ def job(
         }
     )
     return documents
-
-
-def _completion_index() -> Iterable[Json]:
-    path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    return [{"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {"fieldPath": path}}}]
 
 
 def said(kube: Kube, pod: str, event: str, *options: str) -> list[Json]:

@@ -64,6 +64,9 @@ def start(control: Machine, authority: pki.Authority) -> Path:
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={public}",
         f"--service-account-signing-key-file={private}",
+        # Nothing is aggregated; without it controller manager and scheduler complain for ever.
+        f"--requestheader-client-ca-file={authority.path}",
+        "--requestheader-allowed-names=none",
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction",
         # Webhooks are reached by their endpoints: this machine has no kube-proxy.
@@ -92,6 +95,8 @@ def start(control: Machine, authority: pki.Authority) -> Path:
                 f"--cluster-signing-cert-file={authority.path}",
                 f"--cluster-signing-key-file={authority.key_path}",
                 "--use-service-account-credentials",
+                # A claim that names its volume is bound in a test's time, too.
+                "--pvclaimbinder-sync-period=1s",
                 # A lost node is noticed in a test's time, not in a minute.
                 "--node-monitor-grace-period=20s",
             ]

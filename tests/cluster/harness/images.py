@@ -20,8 +20,6 @@ from cluster.harness.machine import run
 from cluster.harness.node import PAUSE_IMAGE
 
 SUITE: Final = "trixie"
-PYTHON_BASE: Final = "localhost/pillion-test/python:3"
-TORCH_BASE: Final = "localhost/pillion-test/torch:2.6"
 COREDNS_IMAGE: Final = "localhost/pillion-test/coredns:1"
 SIDECAR_IMAGE: Final = "localhost/pillion/sidecar:test"
 OPERATOR_IMAGE: Final = "localhost/pillion/operator:test"
@@ -29,6 +27,26 @@ CERTIFICATES: Final = "/etc/ssl/certs/ca-certificates.crt"
 """What this machine trusts, in the same place in a build."""
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PACKAGES: Final = "python3,python3-venv,ca-certificates"
+
+
+_PYTHON: Final = f'FROM scratch\nADD root.tar /\nENV PATH={_PATH}\nCMD ["python3"]\n'
+_TORCH: Final = """\
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-torch \\
+    && rm -rf /var/lib/apt/lists /var/cache/apt
+# Debian's torch has no libuv, and three places of 2.6 ask for it whatever USE_LIBUV says: the one thing that is mended here.
+RUN cd /usr/lib/python3/dist-packages/torch/distributed \\
+    && sed -i 's/multi_tenant=True,/multi_tenant=True, use_libuv=False,/' elastic/rendezvous/*.py \\
+    && sed -i 's/^            is_master=False,/            is_master=False, use_libuv=False,/' rendezvous.py
+"""
+
+
+def _tag(name: str, *recipe: str) -> str:
+    """A tag that changes with what the image is made of."""
+    return f"localhost/pillion-test/{name}:{hashlib.sha256(' '.join(recipe).encode()).hexdigest()[:12]}"
+
+
+PYTHON_BASE: Final = _tag("python", SUITE, _PACKAGES, _PYTHON)
+TORCH_BASE: Final = _tag("torch", PYTHON_BASE, _TORCH)
 
 
 def _buildah() -> list[str]:
@@ -74,16 +92,10 @@ def bases() -> None:
             for cache in ("var/lib/apt/lists", "var/cache/apt"):
                 shutil.rmtree(root / cache)
             run("tar", "-C", root, "-cf", Path(folder) / "root.tar", ".", limit=Limit.IMAGE)
-            text = f'FROM scratch\nADD root.tar /\nENV PATH={_PATH}\nCMD ["python3"]\n'
-            _from_text(text, Path(folder), PYTHON_BASE)
+            _from_text(_PYTHON, Path(folder), PYTHON_BASE)
     if not exists(TORCH_BASE):
         with tempfile.TemporaryDirectory(dir=_room()) as folder:
-            text = (
-                f"FROM {PYTHON_BASE}\n"
-                "RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-torch"
-                " && rm -rf /var/lib/apt/lists /var/cache/apt\n"
-            )
-            _from_text(text, Path(folder), TORCH_BASE)
+            _from_text(f"FROM {PYTHON_BASE}\n{_TORCH}", Path(folder), TORCH_BASE)
 
 
 def of_a_node() -> tuple[str, ...]:

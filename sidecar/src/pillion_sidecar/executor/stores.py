@@ -30,9 +30,15 @@ def connect(host: str, port: int, prefix: str) -> tuple[dist.Store, dist.Store]:
     Raises:
         torch.distributed.DistError: nobody answers there.
     """
-    # No world_size: this client must not count in the job's own rendezvous.
+    # No world_size: this client must not count in the job's own rendezvous. No libuv: it is the server's affair, clients of both
+    # kinds talk to both kinds of servers, and some builds of torch (Debian's) have none.
     store = dist.TCPStore(
-        host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
+        host,
+        port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S),
+        use_libuv=False,
     )
     return store, dist.PrefixStore(prefix, store)
 
