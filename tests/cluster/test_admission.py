@@ -131,6 +131,6 @@ def test_a_policy_shows_whether_it_can_be_used(training: Training) -> None:
         found = kube.get("checkpointpolicy", "llm")
         assert found is not None
         entry = condition(found, "Ready")
-        return bool(entry["status"] == "True" and entry["observedGeneration"] == found["metadata"]["generation"])
+        return bool(entry.get("status") == "True" and entry["observedGeneration"] == found["metadata"]["generation"])
 
     kube.until(ready, Deadline.API, "Ready")

@@ -62,9 +62,9 @@ def test_a_rotation_of_the_authority_refuses_no_admission_and_no_report(training
     assert refusals == []
     assert set(admitted) == {"pillion-sidecar"}
     assert _serial(system) != before
-    newest = max(each["status"]["step"] for each in kube.all("checkpoints"))
+    newest = kube.newest_checkpoint()
     kube.until(
-        lambda: max(each["status"]["step"] for each in kube.all("checkpoints")) > newest,
+        lambda: kube.newest_checkpoint() > newest,
         Deadline.HOME,
         "reports after the rotation",
     )

@@ -13,7 +13,7 @@ def test_a_running_job_follows_a_new_trigger_and_retention(training: Training) -
     """A shorter period and a smaller retention hold for a running job, without a restart."""
     kube = training.kube
     training.run(jobs.policy(trigger={"periodSteps": 100000}), *jobs.job(env={"STEPS": "100000"}))
-    kube.until(lambda: jobs.said(kube, kube.pods("train")[0]["metadata"]["name"], "step"), Deadline.TRAINED, "steps")
+    kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "step"), Deadline.TRAINED, "steps")
     (pod,) = kube.pods("train")
     assert not list(training.volume.glob("train/step-*"))
     kube.patch("checkpointpolicy", "llm", {"spec": {"trigger": {"periodSteps": 10}, "retention": {"keepLast": 2}}})
@@ -32,10 +32,8 @@ def test_suspend_stops_the_saves_of_a_running_job_and_resume_starts_them(trainin
     """`suspend: true` stops saves but not training; `suspend: false` brings them back."""
     kube = training.kube
     training.run(jobs.policy(trigger={"periodSteps": 10}), *jobs.job(env={"STEPS": "100000"}))
-    kube.until(
-        lambda: jobs.said(kube, kube.pods("train")[0]["metadata"]["name"], "committed"), Deadline.TRAINED, "a commit"
-    )
-    name = kube.pods("train")[0]["metadata"]["name"]
+    kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "committed"), Deadline.TRAINED, "a commit")
+    name = kube.pod_name("train")
     kube.patch("checkpointpolicy", "llm", {"spec": {"suspend": True}})
 
     def quiet() -> bool:
@@ -53,7 +51,7 @@ def test_a_deleted_policy_leaves_training_running_and_data_kept(training: Traini
     kube = training.kube
     training.run(jobs.policy(), *jobs.job(env={"STEPS": "100000"}))
     kube.until(lambda: kube.all("checkpoints"), Deadline.TRAINED, "a checkpoint")
-    name = kube.pods("train")[0]["metadata"]["name"]
+    name = kube.pod_name("train")
     kube.delete("checkpointpolicy", "llm")
     kube.until(lambda: kube.get("checkpointpolicy", "llm") is None, Deadline.API, "the policy to be gone")
     last = jobs.said(kube, name, "committed")[-1]["step"]

@@ -43,10 +43,8 @@ def test_jobs_keep_checkpointing_and_new_pods_wait_while_the_operator_is_down(
     """A running job commits on; a new one gets no pod, with the reason in its events, until the operator is back."""
     kube = training.kube
     training.run(jobs.policy(), *jobs.job("running", env={"STEPS": "100000"}))
-    kube.until(
-        lambda: jobs.said(kube, kube.pods("running")[0]["metadata"]["name"], "committed"), Deadline.TRAINED, "a commit"
-    )
-    name = kube.pods("running")[0]["metadata"]["name"]
+    kube.until(lambda: jobs.said(kube, kube.pod_name("running"), "committed"), Deadline.TRAINED, "a commit")
+    name = kube.pod_name("running")
     scale(release, 0)
 
     last = jobs.said(kube, name, "committed")[-1]["step"]
@@ -89,9 +87,9 @@ def test_a_controller_that_is_killed_is_followed_by_the_other_replica(training: 
     assert len(pods) == 1, (first, pods)
     system.delete("pod", pods[0], "--force", "--grace-period=0")
     kube.until(lambda: leader() not in ("", first), Deadline.ROLLED_OUT, "another leader")
-    newest = max(each["status"]["step"] for each in kube.all("checkpoints"))
+    newest = kube.newest_checkpoint()
     kube.until(
-        lambda: max(each["status"]["step"] for each in kube.all("checkpoints")) > newest,
+        lambda: kube.newest_checkpoint() > newest,
         Deadline.RECOVERED,
         "checkpoints that the new leader heard of",
     )

@@ -15,7 +15,7 @@ def test_the_replacement_of_a_deleted_pod_resumes_from_storage(training: Trainin
     # Persisted so rarely that only the end of the pod can have brought the state to storage.
     policy = jobs.policy(trigger={"periodSteps": 100000, "snapshotSteps": 5})
     training.run(policy, *jobs.job(env={"STEPS": "100000"}))
-    kube.until(lambda: jobs.said(kube, kube.pods("train")[0]["metadata"]["name"], "step"), Deadline.TRAINED, "steps")
+    kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "step"), Deadline.TRAINED, "steps")
     (old,) = kube.pods("train")
     name = old["metadata"]["name"]
     before = jobs.said(kube, name, "step")[-1]["step"]

@@ -18,8 +18,8 @@ RARELY = {"periodSteps": 100000, "snapshotSteps": 5}
 def _train(training: Training, *, pods: int = 1) -> str:
     kube = training.kube
     training.run(jobs.policy(trigger=RARELY), *jobs.job(pods=pods, env={"STEPS": "100000"}))
-    kube.until(lambda: jobs.said(kube, kube.pods("train")[0]["metadata"]["name"], "step"), Deadline.TRAINED, "steps")
-    return str(kube.pods("train")[0]["metadata"]["name"])
+    kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "step"), Deadline.TRAINED, "steps")
+    return kube.pod_name("train")
 
 
 def _ready(document: Json | None) -> Json:

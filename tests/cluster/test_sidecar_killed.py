@@ -15,9 +15,7 @@ def test_a_killed_sidecar_is_replaced_and_adopts_the_arena(training: Training, c
     """After SIGKILL of its sidecar the trainer goes on stepping, and later saves commit again."""
     kube = training.kube
     training.run(jobs.policy(), *jobs.job(env={"STEPS": "100000"}))
-    kube.until(
-        lambda: jobs.said(kube, kube.pods("train")[0]["metadata"]["name"], "committed"), Deadline.TRAINED, "a commit"
-    )
+    kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "committed"), Deadline.TRAINED, "a commit")
     (pod,) = kube.pods("train")
     name = pod["metadata"]["name"]
     status = container_status(pod, "pillion-sidecar")

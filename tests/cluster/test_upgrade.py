@@ -20,10 +20,8 @@ def test_an_upgrade_is_not_noticed_by_a_running_job(training: Training, release:
     kube.create(*jobs.job("second", env={"STEPS": "20"}))
     kube.until(lambda: kube.pods("second"), Deadline.RECOVERED, "a new pod")
     assert kube.pods("second")[0]["metadata"]["labels"]["pillion.dev/injected"] == "true"
-    newest = max(each["status"]["step"] for each in kube.all("checkpoints"))
-    kube.until(
-        lambda: max(each["status"]["step"] for each in kube.all("checkpoints")) > newest, Deadline.RECOVERED, "reports"
-    )
+    newest = kube.newest_checkpoint()
+    kube.until(lambda: kube.newest_checkpoint() > newest, Deadline.RECOVERED, "reports")
     (after,) = kube.pods("train")
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert [each["restartCount"] for each in after["status"]["initContainerStatuses"]] == [0, 0]
@@ -34,7 +32,7 @@ def test_an_uninstall_keeps_training_checkpoints_and_policies(training: Training
     kube = training.kube
     training.run(jobs.policy(), *jobs.job(env={"STEPS": "100000"}))
     kube.until(lambda: len(kube.all("checkpoints")) == 3, Deadline.TRAINED, "checkpoints")
-    name = kube.pods("train")[0]["metadata"]["name"]
+    name = kube.pod_name("train")
     release.uninstall()
     try:
         last = jobs.said(kube, name, "committed")[-1]["step"]
@@ -46,10 +44,8 @@ def test_an_uninstall_keeps_training_checkpoints_and_policies(training: Training
         kube.run("create", "--dry-run=server", "-f", "-", given=_plain())
     finally:
         release.install()
-    newest = max(each["status"]["step"] for each in kube.all("checkpoints"))
-    kube.until(
-        lambda: max(each["status"]["step"] for each in kube.all("checkpoints")) > newest, Deadline.RECOVERED, "reports"
-    )
+    newest = kube.newest_checkpoint()
+    kube.until(lambda: kube.newest_checkpoint() > newest, Deadline.RECOVERED, "reports")
 
 
 def test_helm_test_passes(release: Release) -> None:

@@ -2,7 +2,7 @@
 A trainer for the tests on a cluster: small, quick, and able to say whether what it loaded is what it saved.
 
 Runs in a pod, from a ConfigMap, with the pod's own Python and torch, and with whatever client library injection has brought.
-The state of step N is a function of N, so a load is checked bit for bit without another run. Events go to the standard output,
+The state of step N and rank R is a function of both, under a name of R's own, so a load is checked bit for bit without another run. Events go to the standard output,
 one JSON object a line.
 
 Environment: STEPS, STEP_S, MIB (of state a rank); DIE_AT: the step at which rank 0 kills itself, in the first attempt of a pod;
@@ -32,7 +32,7 @@ def main() -> None:
     say("started", rank=rank, torch=torch.__version__, client=os.path.dirname(pillion.__file__))
     with pillion.Checkpointer() as checkpointer:
         weights = values(0, rank, numel)
-        state = {"weights": weights, "step": 0}
+        state = {f"weights{rank}": weights, "step": 0}
         loaded = checkpointer.load(state)
         if loaded is not None:
             report = checkpointer.last_load

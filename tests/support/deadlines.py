@@ -5,6 +5,7 @@ Called from: every test and fixture that waits for another process, thread or fi
 Must never: be by-passed with a bare sleep; a wait that is not in this table has no bound that anyone chose.
 """
 
+import asyncio
 import enum
 import os
 import time
@@ -90,18 +91,43 @@ def eventually(predicate: Callable[[], T], deadline: Deadline, what: str) -> T:
     begun = time.monotonic()
     pause_s = _POLL_FIRST_S
     while True:
-        seen: object
-        try:
-            value = predicate()
-            if value:
-                return value
-            seen = value
-        except AssertionError as err:
-            seen = err
-        waited_s = time.monotonic() - begun
-        if waited_s >= deadline.s:
-            raise DeadlinePassed(
-                f"waited {waited_s:.1f} s for: {what} ({deadline.name}: {deadline.reason}); last seen: {seen!r}"
-            )
+        value, seen = _look(predicate)
+        if value:
+            return value
+        _check(begun, deadline, what, seen)
         time.sleep(pause_s)
         pause_s = min(pause_s * 2, _POLL_MAX_S)
+
+
+async def soon(predicate: Callable[[], T], deadline: Deadline, what: str) -> T:
+    """
+    The same for a test that runs in an event loop: what is waited for goes on meanwhile.
+
+    Raises:
+      DeadlinePassed: it never was true.
+    """
+    begun = time.monotonic()
+    pause_s = _POLL_FIRST_S
+    while True:
+        value, seen = _look(predicate)
+        if value:
+            return value
+        _check(begun, deadline, what, seen)
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 2, _POLL_MAX_S)
+
+
+def _look(predicate: Callable[[], T]) -> tuple[T | None, object]:
+    try:
+        value = predicate()
+    except AssertionError as err:
+        return None, err
+    return value, value
+
+
+def _check(begun: float, deadline: Deadline, what: str, seen: object) -> None:
+    waited_s = time.monotonic() - begun
+    if waited_s >= deadline.s:
+        raise DeadlinePassed(
+            f"waited {waited_s:.1f} s for: {what} ({deadline.name}: {deadline.reason}); last seen: {seen!r}"
+        )

@@ -12,10 +12,10 @@ from typing import Any
 
 def apply(document: Any, operations: Iterable[Mapping[str, Any]]) -> Any:
     """
-    The document after the operations add, replace and remove.
+    The document after the operations add, replace, remove and test.
 
     Raises:
-        KeyError, IndexError, ValueError: the operation has no target.
+        KeyError, IndexError, ValueError: the operation has no target, or a test fails.
     """
     result = copy.deepcopy(document)
     for operation in operations:
@@ -33,6 +33,8 @@ def apply(document: Any, operations: Iterable[Mapping[str, Any]]) -> Any:
                 raise IndexError(operation["path"])
             else:
                 target.insert(key, copy.deepcopy(operation["value"]))
+        elif operation["op"] == "test" and target[key] == operation["value"]:
+            continue
         elif operation["op"] != "remove":
             raise ValueError(operation["op"])
     return result

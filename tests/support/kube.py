@@ -92,6 +92,16 @@ class Kube:
         found = [pod for pod in self.all("pods", f"job-name={job}") if "deletionTimestamp" not in pod["metadata"]]
         return sorted(found, key=lambda pod: pod["metadata"]["annotations"].get(_INDEX, ""))
 
+    def pod_name(self, job: str) -> str:
+        """The first pod of a Job; to be polled: an assertion fails where it has none."""
+        found = self.pods(job)
+        assert found, f"the Job {job} has no pod"
+        return str(found[0]["metadata"]["name"])
+
+    def newest_checkpoint(self) -> int:
+        """The newest step that a Checkpoint object stands for; -1 where there is none."""
+        return max((each.get("status", {}).get("step", -1) for each in self.all("checkpoints")), default=-1)
+
     def events(self, of: str = "") -> list[Json]:
         """Events in the namespace, of the object of that name."""
         found = self.all("events")

@@ -24,6 +24,17 @@ Save-now and drain are the same: ``request_save`` makes the next ``proposal`` im
 A proposal ends when the deciding rank takes the save at T, when T was declined, or when the deciding rank went past T
 without having been told of it (the channel lost it). A decline that comes when the save at T is taken already means
 that the save lacks a rank: the next proposal is immediate. A save that fails later waits for the next period.
+
+A rule that changes while the job runs (`rules`) goes the same way: the deciding rank names a step T from which the new rule
+holds, a rank that is past T declines, the others then take it back, and the next T is twice as far ahead:
+
+    rank 0   request_change(B)   change_proposal(97) -> 101, B
+    all      announce_change(101, B) -> True             due(100) by the old rule    due(101) by B
+    rank 2   announce_change(101, B) -> False            -> declined_change(101) on rank 0, withdraw_change(101) on each other
+
+What holds: ranks that all accepted the same changes, and saw the same ones withdrawn, answer alike at every step ahead of all of
+them. A rank that missed a change (its sidecar was away) hears of it when it is told again: ``request_change`` of what holds
+already makes the next ``change_proposal`` repeat it, and a rank that is past T then declines, so that a new T is found.
 """
 
 import math
@@ -32,7 +43,7 @@ from enum import Enum
 from typing import Final, final
 
 from pillion.errors import UsageError
-from pillion.wire import policy
+from pillion.rules import Rule, Rules
 
 LEAST_LEAD_STEPS: Final = 2
 """Fewest steps between a proposal and its T: with one, a rank a single step ahead would always be too far."""
@@ -68,7 +79,7 @@ class Cadence:
     One rank's decisions. Ranks: all, each with its own.
 
     Args:
-        trigger: The periods; the same on all ranks.
+        rule: The periods; the same on all ranks.
         decides: True on exactly one rank.
         lead_s: Seconds that a message takes from the deciding rank to the slowest rank, with room to spare.
 
@@ -76,10 +87,10 @@ class Cadence:
         UsageError: ``lead_s`` is not a positive, finite number.
     """
 
-    def __init__(self, trigger: policy.Trigger, *, decides: bool, lead_s: float) -> None:
+    def __init__(self, rule: Rule, *, decides: bool, lead_s: float) -> None:
         if not (lead_s > 0 and math.isfinite(lead_s)):
             raise UsageError(f"lead_s is {lead_s!r}; it is a positive number of seconds")
-        self._trigger = trigger
+        self._rules = Rules(rule)
         self._decides = decides
         self._lead_s = lead_s
         # `announce` decides by what `due` has answered; between its look and its note no answer may be given.
@@ -96,6 +107,12 @@ class Cadence:
         self._num_failed = 0
         self._taken: int | None = None
         self._num_failed_before_taken = 0
+        self._wanted: Rule | None = None
+        self._change: tuple[int, Rule] | None = None
+        """The newest change that was announced, and not declined."""
+        self._last_target = 0
+        self._num_failed_changes = 0
+        self._tell_again = False
 
     def due(self, step: int, now_s: float) -> Due:
         """What this rank does at ``step``. Called once or more per step, in the order of the loop. Blocks: never."""
@@ -118,10 +135,9 @@ class Cadence:
         with self._lock:
             if self._highest is None:
                 return False
-            if self._answer(target) is Due.PERSIST:
-                return True
             if target <= self._highest:
-                return False
+                return self._answer(target) is Due.PERSIST
+            # Also where the step period names the same step: another rule may hold there by then.
             self._accepted[target] = None
             while len(self._accepted) > _REMEMBERED:
                 del self._accepted[next(iter(self._accepted))]
@@ -145,15 +161,17 @@ class Cadence:
         with self._lock:
             if not self._decides or self._proposed is not None or self._step_s is None:
                 return None
-            if self._requested_at is None and not self._period_is_over(now_s):
+            if self._requested_at is None and not self._period_is_over(step, now_s):
                 return None
-            lead_steps = (
-                max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / max(self._step_s, _LEAST_STEP_S))) << self._num_failed
-            )
-            # A loop that asks at every k-th step only must meet T; after a rollback T must be new to all ranks.
-            at = step if self._highest is None else max(step, self._highest)
-            self._proposed = at + self._stride * lead_steps
+            self._proposed = self._ahead(step, self._step_s, self._num_failed)
             return self._proposed
+
+    def _ahead(self, step: int, step_s: float, num_failed: int) -> int:
+        """A step that a message reaches all ranks before."""
+        lead_steps = max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / max(step_s, _LEAST_STEP_S))) << num_failed
+        # A loop that asks at every k-th step only must meet T; after a rollback T must be new to all ranks.
+        at = step if self._highest is None else max(step, self._highest)
+        return at + self._stride * lead_steps
 
     def request_save(self) -> None:
         """
@@ -186,10 +204,77 @@ class Cadence:
         with self._lock:
             self._took(step, now_s)
 
+    # --- another rule ----------------------------------------------------------------------------------------------
+
+    def request_change(self, rule: Rule) -> None:
+        """
+        Has the deciding rank bring all ranks under `rule`; of one that holds already, has it told again.
+
+        Raises:
+            UsageError: on a rank that does not decide.
+        """
+        if not self._decides:
+            raise UsageError("request_change was called on a rank that does not decide; ask the deciding rank")
+        with self._lock:
+            self._wanted, self._tell_again = rule, True
+
+    def change_proposal(self, step: int, now_s: float) -> tuple[int, Rule] | None:
+        """
+        The change to announce to all ranks, and the step from which it holds; None while there is nothing to tell, and
+        always on ranks that do not decide. One is out at a time: until this rank has passed its step. Call it after ``due``.
+        """
+        with self._lock:
+            wanted = self._wanted
+            if wanted is None or self._step_s is None or self._highest is None:
+                return None
+            if self._change is not None:
+                if self._highest < self._change[0]:
+                    return None
+                if self._rules.holds(*self._change):
+                    self._num_failed_changes = 0
+                else:
+                    self._change_failed()
+            tell_again, self._tell_again = self._tell_again, False
+            if self._rules.newest == wanted:
+                return self._change if tell_again else None
+            # Each change has a step of its own: a decline names nothing else.
+            target = self._ahead(step, self._step_s, self._num_failed_changes)
+            self._last_target = target = max(target, self._last_target + self._stride)
+            self._change = target, wanted
+            return self._change
+
+    def announce_change(self, target: int, rule: Rule) -> bool:
+        """Tells this rank that `rule` holds from ``target`` on. False: it declines. Telling it twice changes nothing."""
+        with self._lock:
+            return self._rules.accept(target, rule, self._highest)
+
+    def withdraw_change(self, target: int) -> None:
+        """Takes the change at ``target`` back, as another rank declined it: for the steps that this rank has ahead of it."""
+        with self._lock:
+            self._rules.withdraw(target, self._highest)
+
+    def declined_change(self, target: int) -> None:
+        """Tells the deciding rank that some rank declined the change at ``target``: it proposes again, further ahead."""
+        with self._lock:
+            self._rules.withdraw(target, self._highest)
+            if self._change is not None and self._change[0] == target:
+                self._change_failed()
+
+    def _change_failed(self) -> None:
+        self._change = None
+        self._num_failed_changes = min(self._num_failed_changes + 1, _MOST_DOUBLINGS)
+
+    # --- deciding --------------------------------------------------------------------------------------------------
+
     def _answer(self, step: int) -> Due:
-        """What ``due`` answers for a step: of nothing but the trigger and the accepted announcements."""
-        trigger = self._trigger
-        if step > 0 and (step in self._accepted or (trigger.period_steps and step % trigger.period_steps == 0)):
+        """What ``due`` answers for a step: of nothing but the rules and the accepted announcements."""
+        rule = self._rules.at(step)
+        trigger = rule.trigger
+        if step > 0 and step in self._accepted:
+            return Due.PERSIST
+        if rule.suspended:
+            return Due.NOT_DUE
+        if step > 0 and trigger.period_steps and step % trigger.period_steps == 0:
             return Due.PERSIST
         return Due.SNAPSHOT if trigger.snapshot_steps and step % trigger.snapshot_steps == 0 else Due.NOT_DUE
 
@@ -209,8 +294,9 @@ class Cadence:
                 self._step_s += (min(took_s, 2 * self._step_s) - self._step_s) * _RISING
         self._last_s = now_s
 
-    def _period_is_over(self, now_s: float) -> bool:
-        period_s = self._trigger.period_seconds
+    def _period_is_over(self, step: int, now_s: float) -> bool:
+        rule = self._rules.at(step)
+        period_s = None if rule.suspended else rule.trigger.period_seconds
         return period_s is not None and self._period_began_s is not None and now_s - self._period_began_s >= period_s
 
     def _took(self, step: int, now_s: float) -> None:

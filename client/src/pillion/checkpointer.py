@@ -6,6 +6,7 @@ Called from: the training thread. No collective runs after the constructor, and 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
-from pillion import cadence, ending, group, loading, saving, storing
+from pillion import cadence, ending, group, loading, rules, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
@@ -61,7 +62,7 @@ class Checkpointer:
         self._closed = False
         self.last_load: LoadReport | None = None
         self._last_step = -1
-        self._group = group.join(process_group, environ)
+        self._group = group.join(process_group, environ, ask_policy=session_module.injected_policy)
         where = _root(root, environ)
         self._session = storing.open_session(
             self._group,
@@ -76,7 +77,7 @@ class Checkpointer:
         self._collector = leaves_module.Collector()
         self._saver = saving.Saver(self._session)
         self._cadence = cadence.Cadence(
-            self._policy.trigger,
+            rules.Rule(self._policy.trigger, self._policy.suspend),
             decides=self._group.rank == 0,
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
@@ -96,6 +97,9 @@ class Checkpointer:
         proposal = self._cadence.proposal(step, now_s)
         if proposal is not None:
             self._session.send({"type": "announce", "step": proposal})
+        change = self._cadence.change_proposal(step, now_s)
+        if change is not None:
+            self._session.send({"type": "announce_change", "step": change[0], "policy": _rule_document(change[1])})
         return answer is not cadence.Due.NOT_DUE
 
     def save(
@@ -272,6 +276,36 @@ class Checkpointer:
                 self._cadence.withdraw(target)
         elif message["type"] == "save_now":
             self._cadence.request_save()
+        elif message["type"] == "policy":
+            self._policy_changed(message)
+        elif message["type"] == "change_announced":
+            step = messages.field(message, "step", int)
+            if not self._cadence.announce_change(step, _rule(messages.field(message, "policy", dict))):
+                self._session.send({"type": "decline_change", "step": step})
+        elif message["type"] == "change_declined":
+            target = messages.field(message, "step", int)
+            if self._group.rank == 0:
+                self._cadence.declined_change(target)
+            else:
+                self._cadence.withdraw_change(target)
+
+    def _policy_changed(self, message: messages.Message) -> None:
+        """The sidecar goes by another policy now; when saves are due changes at a step that rank 0 announces."""
+        document = messages.field(message, "policy", dict)
+        now = policy.parse(document, embedded=True)
+        self._policy = dataclasses.replace(self._policy, drain=now.drain)
+        if self._group.rank == 0:
+            self._cadence.request_change(_rule(document))
+
+
+def _rule(document: Mapping[str, Any]) -> rules.Rule:
+    of = policy.parse(document, embedded=True)
+    return rules.Rule(of.trigger, of.suspend)
+
+
+def _rule_document(rule: rules.Rule) -> dict[str, object]:
+    whole = policy.dump(policy.Policy(trigger=rule.trigger, suspend=rule.suspended))
+    return {name: whole[name] for name in ("trigger", "suspend")}
 
 
 def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:

@@ -26,6 +26,31 @@ JOIN_TIMEOUT_S: Final = 5.0
 _LOST: Final[messages.Message] = {"type": "_lost"}
 
 
+def ask(path: str, message: messages.Message, timeout_s: float) -> messages.Message:
+    """
+    Ask the sidecar one of `messages.OBSERVER_MESSAGES`, without a session; the answer.
+
+    Blocks: up to `timeout_s`, for the connection and the answer together.
+
+    Raises:
+        SidecarUnavailable: nobody listens at `path`, or no answer came.
+    """
+    deadline = time.monotonic() + timeout_s
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(timeout_s)
+        decoder = messages.Decoder()
+        try:
+            sock.connect(path)
+            sock.sendall(messages.encode({**message, "id": 1}))
+            while True:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                for answer in messages.receive(sock, decoder):
+                    if answer.get("id") == 1:
+                        return answer
+        except (OSError, EOFError, messages.BadFrame) as err:
+            raise SidecarUnavailable(f"no answer from the sidecar at {path} within {timeout_s:.1f} s: {err}") from err
+
+
 class Connection:
     """
     One connection to the sidecar.

@@ -287,7 +287,7 @@ def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool)
     Raises:
         CheckpointException: on every rank, with the ranks that could not.
     """
-    members = group.join(process_group) if distributed else _alone()
+    members = group.join(process_group, ask_policy=session_module.injected_policy) if distributed else _alone()
     session = None
     mine: dict[str, object] | None = None
     try:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -42,6 +43,9 @@ class Group:
     store_problem: str
     attempt: int
     """torchrun's restart count, for people; the session is what tells attempts apart."""
+    policy: Mapping[str, Any] | None = None
+    """What the injected sidecar of rank 0 goes by: all ranks begin with it, as their own sidecars may have heard of a change
+    sooner or later. None: a run without a cluster."""
 
     @property
     def local_ranks(self) -> tuple[int, ...]:
@@ -83,9 +87,19 @@ def pod_identity(environ: Mapping[str, str]) -> str:
     return f"{socket.gethostname()}/{boot}"
 
 
-def join(process_group: dist.ProcessGroup | None, environ: Mapping[str, str] | None = None) -> Group:
+def join(
+    process_group: dist.ProcessGroup | None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    ask_policy: Callable[[Mapping[str, str]], Mapping[str, Any] | None] = lambda _: None,
+) -> Group:
     """
     Agree on the group.
+
+    Args:
+        process_group: the ranks.
+        environ: None: this process's.
+        ask_policy: called with the environment on rank 0 of several; what it says becomes `Group.policy` on all of them.
 
     Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
 
@@ -109,6 +123,8 @@ def join(process_group: dist.ProcessGroup | None, environ: Mapping[str, str] | N
     if not distributed:
         mine["store"], mine["problem"] = None, "no process group is initialised"
         return _group(0, [mine])
+    if dist.get_rank(process_group) == 0 and dist.get_world_size(process_group) > 1:
+        mine["policy"] = ask_policy(environ)
     entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]
     dist.all_gather_object(entries, mine, group=process_group)
     return _group(dist.get_rank(process_group), entries)
@@ -121,7 +137,7 @@ def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:
         pods.setdefault(entry["pod"], []).append(member)
     first = entries[0]
     store = first["store"]
-    attempt = str(first["attempt"])
+    attempt, policy = str(first["attempt"]), first.get("policy")
     return Group(
         rank=rank,
         world_size=len(entries),
@@ -131,4 +147,5 @@ def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:
         store=StoreAddress(str(store[0]), int(store[1])) if isinstance(store, (list, tuple)) else None,
         store_problem=str(first["problem"]),
         attempt=int(attempt) if attempt.isdigit() else 0,
+        policy=policy if isinstance(policy, Mapping) else None,
     )

@@ -89,10 +89,10 @@ class Saver:
 
         Blocks: for the copy and, under `overlap: Wait`, for a free slot. With `overlap`, neither.
         """
-        started = time.perf_counter()
         handle = SaveHandle(step)
+        started = time.perf_counter()
         with _hurry():
-            self._save(handle, state_dict, persist=persist, overlap=overlap, destination=destination)
+            self._save(handle, state_dict, started=started, persist=persist, overlap=overlap, destination=destination)
         handle.stall_s += time.perf_counter() - started
         return handle
 
@@ -101,6 +101,7 @@ class Saver:
         handle: SaveHandle,
         state_dict: Mapping[str, Any],
         *,
+        started: float,
         persist: bool,
         overlap: bool,
         destination: Mapping[str, Any] | None,
@@ -114,7 +115,7 @@ class Saver:
             if overlap:
                 self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination)
             else:
-                self._stage(handle, leaves, opaque, persist=persist, destination=destination)
+                self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
         except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
             self._failed(handle, err)
 
@@ -127,6 +128,7 @@ class Saver:
         persist: bool,
         destination: Mapping[str, Any] | None,
         ready: object = None,
+        started: float | None = None,
     ) -> None:
         session, mapping = self._session, self._session.mapping
         if mapping is None:
@@ -148,7 +150,7 @@ class Saver:
             world_size=session.group.world_size,
             session=bytes.fromhex(session.group.session),
         )
-        session.sealed(handle.step)
+        session.sealed(handle.step, stall_s=0.0 if started is None else time.perf_counter() - started)
         handle.resolve_staged()
 
     # --- overlapped --------------------------------------------------------------------------------------------------

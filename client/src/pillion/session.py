@@ -43,6 +43,31 @@ RECONNECT_PAUSE_S: Final = 0.5
 """Pause before a reconnect, doubled up to 16 times its length: a restarted container is back in seconds."""
 
 
+def injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """
+    What the injected sidecar goes by, asked before there is a session.
+
+    Blocks: up to CONNECT_TIMEOUT_S for it to listen.
+
+    Returns:
+        The policy as a document. None: a run without a cluster, or it does not say; opening the session then tells why.
+    """
+    if names.ENV_RUNTIME_DIR not in environ:
+        return None
+    path = os.path.join(environ[names.ENV_RUNTIME_DIR], names.CONTROL_SOCKET)
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            answer = connection.ask(path, {"type": "policy"}, REQUEST_TIMEOUT_S)
+            return messages.optional_field(answer, "policy", dict)
+        except messages.BadFrame:
+            return None
+        except SidecarUnavailable:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(embedded.POLL_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """A slot that this rank may fill for one step."""
@@ -95,7 +120,8 @@ class Session:
         self.mapping: staging.SegmentMapping | None = None
         self.welcome: messages.Message = {}
         self._connection = self._greet(CONNECT_TIMEOUT_S)
-        self.policy = policy.parse(messages.field(self.welcome, "policy", dict), embedded=True)
+        told = group.policy or messages.field(self.welcome, "policy", dict)
+        self.policy = policy.parse(told, embedded=True)
 
     # --- being connected -------------------------------------------------------------------------------------------
 
@@ -148,6 +174,7 @@ class Session:
                 "world_size": group.world_size,
                 "pods": group.pods,
                 "pid": os.getpid(),
+                "client": os.path.dirname(__file__),
                 "root": self.root,
                 "policy": self._policy_document,
                 "store_mode": self._store_mode,
@@ -285,8 +312,9 @@ class Session:
         )
         return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
 
-    def sealed(self, step: int) -> None:
-        self._connection.send({"type": "sealed", "step": step})
+    def sealed(self, step: int, *, stall_s: float) -> None:
+        """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
+        self._connection.send({"type": "sealed", "step": step, "stall_s": stall_s})
 
     def abandon(self, step: int, error: ErrorDocument) -> None:
         """Tell the sidecar that this rank will not seal `step`. Never raises: it is called where a save failed already."""

@@ -12,6 +12,7 @@ Called from: `Checkpointer`, `pillion.dcp` (all ranks, once).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def open_session(
         SettingsError: the store's address is needed and missing or malformed (on every rank).
         SidecarUnavailable, ProtocolMismatch.
     """
-    store = policy_document.get("store", "Prefix") if isinstance(policy_document, Mapping) else "Prefix"
+    known = members.policy or policy_document
+    store = known.get("store", "Prefix") if isinstance(known, Mapping) else "Prefix"
     mode = choose(members, environ, policy_store=str(store))
 
     def opened(of: group.Group) -> session_module.Session:
@@ -98,13 +100,4 @@ def open_session(
 
 
 def _with_store(members: group.Group, address: group.StoreAddress) -> group.Group:
-    return group.Group(
-        rank=members.rank,
-        world_size=members.world_size,
-        pods=members.pods,
-        run_id=members.run_id,
-        session=members.session,
-        store=address,
-        store_problem="",
-        attempt=members.attempt,
-    )
+    return dataclasses.replace(members, store=address, store_problem="")

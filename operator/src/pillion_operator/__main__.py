@@ -1,7 +1,8 @@
 """
-`pillion-operator` and `python -m pillion_operator`: the command line. Subcommands: inject.
+`pillion-operator` and `python -m pillion_operator`: the command line. Subcommands: inject, webhook, controller.
 
-The whole of: arguments, files, and exit statuses. Must never: talk to a cluster.
+The whole of: arguments, files, and exit statuses. Must never: talk to a cluster; what does is imported by the subcommand that needs it,
+so that `inject` stays light.
 """
 
 import argparse
@@ -11,17 +12,17 @@ import os
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from pillion.errors import SettingsError
-from pillion_operator import offline, settings
+from pillion_operator import log, offline, settings
 from pillion_operator.injection import checkpoint_policy, decide
 
 
 class Exit(IntEnum):
-    """Exit statuses. Of several pods, the one that is refused decides, then the one that is injected."""
+    """Exit statuses of `inject`. Of several pods, the one that is refused decides, then the one that is injected."""
 
     INJECTED = 0
     """A pod was injected, or `--remove` was done."""
@@ -35,6 +36,12 @@ class Exit(IntEnum):
     """A file cannot be read, or is no YAML."""
     BAD_SETTINGS = 78
     """A variable of the environment is wrong; the text says which."""
+
+
+_PROCESSES: Final = {
+    "webhook": "answer the API server about each pod that opted in",
+    "controller": "look after policies, checkpoints and certificates, while this replica holds the Lease",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +67,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--image", help="the sidecar's image; default: PILLION_SIDECAR_IMAGE, or this release's")
     command.add_argument("--diff", action="store_true", help="print what changes instead of the documents")
     command.add_argument("--remove", action="store_true", help="take out again what injection did")
+    for name, purpose in _PROCESSES.items():
+        commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}. Runs until SIGTERM. Settings are variables of the environment; "
+            "the log goes to the standard error, one JSON object a line.",
+            epilog="exit status: 0 told to end, 69 no API server or no port, 70 internal, 78 bad settings",
+        )
     given = parser.parse_args(arguments)
+    return _serve(given.command) if given.command in _PROCESSES else _inject(given)
+
+
+def _serve(command: str) -> int:
+    try:
+        found = settings.from_env(os.environ, in_cluster=True)
+    except SettingsError as err:
+        return _fail(Exit.BAD_SETTINGS, err.problems)
+    if command == "webhook":
+        from pillion_operator.webhook import app as webhook
+
+        log.configure(found.log_level)
+        return webhook.run(found)
+    from pillion_operator.controller import app as controller
+
+    log.configure(found.log_level, "kopf")
+    return controller.run(found)
+
+
+def _inject(given: argparse.Namespace) -> int:
     try:
         found = settings.from_env(os.environ)
         documents = _documents(given.file)

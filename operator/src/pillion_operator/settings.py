@@ -1,18 +1,37 @@
 """
 The operator's settings: one frozen value, read from the environment in one place.
 
-Called from: `__main__`, later the webhook and the controller; read by the injection, which gets it as an argument.
+Called from: `__main__`, for the injection without a cluster, the webhook and the controller, which get it as an argument.
 Must never: be read from the environment anywhere else. All problems are reported together.
 """
 
 import dataclasses
+import pathlib
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from importlib import metadata
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pillion.errors import SettingsError
 from pillion.wire import policy
+
+NAMESPACE_FILE: Final = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+"""Where the kubelet says in which namespace a pod runs."""
+_PORT: Final = {"least": 0, "most": 65535}
+
+
+class CertificateMode(StrEnum):
+    """Who makes the serving certificate of webhook and call-home."""
+
+    SELF = "Self"
+    """The controller that holds the Lease: an authority of its own, renewed long before its end."""
+    CERT_MANAGER = "CertManager"
+    """cert-manager, which also writes the authority into the webhook configuration."""
+    PROVIDED = "Provided"
+    """Whoever installs the chart. The operator reads the Secret, and writes nothing."""
 
 
 def _default_image() -> str:
@@ -59,10 +78,58 @@ class Settings:
     )
     """Of the operator, and of the sidecars that it injects."""
 
+    # --- of the processes in the cluster; `inject` without a cluster needs none of these
 
-def from_env(environ: Mapping[str, str]) -> Settings:
+    namespace: str = field(default="", metadata={"env": "PILLION_NAMESPACE"})
+    """Where the operator runs. Default: what the kubelet says in the pod."""
+    pod_name: str = field(default_factory=platform.node, metadata={"env": "PILLION_POD_NAME"})
+    """Names this replica: holder of the Lease, reporter of events. Default: the host's name, which in a pod is the pod's."""
+    pod_ip: str = field(default="", metadata={"env": "PILLION_POD_IP"})
+    """Where the other pods reach this one. Empty: the leader makes no endpoint of itself, so that nobody calls home."""
+    listen_address: str = field(default="", metadata={"env": "PILLION_LISTEN_ADDRESS"})
+    """Address that all ports are opened on. Empty: every one of the pod, IPv4 and IPv6."""
+    webhook_port: int = field(default=8443, metadata={"env": "PILLION_WEBHOOK_LISTEN_PORT", **_PORT})
+    """TLS port of the webhook. 0: any that is free, and the log says which."""
+    home_port: int = field(default=8444, metadata={"env": "PILLION_HOME_LISTEN_PORT", **_PORT})
+    """TLS port that sidecars call home to."""
+    health_port: int = field(default=8080, metadata={"env": "PILLION_HEALTH_PORT", **_PORT})
+    """Port of health, readiness and metrics, in the clear."""
+    home_enabled: bool = field(default=True, metadata={"env": "PILLION_HOME_ENABLED", "allowed": ("true", "false")})
+    """Whether the controller serves sidecars that call home."""
+    certificate_mode: CertificateMode = field(
+        default=CertificateMode.SELF,
+        metadata={"env": "PILLION_CERTIFICATE_MODE", "allowed": tuple(CertificateMode)},
+    )
+    secret_name: str = field(default="pillion-tls", metadata={"env": "PILLION_SECRET_NAME"})
+    """Secret with tls.crt, tls.key and ca.crt, in the operator's namespace."""
+    authority_secret_name: str = field(default="pillion-authority", metadata={"env": "PILLION_AUTHORITY_SECRET_NAME"})
+    """Secret of the certificate authority in the mode `Self`, in the same namespace. Apart from the other, so that the webhook's
+    account cannot read its key, and whoever deletes a certificate to have a new one does not end the trust in us."""
+    lease_name: str = field(default="pillion-controller", metadata={"env": "PILLION_LEASE_NAME"})
+    """Lease whose holder is the active controller."""
+    webhook_configuration: str = field(default="pillion", metadata={"env": "PILLION_WEBHOOK_CONFIGURATION"})
+    """The one MutatingWebhookConfiguration whose caBundle the leader writes."""
+    webhook_service: str = field(default="pillion-webhook", metadata={"env": "PILLION_WEBHOOK_SERVICE"})
+    home_service: str = field(default="pillion-home", metadata={"env": "PILLION_HOME_SERVICE"})
+    shutdown_grace_s: int = field(default=10, metadata={"env": "PILLION_SHUTDOWN_GRACE_S", "least": 0})
+    """How long a webhook that was told to end goes on serving, in seconds: the API server and kube-proxy learn of an endpoint's
+    end in one or two. Less than the pod's terminationGracePeriodSeconds."""
+
+    def server_names(self) -> tuple[str, ...]:
+        """The names that the serving certificate has to be for."""
+        services = [f"{service}.{self.namespace}.svc" for service in (self.webhook_service, self.home_service)]
+        home = urlsplit(self.home_url).hostname
+        return tuple(dict.fromkeys([*services, *([home] if home else [])]))
+
+
+def from_env(environ: Mapping[str, str], *, namespace_file: str = NAMESPACE_FILE, in_cluster: bool = False) -> Settings:
     """
     Read the environment; an empty variable is an absent one.
+
+    Args:
+        environ: the environment.
+        namespace_file: what names the namespace where no variable does.
+        in_cluster: whether a namespace has to be known.
 
     Raises:
         SettingsError: everything that is wrong, at once.
@@ -74,13 +141,14 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         text = environ.get(name, "")
         if not text:
             continue
-        allowed, least = each.metadata.get("allowed"), each.metadata.get("least")
+        allowed, least, most = (each.metadata.get(key) for key in ("allowed", "least", "most"))
         if least is not None:
             # isdecimal also takes digits of other scripts, and so does int: both agree.
-            if text.isdecimal() and int(text) >= least:
+            if text.isdecimal() and least <= int(text) <= (most or int(text)):
                 values[each.name] = int(text)
             else:
-                problems.append(f"{name}={text!r}: a whole number of at least {least} is allowed")
+                limit = f" and at most {most}" if most else ""
+                problems.append(f"{name}={text!r}: a whole number of at least {least}{limit} is allowed")
         elif allowed is not None and text not in allowed:
             problems.append(f"{name}={text!r}: one of {', '.join(allowed)} is allowed")
         else:
@@ -90,8 +158,19 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         problems.append(
             f"PILLION_HOME_URL={home_url!r}: an https:// address is allowed; a token never goes in the clear"
         )
+    if "namespace" not in values:
+        try:
+            values["namespace"] = pathlib.Path(namespace_file).read_text(encoding="utf-8").strip()
+        except OSError:
+            # No pod of a cluster, or one without a token.
+            if in_cluster:
+                problems.append("PILLION_NAMESPACE is missing: the namespace that the operator runs in is needed")
     if problems:
         raise SettingsError(problems)
     if "failure_policy" in values:
         values["failure_policy"] = policy.FailurePolicy(values["failure_policy"])
+    if "certificate_mode" in values:
+        values["certificate_mode"] = CertificateMode(values["certificate_mode"])
+    if "home_enabled" in values:
+        values["home_enabled"] = values["home_enabled"] == "true"
     return Settings(**values)

@@ -1,22 +1,35 @@
 """
-`pillion-sidecar` and `python -m pillion_sidecar`: the command line. Subcommands: run.
+`pillion-sidecar` and `python -m pillion_sidecar`: the command line.
+
+Subcommands: run, client, notify, ping. Each imports what it needs, when it is chosen: the kubelet starts an interpreter for
+`notify` and `ping`.
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
-from pillion.errors import SettingsError
-from pillion_sidecar import app, log, settings
+from pillion.errors import SettingsError, SidecarUnavailable
+from pillion.wire import names
 
-USAGE = """usage: pillion-sidecar run [options]
+USAGE = """usage: pillion-sidecar COMMAND [options]
 
 commands:
-  run    run the sidecar of one pod; `pillion-sidecar run --help` lists every setting, each a flag and an environment variable
+  run      run the sidecar of one pod; `pillion-sidecar run --help` lists every setting, each a flag and an environment variable
+  client   lay the client library out for trainers: client --to DIR
+  notify   tell the sidecar in PILLION_RUNTIME_DIR that its pod is terminating, and return at once
+  ping     whether the sidecar in PILLION_RUNTIME_DIR answers (exit status 0)
 """
+EX_USAGE: Final = 2
+EX_UNAVAILABLE: Final = 69
+ANSWER_TIMEOUT_S: Final = 5.0
+"""Bound of `ping` and `notify`. The supervisor's loop answers in milliseconds; one that is late by this much hangs, or its node
+does. Below the probe's own timeout (30 s), so that the text says what was wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,18 +37,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if given else 2
-    if given[0] != "run":
+        return 0 if given else EX_USAGE
+    command = {"run": _run, "client": _client, "notify": _notify, "ping": _ping}.get(given[0])
+    if command is None:
         print(f"pillion-sidecar: unknown command {given[0]!r}\n{USAGE}", file=sys.stderr, end="")
-        return 2
+        return EX_USAGE
+    return command(given[1:])
+
+
+def _run(arguments: Sequence[str]) -> int:
+    import asyncio
+
+    from pillion_sidecar import app, log, settings
+
     try:
-        found = settings.from_arguments(given[1:], os.environ)
+        found = settings.from_arguments(arguments, os.environ)
     except SettingsError as err:
         for problem in err.problems:
             print(f"pillion-sidecar: {problem}", file=sys.stderr)
         return app.Exit.BAD_SETTINGS
     log.configure(found.log_level)
     return asyncio.run(app.run(found))
+
+
+def _client(arguments: Sequence[str]) -> int:
+    from pillion_sidecar import client_files
+
+    parser = argparse.ArgumentParser(prog="pillion-sidecar client", description="Lay the client library out.")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a folder of the trainer's PYTHONPATH")
+    folder = parser.parse_args(arguments).to
+    try:
+        made = client_files.lay_out(folder)
+    except OSError as err:
+        print(f"pillion-sidecar: the client cannot be laid out in {folder}: {err}", file=sys.stderr)
+        return EX_UNAVAILABLE
+    print(f"pillion-sidecar: the client is in {made}", file=sys.stderr)
+    return 0
+
+
+def _notify(arguments: Sequence[str]) -> int:
+    """Exit status 0 even where nobody listens: a preStop hook that fails is an event on the pod, and changes nothing."""
+    try:
+        _ask(arguments, "notify", "Tell the sidecar that its pod is terminating.")
+    except SidecarUnavailable as err:
+        print(f"pillion-sidecar: {err}", file=sys.stderr)
+    return 0
+
+
+def _ping(arguments: Sequence[str]) -> int:
+    try:
+        _ask(arguments, "ping", "Exit with status 0 when the sidecar answers.")
+    except SidecarUnavailable as err:
+        print(f"pillion-sidecar: {err}", file=sys.stderr)
+        return EX_UNAVAILABLE
+    return 0
+
+
+def _ask(arguments: Sequence[str], message: str, description: str) -> None:
+    from pillion import connection
+
+    parser = argparse.ArgumentParser(prog=f"pillion-sidecar {message}", description=description)
+    parser.add_argument(
+        "--runtime-dir", default=os.environ.get(names.ENV_RUNTIME_DIR, ""), help=f"environment: {names.ENV_RUNTIME_DIR}"
+    )
+    folder = parser.parse_args(arguments).runtime_dir
+    if not folder:
+        raise SidecarUnavailable(f"no runtime directory: give --runtime-dir, or set {names.ENV_RUNTIME_DIR}")
+    connection.ask(os.path.join(folder, names.CONTROL_SOCKET), {"type": message}, ANSWER_TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Called from: `__main__`. The only place where the parts meet.
 
     SIGUSR1              save now: the trainers save at the next step that all of them have ahead of them
     SIGTERM, SIGINT      save now, then drain: the newest snapshot and all that is queued, within the policy's
-                         drain.timeoutSeconds; then exit
+                         drain.timeoutSeconds; then exit. In a pod the kubelet's grace period is shared with the trainers,
+                         which end first: injection raises it by the drain's time, and what is left of it when SIGTERM comes
+                         bounds the drain as well (SIGKILL; the arena goes with the pod)
     last goodbye         an embedded sidecar exits and removes its arena
     trainers gone        an embedded sidecar keeps the arena for `linger_s`, then exits likewise
 """
@@ -22,12 +24,15 @@ import shutil
 import signal
 import time
 from enum import IntEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from pillion.wire import names, policy
-from pillion_sidecar import control
+from pillion.wire import names
+from pillion_sidecar import background, control
 from pillion_sidecar.settings import Settings
 from pillion_sidecar.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from pillion_sidecar.home import calling
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +40,10 @@ IDLE_CHECK_S: Final = 0.1
 """How often an embedded sidecar looks whether it is needed: a torchrun job's end waits for nothing here."""
 LAST_SAVE_S: Final = 10.0
 """How long a drain waits for living trainers to make one more save: a few of their steps. The newest snapshot goes anyway."""
+PRIVATE_DIRECTORY: Final = 0o700
+SHARED_DIRECTORY: Final = 0o777
+"""Mode of a runtime directory that this process makes in a pod, as the kubelet makes an emptyDir: trainer and sidecar may be
+different users."""
 NICE: Final = 5
 """Above the executor's, below the trainer's."""
 
@@ -68,12 +77,21 @@ async def run(settings: Settings) -> Exit:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    asked: set[asyncio.Task[None]] = set()
-    loop.add_signal_handler(signal.SIGUSR1, lambda: asked.add(loop.create_task(supervisor.save_now())))
+    loop.add_signal_handler(signal.SIGUSR1, supervisor.trainers.save_now)
     removable = False
+    caller, outside = None, background.Tasks()
     try:
         await supervisor.start()
         await server.start()
+        if settings.metrics_port:
+            # prometheus_client: memory that a pod without the endpoint has no use for.
+            from pillion_sidecar import exporter
+
+            exporter.start(supervisor, settings.metrics_port)
+        if settings.home_url:
+            caller = _calling(supervisor)
+        if caller is not None:
+            outside.start(caller.run(), "calling home")
         _log.info("listening in %s", settings.runtime_dir, extra={"pid": os.getpid()})
         if settings.embedded:
             await _until_unneeded(supervisor, stop)
@@ -87,8 +105,13 @@ async def run(settings: Settings) -> Exit:
             await stop.wait()
         drained = await _drain(supervisor)
         removable = drained and settings.embedded
+        if caller is not None:
+            await caller.last()
         return Exit.CLEAN if drained else Exit.LOST
     finally:
+        await outside.stop()
+        if caller is not None:
+            caller.close()
         await server.close()
         await supervisor.stop()
         if supervisor.pod is not None:
@@ -102,10 +125,25 @@ async def run(settings: Settings) -> Exit:
         os.close(lock)
 
 
+def _calling(supervisor: Supervisor) -> calling.Calling | None:
+    """Whoever calls home; None when the settings do not allow it: checkpoints are made all the same."""
+    # TLS: memory that a sidecar without a cluster has no use for.
+    from pillion_sidecar.home import calling
+
+    try:
+        return calling.Calling(supervisor)
+    except ValueError as err:
+        _log.error("the sidecar does not call home: %s", err)
+        return None
+
+
 def _lock(settings: Settings) -> int | None:
     """The runtime directory's lock, held until this process ends; None when another sidecar has it."""
     path = os.path.join(settings.runtime_dir, names.SIDECAR_LOCK)
-    os.makedirs(settings.runtime_dir, mode=0o700 if settings.embedded else 0o777, exist_ok=True)
+    if not os.path.isdir(settings.runtime_dir):
+        mode = PRIVATE_DIRECTORY if settings.embedded else SHARED_DIRECTORY
+        os.makedirs(settings.runtime_dir, mode=PRIVATE_DIRECTORY, exist_ok=True)
+        os.chmod(settings.runtime_dir, mode)  # whatever the umask
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,9 +164,10 @@ async def _until_unneeded(supervisor: Supervisor, stop: asyncio.Event) -> None:
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), IDLE_CHECK_S)
-        if supervisor.clients or supervisor.busy():
-            supervisor.idle_since = time.monotonic()
-        elif supervisor.parted or time.monotonic() - supervisor.idle_since > supervisor.settings.linger_s:
+        trainers = supervisor.trainers
+        if trainers.clients or supervisor.persisting.busy():
+            trainers.idle_since = time.monotonic()
+        elif trainers.parted or time.monotonic() - trainers.idle_since > supervisor.settings.linger_s:
             return
 
 
@@ -137,14 +176,15 @@ async def _drain(supervisor: Supervisor) -> bool:
     if pod is None:
         return True
     deadline = time.monotonic() + pod.policy.drain.timeout_seconds
-    if supervisor.clients and pod.policy.trigger.on_termination is policy.OnTermination.SAVE:
-        before = supervisor.metrics.last_committed_step
-        await supervisor.save_now()
+    before = supervisor.journal.metrics.last_committed_step
+    if supervisor.terminating():
         grace = min(deadline, time.monotonic() + LAST_SAVE_S)
-        while supervisor.clients and time.monotonic() < grace and supervisor.metrics.last_committed_step == before:
+        while supervisor.trainers.clients and time.monotonic() < grace:
+            if supervisor.journal.metrics.last_committed_step != before:
+                break
             await asyncio.sleep(IDLE_CHECK_S)
-    supervisor.rescue()
-    drained = await supervisor.quiet(max(0.0, deadline - time.monotonic()))
+    supervisor.persisting.rescue()
+    drained = await supervisor.persisting.quiet(max(0.0, deadline - time.monotonic()))
     newest = pod.table.newest_complete()
     if not drained or (newest is not None and newest.persist and not newest.persisted):
         _log.error("ends with step %s not on storage; the arena keeps it", newest.step if newest is not None else None)

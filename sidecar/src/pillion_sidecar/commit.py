@@ -68,6 +68,8 @@ def make_manifest(
     parts: Sequence[manifest.PartReference],
     size_bytes: int,
     metadata: bytes,
+    started_ns: int = 0,
+    cause: str = "",
 ) -> manifest.Manifest:
     return manifest.Manifest(
         step=step,
@@ -75,7 +77,9 @@ def make_manifest(
         run_id=run_id,
         world_size=world_size,
         plan_id=plan_id,
+        started_ns=started_ns,
         created_ns=time.time_ns(),
+        cause=cause,
         size_bytes=size_bytes,
         digest_algorithm=digest.ALGORITHM,
         metadata_digest=digest.digest(metadata),

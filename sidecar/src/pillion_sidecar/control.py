@@ -68,6 +68,9 @@ class Handler(Protocol):
     async def message(self, client: Client, message: messages.Message) -> None:
         """Any later one."""
 
+    def observed(self, client: Client, message: messages.Message) -> None:
+        """One of `messages.OBSERVER_MESSAGES`, from a connection that said no hello."""
+
     async def lost(self, client: Client) -> None:
         """The connection ended, by goodbye or by death."""
 
@@ -134,6 +137,8 @@ class Server:
                     elif message["type"] == "hello":
                         await self._greet(client, message)
                         greeted = True
+                    elif message["type"] in messages.OBSERVER_MESSAGES:
+                        self._handler.observed(client, message)
                     else:
                         raise messages.BadFrame(f"the first message must be hello, not {message['type']!r:.40}")
         except messages.BadFrame as err:

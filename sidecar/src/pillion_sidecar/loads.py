@@ -101,7 +101,7 @@ class Loads:
             if pod is None:
                 raise UsageError("no session is open")
             # A save in flight may be the newest: it is finished first.
-            await supervisor.quiet(supervisor.settings.persist_timeout_s)
+            await supervisor.persisting.quiet(supervisor.settings.persist_timeout_s)
             self._release()
             # First the slot, then the pins: with two slots the older snapshot has to make room.
             self._lent = await self._lend()
@@ -142,7 +142,7 @@ class Loads:
         raise LoadError(f"no slot became free to load into within {supervisor.settings.peer_timeout_s:.1f} s")
 
     def _answer(self, asked: dict[int, tuple[Client, messages.Message]], result: dict[str, Any]) -> None:
-        metrics = self._supervisor.metrics
+        metrics = self._supervisor.journal.metrics
         metrics.loads_arena += result["tier"] == "arena"
         metrics.loads_storage += result["tier"] == "storage"
         metrics.checkpoints_refused += len(result["refused"])
@@ -164,6 +164,8 @@ class Loads:
 
     def _fail(self, asked: dict[int, tuple[Client, messages.Message]], error: ErrorDocument) -> None:
         self._release()
+        step = next(iter(asked.values()))[1].get("step")
+        self._supervisor.journal.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
         for client, message in asked.values():
             client.refuse(message, error)
 

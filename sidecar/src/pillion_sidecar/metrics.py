@@ -1,7 +1,8 @@
 """
-Every counter of the sidecar, declared once. Called from: the supervisor. Plain numbers; the exporter reads them.
+Every counter of the sidecar, declared once. Called from: `journal`, `saves`, `loads`, `operation` (count), `exporter`, `home` (read).
 
-Names after the field's habits: stage, stall, persist, commit seconds; bytes; last committed step.
+Plain numbers: who exports them reads them. A duration is a sum and a count. Names after the field's habits: stage, stall, persist,
+commit seconds; bytes; last committed step.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ class Metrics:
     checkpoints_refused: int = 0
     executor_restarts: int = 0
     persisted_bytes: int = 0
+    stages: int = 0
+    stage_seconds: float = 0.0
+    """From the first claim of a step in this pod until its last rank has sealed."""
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    """What a save held up its slowest rank of this pod, as the trainer measured it; overlapped saves are not in it."""
     persist_seconds: float = 0.0
     commit_seconds: float = 0.0
     last_committed_step: int = -1
+    last_committed_timestamp: float = 0.0
+    """Seconds since 1970; 0: none since this sidecar started."""
     failures_by_kind: dict[str, int] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, object]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, SaveError
-from pillion.wire import messages
+from pillion.wire import messages, policy
 from pillion_sidecar import settings
 from pillion_sidecar.arena.slots import Save
 from pillion_sidecar.executor.parent import Executor, ExecutorDied
@@ -122,9 +122,14 @@ class Operations:
         self._generation, self._generation_of = int(self._opening["generation"]), session
         return self._opening
 
-    async def persist(self, pod: Pod, save: Save) -> dict[str, Any]:
+    async def persist(self, pod: Pod, save: Save, about: Mapping[str, Any]) -> dict[str, Any]:
         """
         Run one save.
+
+        Args:
+            pod: of the session.
+            save: what to persist.
+            about: what its manifest says besides.
 
         Raises:
             ExecutorDied: nothing is known of the save; a successor may repeat it.
@@ -136,6 +141,9 @@ class Operations:
             "persist": save.persist,
             "destination": save.destination,
             "sequence": save.step + 1 if save.destination else 0,
+            # As the policy is now: it may have changed since the session was opened.
+            "retention": policy.dump(pod.policy)["retention"],
+            **about,
         }
         try:
             return await self._run(pod, {"type": "persist", "save": request})

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from pillion.errors import ArenaExhausted
 from pillion.wire import arena, messages, names, policy
+from pillion_sidecar.arena import segment as segment_module
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
 
@@ -80,11 +81,15 @@ class Pod:
     """
     The arena of the pod.
 
+    Args:
+        shared: the trainers may be another user than this process (an injected sidecar).
+
     Owns: the segment files of its local ranks; `remove` unlinks them.
     """
 
-    def __init__(self, runtime_dir: str, identity: Identity, of: policy.Policy) -> None:
+    def __init__(self, runtime_dir: str, identity: Identity, of: policy.Policy, *, shared: bool = False) -> None:
         self.runtime_dir = runtime_dir
+        self._mode = segment_module.SHARED if shared else segment_module.PRIVATE
         self.identity = identity
         self.policy = of
         self.limit_bytes = _limit(runtime_dir, of)
@@ -108,7 +113,7 @@ class Pod:
             if (found.header.num_slots, found.header.stride_bytes) == (num_slots, stride_bytes):
                 return found
             found.close()
-        return Segment.create(path, num_slots=num_slots, stride_bytes=stride_bytes)
+        return Segment.create(path, num_slots=num_slots, stride_bytes=stride_bytes, mode=self._mode)
 
     def _remove_strangers(self) -> None:
         """Segments of local ranks that this session does not have (a smaller world): they would hold memory for nobody."""
@@ -148,6 +153,7 @@ class Pod:
             save = Save(first.step, slot, 0, persist=not snapshot, destination=None, sealed=set(ranks))
             save.phase = Phase.DONE if persisted or snapshot else Phase.COMPLETE
             save.persisted = persisted
+            save.sealed_ns = first.sealed_ns
             found.append((first.sealed_ns, save))
         saves = [save for _, save in sorted(found, key=lambda entry: entry[0])]
         self.table.adopt(saves)

@@ -46,6 +46,26 @@ class Settings:
     """Direct writes in flight for each file; two keep an NVMe disk busy (docs/performance.md)."""
     log_level: str = field(default="INFO", metadata={"env": names.ENV_LOG_LEVEL})
     """DEBUG, INFO, WARNING or ERROR."""
+    metrics_port: int = field(default=0, metadata={"env": names.ENV_METRICS_PORT, "least": 0})
+    """Port of the Prometheus endpoint; 0: none."""
+    home_url: str = field(default="", metadata={"env": names.ENV_HOME_URL})
+    """Where the sidecar calls home, https://...; empty: it does not."""
+    home_ca: str = field(default="", metadata={"env": names.ENV_HOME_CA})
+    """Certificates, PEM, that the server there is trusted by. Empty: those of the system."""
+    token_file: str = field(default="", metadata={"env": names.ENV_TOKEN_FILE})
+    """The token to call home with; read for each call, as the kubelet renews it."""
+    pod_name: str = field(default="", metadata={"env": names.ENV_POD_NAME})
+    pod_namespace: str = field(default="", metadata={"env": names.ENV_POD_NAMESPACE})
+    pod_uid: str = field(default="", metadata={"env": names.ENV_POD})
+    """Who reports: name, namespace and UID of this pod."""
+    completion_index: str = field(default="", metadata={"env": names.ENV_COMPLETION_INDEX})
+    """Index of this pod in an Indexed Job; empty: it has none."""
+    policy_name: str = field(default="", metadata={"env": names.ENV_POLICY_NAME})
+    """Name of the CheckpointPolicy that `policy` was read from."""
+    job_kind: str = field(default="", metadata={"env": names.ENV_JOB_KIND})
+    job_name: str = field(default="", metadata={"env": names.ENV_JOB_NAME})
+    job_id: str = field(default="", metadata={"env": names.ENV_RUN_ID})
+    """Which job this pod belongs to: kind and name of what the user made, and the id that names its checkpoints."""
 
 
 def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -74,12 +94,15 @@ def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Sett
                 problems.append(f"--runtime-dir ({each.metadata['env']}) is missing: a folder on a tmpfs is needed")
             continue
         try:
-            values[each.name] = _convert(str(each.type), text)
+            values[each.name] = _convert(str(each.type), text, each.metadata.get("least", 1))
         except ValueError:
-            problems.append(f"{each.metadata['env']}={text!r}: {_ALLOWED[str(each.type)]} is allowed")
+            allowed = _ALLOWED[str(each.type)].format(least=each.metadata.get("least", 1))
+            problems.append(f"{each.metadata['env']}={text!r}: {allowed} is allowed")
     level = values.get("log_level", "INFO")
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         problems.append(f"{names.ENV_LOG_LEVEL}={level!r}: DEBUG, INFO, WARNING or ERROR is allowed")
+    if not values.get("home_url", "https://").startswith("https://"):
+        problems.append(f"{names.ENV_HOME_URL}={values['home_url']!r}: an https:// address is allowed")
     if problems:
         raise SettingsError(problems)
     return Settings(**values)
@@ -87,22 +110,26 @@ def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Sett
 
 _ALLOWED = {
     "float": "a number of seconds above 0",
-    "int": "a whole number above 0",
+    "int": "a whole number of at least {least}",
     "bool": "true or false",
     "str": "text",
 }
 
 
-def _convert(kind: str, text: str) -> object:
+def _convert(kind: str, text: str, least: int) -> object:
     if kind == "bool":
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError(text)
         return text.lower() in ("true", "1")
-    if kind in ("float", "int"):
-        number = float(text) if kind == "float" else int(text)
+    if kind == "float":
+        number = float(text)
         if not 0 < number < float("inf"):
             raise ValueError(text)
         return number
+    if kind == "int":
+        if int(text) < least:
+            raise ValueError(text)
+        return int(text)
     return text
 
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -122,8 +123,8 @@ class Built:
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             for tag in tags:
                 path = images.archive(tag, Path(folder))
-                for name in NODES:
-                    node.import_image(self.machines[name], path)
+                with ThreadPoolExecutor(max_workers=len(NODES)) as pool:
+                    list(pool.map(node.import_image, [self.machines[name] for name in NODES], [path] * len(NODES)))
                 path.unlink()
 
     def build_and_load(self) -> None:

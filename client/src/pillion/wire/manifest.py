@@ -158,6 +158,10 @@ class Manifest:
     metadata_digest: str
     """Of `.metadata`: it and this manifest belong together, or the commit was cut short."""
     parts: tuple[PartReference, ...]
+    started_ns: int = 0
+    """When the save began, wall clock, for people; 0: not known, as it was finished by somebody who was not there."""
+    cause: str = ""
+    """What made the save due, as `pillion.wire.home.Cause` has it; empty: not known."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -168,7 +172,9 @@ class Manifest:
                 "run_id": self.run_id,
                 "world_size": self.world_size,
                 "plan_id": self.plan_id,
+                "started_ns": self.started_ns,
                 "created_ns": self.created_ns,
+                "cause": self.cause,
                 "size_bytes": self.size_bytes,
                 "digest_algorithm": self.digest_algorithm,
                 "metadata_digest": self.metadata_digest,
@@ -193,7 +199,9 @@ def decode_manifest(data: bytes) -> Manifest:
             run_id=str(document["run_id"]),
             world_size=int(document["world_size"]),
             plan_id=str(document["plan_id"]),
+            started_ns=int(document.get("started_ns", 0)),
             created_ns=int(document["created_ns"]),
+            cause=str(document.get("cause", "")),
             size_bytes=int(document["size_bytes"]),
             digest_algorithm=str(document["digest_algorithm"]),
             metadata_digest=str(document["metadata_digest"]),

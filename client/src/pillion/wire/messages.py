@@ -5,9 +5,19 @@ Producer and consumer: client and sidecar; the supervisor and its executor use t
 A frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON, an object with a `type`. A request carries an `id`
 that its answers repeat; an event carries none.
 
-Client -> sidecar: hello, reserve, claim, sealed, abandon, load, announce, decline, latest, goodbye.
+Client -> sidecar: hello, reserve, claim, sealed, abandon, load, announce, decline, announce_change, decline_change, latest,
+                   goodbye.
 Sidecar -> client: welcome, reserved, claimed, refused, load_progress, loaded, failed (answers);
-                   committed, save_failed, announced, declined, draining, notice (events).
+                   committed, save_failed, save_now, announced, declined, policy, change_announced, change_declined, notice
+                   (events).
+
+`policy` says what the sidecar goes by now (trigger, retention, drain, suspend). When saves are due changes at a step that rank 0
+then names with `announce_change`, all ranks hear as `change_announced`, and one that is past it declines: `pillion.cadence`.
+
+A connection begins with `hello`, and is then a trainer's, or with a message of an observer, and may then send more of those
+only: `ping` (answered with `pong` by the supervisor's loop), `status` (its counters and saves), `policy` (what it goes by, for
+ranks that are about to agree on who they are), `notify` (the pod is terminating: the trainers are asked for a save; answered
+with `notified` at once). Whoever may open the socket may send them.
 
 Breaking: removing a message or a field, another meaning. Not breaking: a new message, a new optional field
 (both sides ignore what they do not know).
@@ -25,6 +35,8 @@ MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
 """Longest frame. A load request names every chunk (about 120 bytes each): this is room for two million of them."""
 _LENGTH: Final = struct.Struct(">I")
 RECV_BYTES: Final = 1 << 20
+OBSERVER_MESSAGES: Final = frozenset({"ping", "status", "policy", "notify"})
+"""What a process that is no trainer may say, without a hello."""
 
 Message = dict[str, Any]
 T = TypeVar("T")

@@ -8,7 +8,6 @@ Must never: touch what it did not put there; reorder a list; change what it is g
 an empty list and none are the same to the API server.
 """
 
-import copy
 from collections.abc import Collection, Iterable
 from typing import Any, Final
 
@@ -25,7 +24,7 @@ _OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
 def remove(pod: Json) -> Json:
     """The pod without what `insert` put into it; the pod itself where that was nothing."""
     found = status.read(pod)
-    bare = copy.deepcopy(pod)
+    bare = pods.copied(pod)
     if found is None:
         return bare
     spec = bare["spec"]
@@ -38,7 +37,7 @@ def remove(pod: Json) -> Json:
     if spec.get("terminationGracePeriodSeconds") == before.grace_set_s:
         _set(spec, "terminationGracePeriodSeconds", before.grace_s)
     if spec.get("resources") == before.resources_set:
-        _set(spec, "resources", copy.deepcopy(before.resources))
+        _set(spec, "resources", pods.copied(before.resources))
     metadata = bare["metadata"]
     for key, name in (("annotations", annotations.STATUS), ("labels", annotations.INJECTED)):
         kept = {each: value for each, value in (metadata.get(key) or {}).items() if each != name}
@@ -48,7 +47,7 @@ def remove(pod: Json) -> Json:
 
 def insert(pod: Json, bare: Json, parts: Parts) -> tuple[Json, status.Before]:
     """The pod with the parts in it, without the annotation; and what `remove` needs. `bare` is `remove(pod)`."""
-    done = copy.deepcopy(pod)
+    done = pods.copied(pod)
     spec: Json = done["spec"]
     declared = pods.named(pods.init_containers(bare), sidecar_spec.SIDECAR)
     spec["initContainers"] = _insert_own(spec.get("initContainers") or [], parts)
@@ -68,10 +67,10 @@ def insert(pod: Json, bare: Json, parts: Parts) -> tuple[Json, status.Before]:
     return done, status.Before(
         grace_s=grace_s,
         grace_set_s=spec["terminationGracePeriodSeconds"],
-        resources=copy.deepcopy(resources),
-        resources_set=copy.deepcopy(spec.get("resources")),
+        resources=pods.copied(resources),
+        resources_set=pods.copied(spec.get("resources")),
         python_path=python_path,
-        declared=copy.deepcopy(declared),
+        declared=pods.copied(declared),
     )
 
 
@@ -98,20 +97,20 @@ def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
             where[name] for name in _MESH_PROXIES if name in where and pods.is_native_sidecar(result[where[name]])
         ]
         at = max(proxies, default=-1) + 1
-        result.insert(at, copy.deepcopy(parts.sidecar))
+        result.insert(at, pods.copied(parts.sidecar))
     if parts.client:
         where = {each.get("name"): index for index, each in enumerate(result)}
         if (at_client := where.get(sidecar_spec.CLIENT)) is not None:
             result[at_client] = _keep_additions(result[at_client], parts.client)
         else:
-            result.insert(at + 1, copy.deepcopy(parts.client))
+            result.insert(at + 1, pods.copied(parts.client))
     return result
 
 
 def _keep_additions(current: Json, wanted: Json) -> Json:
     """Our container as wanted, with the keys, variables and mounts that the pod's author or another webhook gave it."""
-    result = copy.deepcopy(current)
-    result.update(copy.deepcopy(wanted))
+    result = pods.copied(current)
+    result.update(pods.copied(wanted))
     for key, by in (("env", "name"), ("volumeMounts", "mountPath")):
         _set(result, key, _merge(current.get(key), wanted.get(key) or [], by, ()))
     if "livenessProbe" not in wanted:
@@ -169,7 +168,7 @@ def _raised(resources: Json | None, of_sidecar: Json) -> Json | None:
 
     Source: KEP-2837, pod-level resources: the requests of the containers must fit in them.
     """
-    raised = copy.deepcopy(resources)
+    raised = pods.copied(resources)
     for part, amounts in (raised or {}).items():
         for name in ("cpu", "memory"):
             more = of_sidecar[part].get(name) or of_sidecar["requests"][name] if part in of_sidecar else None
@@ -194,10 +193,10 @@ def _merge(current: Iterable[Json] | None, wanted: Iterable[Json], key: str, our
     for each in current or []:
         name: Any = each.get(key)
         if name in missing:
-            result.append(copy.deepcopy(missing.pop(name)))
+            result.append(pods.copied(missing.pop(name)))
         elif name not in ours:
-            result.append(copy.deepcopy(each))
-    return result + [copy.deepcopy(each) for each in missing.values()]
+            result.append(pods.copied(each))
+    return result + [pods.copied(each) for each in missing.values()]
 
 
 def _set(into: Json, key: str, value: Any) -> None:

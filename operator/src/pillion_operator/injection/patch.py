@@ -6,11 +6,11 @@ Must never: put a whole list in the place of one that is there; another webhook 
 Source: RFC 6902, RFC 6901.
 """
 
-import copy
 import difflib
 import json
 from typing import Any
 
+from pillion_operator.injection import pods
 from pillion_operator.injection.pods import Json
 
 Operation = dict[str, Any]
@@ -29,7 +29,7 @@ def _objects(path: str, before: Json, after: Json, operations: list[Operation]) 
     for key, value in after.items():
         at = f"{path}/{_escape(key)}"
         if key not in before:
-            operations.append({"op": "add", "path": at, "value": copy.deepcopy(value)})
+            operations.append({"op": "add", "path": at, "value": pods.copied(value)})
         else:
             _values(at, before[key], value, operations)
 
@@ -40,7 +40,7 @@ def _values(path: str, before: Any, after: Any, operations: list[Operation]) -> 
     elif isinstance(before, list) and isinstance(after, list):
         _lists(path, before, after, operations)
     elif before != after or type(before) is not type(after):
-        operations.append({"op": "replace", "path": path, "value": copy.deepcopy(after)})
+        operations.append({"op": "replace", "path": path, "value": pods.copied(after)})
 
 
 def _lists(path: str, before: list[Any], after: list[Any], operations: list[Operation]) -> None:
@@ -57,7 +57,7 @@ def _lists(path: str, before: list[Any], after: list[Any], operations: list[Oper
         else:
             operations += [{"op": "remove", "path": f"{path}/{at}"} for _ in before[start:end]]
             for new in after[start_after:end_after]:
-                operations.append({"op": "add", "path": f"{path}/{at}", "value": copy.deepcopy(new)})
+                operations.append({"op": "add", "path": f"{path}/{at}", "value": pods.copied(new)})
                 at += 1
 
 

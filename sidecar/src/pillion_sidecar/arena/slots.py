@@ -45,6 +45,8 @@ class Save:
     sealed: set[int] = field(default_factory=set)
     failures: dict[int, ErrorDocument] = field(default_factory=dict)
     persisted: bool = False
+    sealed_ns: int = 0
+    """When it was complete, wall clock, for people."""
     pins: int = 0
     """Loads that read this slot now."""
 

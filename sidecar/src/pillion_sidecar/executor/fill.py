@@ -155,6 +155,7 @@ def _write_opaque(context: Context, stored: catalog.Stored, wanted: Wanted) -> d
     path = f"{segment.path}.opaque"
     starts, lengths, cursor = [], [], 0
     with open(path, "wb") as out:
+        os.fchmod(out.fileno(), segment.mode)
         for fqn in wanted.layout.opaque:
             data = _read_opaque(stored, stored.opaque[fqn])
             out.write(data)

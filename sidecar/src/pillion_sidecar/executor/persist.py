@@ -44,6 +44,10 @@ class Request:
     destination: Mapping[str, Any] | None
     sequence: int
     """Distinguishes saves to one directory; 0 where each step has its own."""
+    started_ns: int = 0
+    """When the save began, wall clock; 0: nobody knows."""
+    cause: str = ""
+    """What made it due."""
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Request:
@@ -53,6 +57,8 @@ class Request:
             persist=bool(document["persist"]),
             destination=document.get("destination"),
             sequence=int(document.get("sequence", 0)),
+            started_ns=int(document.get("started_ns", 0)),
+            cause=str(document.get("cause", "")),
         )
 
 
@@ -460,6 +466,8 @@ def _commit(
         parts=parts,
         size_bytes=sum(int(d["size_bytes"]) for d in documents.values()),
         metadata=metadata,
+        started_ns=request.started_ns,
+        cause=request.cause,
     )
     commit.publish(directory, made, metadata)
     with contextlib.suppress(OSError):

@@ -132,6 +132,7 @@ class Worker:
     def _persist(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
         wanted = persist.Request.from_document(request["save"])
+        context.retention = policy.parse({"retention": request["save"]["retention"]}, embedded=True).retention
         if wanted.persist and wanted.destination is None and self._writer is not None:
             path = context.step_path(wanted.step)
             wanted = dataclasses.replace(wanted, destination={"path": path, "writer": self._writer, "retained": True})

@@ -1,0 +1,204 @@
+"""
+The whole of: Events on objects, for `kubectl describe`: the same thing said often is one Event with a count.
+
+Called from: webhook and controller, with `post`, which never waits and never fails; `run` is one task of the process.
+Must never: hold up an admission, grow without a bound, or write to the object that an Event is about.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from pillion_operator import metrics
+from pillion_operator.cluster import client
+from pillion_operator.cluster.client import Json
+from pillion_operator.log import Field
+
+QUEUE_MOST: Final = 256
+"""Events that wait to be written. What comes when it is full is dropped, and counted."""
+RATE: Final = 10.0
+"""Writes a second on average: Events are for people, and the API server has other things to do."""
+BURST: Final = 50.0
+"""Writes that may come at once."""
+SAME_S: Final = 600.0
+"""How long the same thing said again is counted on the Event that is there."""
+QUIET_S: Final = 20.0
+"""At least between two writes of one Event's count."""
+SWEEP_S: Final = 5.0
+"""Between two looks for counts that are not written yet."""
+REMEMBERED_MOST: Final = 1024
+"""Events that are remembered to be counted on."""
+FLUSH_S: Final = 3.0
+"""How long the end of the process waits for what is queued."""
+CONTROLLER: Final = "pillion.dev/operator"
+_MESSAGE_MOST: Final = 1024
+"""Characters; the API server takes no longer note."""
+_NAME_MOST: Final = 200
+
+_log = logging.getLogger(__name__)
+Key = tuple[str, str, str, str, str, str]
+
+
+@dataclass(slots=True)
+class _Told:
+    """An Event that was queued."""
+
+    name: str
+    begun_s: float
+    count: int = 1
+    written_s: float = 0.0
+    """When it was last queued to be written; monotonic."""
+    written_count: int = 0
+    """The count that was written, or is going to be."""
+    exists: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """What the queue holds. All but the key is for an Event that does not exist yet."""
+
+    key: Key
+    about: Json
+    kind: str
+    action: str
+
+
+class Events:
+    """A bounded queue of Events, and the one task that writes them."""
+
+    def __init__(self, api: client.Client, instance: str) -> None:
+        """
+        Args:
+            api: access to the API server.
+            instance: which replica reports.
+        """
+        self._client = api
+        self._instance = instance[:128]
+        self._queue: asyncio.Queue[_Write] = asyncio.Queue(QUEUE_MOST)
+        self._told: OrderedDict[Key, _Told] = OrderedDict()
+        self._tokens = BURST
+        self._filled_s = time.monotonic()
+
+    def post(self, about: Json, reason: str, message: str, *, warning: bool = False, action: str = "Inject") -> None:
+        """
+        Say something about an object. Never blocks, never raises.
+
+        Args:
+            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of it.
+            reason: a code in CamelCase.
+            message: for a person.
+            warning: whether something is wrong.
+            action: what was done or tried, a code in CamelCase.
+        """
+        now_s = time.monotonic()
+        message = message if len(message) <= _MESSAGE_MOST else message[: _MESSAGE_MOST - 3] + "..."
+        namespace, uid = str(about.get("namespace") or ""), str(about.get("uid") or "")
+        key = (namespace, str(about.get("kind")), str(about.get("name")), uid, reason, message)
+        told = self._told.get(key)
+        if told is None or now_s - told.begun_s > SAME_S:
+            name = f"{str(about.get('name'))[:_NAME_MOST].rstrip('-.')}.{uuid.uuid4().hex[:16]}"
+            told = self._told[key] = _Told(name, now_s)
+            while len(self._told) > REMEMBERED_MOST:
+                self._told.popitem(last=False)
+        else:
+            told.count += 1
+            if now_s - told.written_s < QUIET_S:
+                return
+        self._told.move_to_end(key)
+        self._enqueue(_Write(key, about, "Warning" if warning else "Normal", action), told)
+
+    def _enqueue(self, write: _Write, told: _Told) -> None:
+        told.written_s, told.written_count = time.monotonic(), told.count
+        try:
+            self._queue.put_nowait(write)
+        except asyncio.QueueFull:
+            metrics.EVENTS_DROPPED.labels("queue").inc()
+            # The next one of its kind is to be tried anew.
+            del self._told[write.key]
+
+    async def run(self) -> None:
+        """Write what is posted. Blocks: until it is cancelled."""
+        sweeping = asyncio.create_task(self._sweep(), name="event counts")
+        try:
+            while True:
+                write = await self._queue.get()
+                try:
+                    await self._pace()
+                    await self._write(write)
+                finally:
+                    self._queue.task_done()
+        finally:
+            sweeping.cancel()
+
+    async def _sweep(self) -> None:
+        """What was said again, and then no more, is to have its last count too."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = time.monotonic()
+            for key, told in list(self._told.items()):
+                if told.exists and told.count > told.written_count and now_s - told.written_s >= QUIET_S:
+                    self._enqueue(_Write(key, {}, "", ""), told)
+
+    async def flush(self) -> None:
+        """Blocks: until all that was posted is written, while `run` runs; `FLUSH_S` at most."""
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self._queue.join()
+        except TimeoutError:
+            metrics.EVENTS_DROPPED.labels("queue").inc(self._queue.qsize())
+
+    async def _pace(self) -> None:
+        now_s = time.monotonic()
+        self._tokens = min(BURST, self._tokens + (now_s - self._filled_s) * RATE)
+        self._filled_s = now_s
+        if self._tokens < 1:
+            await asyncio.sleep((1 - self._tokens) / RATE)
+        self._tokens -= 1
+
+    async def _write(self, write: _Write) -> None:
+        told = self._told.get(write.key)
+        if told is None:
+            return
+        # An Event lies in the namespace of what it is about; that of an object without one, in `default`.
+        collection = f"/apis/events.k8s.io/v1/namespaces/{write.key[0] or 'default'}/events"
+        try:
+            if told.exists:
+                series = {"count": told.count, "lastObservedTime": _now()}
+                await self._client.patch(f"{collection}/{told.name}", {"series": series})
+            else:
+                await self._client.create(collection, self._event(write, told))
+                told.exists = True
+            metrics.EVENTS_POSTED.inc()
+        except (client.ApiError, client.Unreachable) as err:
+            metrics.EVENTS_DROPPED.labels("refused").inc()
+            self._told.pop(write.key, None)
+            _log.warning("an event was not written: %s", err, extra={Field.REASON: write.key[4]})
+
+    def _event(self, write: _Write, told: _Told) -> Json:
+        namespace, _, _, _, reason, message = write.key
+        fields = ("apiVersion", "kind", "namespace", "name", "uid")
+        event: Json = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"name": told.name, "namespace": namespace or "default"},
+            "eventTime": _now(),
+            "regarding": {name: write.about[name] for name in fields if write.about.get(name)},
+            "reason": reason,
+            "note": message,
+            "type": write.kind,
+            "action": write.action,
+            "reportingController": CONTROLLER,
+            "reportingInstance": self._instance,
+        }
+        if told.count > 1:
+            event["series"] = {"count": told.count, "lastObservedTime": _now()}
+        return event
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

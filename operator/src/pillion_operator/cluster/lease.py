@@ -1,0 +1,216 @@
+"""
+The whole of: which of several replicas is the active one, by a Lease that one of them holds.
+
+Called from: the controller. Semantics of client-go's leaderelection: a holder's silence is measured by our own monotonic clock from
+the moment we saw its last renewal, so that no two clocks have to agree; of two writers the resource version lets one through.
+Must never: hold on after `RENEW_DEADLINE_S`, which is before any other replica may think that the lease is free.
+Source: client-go, tools/leaderelection/leaderelection.go.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Final, Self
+
+from pillion_operator import metrics
+from pillion_operator.cluster import client
+from pillion_operator.cluster.client import Json
+from pillion_operator.log import Field
+
+LIFETIME_S: Final = 15
+"""After which a holder that says nothing has lost it. client-go's: a replica that is killed is followed within it."""
+RENEW_S: Final = 5.0
+"""Between two renewals: two of them may fail."""
+RENEW_DEADLINE_S: Final = 10.0
+"""Without a renewal for this long, the holder gives up by itself; the 5 s to `LIFETIME_S` are for what it has in flight."""
+RETRY_S: Final = 1.0
+"""Between two looks of a replica that waits, and after a renewal that failed: what was released is taken within it."""
+REQUEST_TIMEOUT_S: Final = 3.0
+"""For one request about the lease: three fit into `RENEW_DEADLINE_S`."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long what takes; all in seconds."""
+
+    lifetime_s: int = LIFETIME_S
+    renew_s: float = RENEW_S
+    deadline_s: float = RENEW_DEADLINE_S
+    retry_s: float = RETRY_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a Lease says: its spec, without what does not matter to us."""
+
+    holder: str
+    lifetime_s: float
+    renewed: str
+    """As it stands there: it is compared with itself only."""
+
+
+def is_free(record: Record, *, mine: str, seen_s: float, now_s: float) -> bool:
+    """
+    Whether the lease may be taken.
+
+    Args:
+        record: as it was read.
+        mine: our identity. A process of the same one was ours, and is no more.
+        seen_s: when exactly this record was seen first; monotonic, and so is the next.
+        now_s: now.
+    """
+    return record.holder in ("", mine) or now_s - seen_s > record.lifetime_s
+
+
+class Lease:
+    """
+    One Lease, and whether this replica holds it.
+
+    ``async with`` waits until it is held, renews it in a task, and releases it at the end. `lost` is set when it could not be
+    renewed in time: then end the process.
+    """
+
+    def __init__(
+        self, api: client.Client, namespace: str, name: str, identity: str, timing: Timing | None = None
+    ) -> None:
+        self.lost = asyncio.Event()
+        self.identity = identity
+        self._timing = timing or Timing()
+        self._client = api
+        self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self._path = f"{self._collection}/{name}"
+        self._name = name
+        self._seen: tuple[Record, float] | None = None
+        self._held: Json | None = None
+        """The object as we wrote it last; None: it is not ours."""
+        self._renewed_s = 0.0
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this replica is the active one, by its own clock."""
+        return self._held is not None and time.monotonic() - self._renewed_s < self._timing.deadline_s
+
+    async def __aenter__(self) -> Self:
+        await self.acquire()
+        self._renewing = asyncio.create_task(self.renew(), name="lease")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+        await self.release()
+
+    async def acquire(self) -> None:
+        """Blocks: until this replica holds the lease; other replicas may hold it for days."""
+        while True:
+            try:
+                if await self._try():
+                    metrics.LEADER.set(1)
+                    _log.info("holds the lease %s", self._name, extra={Field.IDENTITY: self.identity})
+                    return
+            except client.Conflict:
+                # Another replica was quicker.
+                pass
+            except (client.ApiError, client.Unreachable) as err:
+                _log.warning("the lease %s cannot be taken now: %s", self._name, err)
+            await asyncio.sleep(self._timing.retry_s * random.uniform(0.8, 1.2))
+
+    async def renew(self) -> None:
+        """Blocks: until the lease is lost; then `lost` is set."""
+        pause_s = self._timing.renew_s
+        while True:
+            left_s = self._renewed_s + self._timing.deadline_s - time.monotonic()
+            await asyncio.sleep(max(0.0, min(pause_s, left_s)))
+            pause_s = self._timing.retry_s
+            try:
+                if not self.held:
+                    return self._lose("it could not be renewed in time")
+                if not await self._try():
+                    return self._lose("another replica holds it")
+                pause_s = self._timing.renew_s
+            except client.Conflict:
+                # Somebody wrote to it; the next look says who.
+                pass
+            except (client.ApiError, client.Unreachable) as err:
+                _log.warning("the lease %s was not renewed: %s", self._name, err)
+
+    async def release(self) -> None:
+        """Give the lease up, if it is held, so that another replica need not wait for its end."""
+        held, self._held = self._held, None
+        metrics.LEADER.set(0)
+        if held is None:
+            return
+        # With one second left, as client-go does it: the field must be above 0.
+        held["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
+        with contextlib.suppress(client.ApiError, client.Unreachable):
+            # Another holder would have changed the version, and then there is nothing to give.
+            await self._client.replace(self._path, held, timeout_s=REQUEST_TIMEOUT_S)
+            _log.info("released the lease %s", self._name, extra={Field.IDENTITY: self.identity})
+
+    def _lose(self, why: str) -> None:
+        _log.error("lost the lease %s: %s", self._name, why, extra={Field.IDENTITY: self.identity})
+        metrics.LEADER.set(0)
+        self._held = None
+        self.lost.set()
+
+    async def _try(self) -> bool:
+        """One attempt to take or renew it: whether it is ours now."""
+        begun_s = time.monotonic()
+        try:
+            found = await self._client.get(self._path, timeout_s=REQUEST_TIMEOUT_S)
+        except client.NotFound:
+            body: Json = {
+                "apiVersion": "coordination.k8s.io/v1",
+                "kind": "Lease",
+                "metadata": {"name": self._name},
+                "spec": self._spec({}),
+            }
+            self._took(await self._client.create(self._collection, body, timeout_s=REQUEST_TIMEOUT_S), begun_s)
+            return True
+        spec = found.get("spec") or {}
+        record = Record(
+            holder=str(spec.get("holderIdentity") or ""),
+            lifetime_s=float(spec.get("leaseDurationSeconds") or self._timing.lifetime_s),
+            renewed=str(spec.get("renewTime") or ""),
+        )
+        if self._seen is None or self._seen[0] != record:
+            self._seen = record, time.monotonic()
+        if self._held is not None and record.holder != self.identity:
+            return False
+        if not is_free(record, mine=self.identity, seen_s=self._seen[1], now_s=time.monotonic()):
+            return False
+        found["spec"] = self._spec(spec)
+        self._took(await self._client.replace(self._path, found, timeout_s=REQUEST_TIMEOUT_S), begun_s)
+        return True
+
+    def _spec(self, before: Json) -> Json:
+        is_ours = before.get("holderIdentity") == self.identity
+        transitions = int(before.get("leaseTransitions") or 0)
+        now = _now()
+        return before | {
+            "holderIdentity": self.identity,
+            "leaseDurationSeconds": self._timing.lifetime_s,
+            "acquireTime": before.get("acquireTime") or now if is_ours else now,
+            "renewTime": now,
+            "leaseTransitions": transitions if is_ours or not before else transitions + 1,
+        }
+
+    def _took(self, written: Json, begun_s: float) -> None:
+        self._held = written
+        # From before the request: the others count from when they see it, which is later.
+        self._renewed_s = begun_s
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

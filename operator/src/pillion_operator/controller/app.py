@@ -1,0 +1,292 @@
+"""
+One controller process: its parts, its ports, and the order in which they begin and end.
+
+Called from: `__main__`. The only place where the parts meet.
+
+    without the Lease   serves health and metrics, and waits
+    with the Lease      certificates, caches, kopf, call-home, and the writer; then its address for the sidecars
+    SIGTERM, SIGINT     takes its address away, stops, gives the Lease up
+    Lease lost          ends at once with a status that is not 0, and is started anew: another replica may be active
+
+    :8444  TLS          /v1/report
+    :8080               /healthz /readyz /metrics
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+from aiohttp import web
+
+from pillion_operator import health, metrics
+from pillion_operator.certificates import rotation, serving
+from pillion_operator.cluster import client, events, lease, reflector
+from pillion_operator.controller import checkpoints, endpoint, handlers, population
+from pillion_operator.controller.desk import Desk
+from pillion_operator.controller.reconcile import Reconciler
+from pillion_operator.home import authenticate, injected, server
+from pillion_operator.home.registry import Registry
+from pillion_operator.log import Field
+from pillion_operator.settings import CertificateMode, Settings
+
+STUCK_S: Final = 120.0
+"""Without a turn of the writer for this long, the process is started anew. A turn is ten writes at most, each with a bound of 15 s; on
+an API server that answers, it takes a second."""
+STOP_S: Final = 8.0
+"""For all parts to end after SIGTERM; with the Lease's release below the 30 s that a pod has."""
+CLOSE_S: Final = 2.0
+"""For reports that are being answered."""
+SWEEP_S: Final = 60.0
+"""Between two looks for requests by annotation that nobody takes up."""
+BACKLOG: Final = 1024
+"""Connections that may wait to be accepted: after a change of the leader all jobs come at once."""
+RETRY_S: Final = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class Exit(IntEnum):
+    """Exit statuses of the controller."""
+
+    CLEAN = 0
+    """It was told to end, and has."""
+    UNAVAILABLE = 69
+    """No API server is configured, or a port cannot be opened."""
+    INTERNAL = 70
+    """A part ended that never should; see the log."""
+    LEASE_LOST = 75
+    """Another replica may be active."""
+
+
+def run(settings: Settings) -> Exit:
+    """Run until SIGTERM. Blocks: for the process's life."""
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> Exit:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def mend_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+
+    mend_signals()
+    try:
+        async with await client.Client.connect() as api:
+            return await Controller(api, settings, mend_signals=mend_signals).run(stop)
+    except (client.Unreachable, OSError) as err:
+        _log.error("cannot begin: %s", err)
+        return Exit.UNAVAILABLE
+
+
+class Controller:
+    """The parts of one controller."""
+
+    def __init__(
+        self,
+        api: client.Client,
+        settings: Settings,
+        *,
+        mend_signals: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            api: access to the API server.
+            settings: see there.
+            mend_signals: called when kopf has put its own handlers of signals in place of ours.
+        """
+        self.settings = settings
+        self.home_port = settings.home_port
+        self.is_leading = False
+        self.jobs = Registry()
+        self.events = events.Events(api, settings.pod_name)
+        self.population = population.Population(self._policy_changed, self._job_changed)
+        self.reconciler = Reconciler(api, self.jobs, self.population.num_pods, self.events.post)
+        self.pods = reflector.Reflector(
+            api,
+            injected.PATH,
+            injected.project,
+            label_selector=injected.LABEL_SELECTOR,
+            field_selector=injected.FIELD_SELECTOR,
+            metadata_only=True,
+            on_change=self.population.pod_changed,
+        )
+        self.job_objects = reflector.Reflector(
+            api,
+            population.JOBS_PATH,
+            population.project_job,
+            metadata_only=True,
+            on_change=self.population.job_changed,
+        )
+        self.checkpoints = reflector.Reflector(
+            api, checkpoints.PATH, checkpoints.project, on_change=self.reconciler.checkpoints.changed
+        )
+        self.watcher = handlers.Watcher(api, self.reconciler.policies)
+        self.desk = Desk(self.jobs, self.population, self.reconciler, self.pods, self.events.post)
+        self.serving = serving.Serving(api, settings.namespace, settings.secret_name)
+        self.health = health.Health(settings.listen_address, settings.health_port, self.missing, self.stuck)
+        self._api = api
+        self._mend_signals = mend_signals
+        self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)
+        self._known = asyncio.Event()
+        """Set once every cache has been filled."""
+
+    async def run(self, stop: asyncio.Event) -> Exit:
+        """Wait for the Lease, then lead, until `stop` is set or the Lease is lost."""
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        acquiring = asyncio.create_task(self._lease.acquire(), name="lease")
+        try:
+            async with self.health:
+                _log.info("serves health and metrics", extra={Field.PORT: self.health.port})
+                await asyncio.wait([stopping, acquiring], return_when=asyncio.FIRST_COMPLETED)
+                if stopping.done():
+                    return Exit.CLEAN
+                acquiring.result()
+                return await self._lead(stopping)
+        finally:
+            await _cancel([stopping, acquiring], STOP_S)
+            # Also when it was taken at the moment that we were told to end. A lost one is not ours to give.
+            await self._lease.release()
+
+    def missing(self) -> Sequence[str]:
+        """What keeps this replica from being ready. One that waits for the Lease is ready to take over."""
+        if not self.is_leading:
+            return []
+        parts = (
+            ("the caches are not filled yet", not self._known.is_set()),
+            ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
+        )
+        return [text for text, is_missing in parts if is_missing]
+
+    def stuck(self) -> Sequence[str]:
+        """Why this process had better be started anew."""
+        if not self.is_leading:
+            return []
+        found = []
+        if self._known.is_set() and time.monotonic() - self.reconciler.last_turn_s > STUCK_S:
+            found.append(f"the writer has not come round for {STUCK_S:.0f} s")
+        for name, each in (("pods", self.pods), ("jobs", self.job_objects), ("checkpoints", self.checkpoints)):
+            if each.age_s() > reflector.STALE_S:
+                found.append(f"the watch of {name} has been silent for {each.age_s():.0f} s")
+        return found
+
+    async def _lead(self, stopping: asyncio.Task[Any]) -> Exit:
+        self.is_leading = True
+        parts = [asyncio.create_task(each, name=name) for name, each in self._parts()]
+        lost = asyncio.create_task(self._lease.lost.wait(), name="lease lost")
+        renewing = asyncio.create_task(self._lease.renew(), name="lease renewed")
+        for part in parts:
+            part.add_done_callback(_say_end)
+        try:
+            ended, _ = await asyncio.wait([stopping, lost, *parts], return_when=asyncio.FIRST_COMPLETED)
+            if lost in ended:
+                return Exit.LEASE_LOST
+            _log.info("told to end" if stopping in ended else "ends")
+            await self._end(parts)
+            return Exit.CLEAN if stopping in ended else Exit.INTERNAL
+        finally:
+            self.is_leading = False
+            await _cancel([lost, renewing, *parts], CLOSE_S)
+            metrics.FLEET.jobs = metrics.FLEET.pods = tuple
+
+    def _parts(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        metrics.FLEET.jobs, metrics.FLEET.pods = self.desk.rows, self.population.counts
+        parts: list[tuple[str, Coroutine[Any, Any, None]]] = [
+            ("events", self.events.run()),
+            ("pods", self.pods.run()),
+            ("jobs", self.job_objects.run()),
+            ("checkpoints", self.checkpoints.run()),
+            ("policies", self._follow_policies()),
+            ("writer", self._when_known(self.reconciler.run)),
+            ("sweep", self._when_known(self._sweep)),
+        ]
+        if self.settings.certificate_mode is CertificateMode.SELF:
+            parts.append(("certificates", rotation.Rotation(self._api, self.settings).run()))
+        if self.settings.home_enabled:
+            parts += [("certificate", self.serving.run()), ("home", self._when_known(self._serve_home))]
+        return parts
+
+    async def _follow_policies(self) -> None:
+        while True:
+            try:
+                await self.watcher.relist()
+                break
+            except (client.ApiError, client.Unreachable) as err:
+                _log.warning("the policies cannot be listed: %s", err)
+                await asyncio.sleep(RETRY_S)
+        for each in (self.pods, self.job_objects, self.checkpoints):
+            await each.synced.wait()
+        self._known.set()
+        _log.info("leads: knows %d pods and %d checkpoints", len(self.pods), len(self.checkpoints))
+        await self.watcher.run(self._mend_signals)
+
+    async def _when_known(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Begin with a part when the caches are filled: what is not known yet would be taken for gone."""
+        await self._known.wait()
+        await part()
+
+    async def _sweep(self) -> None:
+        while True:
+            self.desk.sweep()
+            await asyncio.sleep(SWEEP_S)
+
+    async def _serve_home(self) -> None:
+        home = server.Home(
+            authenticate.Authenticator(self._api, self.settings.token_audience),
+            injected.Pods(self.pods, self._api),
+            self.jobs,
+            policy_of=self.reconciler.policies.now,
+            commands_of=self.desk.commands_of,
+            on_report=self.desk.reported,
+        )
+        runner = web.AppRunner(
+            home.application(), access_log=None, keepalive_timeout=server.KEEP_ALIVE_S, shutdown_timeout=CLOSE_S
+        )
+        try:
+            await runner.setup()
+            address = self.settings.listen_address or None
+            context = self.serving.context
+            await web.TCPSite(runner, address, self.home_port, ssl_context=context, backlog=BACKLOG).start()
+            self.home_port = runner.addresses[0][1]
+            _log.info("serves sidecars that call home", extra={Field.PORT: self.home_port})
+            if not self.settings.pod_ip:
+                _log.warning("PILLION_POD_IP is not set: nobody is told where to call")
+                await asyncio.Event().wait()
+            own = endpoint.Endpoint(self._api, self.settings, self.home_port)
+            try:
+                await own.run()
+            finally:
+                if not self._lease.lost.is_set():
+                    await own.remove()
+        finally:
+            await runner.cleanup()
+
+    async def _end(self, parts: Sequence[asyncio.Task[None]]) -> None:
+        """Stop in order: first nobody is sent here any more, then what is known is not written any more, then what was said."""
+        by_name = {part.get_name(): part for part in parts}
+        await _cancel([by_name[name] for name in ("home", "writer") if name in by_name], STOP_S)
+        await self.events.flush()
+
+    def _policy_changed(self, key: population.PolicyKey) -> None:
+        self.reconciler.mark_policy(key)
+
+    def _job_changed(self, _: object) -> None:
+        # The next report of the job is answered with the command; nothing is to be written.
+        pass
+
+
+def _say_end(part: asyncio.Task[None]) -> None:
+    if not part.cancelled():
+        _log.error("the part %s ended", part.get_name(), exc_info=part.exception())
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]], bound_s: float) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=bound_s)

@@ -1,0 +1,245 @@
+"""
+The whole of: who asks for a save now, what the job is told, and what whoever asked is told in return.
+
+    asked by                                          id of the command                    answered by
+    a Checkpoint object that somebody made            its UID                              its condition Ready
+    pillion.dev/save-now on an injected pod or a Job  digest of the object's UID and the value   events on the object
+
+Called from: the controller. Pure: time is an argument, and nothing is written.
+
+That nothing is done twice rests on this. A command is repeated in every answer until the job has said for good what became of it, so
+that none is lost. Its id is the same after a restart of ours, and a sidecar remembers the last 64 that it has done and repeats
+what became of them as long as it is asked: so a restart of ours alone never makes a second save. A request on a Checkpoint
+object that was answered says so itself. An annotation stays where it is, as we write to no pod and no job; so when we begin and find one, and the
+sidecar that did it may be gone as well, storage decides: a checkpoint of the job whose save began after the annotation was set
+is what was asked for. Where there is none, the request is still open, or it failed and is tried once more, within `LIFETIME_S`.
+
+Must never: ask again for what a job has answered for good, or keep an answer from whoever asked.
+"""
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, TypeVar
+
+from pillion.wire import home
+from pillion_operator.controller import mirror
+from pillion_operator.controller.checkpoints import FALSE, TRUE, UNKNOWN, Checkpoint, Json, Status
+from pillion_operator.home import times
+from pillion_operator.home.registry import Job
+
+T = TypeVar("T")
+
+LIFETIME_S: Final = 600.0
+"""How long a request may wait for a job to take it up. Jobs report every few seconds; what nobody took up in ten minutes would come
+as a surprise later, perhaps to another run of the same name."""
+COMMANDS_MOST: Final = 16
+"""In one answer, the oldest first. All that a job has at one time are one save."""
+FINISHED_MOST: Final = 4096
+"""Requests by annotation that are remembered as done with; one takes some hundred bytes."""
+
+
+class Reason(StrEnum):
+    """Of the condition Ready of a request, and of the events on it."""
+
+    REQUESTED = "Requested"
+    SAVING = "Saving"
+    SAVE_FAILED = "SaveFailed"
+    NO_JOB = "NoJob"
+    NOT_ANSWERED = "NotAnswered"
+    NOT_A_REQUEST = "NotARequest"
+
+
+class WordReason(StrEnum):
+    """Of the events on a pod or a Job that somebody asked on."""
+
+    ACCEPTED = "SaveAccepted"
+    COMMITTED = "SaveCommitted"
+    FAILED = "SaveFailed"
+    NOT_TAKEN = "SaveNotTaken"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """The annotation ``pillion.dev/save-now`` on an object."""
+
+    about: Json
+    """The object, as an event refers to it."""
+    uid: str
+    value: str
+    set_at: str
+    """When it was set; empty: nobody knows."""
+
+    @property
+    def id(self) -> str:
+        return "note-" + hashlib.sha256(f"{self.uid}\0{self.value}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """What somebody who asked by annotation is told."""
+
+    about: Json
+    reason: str
+    message: str
+    warning: bool = False
+
+
+def command_id(checkpoint: Checkpoint) -> str:
+    """The id of the command of a Checkpoint object."""
+    return f"checkpoint-{checkpoint.uid}"
+
+
+def plan(objects: Iterable[Checkpoint], job: Job | None, now_s: float) -> list[mirror.SetStatus]:
+    """
+    What the Checkpoint objects of a job that ask for a save are told.
+
+    Args:
+        objects: all that name the job.
+        job: None: it does not report.
+        now_s: seconds since 1970.
+    """
+    told = []
+    for each in objects:
+        status = None
+        if each.is_open:
+            status = _answer(each, job, now_s)
+        elif not each.is_ours and not each.is_request and not each.status.ready:
+            text = f"Only the operator makes one with the trigger {each.trigger}. To ask for a save, leave the trigger out."
+            status = _ready(each.status, FALSE, Reason.NOT_A_REQUEST, text, now_s)
+        if status is not None and status != each.status:
+            told.append(mirror.SetStatus(checkpoint=each, status=status))
+    return told
+
+
+def _answer(checkpoint: Checkpoint, job: Job | None, now_s: float) -> Status:
+    """The status of a request that is open."""
+    before = checkpoint.status
+    made_s = times.parse(checkpoint.created)
+    is_late = made_s is not None and now_s - made_s > LIFETIME_S
+    if job is None:
+        text = f"No job {checkpoint.job_id} in this namespace reports"
+        if is_late:
+            return _ready(before, FALSE, Reason.NO_JOB, f"{text}; the request was given up.", now_s)
+        return _ready(before, UNKNOWN, Reason.NO_JOB, f"{text}; the request waits for it.", now_s)
+    if not before.policy:
+        before = dataclasses.replace(before, policy=job.report.policy)
+    answer = _acknowledgement(job, command_id(checkpoint))
+    if answer is None:
+        if is_late:
+            text = "The job reports, and did not take the request up; see the log of its sidecar."
+            return _ready(before, FALSE, Reason.NOT_ANSWERED, text, now_s)
+        return _ready(before, UNKNOWN, Reason.REQUESTED, "The job is asked for a save.", now_s)
+    if answer.progress == home.Progress.FAILED:
+        text = answer.message[: home.TEXT_LIMIT] or "The save failed."
+        return _ready(before, FALSE, Reason.SAVE_FAILED, text, now_s)
+    if answer.progress == home.Progress.DONE:
+        stored = next((each for each in job.report.checkpoints if each.step == answer.step), None)
+        if stored is not None:
+            return mirror.committed(stored, job.report, before, now_s)
+        done = dataclasses.replace(before, step=answer.step) if answer.step >= 0 else before
+        return _ready(done, TRUE, mirror.COMMITTED, mirror.COMMITTED_TEXT, now_s)
+    return _ready(before, UNKNOWN, Reason.SAVING, "The job is saving.", now_s)
+
+
+def _ready(before: Status, ready: str, reason: str, message: str, now_s: float) -> Status:
+    changed = before.changed if before.ready == ready and before.changed else times.text(now_s)
+    return dataclasses.replace(before, ready=ready, reason=str(reason), message=message, changed=changed)
+
+
+def _acknowledgement(job: Job, command: str) -> home.Acknowledgement | None:
+    return next((each for each in job.report.acknowledgements if each.id == command), None)
+
+
+class Notes:
+    """Which requests by annotation are open, and what is left to say about them."""
+
+    def __init__(self, begun_s: float) -> None:
+        """
+        Args:
+            begun_s: when this controller began; seconds since 1970. What was asked before is compared with the storage.
+        """
+        self._begun_s = begun_s
+        self._asked_s: OrderedDict[str, float] = OrderedDict()
+        """When each open request was made, as far as is known."""
+        self._finished: OrderedDict[str, None] = OrderedDict()
+        self._accepted: OrderedDict[str, None] = OrderedDict()
+
+    def open(self, notes: Iterable[Note], job: Job | None, now_s: float) -> tuple[list[Note], list[Word]]:
+        """
+        The requests of a job that wait to be done, the oldest first, and what is to be said now.
+
+        Args:
+            notes: the annotations of its pods and its Job object.
+            job: None: it does not report.
+            now_s: seconds since 1970.
+        """
+        waiting: list[tuple[float, Note]] = []
+        words: list[Word] = []
+        for note in notes:
+            if note.id in self._finished:
+                continue
+            asked_s = self._asked_s.get(note.id)
+            if asked_s is None:
+                asked_s = times.parse(note.set_at) or now_s
+                _remember(self._asked_s, note.id, asked_s)
+            if word := self._judge(note, job, asked_s, now_s):
+                words.append(word)
+            if note.id not in self._finished:
+                waiting.append((asked_s, note))
+        return [note for _, note in sorted(waiting, key=lambda each: (each[0], each[1].id))], words
+
+    def _judge(self, note: Note, job: Job | None, asked_s: float, now_s: float) -> Word | None:
+        was_before = asked_s < self._begun_s
+        answer = _acknowledgement(job, note.id) if job else None
+        if answer is not None and answer.progress == home.Progress.DONE:
+            self._finish(note)
+            text = f"The save of step {answer.step} is committed."
+            return Word(about=note.about, reason=WordReason.COMMITTED, message=text)
+        if answer is not None and answer.progress == home.Progress.FAILED:
+            self._finish(note)
+            text = f"The save that was asked for failed: {answer.message[: home.TEXT_LIMIT]}"
+            return Word(about=note.about, reason=WordReason.FAILED, message=text, warning=True)
+        if answer is not None:
+            if note.id in self._accepted:
+                return None
+            _remember(self._accepted, note.id, None)
+            return Word(
+                about=note.about, reason=WordReason.ACCEPTED, message="The job was asked for a save, and is saving."
+            )
+        if was_before and job is not None and _has_since(job.report.checkpoints, asked_s):
+            self._finish(note)
+        elif now_s - asked_s > LIFETIME_S:
+            self._finish(note)
+            if not was_before:
+                text = f"No job took the request up within {LIFETIME_S:.0f} s; it was given up."
+                return Word(about=note.about, reason=WordReason.NOT_TAKEN, message=text, warning=True)
+        return None
+
+    def _finish(self, note: Note) -> None:
+        self._asked_s.pop(note.id, None)
+        self._accepted.pop(note.id, None)
+        _remember(self._finished, note.id, None)
+
+
+def commands(requests: Collection[Checkpoint], notes: Sequence[Note]) -> tuple[home.Command, ...]:
+    """What a job is told: all that is open, within `COMMANDS_MOST`."""
+    oldest_first = sorted(requests, key=lambda each: (each.created, each.name))
+    ids = [*map(command_id, oldest_first), *(note.id for note in notes)]
+    return tuple(home.Command(id=each) for each in ids[:COMMANDS_MOST])
+
+
+def _has_since(stored: Iterable[home.CommittedCheckpoint], asked_s: float) -> bool:
+    """Whether a save that began after a moment is committed."""
+    begun = (times.parse(each.started) for each in stored)
+    return any(each is not None and each > asked_s for each in begun)
+
+
+def _remember(known: OrderedDict[str, T], command: str, value: T) -> None:
+    known[command] = value
+    known.move_to_end(command)
+    while len(known) > FINISHED_MOST:
+        known.popitem(last=False)

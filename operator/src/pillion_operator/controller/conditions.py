@@ -1,0 +1,186 @@
+"""
+The whole of: the status of a CheckpointPolicy, from its spec and the jobs under it.
+
+Called from: `reconcile`. Pure.
+Must never: change when nothing happened: what grows with every second (the age of a commit) is a metric, and not in here.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from typing import Any, Final
+
+from pillion.wire import home
+from pillion_operator.home import times
+from pillion_operator.home.registry import Job
+from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
+
+Json = dict[str, Any]
+
+READY: Final = "Ready"
+STORAGE: Final = "StorageReachable"
+DEGRADED: Final = "Degraded"
+TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
+_NAMED_MOST: Final = 3
+"""Jobs that a message names: a person begins with one."""
+_TEXT_MOST: Final = 400
+"""Characters that a message gives to what one job says."""
+_STEP_MOST: Final = 2**63 - 1
+
+
+class Reason(StrEnum):
+    """Of the conditions; a code for tools, and for the troubleshooting guide."""
+
+    VALID = "Valid"
+    SUSPENDED = "Suspended"
+    INVALID = "Invalid"
+    NO_JOB = "NoJob"
+    WRITABLE = "Writable"
+    STORAGE_ERROR = "StorageError"
+    SAVING = "Saving"
+    SAVE_FAILED = "SaveFailed"
+
+
+def status(
+    found: CheckpointPolicy,
+    before: Json,
+    jobs: Sequence[Job],
+    num_pods: int,
+    checkpoint_name: Callable[[Job], str],
+    now_s: float,
+) -> Json:
+    """
+    The status that a policy shall have. What is not in it is not to be there.
+
+    Args:
+        found: the policy.
+        before: its status now.
+        jobs: those that report and run under it.
+        num_pods: injected pods that run under it.
+        checkpoint_name: the object that stands for a job's newest commit.
+        now_s: seconds since 1970.
+    """
+    last, gap_s = _last_checkpoint(before, jobs, checkpoint_name)
+    drafts = (
+        (READY, *_ready(found)),
+        (STORAGE, *_storage(jobs)),
+        (DEGRADED, *_degraded(jobs)),
+    )
+    known = {each.get("type"): each for each in before.get("conditions") or []}
+    result: Json = {
+        "observedGeneration": found.generation,
+        "injectedPods": num_pods,
+        "conditions": [
+            _condition(kind, state, reason, message, found.generation, known.get(kind) or {}, now_s)
+            for kind, state, reason, message in drafts
+        ],
+    }
+    if last:
+        result["lastCheckpoint"] = last
+    if gap_s is not None:
+        result["recoveryPointSeconds"] = gap_s
+    return result
+
+
+def patch(before: Json, after: Json) -> Json | None:
+    """The merge patch that makes one status of the other; None: they are the same."""
+    if before == after:
+        return None
+    gone = {key: None for key in before if key not in after}
+    changed: Json = {key: value for key, value in after.items() if before.get(key) != value}
+    for key, value in changed.items():
+        old = before.get(key)
+        # A merge patch keeps the fields of an object that it does not name.
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed[key] = {name: None for name in old if name not in value} | value
+    return {"status": changed | gone}
+
+
+def condition(of: Json, kind: str) -> Json:
+    """A condition in a status; empty where there is none."""
+    return next((each for each in of.get("conditions") or [] if each.get("type") == kind), {})
+
+
+def is_failing(report: home.Report) -> bool:
+    """Whether the newest thing that a job's saves came to is a failure."""
+    failed_s = max((times.parse(each.time) or 0.0 for each in report.failures), default=None)
+    return failed_s is not None and failed_s > (times.parse(report.committed_time) or 0.0)
+
+
+def _ready(found: CheckpointPolicy) -> tuple[str, Reason, str]:
+    if found.spec is None:
+        return FALSE, Reason.INVALID, "The policy cannot be used: " + "; ".join(found.problems)
+    if found.spec.suspend:
+        text = "The policy is suspended: new pods are not injected, and running jobs save only when they are asked to."
+        return TRUE, Reason.SUSPENDED, text
+    return TRUE, Reason.VALID, "The policy can be used."
+
+
+def _storage(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+    if not jobs:
+        return UNKNOWN, Reason.NO_JOB, "No job under the policy reports, so that nobody knows."
+    failing = [job for job in jobs if job.report.storage_error]
+    if failing:
+        said = ((job.report.job_id, job.report.storage_error) for job in failing)
+        return FALSE, Reason.STORAGE_ERROR, "The storage cannot be used: " + _named(said, len(failing))
+    return TRUE, Reason.WRITABLE, "Every job under the policy can use its storage."
+
+
+def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+    if not jobs:
+        return FALSE, Reason.NO_JOB, "No job under the policy reports."
+    failing = [job for job in jobs if is_failing(job.report)]
+    if failing:
+        newest = [max(job.report.failures, key=lambda each: times.parse(each.time) or 0.0) for job in failing]
+        said = (
+            (job.report.job_id, f"step {each.step}: {each.reason}: {each.message}")
+            for job, each in zip(failing, newest, strict=True)
+        )
+        return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
+    return FALSE, Reason.SAVING, "No job under the policy fails to save."
+
+
+def _named(said: Iterable[tuple[str, str]], total: int) -> str:
+    shown = [f"job {job_id}: {text[:_TEXT_MOST]}" for job_id, text in list(said)[:_NAMED_MOST]]
+    return "; ".join(shown) + (f"; and {total - _NAMED_MOST} more" if total > _NAMED_MOST else "")
+
+
+def _condition(
+    kind: str, state: str, reason: Reason, message: str, generation: int, before: Json, now_s: float
+) -> Json:
+    is_same = before.get("status") == state and before.get("lastTransitionTime")
+    return {
+        "type": kind,
+        "status": state,
+        "observedGeneration": generation,
+        "lastTransitionTime": before["lastTransitionTime"] if is_same else times.text(now_s),
+        "reason": reason.value,
+        "message": message[:32768],
+    }
+
+
+def _last_checkpoint(
+    before: Json, jobs: Sequence[Job], checkpoint_name: Callable[[Job], str]
+) -> tuple[Json, int | None]:
+    """The newest commit under the policy, and the seconds between it and the commit before it, of the same job."""
+    committed = []
+    for job in jobs:
+        done_s = times.parse(job.report.committed_time)
+        if done_s is not None and 0 <= job.report.committed_step <= _STEP_MOST:
+            committed.append((done_s, job))
+    newest_s, newest = max(committed, key=lambda each: each[0], default=(0.0, None))
+    kept: Json = before.get("lastCheckpoint") or {}
+    kept_s = times.parse(str(kept.get("time") or "")) or 0.0
+    # A job that reports says itself what its newest is; of one that is gone, what was seen stays.
+    is_gone = bool(kept) and kept.get("jobID") not in {job.report.job_id for job in jobs}
+    if newest is None or (is_gone and kept_s >= newest_s):
+        return kept, before.get("recoveryPointSeconds")
+    last: Json = {
+        "jobID": newest.report.job_id,
+        "step": newest.report.committed_step,
+        "time": times.text(newest_s),
+        "name": checkpoint_name(newest),
+    }
+    if newest.commit_gap_s is not None:
+        return last, round(newest.commit_gap_s)
+    is_same = all(kept.get(key) == last[key] for key in ("jobID", "step", "time"))
+    return last, before.get("recoveryPointSeconds") if is_same else None

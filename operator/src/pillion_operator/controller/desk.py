@@ -1,0 +1,125 @@
+"""
+The whole of: what a report sets off, and what the job is told: marks for the writer, events for people, commands, metrics.
+
+Called from: the call-home server, for each report; `app`, once a minute.
+Must never: wait: what takes time is done by whoever is marked.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from pillion.wire import home
+from pillion_operator import metrics
+from pillion_operator.controller import commands
+from pillion_operator.controller.population import Population
+from pillion_operator.controller.reconcile import Reconciler
+from pillion_operator.home import injected, registry, times
+from pillion_operator.home.registry import JobKey, Received, Registry
+
+RECENT_S: Final = 60.0
+"""A failure that was reported when we began is worth an event only when it is younger: the one before us told the others."""
+
+
+class Post(Protocol):
+    """`cluster.events.Events.post`."""
+
+    def __call__(
+        self, about: dict[str, Any], reason: str, message: str, *, warning: bool = False, action: str = "Inject"
+    ) -> None: ...
+
+
+class Desk:
+    """Between the jobs and the rest of the controller."""
+
+    def __init__(
+        self,
+        jobs: Registry,
+        population: Population,
+        reconciler: Reconciler,
+        pods: injected.Cache,
+        post: Post,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._jobs = jobs
+        self._population = population
+        self._reconciler = reconciler
+        self._pods = pods
+        self._post = post
+        self._clock = clock
+        self._notes = commands.Notes(clock())
+
+    def reported(self, received: Received) -> None:
+        """A report was taken in."""
+        if not received.changed:
+            return
+        report, before = received.job.report, received.before
+        self._reconciler.mark_job(received.job.key)
+        self._reconciler.mark_policy((report.namespace, report.policy))
+        if before is not None and before.report.policy != report.policy:
+            self._reconciler.mark_policy((report.namespace, before.report.policy))
+        known = before.report.failures if before else ()
+        for failure in report.failures:
+            age_s = self._clock() - (times.parse(failure.time) or 0.0)
+            if failure not in known and (before is not None or age_s < RECENT_S):
+                self._failed(report, failure)
+
+    def commands_of(self, key: JobKey) -> tuple[home.Command, ...]:
+        """What a job is to do; whoever asked for it by annotation is told how far it is."""
+        open_notes = self._open_notes(key)
+        return commands.commands(self._reconciler.checkpoints.open_requests(key), open_notes)
+
+    def sweep(self) -> None:
+        """Give up what was asked of jobs that do not report."""
+        for key in self._population.jobs_with_notes():
+            if self._jobs.get(key) is None:
+                self._open_notes(key)
+
+    def rows(self) -> Iterable[metrics.JobRow]:
+        """The jobs' metrics."""
+        now_s = self._clock()
+        for job in self._jobs.jobs():
+            report = job.report
+            gauges = {
+                "last_committed_step": float(report.committed_step) if report.committed_step >= 0 else None,
+                "last_committed_timestamp_seconds": times.parse(report.committed_time),
+                "recovery_point_seconds": registry.recovery_point_s(job, now_s),
+                "snapshot_recovery_point_seconds": registry.recovery_point_s(job, now_s, with_snapshot=True),
+                "storage_reachable": float(not report.storage_error),
+                "pods": float(report.num_pods),
+                "checkpoints": float(len(report.checkpoints)) if report.listed else None,
+            }
+            yield metrics.JobRow(
+                namespace=report.namespace,
+                job=report.job_id,
+                policy=report.policy,
+                gauges={name: value for name, value in gauges.items() if value is not None},
+                counters=report.metrics,
+            )
+
+    def _open_notes(self, key: JobKey) -> list[commands.Note]:
+        notes = self._population.notes(key)
+        if not notes:
+            return []
+        still_open, words = self._notes.open(notes, self._jobs.get(key), self._clock())
+        for word in words:
+            self._post(word.about, word.reason, word.message, warning=word.warning, action="Save")
+        return still_open
+
+    def _failed(self, report: home.Report, failure: home.Failure) -> None:
+        """An event on the pod that says so, and on what made the pod, which is what people look at."""
+        pod = self._pods.get(report.namespace, report.pod)
+        named = {"apiVersion": "v1", "kind": "Pod", "name": report.pod, "uid": report.pod_uid}
+        abouts = [named]
+        if pod is not None and (owner := pod.owner) is not None:
+            abouts.append({"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid})
+        text = f"Step {failure.step}: {failure.reason}: {failure.message}"
+        for about in abouts:
+            self._post(
+                about | {"namespace": report.namespace},
+                commands.WordReason.FAILED,
+                text,
+                warning=True,
+                action="Save",
+            )

@@ -1,0 +1,136 @@
+"""
+The whole of: what the injected pods and the Job objects add up to: pods under each policy, and requests by annotation for each job.
+
+Called from: the Reflectors of pods and jobs, with what changed; the controller, which asks.
+Must never: go through all pods to answer a question: there are thousands, and questions come with each report.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion_operator.controller.commands import Note
+from pillion_operator.home import injected
+from pillion_operator.home.registry import JobKey
+
+Json = dict[str, Any]
+PolicyKey = tuple[str, str]
+
+JOBS_PATH: Final = "/apis/batch/v1/jobs"
+NOTES_MOST: Final = 64
+"""Annotations that are looked at for one job: those of its pods. More ask for nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobObject:
+    """A batch/v1 Job that has the annotation."""
+
+    namespace: str
+    note: Note
+
+
+def project_job(document: Json) -> JobObject | None:
+    """What is kept of a Job: nothing, unless somebody asks for a save on it."""
+    value, set_at = injected.save_now(document)
+    if not value:
+        return None
+    metadata = document["metadata"]
+    namespace, name, uid = (str(metadata.get(key) or "") for key in ("namespace", "name", "uid"))
+    about = {"apiVersion": "batch/v1", "kind": "Job", "namespace": namespace, "name": name, "uid": uid}
+    return JobObject(
+        namespace=sys.intern(namespace), note=Note(about=about, uid=uid, value=sys.intern(value), set_at=set_at)
+    )
+
+
+class Population:
+    """Counts and indexes over pods and jobs."""
+
+    def __init__(self, on_policy: Callable[[PolicyKey], None], on_job: Callable[[JobKey], None]) -> None:
+        """
+        Args:
+            on_policy: called with a policy whose number of pods changed.
+            on_job: called with a job that somebody asks something of.
+        """
+        self._on_policy = on_policy
+        self._on_job = on_job
+        self._pods: Counter[PolicyKey] = Counter()
+        self._owned: Counter[tuple[str, JobKey]] = Counter()
+        """Pods by the UID of their owner, and their job."""
+        self._owners: dict[JobKey, set[str]] = {}
+        self._pod_notes: dict[JobKey, dict[str, Note]] = {}
+        self._job_notes: dict[str, JobObject] = {}
+
+    def num_pods(self, key: PolicyKey) -> int:
+        """Injected pods that run under a policy."""
+        return self._pods[key]
+
+    def counts(self) -> list[tuple[PolicyKey, int]]:
+        """All policies that have pods, and how many."""
+        return list(self._pods.items())
+
+    def notes(self, key: JobKey) -> list[Note]:
+        """The annotations that ask a job for a save: on its pods, and on the Job objects that own them."""
+        on_pods = self._pod_notes.get(key)
+        if not on_pods and not self._job_notes:
+            return []
+        on_jobs = (self._job_notes.get(uid) for uid in self._owners.get(key, ()))
+        found = [*(each.note for each in on_jobs if each), *(on_pods or {}).values()]
+        return found[:NOTES_MOST]
+
+    def jobs_with_notes(self) -> list[JobKey]:
+        """The jobs that are asked for a save by annotation."""
+        return list({*self._pod_notes, *(key for uid, key in self._owned if uid in self._job_notes)})
+
+    def pod_changed(self, _: tuple[str, str], old: injected.Pod | None, new: injected.Pod | None) -> None:
+        """What the Reflector of pods calls."""
+        for pod, by in ((old, -1), (new, 1)):
+            if pod is not None:
+                self._count(pod, by)
+        policies = {(pod.namespace, pod.policy) for pod in (old, new) if pod is not None}
+        if old is None or new is None or len(policies) > 1:
+            for key in policies:
+                self._on_policy(key)
+        if new is not None and new.save_now and (old is None or old.save_now != new.save_now):
+            self._on_job(JobKey(new.namespace, new.job_id))
+
+    def job_changed(self, _: tuple[str, str], old: JobObject | None, new: JobObject | None) -> None:
+        """What the Reflector of jobs calls."""
+        if old is not None:
+            self._job_notes.pop(old.note.uid, None)
+        if new is not None:
+            self._job_notes[new.note.uid] = new
+            for key in self._keys_of(new.note.uid):
+                self._on_job(key)
+
+    def _keys_of(self, owner_uid: str) -> Collection[JobKey]:
+        return [key for uid, key in self._owned if uid == owner_uid]
+
+    def _count(self, pod: injected.Pod, by: int) -> None:
+        policy_key, key = (pod.namespace, pod.policy), JobKey(pod.namespace, pod.job_id)
+        self._pods[policy_key] += by
+        if not self._pods[policy_key]:
+            del self._pods[policy_key]
+        if pod.owner is not None:
+            owned = (pod.owner.uid, key)
+            self._owned[owned] += by
+            if self._owned[owned]:
+                self._owners.setdefault(key, set()).add(pod.owner.uid)
+            else:
+                del self._owned[owned]
+                owners = self._owners[key]
+                owners.discard(pod.owner.uid)
+                if not owners:
+                    del self._owners[key]
+        notes = self._pod_notes.setdefault(key, {})
+        if by > 0 and pod.save_now:
+            notes[pod.uid] = Note(about=_about(pod), uid=pod.uid, value=pod.save_now, set_at=pod.save_now_time)
+        else:
+            notes.pop(pod.uid, None)
+        if not notes:
+            del self._pod_notes[key]
+
+
+def _about(pod: injected.Pod) -> Json:
+    return {"apiVersion": "v1", "kind": "Pod", "namespace": pod.namespace, "name": pod.name, "uid": pod.uid}

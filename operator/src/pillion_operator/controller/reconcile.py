@@ -1,0 +1,302 @@
+"""
+The whole of: bringing objects to what they shall say, one key at a time, at a bounded rate.
+
+Called from: `app`; `run` is one task of the process. What is to be written is worked out anew each time a key's turn comes, so that
+nothing queues up but the names of what changed, and nothing is lost when a write fails.
+Must never: write more than `WRITES_PER_S`, or stop over one object that cannot be written.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final, TypeVar
+
+from pillion.wire import policy
+from pillion_operator import metrics
+from pillion_operator.cluster import client
+from pillion_operator.cluster.client import Json
+from pillion_operator.controller import agenda, checkpoints, commands, conditions, mirror, policies
+from pillion_operator.controller.checkpoints import Checkpoint, Checkpoints
+from pillion_operator.home.registry import Job, JobKey, Registry
+from pillion_operator.log import Field
+
+WRITES_PER_S: Final = 20.0
+"""To the API server, of all kinds: what Kubernetes' scalability tests take for the churn of a whole cluster."""
+BURST: Final = 20.0
+BATCH: Final = 10
+"""Writes for one job before it is another's turn: a job that comes with a thousand checkpoints does not keep the others waiting."""
+DEBOUNCE_S: Final = 0.2
+"""From a change to the look at it: what changes together is written together."""
+POLICY_PAUSE_S: Final = 2.0
+"""Between two writes of one policy's status: a burst of a thousand pods is a few writes."""
+TICK_S: Final = 1.0
+"""Between two looks for jobs that fell silent."""
+RESYNC_S: Final = 60.0
+"""Between two looks at everything: for what only time changes, as the end of a request that nobody took up."""
+
+_log = logging.getLogger(__name__)
+PolicyKey = policies.Key
+K = TypeVar("K", bound=tuple[str, str])
+
+
+def operations(objects: Collection[Checkpoint], job: Job | None, now_s: float) -> list[mirror.Operation]:
+    """
+    What is to be done to the Checkpoint objects of a job: nothing, once it is done.
+
+    Requests come first, and each object is written once.
+    """
+    told = {each.checkpoint.name: each for each in commands.plan(objects, job, now_s)}
+    if job is None:
+        return list(told.values())
+    as_told = [
+        dataclasses.replace(each, status=told[each.name].status) if each.name in told else each for each in objects
+    ]
+    originals = {each.name: each for each in objects}
+    result: dict[str, mirror.Operation] = dict(told)
+    for each in mirror.plan(job.report, as_told, now_s):
+        if isinstance(each, mirror.SetStatus):
+            each = mirror.SetStatus(checkpoint=originals[each.checkpoint.name], status=each.status)
+        result[each.name if isinstance(each, mirror.Create) else each.checkpoint.name] = each
+    return list(result.values())
+
+
+class Pace:
+    """At most so many writes a second, a few at once."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._per_s, self._burst = per_s, burst
+        self._tokens, self._filled_s = burst, time.monotonic()
+
+    async def wait(self) -> None:
+        """Blocks: until one more is allowed."""
+        now_s = time.monotonic()
+        self._tokens = min(self._burst, self._tokens + (now_s - self._filled_s) * self._per_s)
+        self._filled_s = now_s
+        self._tokens -= 1
+        if self._tokens < 0:
+            await asyncio.sleep(-self._tokens / self._per_s)
+
+
+class Reconciler:
+    """The one writer of policies' status and of Checkpoint objects."""
+
+    def __init__(
+        self,
+        api: client.Client,
+        registry: Registry,
+        count_pods: Callable[[PolicyKey], int],
+        post: Callable[..., None],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """
+        Args:
+            api: access to the API server.
+            registry: the jobs that report.
+            count_pods: injected pods under a policy.
+            post: `cluster.events.Events.post`.
+            clock: seconds since 1970.
+        """
+        self.checkpoints = Checkpoints(self.mark_job)
+        self.policies = policies.Policies(self.mark_policy)
+        self.last_turn_s = time.monotonic()
+        """When the loop last came round; a loop that hangs is seen by it."""
+        self._api = api
+        self._registry = registry
+        self._count_pods = count_pods
+        self._post = post
+        self._clock = clock
+        self._pace = Pace(WRITES_PER_S, BURST)
+        self._of_policies = agenda.Agenda[PolicyKey]()
+        self._of_requests = agenda.Agenda[JobKey]()
+        self._of_jobs = agenda.Agenda[JobKey]()
+        self._wake = asyncio.Event()
+        self._resynced_s = time.monotonic()
+
+    def mark_job(self, key: JobKey) -> None:
+        """Something about a job changed: its report, or an object that names it."""
+        due = self._of_requests if self.checkpoints.open_requests(key) else self._of_jobs
+        due.mark(key, time.monotonic() + DEBOUNCE_S)
+        self._wake.set()
+
+    def mark_policy(self, key: PolicyKey) -> None:
+        """Something about a policy changed: its spec, its pods, or a job under it."""
+        self._of_policies.mark(key, time.monotonic() + DEBOUNCE_S)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Write what is to be written. Blocks: until it is cancelled."""
+        while True:
+            self.last_turn_s = now_s = time.monotonic()
+            self._tick(now_s)
+            num_due = len(self._of_policies) + len(self._of_requests) + len(self._of_jobs)
+            metrics.RECONCILE_WAITING.set(num_due)
+            # In turns, so that none of the three can keep the others waiting.
+            did_policy = await self._turn(self._of_policies, self._write_policy)
+            did_request = await self._turn(self._of_requests, self._write_job)
+            did_job = await self._turn(self._of_jobs, self._write_job)
+            if did_policy or did_request or did_job:
+                continue
+            times = (self._of_policies.next_s(), self._of_requests.next_s(), self._of_jobs.next_s())
+            pause_s = min([TICK_S, *(each - time.monotonic() for each in times if each is not None)])
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(max(pause_s, 0.01)):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _tick(self, now_s: float) -> None:
+        for job in self._registry.forget_silent(now_s):
+            _log.info("a job is silent", extra={Field.NAMESPACE: job.key.namespace, Field.JOB: job.key.job_id})
+            self.mark_job(job.key)
+            self.mark_policy((job.report.namespace, job.report.policy))
+        if now_s - self._resynced_s >= RESYNC_S:
+            self._resynced_s = now_s
+            for key in {*self.checkpoints.keys_with_requests(), *(job.key for job in self._registry.jobs())}:
+                self.mark_job(key)
+            for policy_key in self.policies.all_keys():
+                self.mark_policy(policy_key)
+
+    async def _turn(self, due: agenda.Agenda[K], write: Callable[[K], Awaitable[None]]) -> bool:
+        """Do what one key needs; whether there was one."""
+        taken = due.take(time.monotonic())
+        if taken is None:
+            return False
+        key, failures = taken
+        try:
+            await write(key)
+        except (client.ApiError, client.Unreachable) as err:
+            # A namespace that is on its way out refuses for a minute; that is no news after the first time.
+            level = logging.WARNING if not failures else logging.DEBUG
+            _log.log(level, "a write failed, and is tried again: %s", err, extra={Field.NAMESPACE: key[0]})
+            due.failed(key, failures, time.monotonic())
+        except Exception:
+            # The boundary of the process: one job's or policy's state that we cannot deal with must not stop all the others.
+            _log.exception("working out what to write failed", extra={Field.NAMESPACE: key[0]})
+            metrics.RECONCILE_ERRORS.inc()
+            due.failed(key, failures, time.monotonic())
+        return True
+
+    # --- Checkpoint objects
+
+    async def _write_job(self, key: JobKey) -> None:
+        wanted = operations(list(self.checkpoints.of(key)), self._registry.get(key), self._clock())
+        for operation in wanted[:BATCH]:
+            self.last_turn_s = time.monotonic()
+            await self._write(operation)
+        if len(wanted) > BATCH:
+            self.mark_job(key)
+
+    async def _write(self, operation: mirror.Operation) -> None:
+        name = type(operation).__name__
+        try:
+            if isinstance(operation, mirror.Create):
+                await self._create(operation)
+            elif isinstance(operation, mirror.SetStatus):
+                await self._set_status(operation)
+            else:
+                await self._pace.wait()
+                path = _path(operation.checkpoint.namespace, operation.checkpoint.name)
+                await self._api.delete(path, uid=operation.checkpoint.uid)
+                self.checkpoints.remove(operation.checkpoint)
+        except client.NotFound:
+            if isinstance(operation, mirror.Create):
+                raise
+            # What is gone needs nothing more; the watch brings the news of it as well.
+            self.checkpoints.remove(operation.checkpoint)
+        except client.Conflict:
+            if isinstance(operation, mirror.Create):
+                raise
+            # Another object has taken the name; the watch brings it.
+            self.checkpoints.remove(operation.checkpoint)
+        except (client.ApiError, client.Unreachable):
+            metrics.CHECKPOINT_WRITES.labels(_OPERATION[name], "failed").inc()
+            raise
+        metrics.CHECKPOINT_WRITES.labels(_OPERATION[name], "done").inc()
+
+    async def _create(self, operation: mirror.Create) -> None:
+        await self._pace.wait()
+        made = await self._api.create(_collection(operation.namespace), operation.body)
+        checkpoint = checkpoints.project(made)
+        self.checkpoints.put(checkpoint)
+        await self._patch(checkpoint, operation.status)
+
+    async def _set_status(self, operation: mirror.SetStatus) -> None:
+        before, status = operation.checkpoint.status, operation.status
+        await self._patch(operation.checkpoint, status)
+        is_news = (before.ready, before.reason) != (status.ready, status.reason) and operation.checkpoint.is_request
+        if is_news and (
+            status.ready in (checkpoints.TRUE, checkpoints.FALSE) or status.reason == commands.Reason.SAVING
+        ):
+            is_warning = status.ready == checkpoints.FALSE
+            about = operation.checkpoint.about
+            self._post(about, status.reason, status.message, warning=is_warning, action="Save")
+
+    async def _patch(self, checkpoint: Checkpoint, status: checkpoints.Status) -> None:
+        await self._pace.wait()
+        # With its UID: its successor of the same name is another object.
+        body: Json = {"metadata": {"uid": checkpoint.uid}, "status": status.to_json()}
+        path = _path(checkpoint.namespace, checkpoint.name)
+        self.checkpoints.put(checkpoints.project(await self._api.patch(path, body, subresource="status")))
+
+    # --- policies
+
+    async def _write_policy(self, key: PolicyKey) -> None:
+        found = self.policies.get(*key)
+        if found is None:
+            return
+        jobs = self._registry.under(*key)
+        after = conditions.status(
+            found.found, found.status, jobs, self._count_pods(key), self._checkpoint_name, self._clock()
+        )
+        patch = conditions.patch(found.status, after)
+        if patch is None:
+            return
+        await self._pace.wait()
+        path = f"/apis/{policy.API_VERSION}/namespaces/{found.namespace}/checkpointpolicies/{found.found.name}"
+        body = patch | {"metadata": {"uid": found.found.uid}}
+        try:
+            written = await self._api.patch(path, body, subresource="status")
+        except (client.NotFound, client.Conflict):
+            # It is gone, or another has its name, which kopf brings.
+            self.policies.remove(key)
+            return
+        self._of_policies.hold(key, time.monotonic(), POLICY_PAUSE_S)
+        metrics.POLICY_STATUS_WRITES.inc()
+        before = found.status
+        self.policies.put(policies.project(written))
+        for reason, message, is_warning in _flips(before, after):
+            self._post(found.about, reason, message, warning=is_warning, action="Reconcile")
+
+    def _checkpoint_name(self, job: Job) -> str:
+        return mirror.name_of(job.report, job.report.committed_step, self.checkpoints.of(job.key))
+
+
+_OPERATION: Final = {"Create": "create", "SetStatus": "status", "Delete": "delete"}
+_GOOD: Final = {
+    conditions.READY: checkpoints.TRUE,
+    conditions.STORAGE: checkpoints.TRUE,
+    conditions.DEGRADED: checkpoints.FALSE,
+}
+
+
+def _flips(before: Json, after: Json) -> Sequence[tuple[str, str, bool]]:
+    """What is worth an event on a policy: a condition that turned bad, or good again."""
+    said = []
+    for kind, good in _GOOD.items():
+        old, new = conditions.condition(before, kind), conditions.condition(after, kind)
+        is_bad, was_bad = (each.get("status") not in (None, good, checkpoints.UNKNOWN) for each in (new, old))
+        if is_bad != was_bad and new.get("status") != checkpoints.UNKNOWN:
+            said.append((new["reason"], new["message"], is_bad))
+    return said
+
+
+def _collection(namespace: str) -> str:
+    return f"/apis/{checkpoints.API_VERSION}/namespaces/{namespace}/checkpoints"
+
+
+def _path(namespace: str, name: str) -> str:
+    return f"{_collection(namespace)}/{name}"

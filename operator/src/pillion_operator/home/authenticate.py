@@ -1,0 +1,182 @@
+"""
+The whole of: which pod a token belongs to, as the API server says, asked once a minute for each token.
+
+Called from: the server, for each report, before its body is read.
+Must never: log or keep a token (its digest stands for it); trust what a token says of itself, which only saves a question to the
+API server when it is a refusal anyway.
+Source: Kubernetes documentation, "Managing Service Accounts", bound tokens; API reference, TokenReview.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from pillion_operator.cluster import client
+from pillion_operator.home.refusal import Refused, Result
+
+Json = dict[str, Any]
+
+PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
+KNOWN_S: Final = 60.0
+"""How long an answer holds: so long may a pod that was deleted still report. It is never longer than the token's own end."""
+REFUSED_S: Final = 10.0
+"""How long a refusal holds: a pod that comes every few seconds with a bad token costs one question in ten."""
+REMEMBERED_MOST: Final = 4096
+"""Tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
+ASKED_AT_ONCE: Final = 8
+"""Questions to the API server at one time: after a restart all jobs come at once, and each answer takes it milliseconds."""
+WAITING_MOST: Final = 512
+"""Tokens whose question waits. More are told to come again."""
+TOKEN_MOST: Final = 8192
+"""Characters of a token; a service account's has about a thousand."""
+SAID_AGAIN_S: Final = 30.0
+"""Between two lines in the log about an API server that cannot be asked."""
+_POD_NAME: Final = "authentication.kubernetes.io/pod-name"
+_POD_UID: Final = "authentication.kubernetes.io/pod-uid"
+_USER: Final = "system:serviceaccount"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The pod that a token was made for."""
+
+    namespace: str
+    pod: str
+    pod_uid: str
+    service_account: str
+
+
+class Api(Protocol):
+    """What is needed of `cluster.client.Client`."""
+
+    async def create(self, path: str, body: Json) -> Json: ...
+
+
+class Authenticator:
+    """Tokens to pods."""
+
+    def __init__(self, api: Api, audience: str, *, clock: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            api: access to the API server.
+            audience: what the tokens have to be made for.
+            clock: seconds since 1970: a token's end is such a time.
+        """
+        self._api = api
+        self._audience = audience
+        self._clock = clock
+        self._known: OrderedDict[bytes, tuple[float, Identity | Refused]] = OrderedDict()
+        self._asking: dict[bytes, asyncio.Task[Identity]] = {}
+        self._slots = asyncio.Semaphore(ASKED_AT_ONCE)
+        self._said_s = -SAID_AGAIN_S
+
+    async def authenticate(self, authorization: str) -> Identity:
+        """
+        Whose token it is.
+
+        Args:
+            authorization: the header.
+
+        Raises:
+            Refused: 401, 403, or 503 when the API server cannot be asked.
+        """
+        scheme, _, token = authorization.partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token:
+            raise Refused(Result.UNAUTHENTICATED, "a header 'Authorization: Bearer <service account token>' is needed")
+        now_s = self._clock()
+        end_s = self._claimed_end(token, now_s)
+        digest = hashlib.sha256(token.encode()).digest()
+        until_s, known = self._known.get(digest, (0.0, None))
+        if known is not None and now_s < until_s:
+            self._known.move_to_end(digest)
+            if isinstance(known, Refused):
+                raise Refused(known.result, str(known))
+            return known
+        asking = self._asking.get(digest)
+        if asking is None:
+            if len(self._asking) >= WAITING_MOST:
+                raise Refused(Result.BUSY, "too many new tokens wait to be checked; come again")
+            asking = asyncio.create_task(self._ask(token, digest, end_s), name="token review")
+            self._asking[digest] = asking
+            asking.add_done_callback(lambda done: self._asked(digest, done))
+        # Whoever asked first may go away; the others still want to know.
+        return await asyncio.shield(asking)
+
+    def _claimed_end(self, token: str, now_s: float) -> float:
+        """When the token says that it ends, after the refusals that need no API server."""
+        if len(token) > TOKEN_MOST:
+            raise Refused(Result.UNAUTHENTICATED, f"the token is longer than {TOKEN_MOST} characters")
+        try:
+            payload = token.split(".")[1]
+            claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            audiences = claims["aud"]
+            audiences = [audiences] if isinstance(audiences, str) else [str(each) for each in audiences]
+            end_s = float(claims["exp"])
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as err:
+            raise Refused(Result.UNAUTHENTICATED, "what came is no service account token") from err
+        if self._audience not in audiences:
+            raise Refused(
+                Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {self._audience}"
+            )
+        if end_s <= now_s:
+            raise Refused(Result.UNAUTHENTICATED, "the token has expired")
+        return end_s
+
+    def _asked(self, digest: bytes, done: asyncio.Task[Identity]) -> None:
+        self._asking.pop(digest, None)
+        # Retrieved, also when nobody waits any more.
+        if not done.cancelled():
+            done.exception()
+
+    async def _ask(self, token: str, digest: bytes, end_s: float) -> Identity:
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [self._audience]},
+        }
+        try:
+            async with self._slots:
+                answer = await self._api.create(PATH, body)
+        except (client.ApiError, client.Unreachable) as err:
+            if time.monotonic() - self._said_s >= SAID_AGAIN_S:
+                self._said_s = time.monotonic()
+                _log.warning("tokens cannot be checked now: %s", err)
+            raise Refused(Result.UNAVAILABLE, "the token cannot be checked now; come again") from err
+        now_s = self._clock()
+        found = judge(answer.get("status") or {}, self._audience)
+        lifetime_s = KNOWN_S if isinstance(found, Identity) else REFUSED_S
+        self._known[digest] = min(now_s + lifetime_s, end_s), found
+        self._known.move_to_end(digest)
+        while len(self._known) > REMEMBERED_MOST:
+            self._known.popitem(last=False)
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+
+def judge(review: Json, audience: str) -> Identity | Refused:
+    """What the status of a TokenReview says."""
+    if review.get("authenticated") is not True:
+        return Refused(Result.UNAUTHENTICATED, "the API server does not know the token, or its pod is gone")
+    # An API server that knows no audiences leaves them out, and has then not looked at ours.
+    if audience not in (review.get("audiences") or []):
+        return Refused(Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {audience}")
+    user = review.get("user") or {}
+    extra = user.get("extra") or {}
+    parts = str(user.get("username") or "").split(":")
+    pod, uid = ((extra.get(name) or [""])[0] for name in (_POD_NAME, _POD_UID))
+    if ":".join(parts[:2]) != _USER or len(parts) != 4:
+        return Refused(Result.FORBIDDEN, "the token is not of a service account")
+    if not pod or not uid:
+        return Refused(Result.FORBIDDEN, "the token is bound to no pod: a projected volume makes one that is")
+    return Identity(namespace=parts[2], pod=str(pod), pod_uid=str(uid), service_account=parts[3])

@@ -1,0 +1,158 @@
+"""
+The whole of: what is kept of an injected pod, and finding the pod of whoever reports.
+
+Called from: the server, for each report; the controller, which counts pods and reads their annotations.
+Must never: keep more of a pod than is here: there may be five thousand, and the API server sends each whole.
+"""
+
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from pillion_operator.cluster import client
+from pillion_operator.home import times
+from pillion_operator.home.refusal import Refused, Result
+from pillion_operator.injection import annotations, pods, status
+
+Json = dict[str, Any]
+
+PATH: Final = "/api/v1/pods"
+LABEL_SELECTOR: Final = f"{annotations.INJECTED}=true"
+FIELD_SELECTOR: Final = "status.phase!=Succeeded,status.phase!=Failed"
+"""Pods that ended stay until their job is removed, and count no more. A pod that drains is still running to the API server."""
+REMEMBERED_MOST: Final = 1024
+"""Answers of the API server about single pods. Only pods that are not in the cache are asked for."""
+REMEMBERED_S: Final = 10.0
+"""How long such an answer holds: a pod that is refused asks again every few seconds."""
+_NOTE_FIELD: Final = f"f:{annotations.SAVE_NOW}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The object that made a pod."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """An injected pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    created: str
+    policy: str
+    job_id: str
+    owner: Owner | None
+    """None: it was made by hand."""
+    save_now: str
+    """The annotation's value; empty: it has none."""
+    save_now_time: str
+    """When the annotation was last set. Empty: it has none, or nobody knows."""
+
+
+def project(document: Json) -> Pod | None:
+    """What is kept of a pod as the API server gives it, with or without spec. None: it is not injected."""
+    if pods.metadata_map(document, "labels").get(annotations.INJECTED) != "true":
+        return None
+    found = status.read(document)
+    if found is None:
+        return None
+    metadata = document["metadata"]
+    note, note_time = save_now(document)
+    # Many pods share these: one text for all of them.
+    return Pod(
+        namespace=sys.intern(str(metadata.get("namespace") or "")),
+        name=str(metadata.get("name") or ""),
+        uid=str(metadata.get("uid") or ""),
+        created=sys.intern(str(metadata.get("creationTimestamp") or "")),
+        policy=sys.intern(str(found.policy)),
+        job_id=sys.intern(str(found.job_id)),
+        owner=_owner(document),
+        save_now=sys.intern(note),
+        save_now_time=note_time,
+    )
+
+
+def save_now(document: Json) -> tuple[str, str]:
+    """
+    The annotation ``pillion.dev/save-now`` of an object and when it was set: a value that the object was made with is none,
+    as a template repeats it with each pod.
+    """
+    note = pods.metadata_map(document, "annotations").get(annotations.SAVE_NOW, "")
+    if not note:
+        return "", ""
+    metadata = document["metadata"]
+    set_at = ""
+    for entry in metadata.get("managedFields") or []:
+        fields = entry.get("fieldsV1") or {}
+        if _NOTE_FIELD in ((fields.get("f:metadata") or {}).get("f:annotations") or {}):
+            set_at = max(set_at, times.canonical(str(entry.get("time") or "")))
+    if set_at and set_at == times.canonical(str(metadata.get("creationTimestamp") or "")):
+        return "", ""
+    return note, set_at
+
+
+def _owner(document: Json) -> Owner | None:
+    found = pods.controller(document)
+    if found is None:
+        return None
+    keys = ("apiVersion", "kind", "name", "uid")
+    version, kind, name, uid = (sys.intern(str(found.get(key) or "")) for key in keys)
+    return Owner(api_version=version, kind=kind, name=name, uid=uid)
+
+
+class Cache(Protocol):
+    """The injected pods that run, as far as they are known: a Reflector."""
+
+    def get(self, namespace: str, name: str) -> Pod | None: ...
+
+
+class Api(Protocol):
+    """What is needed of `cluster.client.Client`."""
+
+    async def get(self, path: str, *, metadata_only: bool = False) -> Json: ...
+
+
+class Pods:
+    """Injected pods by name and UID: from the cache, or from the API server where the cache is behind, or the pod has ended."""
+
+    def __init__(self, cache: Cache, api: Api) -> None:
+        self._cache = cache
+        self._api = api
+        self._asked: OrderedDict[tuple[str, str, str], tuple[float, Pod | None]] = OrderedDict()
+
+    async def find(self, namespace: str, name: str, uid: str) -> Pod | None:
+        """
+        The pod, or None where it is not there, another of that name is, or it was not injected.
+
+        Raises:
+            Refused: the API server cannot be asked.
+        """
+        cached = self._cache.get(namespace, name)
+        if cached is not None and cached.uid == uid:
+            return cached
+        key, now_s = (namespace, name, uid), time.monotonic()
+        until_s, found = self._asked.get(key, (0.0, None))
+        if now_s >= until_s:
+            found = await self._ask(namespace, name, uid)
+            self._asked[key] = now_s + REMEMBERED_S, found
+            self._asked.move_to_end(key)
+            while len(self._asked) > REMEMBERED_MOST:
+                self._asked.popitem(last=False)
+        return found
+
+    async def _ask(self, namespace: str, name: str, uid: str) -> Pod | None:
+        try:
+            found = project(await self._api.get(f"/api/v1/namespaces/{namespace}/pods/{name}", metadata_only=True))
+        except client.NotFound:
+            return None
+        except (client.ApiError, client.Unreachable) as err:
+            raise Refused(Result.UNAVAILABLE, "the API server cannot be asked about the pod now") from err
+        return found if found is not None and found.uid == uid else None

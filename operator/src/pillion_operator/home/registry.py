@@ -1,0 +1,218 @@
+"""
+The whole of: what is known of each job that reports: its newest report, since when, and how long its next one may take.
+
+Called from: the server, which brings reports; the controller, which draws conclusions. Pure: time is an argument, monotonic seconds
+where it measures a wait, seconds since 1970 where it is compared with a job's own times.
+Must never: let an attempt that has a successor speak for the job, or keep a job that is silent for good.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from pillion.wire import home
+from pillion_operator.home import times
+
+REPORTS_PER_S: Final = 200.0
+"""
+Most reports a second that jobs are asked for. One costs the controller two thirds of a millisecond (benchmarks/bench_controller.py),
+so that jobs take a seventh of a core however many they are: up to 600 of them report each 3 s, 1,000 each 5 s, 12,000 each 60 s.
+"""
+GONE_INTERVALS: Final = 3
+"""A job that was silent for so many of its intervals is gone: two reports may be lost."""
+LATE_INTERVALS: Final = 1.5
+"""A job's pod that was silent for so many may be followed by another of the same age."""
+PAST_SESSIONS: Final = 8
+"""Sessions of a job that are remembered as over. A pod of an attempt before those is older than the pod that reports."""
+NUMBERS_MOST: Final = 64
+"""Numbers that are kept of a report's metrics; the sidecar has a third of it."""
+NAME_MOST: Final = 64
+"""Characters of a number's name, a session, or the name of an error's class."""
+
+
+class JobKey(NamedTuple):
+    """Which job: ids are unique in a namespace."""
+
+    namespace: str
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job that reports."""
+
+    report: home.Report
+    created: str
+    """When the API server made the pod that reports."""
+    seen_s: float
+    """When the report came; monotonic."""
+    interval_s: float
+    """What it was told: when its next report is due."""
+    commit_gap_s: float | None
+    """Seconds between the last two commits. None: there were no two, or nobody knows."""
+
+    @property
+    def key(self) -> JobKey:
+        return JobKey(self.report.namespace, self.report.job_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """What a report changed."""
+
+    job: Job
+    """As it is known now."""
+    before: Job | None
+    """None: it is new."""
+    stale: bool = False
+    """The report is of an attempt that has a successor, and was not taken."""
+    changed: bool = False
+    """Whether anything but passing numbers is new."""
+
+
+class Registry:
+    """The jobs that report."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[JobKey, Job] = {}
+        self._past: dict[JobKey, deque[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def get(self, key: JobKey) -> Job | None:
+        """The job, or None while it does not report."""
+        return self._jobs.get(key)
+
+    def jobs(self) -> Collection[Job]:
+        """All of them; not to be held across an await."""
+        return self._jobs.values()
+
+    def under(self, namespace: str, policy: str) -> list[Job]:
+        """The jobs under a policy, by id."""
+        found = [job for job in self._jobs.values() if (job.report.namespace, job.report.policy) == (namespace, policy)]
+        return sorted(found, key=lambda job: job.report.job_id)
+
+    def interval_s(self) -> float:
+        """When a job that reports now shall report again."""
+        return interval_s(len(self._jobs))
+
+    def receive(self, report: home.Report, *, created: str, now_s: float) -> Received:
+        """
+        Take a report in.
+
+        Args:
+            report: as it came, from a pod that may speak for the job.
+            created: when the API server made that pod.
+            now_s: monotonic.
+        """
+        key = JobKey(report.namespace, report.job_id)
+        before = self._jobs.get(key)
+        if before is not None and not self._follows(key, before, report, created, now_s):
+            return Received(job=before, before=before, stale=True)
+        report = _bounded(report)
+        if before is not None and before.report.checkpoints == report.checkpoints:
+            # One copy of a long list, not a new one with each report.
+            report = dataclasses.replace(report, checkpoints=before.report.checkpoints)
+        changed = before is None or _lasting(before.report) != _lasting(report)
+        if before is None:
+            self._past.pop(key, None)
+        elif before.report.session not in ("", report.session):
+            self._past.setdefault(key, deque(maxlen=PAST_SESSIONS)).append(before.report.session)
+        job = Job(
+            report=report,
+            created=created,
+            seen_s=now_s,
+            interval_s=interval_s(len(self._jobs) + (before is None)),
+            commit_gap_s=_commit_gap_s(report, before),
+        )
+        self._jobs[key] = job
+        return Received(job=job, before=before, changed=changed)
+
+    def forget_silent(self, now_s: float) -> list[Job]:
+        """The jobs that are gone by now, which are no longer known from here on."""
+        gone = [job for job in self._jobs.values() if now_s - job.seen_s > GONE_INTERVALS * job.interval_s]
+        for job in gone:
+            del self._jobs[job.key]
+            self._past.pop(job.key, None)
+        return gone
+
+    def _follows(self, key: JobKey, before: Job, report: home.Report, created: str, now_s: float) -> bool:
+        """
+        Whether a report may take the place of the one before.
+
+        A pod follows itself: its sidecar sends one report after the other. Another pod follows when it is younger, or has the
+        higher attempt; of two that are equal, the one that goes on reporting stays. What was followed never comes back while
+        the job reports; when it is silent, whoever comes next speaks for it, so that no order of a few restarts can shut a job out.
+        """
+        if before.report.pod_uid == report.pod_uid:
+            return True
+        silent_s = now_s - before.seen_s
+        if silent_s > GONE_INTERVALS * before.interval_s:
+            return True
+        if report.session in self._past.get(key, ()):
+            return False
+        mine, theirs = (created, report.attempt), (before.created, before.report.attempt)
+        return mine > theirs or (mine == theirs and silent_s > LATE_INTERVALS * before.interval_s)
+
+
+def interval_s(num_jobs: int) -> float:
+    """Seconds until the next report of each of so many jobs; see `REPORTS_PER_S`."""
+    return min(max(home.DEFAULT_INTERVAL_S, num_jobs / REPORTS_PER_S), home.LONGEST_INTERVAL_S)
+
+
+def recovery_point_s(job: Job, now_s: float, *, with_snapshot: bool = False) -> float | None:
+    """
+    How much work would be lost now, in seconds: the age of the newest commit, or of the newest snapshot where it counts.
+
+    None: there is neither. Clocks of a pod and ours differ a little; no age is below zero.
+    """
+    report = job.report
+    found = [times.parse(report.committed_time), times.parse(report.snapshot_time) if with_snapshot else None]
+    newest_s = max((each for each in found if each is not None), default=None)
+    return None if newest_s is None else max(0.0, now_s - newest_s)
+
+
+def _commit_gap_s(report: home.Report, before: Job | None) -> float | None:
+    last_s = times.parse(report.committed_time)
+    if last_s is None:
+        return None
+    if before is not None and before.report.committed_time == report.committed_time and before.commit_gap_s is not None:
+        return before.commit_gap_s
+    # What storage holds is known after a restart of ours too; what the report before said, also when only one is kept.
+    told = [times.parse(each.completed) for each in report.checkpoints if each.step != report.committed_step]
+    earlier = [each for each in told if each is not None and each < last_s]
+    if before is not None and (said_s := times.parse(before.report.committed_time)) is not None and said_s < last_s:
+        earlier.append(said_s)
+    return last_s - max(earlier) if earlier else None
+
+
+def _lasting(report: home.Report) -> tuple[Any, ...]:
+    """What objects and conditions are made of. What changes with each step is in none of them."""
+    return tuple(getattr(report, name) for name in _LASTING)
+
+
+_PASSING: Final = ("metrics", "step", "snapshot_time")
+_LASTING: Final = tuple(each.name for each in dataclasses.fields(home.Report) if each.name not in _PASSING)
+
+
+def _bounded(report: home.Report) -> home.Report:
+    """The report without what would cost memory and means nothing to us."""
+    numbers: Iterable[tuple[str, Any]] = (
+        (name, value)
+        for name, value in report.metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and len(name) <= NAME_MOST
+    )
+    failures = tuple(
+        dataclasses.replace(each, reason=each.reason[:NAME_MOST], message=each.message[: home.TEXT_LIMIT])
+        for each in report.failures
+    )
+    return dataclasses.replace(
+        report,
+        session=report.session[:NAME_MOST],
+        storage_error=report.storage_error[: home.TEXT_LIMIT],
+        failures=failures,
+        metrics=dict(sorted(numbers)[:NUMBERS_MOST]),
+    )

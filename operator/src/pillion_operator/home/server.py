@@ -1,0 +1,142 @@
+"""
+The whole of: the HTTP of calling home: a report comes in, is checked, taken in, and answered.
+
+Called from: the controller, which serves `Home.application` over TLS.
+Must never: answer a report that another pod sent, hold more than a bounded number of requests, or wait for anything of the
+controller's: what a report changes is worked on later.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from aiohttp import web
+
+from pillion.wire import home
+from pillion_operator import metrics
+from pillion_operator.home import authenticate, injected
+from pillion_operator.home.refusal import Refused, Result
+from pillion_operator.home.registry import JobKey, Received, Registry
+from pillion_operator.log import Field
+
+DEADLINE_S: Final = 10.0
+"""For one request: its body, the question about its token, and the answer. A sidecar waits about as long."""
+IN_FLIGHT_MOST: Final = 256
+"""Requests at one time; with bodies of at most a MiB each. More are told to come again."""
+KEEP_ALIVE_S: Final = 15.0
+"""How long an idle connection stays: longer than the usual interval, so that a job needs no new TLS handshake for each report."""
+
+_log = logging.getLogger(__name__)
+
+
+class PolicyNow(NamedTuple):
+    """What jobs under a policy are told of it."""
+
+    spec: Mapping[str, Any] | None
+    generation: int
+
+
+NO_POLICY: Final = PolicyNow(None, 0)
+
+
+class Home:
+    """Who answers when a sidecar calls."""
+
+    def __init__(
+        self,
+        authenticator: authenticate.Authenticator,
+        pods: injected.Pods,
+        registry: Registry,
+        *,
+        policy_of: Callable[[str, str], PolicyNow],
+        commands_of: Callable[[JobKey], tuple[home.Command, ...]],
+        on_report: Callable[[Received], None],
+    ) -> None:
+        """
+        Args:
+            authenticator: whose token it is.
+            pods: what was injected into that pod.
+            registry: where reports are kept.
+            policy_of: the policy of a namespace and name as it is now.
+            commands_of: what a job is to do.
+            on_report: called with what each report changed, before its answer is made.
+        """
+        self._authenticator = authenticator
+        self._pods = pods
+        self._registry = registry
+        self._policy_of = policy_of
+        self._commands_of = commands_of
+        self._on_report = on_report
+        self._in_flight = 0
+
+    def application(self) -> web.Application:
+        """What a server runs."""
+        application = web.Application(client_max_size=home.MAX_REPORT_BYTES)
+        application.router.add_post(home.REPORT_PATH, self._post)
+        return application
+
+    async def _post(self, request: web.Request) -> web.Response:
+        if self._in_flight >= IN_FLIGHT_MOST:
+            return _refuse(Refused(Result.BUSY, f"more than {IN_FLIGHT_MOST} reports at once; come again"))
+        self._in_flight += 1
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                answer, result = await self._answer(request)
+        except Refused as refused:
+            return _refuse(refused)
+        except TimeoutError:
+            return _refuse(Refused(Result.SLOW, f"the report was not there, or not checked, within {DEADLINE_S:.0f} s"))
+        finally:
+            self._in_flight -= 1
+        metrics.REPORTS.labels(result.value).inc()
+        return web.Response(body=home.encode(answer), content_type="application/json")
+
+    async def _answer(self, request: web.Request) -> tuple[home.Answer, Result]:
+        # Before the body: a stranger is not worth a MiB of memory.
+        identity = await self._authenticator.authenticate(request.headers.get("Authorization", ""))
+        try:
+            report = home.decode_report(await request.read())
+        except home.BadReport as err:
+            raise Refused(Result.BAD, str(err)) from err
+        except web.HTTPRequestEntityTooLarge as err:
+            raise Refused(Result.BAD, f"the report is longer than {home.MAX_REPORT_BYTES} bytes") from err
+        pod = await self._pods.find(identity.namespace, identity.pod, identity.pod_uid)
+        if pod is None:
+            raise Refused(Result.FORBIDDEN, f"the pod {identity.pod} was not injected, or is gone")
+        if said := _differences(report, identity, pod):
+            raise Refused(Result.FORBIDDEN, "a pod reports for its own job only: " + "; ".join(said))
+        received = self._registry.receive(report, created=pod.created, now_s=time.monotonic())
+        if not received.stale:
+            self._on_report(received)
+        now = self._policy_of(pod.namespace, pod.policy)
+        answer = home.Answer(
+            interval_s=received.job.interval_s,
+            policy=now.spec,
+            policy_generation=now.generation,
+            # A stale one may still be draining, and goes on with what it has; the job's commands are for its successor.
+            commands=() if received.stale else self._commands_of(received.job.key),
+        )
+        return answer, Result.STALE if received.stale else Result.ACCEPTED
+
+
+def _differences(report: home.Report, identity: authenticate.Identity, pod: injected.Pod) -> list[str]:
+    """What a report says of itself and is not so."""
+    pairs = (
+        ("namespace", report.namespace, identity.namespace),
+        ("pod", report.pod, identity.pod),
+        ("pod_uid", report.pod_uid, identity.pod_uid),
+        ("policy", report.policy, pod.policy),
+        ("job_id", report.job_id, pod.job_id),
+    )
+    return [f"{name} is {said[:253]!r}, and the pod's is {own!r}" for name, said, own in pairs if said != own]
+
+
+def _refuse(refused: Refused) -> web.Response:
+    metrics.REPORTS.labels(refused.result.value).inc()
+    # Not louder: a pod that is refused comes again every few seconds, and its own log says why.
+    _log.debug(
+        "refused a report: %s", refused, extra={Field.STATUS: refused.status, Field.REASON: refused.result.value}
+    )
+    return web.Response(status=refused.status, text=f"{refused}\n", headers=refused.headers)

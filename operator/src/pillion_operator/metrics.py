@@ -1,0 +1,235 @@
+"""
+The whole of: every metric of the operator, declared once, in a registry of its own.
+
+Called from: whoever counts; the health server, which shows `REGISTRY`. Each process has them all, and those of the other at zero.
+Must never: have a label whose values a user makes up (a pod, a policy, a job): that is what events and status are for. The
+exception is `FLEET`, whose series are bounded and end with the job.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+# When a series began is of no use here, and doubles their number.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # it lacks an annotation
+
+REGISTRY: Final = CollectorRegistry()
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+GCCollector(registry=REGISTRY)
+
+
+def render() -> bytes:
+    """All of them in Prometheus' text format."""
+    return generate_latest(REGISTRY)
+
+
+# --- webhook -----------------------------------------------------------------------------------------------------
+
+ADMISSION_REQUESTS: Final = Counter(
+    "pillion_admission_requests",
+    "Pods that were decided about, by decision (inject, skip, deny) and reason code.",
+    ["decision", "reason"],
+    registry=REGISTRY,
+)
+ADMISSION_BAD_REQUESTS: Final = Counter(
+    "pillion_admission_bad_requests",
+    "Requests that were no AdmissionReview of a pod, by HTTP status.",
+    ["status"],
+    registry=REGISTRY,
+)
+ADMISSION_DURATION: Final = Histogram(
+    "pillion_admission_duration_seconds",
+    "Time from a whole request to its answer.",
+    # The goal is 50 ms at the 99th percentile; the API server gives up after 5 s.
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+    registry=REGISTRY,
+)
+ADMISSION_IN_FLIGHT: Final = Gauge(
+    "pillion_admission_requests_in_flight", "Requests that are being answered.", registry=REGISTRY
+)
+POLICY_LOOKUPS: Final = Counter(
+    "pillion_policy_lookups",
+    "Policies that were looked up for a pod, by where the answer came from (cache, api).",
+    ["source"],
+    registry=REGISTRY,
+)
+POLICY_CACHE_SYNCED: Final = Gauge(
+    "pillion_policy_cache_synced", "1 once every CheckpointPolicy was listed.", registry=REGISTRY
+)
+POLICY_CACHE_SIZE: Final = Gauge(
+    "pillion_policy_cache_size", "CheckpointPolicy objects in the cache.", registry=REGISTRY
+)
+
+# --- access to the API server ------------------------------------------------------------------------------------
+
+API_REQUESTS: Final = Counter(
+    "pillion_api_requests",
+    "Requests to the API server, by verb and status; status 0 is no answer.",
+    ["verb", "status"],
+    registry=REGISTRY,
+)
+WATCH_RESTARTS: Final = Counter(
+    "pillion_watch_restarts",
+    "Watches that were begun again, by resource and why (ended, idle, gone, refused, unreachable).",
+    ["resource", "why"],
+    registry=REGISTRY,
+)
+WATCH_UNREADABLE: Final = Counter(
+    "pillion_watch_unreadable_objects",
+    "Objects that a cache could not take in because of an error of ours, by resource.",
+    ["resource"],
+    registry=REGISTRY,
+)
+EVENTS_POSTED: Final = Counter("pillion_events_posted", "Events that the API server took.", registry=REGISTRY)
+EVENTS_DROPPED: Final = Counter(
+    "pillion_events_dropped",
+    "Events that nobody will see, by why (queue, refused).",
+    ["why"],
+    registry=REGISTRY,
+)
+LEADER: Final = Gauge("pillion_leader", "1 while this replica holds the Lease.", registry=REGISTRY)
+
+# --- certificates ------------------------------------------------------------------------------------------------
+
+CERTIFICATE_EXPIRY: Final = Gauge(
+    "pillion_certificate_expiry_timestamp_seconds",
+    "When the certificate that is being served ends, in seconds since 1970; 0 before there is one.",
+    registry=REGISTRY,
+)
+CERTIFICATE_LOADS: Final = Counter(
+    "pillion_certificate_loads",
+    "Certificates that were taken from the Secret, by result (loaded, refused).",
+    ["result"],
+    registry=REGISTRY,
+)
+CERTIFICATE_ROTATIONS: Final = Counter(
+    "pillion_certificate_rotations",
+    "What the leader made anew, by what (leaf, authority, bundle).",
+    ["what"],
+    registry=REGISTRY,
+)
+
+# --- controller and jobs -----------------------------------------------------------------------------------------
+
+REPORTS: Final = Counter(
+    "pillion_reports",
+    "Reports of sidecars, by what became of them (accepted, stale, bad, unauthenticated, forbidden, unavailable, busy, slow).",
+    ["result"],
+    registry=REGISTRY,
+)
+CHECKPOINT_WRITES: Final = Counter(
+    "pillion_checkpoint_writes",
+    "Writes of Checkpoint objects, by operation (create, status, delete) and result (done, failed).",
+    ["op", "result"],
+    registry=REGISTRY,
+)
+POLICY_STATUS_WRITES: Final = Counter(
+    "pillion_policy_status_writes", "Writes of a CheckpointPolicy's status.", registry=REGISTRY
+)
+RECONCILE_WAITING: Final = Gauge(
+    "pillion_reconcile_waiting", "Jobs and policies whose objects are to be looked at.", registry=REGISTRY
+)
+RECONCILE_ERRORS: Final = Counter(
+    "pillion_reconcile_errors", "Jobs and policies that an error of ours kept from being looked at.", registry=REGISTRY
+)
+
+JOBS_MOST: Final = 2000
+"""Jobs that have series of their own; some twenty each, which end with the job."""
+_JOB_LABELS: Final = ("namespace", "job", "policy")
+_JOB_GAUGES: Final = {
+    "last_committed_step": "Training step of the job's newest committed checkpoint.",
+    "last_committed_timestamp_seconds": "When it was committed, in seconds since 1970.",
+    "recovery_point_seconds": "Age of it: the work that would be lost if nothing in memory survived.",
+    "snapshot_recovery_point_seconds": "Age of the newest snapshot or committed checkpoint: the work that would be lost otherwise.",
+    "storage_reachable": "1 while the job's sidecars can use the storage.",
+    "pods": "Pods of the job.",
+    "checkpoints": "Checkpoints of the job on storage.",
+}
+_JOB_COUNTERS: Final = {
+    # By the name in a report: the metric, its help, and the label that tells it from its siblings.
+    "saves_committed": ("saves", "Saves, by outcome.", ("outcome", "committed")),
+    "saves_failed": ("saves", "", ("outcome", "failed")),
+    "saves_skipped": ("saves", "", ("outcome", "skipped")),
+    "saves_replaced": ("saves", "", ("outcome", "replaced")),
+    "saves_waited": ("save_waits", "Saves that had to wait for a slot.", None),
+    "snapshots": ("snapshots", "Snapshots in memory.", None),
+    "loads_arena": ("loads", "Loads, by where from.", ("source", "arena")),
+    "loads_storage": ("loads", "", ("source", "storage")),
+    "checkpoints_refused": ("checkpoints_refused", "Checkpoints that a load passed over as corrupt.", None),
+    "executor_restarts": ("executor_restarts", "Executors that had to be started anew.", None),
+    "persisted_bytes": ("persisted_bytes", "Bytes written to storage by the coordinator's pod.", None),
+    "persist_seconds": ("persist_seconds", "Time that took.", None),
+    "commit_seconds": ("commit_seconds", "Time that commits took.", None),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow:
+    """What the series of one job show."""
+
+    namespace: str
+    job: str
+    policy: str
+    gauges: Mapping[str, float]
+    """By the name in `_JOB_GAUGES`; what is not known is left out."""
+    counters: Mapping[str, float]
+    """By the name in `_JOB_COUNTERS`, since the sidecar started."""
+
+
+class Fleet(Collector):
+    """
+    Series of the jobs that report and of the policies that have pods, made when somebody asks.
+
+    So they are there as long as the job is, and cost nothing in between.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: Callable[[], Iterable[JobRow]] = tuple
+        self.pods: Callable[[], Iterable[tuple[tuple[str, str], int]]] = tuple
+
+    def collect(self) -> Iterator[Metric]:
+        rows = list(self.jobs())
+        yield GaugeMetricFamily("pillion_jobs", "Jobs that report.", value=len(rows))
+        pods = GaugeMetricFamily(
+            "pillion_policy_injected_pods", "Injected pods that run under the policy.", labels=("namespace", "policy")
+        )
+        for labels, number in islice(self.pods(), JOBS_MOST):
+            pods.add_metric(labels, number)
+        yield pods
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for name, text in _JOB_GAUGES.items():
+            families[name] = GaugeMetricFamily(f"pillion_job_{name}", text, labels=_JOB_LABELS)
+        for name, text, label in _JOB_COUNTERS.values():
+            names = _JOB_LABELS + ((label[0],) if label else ())
+            families.setdefault(name, CounterMetricFamily(f"pillion_job_{name}", text, labels=names))
+        for row in rows[:JOBS_MOST]:
+            own = (row.namespace, row.job, row.policy)
+            for name in _JOB_GAUGES.keys() & row.gauges.keys():
+                families[name].add_metric(own, row.gauges[name])
+            for key in _JOB_COUNTERS.keys() & row.counters.keys():
+                name, _, label = _JOB_COUNTERS[key]
+                families[name].add_metric(own + ((label[1],) if label else ()), row.counters[key])
+        yield from families.values()
+
+
+FLEET: Final = Fleet()
+REGISTRY.register(FLEET)

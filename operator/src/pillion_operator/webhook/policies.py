@@ -1,0 +1,101 @@
+"""
+The whole of: the CheckpointPolicy that a pod names: from the cache, or, where it is not there, from the API server.
+
+Called from: `server`, for each pod. A policy that was made a moment ago may not be in the cache yet, and one pod of a job that is
+refused for it is one too many: so a miss is asked about, once for all who ask at the same time.
+Must never: ask about what is in the cache; take longer than `LOOKUP_S`.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import Final
+
+from pillion_operator import metrics
+from pillion_operator.cluster import client, reflector
+from pillion_operator.injection import checkpoint_policy
+from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
+
+_GROUP: Final = "/apis/pillion.dev/v1alpha1"
+_RESOURCE: Final = "checkpointpolicies"
+LOOKUP_S: Final = 2.0
+"""For one question to the API server: less than half of what it gives us."""
+MISSING_S: Final = 1.0
+"""How long a policy that is not there is taken for missing: a job with a wrong name makes pods by the hundred."""
+MISSING_MOST: Final = 1024
+"""Missing policies that are remembered."""
+Key = tuple[str, str]
+
+
+class LookupFailed(Exception):
+    """Whether there is such a policy is not known; the text says why."""
+
+
+class Policies:
+    """Every CheckpointPolicy of the cluster."""
+
+    def __init__(self, api: client.Client) -> None:
+        self._client = api
+        self._reflector = reflector.Reflector(
+            api, f"{_GROUP}/{_RESOURCE}", checkpoint_policy.from_object, on_change=self._changed
+        )
+        self._asked: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
+        self._missing: OrderedDict[Key, float] = OrderedDict()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every policy was listed once."""
+        return self._reflector.synced.is_set()
+
+    async def run(self) -> None:
+        """Keep the cache. Blocks: until it is cancelled."""
+        watching = asyncio.create_task(self._reflector.run(), name="policies")
+        try:
+            await self._reflector.synced.wait()
+            metrics.POLICY_CACHE_SYNCED.set(1)
+            await watching
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, *self._asked.values(), return_exceptions=True)
+
+    async def find(self, namespace: str, name: str) -> CheckpointPolicy | None:
+        """
+        The policy of that name, or None: there is none.
+
+        Raises:
+            LookupFailed: the API server does not say.
+        """
+        found = self._reflector.get(namespace, name)
+        if found is not None:
+            metrics.POLICY_LOOKUPS.labels("cache").inc()
+            return found
+        key = (namespace, name)
+        if time.monotonic() < self._missing.get(key, 0.0):
+            metrics.POLICY_LOOKUPS.labels("cache").inc()
+            return None
+        if key not in self._asked:
+            task = asyncio.create_task(self._ask(key), name="policy")
+            self._asked[key] = task
+            task.add_done_callback(lambda _: self._asked.pop(key, None))
+        # Who asked first may be gone before the answer comes; the others still want it.
+        return await asyncio.shield(self._asked[key])
+
+    async def _ask(self, key: Key) -> CheckpointPolicy | None:
+        metrics.POLICY_LOOKUPS.labels("api").inc()
+        namespace, name = key
+        path = f"{_GROUP}/namespaces/{namespace}/{_RESOURCE}/{name}"
+        try:
+            found = await self._client.get(path, timeout_s=LOOKUP_S)
+        except client.NotFound:
+            self._missing[key] = time.monotonic() + MISSING_S
+            self._missing.move_to_end(key)
+            while len(self._missing) > MISSING_MOST:
+                self._missing.popitem(last=False)
+            return None
+        except (client.ApiError, client.Unreachable) as err:
+            raise LookupFailed(f"policy {name} could not be looked up: {err}") from err
+        return checkpoint_policy.from_object(found)
+
+    def _changed(self, key: Key, old: CheckpointPolicy | None, new: CheckpointPolicy | None) -> None:
+        self._missing.pop(key, None)
+        metrics.POLICY_CACHE_SIZE.set(len(self._reflector))

@@ -1,0 +1,170 @@
+"""
+The whole of: what became of each save and load in this pod, written down once: counters, causes, times, the newest failures.
+
+Called from: `saves`, `persisting`, `loads` (events), `exporter` and `home` (read). No I/O; clocks are arguments of the constructor.
+Must never: keep more than a bounded number of anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from pillion.errors import PillionError
+from pillion.wire import home
+from pillion_sidecar.demands import Demands
+from pillion_sidecar.metrics import Metrics
+
+KEPT_SAVES: Final = 256
+"""Saves that are remembered from their begin on; far more than are on their way at once."""
+STORAGE_ERRORS: Final = frozenset({"PersistError", "CommitError"})
+"""Errors of a save that are the storage's, as far as a pod can tell."""
+
+
+def rfc3339(seconds: float) -> str:
+    """A time since 1970 as reports have it: UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass
+class Entry:
+    """One save."""
+
+    began_s: float
+    began_ns: int
+    cause: home.Cause
+    stall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The newest commit since this sidecar started."""
+
+    step: int
+    time_s: float
+
+
+class Journal:
+    """
+    See the module.
+
+    Args:
+        clock: monotonic seconds.
+        wall: seconds since 1970.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+        self.metrics = Metrics()
+        self.demands = Demands()
+        self.failures: deque[home.Failure] = deque(maxlen=home.MOST_FAILURES)
+        self.commit: Commit | None = None
+        self.storage_problem = ""
+        """Why the last save could not be persisted; empty again with the next commit."""
+        self.terminating = False
+        """The pod is to end: saves are made for that from here on."""
+        self.on_news: Callable[[], None] = lambda: None
+        """Called when something happened that others wait for: a commit, a failure, an answer to a demand."""
+        self._clock = clock
+        self._wall = wall
+        self._saves: dict[int, Entry] = {}
+
+    # --- saves -------------------------------------------------------------------------------------------------------
+
+    def began(self, step: int, *, persist: bool) -> None:
+        """The first rank of this pod claimed a slot for `step`."""
+        cause = home.Cause.PERIODIC
+        if persist:
+            if self.terminating:
+                cause = home.Cause.ON_TERMINATION
+            elif self.demands.waiting:
+                cause = home.Cause.ON_DEMAND
+            self.demands.began(step)
+        self._saves[step] = Entry(self._clock(), int(self._wall() * 1e9), cause)
+        while len(self._saves) > KEPT_SAVES:
+            del self._saves[next(iter(self._saves))]
+
+    def sealed(self, step: int, stall_s: float) -> None:
+        """A rank sealed its slot; `stall_s` is how long its training loop was held up, 0 where it does not say."""
+        entry = self._saves.get(step)
+        if entry is not None:
+            entry.stall_s = max(entry.stall_s, stall_s)
+
+    def complete(self, step: int) -> None:
+        """The last rank of this pod sealed its slot."""
+        entry = self._saves.get(step)
+        if entry is None:
+            return
+        self.metrics.stages += 1
+        self.metrics.stage_seconds += self._clock() - entry.began_s
+        if entry.stall_s:
+            self.metrics.stalls += 1
+            self.metrics.stall_seconds += entry.stall_s
+
+    def rescued(self, step: int) -> None:
+        """A snapshot goes to storage, as its trainer cannot make another."""
+        entry = self._saves.setdefault(step, Entry(self._clock(), 0, home.Cause.ON_TERMINATION))
+        entry.cause = home.Cause.ON_TERMINATION
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What a save's manifest says of it besides what is in it."""
+        entry = self._saves.get(step)
+        if entry is None:
+            return {"started_ns": 0, "cause": home.Cause.PERIODIC.value}
+        return {"started_ns": entry.began_ns, "cause": entry.cause.value}
+
+    def committed(self, step: int, outcome: Mapping[str, Any]) -> None:
+        """A save is on storage, and visible."""
+        metrics, now_s = self.metrics, self._wall()
+        metrics.saves_committed += 1
+        metrics.persisted_bytes += int(outcome["size_bytes"])
+        metrics.persist_seconds += float(outcome["persist_s"])
+        metrics.commit_seconds += float(outcome["commit_s"])
+        metrics.last_committed_step = max(metrics.last_committed_step, step)
+        metrics.last_committed_timestamp = now_s
+        self.commit = Commit(step, now_s)
+        self.storage_problem = ""
+        self.demands.ended(step, None)
+        self.on_news()
+
+    def snapshot(self) -> None:
+        """A save that stays in memory is sealed on every rank of the job."""
+        self.metrics.snapshots += 1
+
+    def failed(self, step: int, error: PillionError) -> None:
+        """A save is lost."""
+        kind, text = type(error).__name__, str(error)
+        self.metrics.saves_failed += 1
+        self.metrics.failures_by_kind[kind] = self.metrics.failures_by_kind.get(kind, 0) + 1
+        if kind in STORAGE_ERRORS:
+            self.storage_problem = text
+        self._note(step, kind, text)
+        self.demands.ended(step, f"{kind}: {text}")
+        self.on_news()
+
+    def abandoned(self, step: int, error: PillionError) -> None:
+        """A rank gave a save up before any rank of this pod had claimed a slot for it."""
+        self.demands.began(step)
+        self.failed(step, error)
+
+    def dropped(self, step: int, error: PillionError, *, persist: bool) -> None:
+        """A save was skipped or replaced, as the policy's `overlap` says: no failure, yet no checkpoint either."""
+        if persist and step not in self._saves:
+            self.demands.began(step)
+        self.demands.ended(step, str(error))
+        self.on_news()
+
+    # --- loads -------------------------------------------------------------------------------------------------------
+
+    def load_failed(self, step: int | None, kind: str, text: str) -> None:
+        """A load ended with an error on every rank of this pod."""
+        self._note(-1 if step is None else step, kind, text)
+        self.on_news()
+
+    def _note(self, step: int, kind: str, text: str) -> None:
+        self.failures.append(
+            home.Failure(step=step, reason=kind, message=text[: home.TEXT_LIMIT], time=rfc3339(self._wall()))
+        )

@@ -1,0 +1,172 @@
+"""
+The back half of a save in this pod: complete saves go to the executor, one at a time, and their outcome to everybody.
+
+Called from: `saves` (wake, withdraw), the supervisor (start, rescue, quiet), `loads` (quiet). Never imports torch, never touches user
+data; the executor's ping bounds what it waits for.
+
+    complete saves, withdrawals --> _work: one at a time --> executor
+                                      outcome --> every local rank, metrics, slots
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from pillion.errors import ErrorDocument, PillionError, RemoteFailure, SaveError
+from pillion.wire import arena, policy
+from pillion_sidecar import background, failures
+from pillion_sidecar.arena.slots import Phase, Save
+from pillion_sidecar.executor.parent import ExecutorDied
+from pillion_sidecar.journal import Journal
+from pillion_sidecar.operation import Operations
+from pillion_sidecar.pod import Pod
+from pillion_sidecar.trainers import Trainers
+
+_log = logging.getLogger(__name__)
+
+PERSIST_ATTEMPTS: Final = 2
+"""How often one snapshot is handed to an executor that dies with it: a snapshot that kills two would kill a third."""
+
+
+class Persisting:
+    """
+    See the module.
+
+    Args:
+        on_release: called when a slot may have become free.
+    """
+
+    def __init__(
+        self, journal: Journal, trainers: Trainers, operations: Operations, on_release: Callable[[], None]
+    ) -> None:
+        self._journal = journal
+        self._trainers = trainers
+        self._operations = operations
+        self._on_release = on_release
+        self._withdrawn: list[tuple[int, bool, ErrorDocument]] = []
+        self._wake = asyncio.Event()
+        self._quiet = asyncio.Condition()
+
+    def start(self, tasks: background.Tasks) -> None:
+        tasks.start(self._work(), "persisting")
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def withdraw(self, step: int, error: SaveError, *, persist: bool) -> None:
+        """Other pods wait for this one's part of `step`: tell them that it never comes."""
+        pod = self._trainers.pod
+        if pod is not None and len(pod.identity.pods) > 1:
+            self._withdrawn.append((step, persist, ErrorDocument.from_exception(error)))
+            self.wake()
+
+    def rescue(self) -> None:
+        """Persist the newest whole snapshot that is not on storage: its trainer cannot make another."""
+        pod = self._trainers.pod
+        if pod is None or pod.policy.trigger.on_termination is not policy.OnTermination.SAVE:
+            return
+        save = pod.table.newest_complete()
+        if save is not None and not save.persisted and not save.persist and pod.identity.root:
+            save.persist = True
+            if save.phase is Phase.DONE:  # one that is being registered as a snapshot is queued again by _persist
+                save.phase = Phase.COMPLETE
+            self._journal.rescued(save.step)
+            _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
+            self.wake()
+
+    def busy(self) -> bool:
+        pod = self._trainers.pod
+        if pod is None:
+            return False
+        phases = {save.phase for save in pod.table.saves.values() if not save.failures}
+        return bool(self._withdrawn) or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
+
+    async def quiet(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or being persisted. Blocks: up to timeout_s. False when the bound came first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._quiet:
+                await self._quiet.wait_for(lambda: not self.busy())
+        return not self.busy()
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while (job := self._next()) is not None:
+                try:
+                    await job
+                except Exception:  # a boundary: the loop outlives any one save
+                    _log.exception("internal error while saving")
+                self._on_release()
+            async with self._quiet:
+                self._quiet.notify_all()
+
+    def _next(self) -> Awaitable[None] | None:
+        pod = self._trainers.pod
+        if pod is None:
+            return None
+        if self._withdrawn:
+            step, persist, error = self._withdrawn.pop(0)
+            return self._operations.withdraw(pod, step, error, persist=persist)
+        for save in sorted(pod.table.saves.values(), key=lambda s: s.order):
+            if save.phase is Phase.COMPLETE and not save.failures:
+                pod.table.start_persist(save)
+                return self._persist(pod, save)
+        return None
+
+    async def _persist(self, pod: Pod, save: Save) -> None:
+        pod.mark(save, arena.SlotState.PERSISTING)
+        outcome: dict[str, Any] | None = None
+        error: SaveError | None = None
+        wanted = save.persist
+        for attempt in range(PERSIST_ATTEMPTS):
+            try:
+                outcome = await self._operations.persist(pod, save, self._journal.about(save.step))
+                error = None
+                break
+            except ExecutorDied as err:
+                failure = RemoteFailure("ExecutorDied", str(err))
+                error = SaveError("the executor died", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+                if attempt + 1 < PERSIST_ATTEMPTS:
+                    _log.warning("step %d goes to the executor's successor: %s", save.step, err)
+            except SaveError as err:
+                error = failures.for_local_ranks(err, list(pod.segments))
+                break
+            except PillionError as err:
+                failure = RemoteFailure(type(err).__name__, str(err))
+                error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+                break
+        persisted = outcome is not None and wanted
+        pod.mark(save, arena.SlotState.SEALED, persisted=persisted)
+        pod.table.finish(save, persisted=persisted)
+        if save.persist and not wanted:  # its trainer died meanwhile: see rescue
+            save.phase = Phase.COMPLETE
+        elif outcome is None:
+            self.report_failed(save, error or SaveError("the save failed", step=save.step))
+        else:
+            self._committed(save, outcome)
+
+    def _committed(self, save: Save, outcome: Mapping[str, Any]) -> None:
+        if save.persist:
+            self._journal.committed(save.step, outcome)
+        else:
+            self._journal.snapshot()
+        _log.info(
+            "step %d is %s",
+            save.step,
+            "committed" if save.persist else "sealed on every rank",
+            extra={"step": save.step, "bytes": outcome["size_bytes"], "elapsed_s": outcome["persist_s"]},
+        )
+        self._trainers.broadcast({**outcome, "type": "committed", "step": save.step})
+
+    def report_failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
+        """Tell the trainers of this pod that a save is lost; `but` is the rank that knows already."""
+        step = save.step
+        self._journal.failed(step, error)
+        _log.error("save of step %d failed: %s", step, error, extra={"step": step})
+        self._trainers.broadcast({"type": "save_failed", "step": step, "error": failures.document(error)}, but=but)

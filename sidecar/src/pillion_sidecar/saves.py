@@ -1,0 +1,182 @@
+"""
+The front half of a save in this pod: claims, seals, and whatever keeps one from being sealed. Called from: the supervisor.
+
+    claim/sealed/abandon --> SlotTable --> answers, and complete saves for `persisting`
+
+What waits here is bounded: seals by `peer_timeout_s`, claims by the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from pillion.errors import (
+    BarrierTimeout,
+    ErrorDocument,
+    PillionError,
+    RemoteFailure,
+    SaveError,
+    SaveSkipped,
+    StagingError,
+)
+from pillion.wire import messages
+from pillion_sidecar import background, failures, settings
+from pillion_sidecar.arena import slots
+from pillion_sidecar.arena.slots import Phase, Save
+from pillion_sidecar.control import Client
+from pillion_sidecar.journal import Journal
+from pillion_sidecar.persisting import Persisting
+from pillion_sidecar.trainers import Trainers
+
+_log = logging.getLogger(__name__)
+
+
+class Saves:
+    """See the module."""
+
+    def __init__(
+        self,
+        of: settings.Settings,
+        journal: Journal,
+        trainers: Trainers,
+        persisting: Persisting,
+        tasks: background.Tasks,
+    ) -> None:
+        self._settings = of
+        self._journal = journal
+        self._trainers = trainers
+        self._persisting = persisting
+        self._tasks = tasks
+        self._waiting: list[tuple[Client, messages.Message]] = []
+        self._seal_timers: dict[int, asyncio.TimerHandle] = {}
+
+    async def claim(self, client: Client, message: messages.Message) -> None:
+        """A rank wants to fill a slot."""
+        pod = self._trainers.require_pod()
+        step = messages.field(message, "step", int)
+        persist = messages.field(message, "persist", bool)
+        destination = messages.optional_field(message, "destination", dict)
+        decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
+        if isinstance(decision, slots.MustWait):
+            self._journal.metrics.saves_waited += not message.get("waited")
+            self._waiting.append((client, {**message, "waited": True}))
+            return
+        if isinstance(decision, slots.Skipped):
+            if decision.first:
+                self._journal.metrics.saves_skipped += 1
+                self._journal.dropped(step, SaveSkipped(decision.reason, step=step), persist=persist)
+                self._persisting.withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
+            client.refuse(message, SaveSkipped(decision.reason, step=step))
+            return
+        if isinstance(decision, slots.Doomed):
+            raise failures.staging_error(step, decision.failures)
+        if isinstance(decision, slots.Replaced):
+            self._replaced(decision.victim, step)
+        save = decision.save
+        if save.filling == {client.rank} and not save.sealed:
+            self._journal.began(step, persist=persist)
+        room = messages.field(message, "room_bytes", int)
+        try:
+            capacity = await asyncio.to_thread(pod.grow, client.rank, save.slot, room)
+        except PillionError as err:
+            self.fail_rank(step, client.rank, ErrorDocument.from_exception(err))
+            raise
+        pod.begin_fill(client.rank, save.slot, persist=persist)
+        if step not in self._seal_timers:
+            loop = asyncio.get_running_loop()
+            self._seal_timers[step] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, step)
+        client.answer(message, {"type": "claimed", "slot": save.slot, "capacity_bytes": capacity})
+
+    def _replaced(self, victim: Save, step: int) -> None:
+        error = SaveSkipped(f"replaced by step {step} (staging.overlap: Latest)", step=victim.step)
+        self._journal.metrics.saves_replaced += 1
+        self._journal.dropped(victim.step, error, persist=victim.persist)
+        self._persisting.withdraw(victim.step, error, persist=victim.persist)
+        self._trainers.broadcast({"type": "save_failed", "step": victim.step, "error": failures.document(error)})
+
+    async def reserve(self, rank: int, room_bytes: int) -> list[int]:
+        """Have every slot of a rank hold at least `room_bytes`; the capacities."""
+        pod = self._trainers.require_pod()
+        return [await asyncio.to_thread(pod.grow, rank, slot, room_bytes) for slot in range(pod.policy.staging.slots)]
+
+    def sealed(self, client: Client, step: int, stall_s: float) -> None:
+        """A rank has sealed its slot, and was held up for `stall_s` by it; with the last one the save is complete."""
+        pod = self._trainers.require_pod()
+        self._journal.sealed(step, stall_s)
+        save = pod.table.sealed(step, client.rank)
+        if save is not None:
+            save.sealed_ns = time.time_ns()
+            self._journal.complete(step)
+            self._forget_timer(step)
+            self._persisting.wake()
+        self.released()
+
+    def _seal_timeout(self, step: int) -> None:
+        self._seal_timers.pop(step, None)
+        pod = self._trainers.pod
+        save = pod.table.saves.get(step) if pod is not None else None
+        if save is None or save.phase is not Phase.FILLING or pod is None:
+            return
+        missing = sorted(pod.table.ranks - save.sealed)
+        waited = self._settings.peer_timeout_s
+        text = f"did not seal step {step} within {waited:.1f} s"
+        error = BarrierTimeout(
+            phase="seal",
+            missing=missing,
+            waited_s=waited,
+            step=step,
+            failures={rank: RemoteFailure("BarrierTimeout", text) for rank in missing},
+        )
+        for rank in missing:
+            pod.table.fail_rank(step, rank, ErrorDocument.from_exception(error))
+        self._failed(save, error)
+        self.released()
+
+    def fail_rank(self, step: int, rank: int, error: ErrorDocument) -> None:
+        """A rank will not seal `step`."""
+        pod = self._trainers.require_pod()
+        first = step not in pod.table.saves and not pod.table.settled(step)
+        save = pod.table.fail_rank(step, rank, error)
+        told = failures.staging_error(step, {rank: error})
+        if save is not None:
+            # The rank itself knows, and better: its handle has the error as it was raised.
+            self._failed(save, told, but=rank)
+        elif first:
+            self._journal.abandoned(step, told)
+            self._persisting.withdraw(step, told, persist=True)
+        self.released()
+
+    def rank_lost(self, client: Client) -> None:
+        """A trainer is gone; without a goodbye what it was filling is torn."""
+        self._waiting = [(c, m) for c, m in self._waiting if c is not client]
+        pod = self._trainers.pod
+        if pod is None or client.said_goodbye:
+            return
+        failure = RemoteFailure("TrainerDied", "the trainer ended before its state was sealed", pid=client.pid)
+        error = StagingError("the trainer died", failures={client.rank: failure})
+        for save in pod.table.rank_lost(client.rank, ErrorDocument.from_exception(error)):
+            self._failed(save, error)
+
+    def _failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
+        self._forget_timer(save.step)
+        self._persisting.withdraw(save.step, error, persist=save.persist)
+        self._persisting.report_failed(save, error, but=but)
+
+    def _forget_timer(self, step: int) -> None:
+        timer = self._seal_timers.pop(step, None)
+        if timer is not None:
+            timer.cancel()
+
+    def released(self) -> None:
+        """A slot may be free: the waiting claims try again, in their order."""
+        waiting, self._waiting = self._waiting, []
+        for client, message in waiting:
+            self._tasks.start(self._retry(client, message), "claim")
+
+    async def _retry(self, client: Client, message: messages.Message) -> None:
+        try:
+            await self.claim(client, message)
+        except PillionError as err:
+            client.refuse(message, err)

@@ -1,0 +1,111 @@
+"""
+The whole of: the life of a controller process: it waits for the Lease, leads, hands over, and ends at once when it may not lead.
+
+Called from: pytest. The API server is a fake; tests/cluster has a real one.
+"""
+
+import json
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.deadlines import Deadline, eventually
+from support.fake_api import FakeApi
+from support.processes import Processes, Run
+
+NAMESPACE: Final = "pillion-system"
+SLICES: Final = f"/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices"
+LEASES: Final = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+LEASE_LOST: Final = 75
+UNAVAILABLE: Final = 69
+
+
+@pytest.fixture
+def server() -> Iterator[FakeApi]:
+    """An API server with a slice: this fake does not make one when it is patched."""
+    with FakeApi() as found:
+        found.put(f"{SLICES}/pillion-home", {"metadata": {"name": "pillion-home", "namespace": NAMESPACE}})
+        yield found
+
+
+def start(processes: Processes, kubeconfig: Path, name: str, address: str) -> Run:
+    environment = {
+        "KUBECONFIG": str(kubeconfig),
+        "KUBERNETES_SERVICE_HOST": "",
+        "PILLION_NAMESPACE": NAMESPACE,
+        "PILLION_POD_NAME": name,
+        "PILLION_POD_IP": address,
+        "PILLION_LISTEN_ADDRESS": "127.0.0.1",
+        "PILLION_HEALTH_PORT": "0",
+        "PILLION_HOME_PORT": "0",
+    }
+    return processes.python("-m", "pillion_operator", "controller", env=environment)
+
+
+def addresses(server: FakeApi) -> list[str]:
+    (found,) = server.find(SLICES)
+    return [address for each in found.get("endpoints") or [] for address in each["addresses"]]
+
+
+def holder(server: FakeApi) -> str:
+    return "".join(each["spec"]["holderIdentity"] for each in server.find(LEASES))
+
+
+def said(run: Run, part: str) -> dict[str, Any]:
+    """The line of the log that has these words."""
+    lines = [json.loads(line) for line in run.stderr.splitlines() if line.startswith("{") and line.endswith("}")]
+    return next((line for line in lines if part in line["message"]), {})
+
+
+def status(run: Run, path: str) -> int:
+    port = said(run, "serves health")["port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=Deadline.REPLY.s) as answer:
+        return int(answer.status)
+
+
+def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
+    processes: Processes, server: FakeApi, tmp_path: Path
+) -> None:
+    """The leader's address is there while it leads; it takes it away, gives the Lease up, and the next is there in seconds."""
+    kubeconfig = server.kubeconfig(tmp_path)
+    first = start(processes, kubeconfig, "first", "192.0.2.1")
+    eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "the first to lead")
+    second = start(processes, kubeconfig, "second", "192.0.2.2")
+    eventually(lambda: said(second, "serves health"), Deadline.PROCESS_START, "the second to wait")
+    assert holder(server) == "first"
+    for run in (first, second):
+        eventually(lambda run=run: status(run, "/readyz") == 200, Deadline.REPLY, "readiness")
+        assert status(run, "/healthz") == 200
+        assert status(run, "/metrics") == 200
+    first.signal(signal.SIGTERM)
+    assert first.wait(Deadline.PROCESS_EXIT) == 0
+    eventually(lambda: addresses(server) == ["192.0.2.2"], Deadline.REPLY, "the second to lead")
+    assert holder(server) == "second"
+    second.signal(signal.SIGTERM)
+    assert second.wait(Deadline.PROCESS_EXIT) == 0
+    assert (addresses(server), holder(server)) == ([], "")
+
+
+def test_a_leader_whose_lease_another_holds_ends_at_once(
+    processes: Processes, server: FakeApi, tmp_path: Path
+) -> None:
+    """With a status that is not 0, and without touching what is the other's by now."""
+    run = start(processes, server.kubeconfig(tmp_path), "first", "192.0.2.1")
+    eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "it to lead")
+    (lease,) = server.find(LEASES)
+    stolen = lease | {"spec": lease["spec"] | {"holderIdentity": "other"}}
+    server.put(f"{LEASES}/pillion-controller", stolen)
+    assert run.wait(Deadline.PROCESS_EXIT) == LEASE_LOST
+    assert addresses(server) == ["192.0.2.1"], "the other writes its own"
+    assert holder(server) == "other"
+
+
+def test_without_an_api_server_it_says_so_and_ends(processes: Processes, tmp_path: Path) -> None:
+    """There is nothing that it could do."""
+    run = start(processes, tmp_path / "none", "first", "192.0.2.1")
+    assert run.wait(Deadline.PROCESS_START) == UNAVAILABLE
+    assert said(run, "cannot begin")
