@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--pods", type=int, default=5000)
     parser.add_argument("--checkpoints", type=int, default=10, help="of each job")
     parser.add_argument("--seconds", type=float, default=120.0, help="of steady state")
+    parser.add_argument("--fresh", action="store_true", help="a new TLS connection for each report")
     given = parser.parse_args()
     program = Path(__file__).with_name("simulated_cluster.py")
     command = [sys.executable, str(program), str(given.jobs), str(given.pods), str(given.checkpoints)]
@@ -58,17 +59,19 @@ def main() -> None:
         begun = json.loads(process.stdout.readline())
         print(f"leads: {memory_mib(process.pid):.0f} MiB")
         try:
-            asyncio.run(measure(process.pid, begun, given.jobs, given.checkpoints, given.seconds))
+            asyncio.run(measure(process.pid, begun, given.jobs, given.checkpoints, given.seconds, fresh=given.fresh))
         finally:
             process.stdin.close()
             process.wait(START_S)
 
 
-async def measure(pid: int, begun: dict[str, str], num_jobs: int, num_checkpoints: int, seconds: float) -> None:
+async def measure(
+    pid: int, begun: dict[str, str], num_jobs: int, num_checkpoints: int, seconds: float, *, fresh: bool = False
+) -> None:
     context = ssl.create_default_context(cadata=begun["authority"])
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     seen = Seen()
-    connector = aiohttp.TCPConnector(limit=0, ssl=context)
+    connector = aiohttp.TCPConnector(limit=0, ssl=context, force_close=fresh)
     async with aiohttp.ClientSession(connector=connector) as session:
         url = f"https://127.0.0.1:{begun['port']}{home.REPORT_PATH}"
         jobs = [asyncio.create_task(_job(session, url, job, num_checkpoints, seen)) for job in range(num_jobs)]

@@ -211,6 +211,7 @@ class _Watcher:
 
 
 async def serve(num_jobs: int, num_pods: int, num_checkpoints: int) -> None:
+    app.bound_tls_memory()
     api: Any = SimulatedApi(num_jobs, num_pods, num_checkpoints)
     settings = Settings(
         namespace="pillion-system",

@@ -31,7 +31,7 @@ class TestFaults(ApiFaults):
     """The faults, before a real API server."""
 
     @pytest.fixture
-    def network(self, api: Api, tmp_path: Path) -> Iterator[Network]:  # type: ignore[override]
+    def network(self, api: Api, tmp_path: Path) -> Iterator[Network]:
         found = yaml.safe_load(api.kubeconfig.read_text())
         context = _named(found, "context", found["current-context"])
         cluster, user = _named(found, "cluster", context["cluster"]), _named(found, "user", context["user"])

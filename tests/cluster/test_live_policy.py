@@ -37,13 +37,12 @@ def test_suspend_stops_the_saves_of_a_running_job_and_resume_starts_them(trainin
     kube.patch("checkpointpolicy", "llm", {"spec": {"suspend": True}})
 
     def quiet() -> bool:
-        steps, commits = jobs.said(kube, name, "step"), jobs.said(kube, name, "committed")
-        return bool(steps[-1]["step"] > commits[-1]["step"] + 60)
+        return jobs.last(kube, name, "step") > jobs.last(kube, name, "committed") + 60
 
     kube.until(quiet, Deadline.TRAINED, "steps without saves")
-    last = jobs.said(kube, name, "committed")[-1]["step"]
+    last = jobs.last(kube, name, "committed")
     kube.patch("checkpointpolicy", "llm", {"spec": {"suspend": False}})
-    kube.until(lambda: jobs.said(kube, name, "committed")[-1]["step"] > last, Deadline.HOME, "saves again")
+    kube.until(lambda: jobs.last(kube, name, "committed") > last, Deadline.HOME, "saves again")
 
 
 def test_a_deleted_policy_leaves_training_running_and_data_kept(training: Training) -> None:
@@ -54,7 +53,7 @@ def test_a_deleted_policy_leaves_training_running_and_data_kept(training: Traini
     name = kube.pod_name("train")
     kube.delete("checkpointpolicy", "llm")
     kube.until(lambda: kube.get("checkpointpolicy", "llm") is None, Deadline.API, "the policy to be gone")
-    last = jobs.said(kube, name, "committed")[-1]["step"]
-    kube.until(lambda: jobs.said(kube, name, "committed")[-1]["step"] >= last + 40, Deadline.TRAINED, "saves go on")
+    last = jobs.last(kube, name, "committed")
+    kube.until(lambda: jobs.last(kube, name, "committed") >= last + 40, Deadline.TRAINED, "saves go on")
     assert len(kube.all("checkpoints")) >= 3
     assert len(list(training.volume.glob("train/step-*/.metadata"))) >= 3

@@ -47,8 +47,8 @@ def test_jobs_keep_checkpointing_and_new_pods_wait_while_the_operator_is_down(
     name = kube.pod_name("running")
     scale(release, 0)
 
-    last = jobs.said(kube, name, "committed")[-1]["step"]
-    kube.until(lambda: jobs.said(kube, name, "committed")[-1]["step"] >= last + 60, Deadline.TRAINED, "commits go on")
+    last = jobs.last(kube, name, "committed")
+    kube.until(lambda: jobs.last(kube, name, "committed") >= last + 60, Deadline.TRAINED, "commits go on")
     kube.create(*jobs.job("waiting", env={"STEPS": "30"}))
     kube.until(
         lambda: [e for e in kube.events("waiting") if "inject.pillion.dev" in e["message"]], Deadline.HOME, "an event"

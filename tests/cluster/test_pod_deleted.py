@@ -18,7 +18,7 @@ def test_the_replacement_of_a_deleted_pod_resumes_from_storage(training: Trainin
     kube.until(lambda: jobs.said(kube, kube.pod_name("train"), "step"), Deadline.TRAINED, "steps")
     (old,) = kube.pods("train")
     name = old["metadata"]["name"]
-    before = jobs.said(kube, name, "step")[-1]["step"]
+    before = jobs.last(kube, name, "step")
     assert not list(training.volume.glob("train/step-*/.metadata"))
     kube.delete("pod", name)
 

@@ -68,7 +68,7 @@ def test_an_annotation_on_the_job_or_a_pod_asks_for_a_save(training: Training) -
     assert document is not None
     mine = {key for key in document["metadata"]["annotations"] if key.startswith("pillion.dev/")}
     assert mine == {"pillion.dev/policy", "pillion.dev/status", "pillion.dev/save-now"}, "nothing is written to a pod"
-    assert "finalizers" not in document["metadata"]
+    assert document["metadata"]["finalizers"] == ["batch.kubernetes.io/job-tracking"], "nor a finalizer"
 
 
 def test_two_pods_save_now_at_the_same_step(training: Training) -> None:

@@ -41,7 +41,7 @@ def test_a_full_volume_is_reported_and_heals(training: Training, cluster: Cluste
         kube.until(lambda: len(jobs.said(kube, name, "step")) > steps, Deadline.HOME, "training to go on")
 
         kube.exec(name, "pillion-sidecar", "rm", "/pillion/storage/ballast")
-        before = jobs.said(kube, name, "failed")[-1]["step"]
+        before = jobs.last(kube, name, "failed")
         kube.until(
             lambda: any(line["step"] > before for line in jobs.said(kube, name, "committed")), Deadline.HOME, "a save"
         )

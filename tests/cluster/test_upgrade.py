@@ -35,10 +35,8 @@ def test_an_uninstall_keeps_training_checkpoints_and_policies(training: Training
     name = kube.pod_name("train")
     release.uninstall()
     try:
-        last = jobs.said(kube, name, "committed")[-1]["step"]
-        kube.until(
-            lambda: jobs.said(kube, name, "committed")[-1]["step"] >= last + 40, Deadline.TRAINED, "commits go on"
-        )
+        last = jobs.last(kube, name, "committed")
+        kube.until(lambda: jobs.last(kube, name, "committed") >= last + 40, Deadline.TRAINED, "commits go on")
         assert len(kube.all("checkpoints")) == 3
         assert kube.get("checkpointpolicy", "llm") is not None
         kube.run("create", "--dry-run=server", "-f", "-", given=_plain())

@@ -5,7 +5,8 @@ Runs in a pod, from a ConfigMap, with the pod's own Python and torch, and with w
 The state of step N and rank R is a function of both, under a name of R's own, so a load is checked bit for bit without another run. Events go to the standard output,
 one JSON object a line.
 
-Environment: STEPS, STEP_S, MIB (of state a rank); DIE_AT: the step at which rank 0 kills itself, in the first attempt of a pod;
+Environment: STEPS, STEP_S, MIB (of state a rank); DIE_AT: the step at which rank 0 kills itself, unless it has loaded
+something (under torchrun only: the first process of a container cannot);
 EXIT: the exit status at the end.
 """
 

@@ -4,6 +4,7 @@ The whole of: the life of a controller process: it waits for the Lease, leads, h
 Called from: pytest. The API server is a fake; tests/cluster has a real one.
 """
 
+import functools
 import json
 import signal
 import urllib.request
@@ -67,6 +68,10 @@ def status(run: Run, path: str) -> int:
         return int(answer.status)
 
 
+def is_ready(run: Run) -> bool:
+    return status(run, "/readyz") == 200
+
+
 def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
     processes: Processes, server: FakeApi, tmp_path: Path
 ) -> None:
@@ -78,7 +83,7 @@ def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
     eventually(lambda: said(second, "serves health"), Deadline.PROCESS_START, "the second to wait")
     assert holder(server) == "first"
     for run in (first, second):
-        eventually(lambda run=run: status(run, "/readyz") == 200, Deadline.REPLY, "readiness")
+        eventually(functools.partial(is_ready, run), Deadline.REPLY, "readiness")
         assert status(run, "/healthz") == 200
         assert status(run, "/metrics") == 200
     first.signal(signal.SIGTERM)
@@ -90,9 +95,7 @@ def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
     assert (addresses(server), holder(server)) == ([], "")
 
 
-def test_a_leader_whose_lease_another_holds_ends_at_once(
-    processes: Processes, server: FakeApi, tmp_path: Path
-) -> None:
+def test_a_leader_whose_lease_another_holds_ends_at_once(processes: Processes, server: FakeApi, tmp_path: Path) -> None:
     """With a status that is not 0, and without touching what is the other's by now."""
     run = start(processes, server.kubeconfig(tmp_path), "first", "192.0.2.1")
     eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "it to lead")

@@ -43,7 +43,7 @@ class TestFaults(ApiFaults):
     """The faults, before the fake."""
 
     @pytest.fixture
-    def network(self, server: FakeApi, access: Access, tmp_path: Path) -> Iterator[Network]:  # type: ignore[override]
+    def network(self, server: FakeApi, access: Access, tmp_path: Path) -> Iterator[Network]:
         with Proxy("127.0.0.1", server.port) as proxy:
             through = write_kubeconfig(tmp_path, {"server": f"http://127.0.0.1:{proxy.port}"})
             yield Network(proxy, Access(through, access.namespace), access)

@@ -144,7 +144,9 @@ class RanksAndMessages(RuleBasedStateMachine):
     )
     def start(self, num_ranks: int, period_steps: int | None, period_seconds: int | None, lead_s: float) -> None:
         trigger = policy.Trigger(period_steps=period_steps, period_seconds=period_seconds)
-        self.ranks = [cadence.Cadence(rules.Rule(trigger), decides=rank == 0, lead_s=lead_s) for rank in range(num_ranks)]
+        self.ranks = [
+            cadence.Cadence(rules.Rule(trigger), decides=rank == 0, lead_s=lead_s) for rank in range(num_ranks)
+        ]
         self.period_steps = period_steps
         self.now_s = 0.0
         self.steps = [0] * num_ranks

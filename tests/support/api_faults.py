@@ -90,13 +90,16 @@ class ApiFaults:
         """A stream on which nothing comes is taken for dead after a while, and another one is opened."""
 
         async def scenario(api: Client) -> None:
-            async with await Client.connect(str(network.direct.kubeconfig)) as other:
-                async with followed(api, network.through, idle_s=IDLE_S) as (cache, _):
-                    network.proxy.freeze()
-                    await other.create(network.direct.config_maps, config_map("ours-1"))
-                    network.proxy.mend()
-                    assert len(cache) == 0
-                    await soon(lambda: len(cache) == 1, Deadline.API, "what happened in the silence")
+            async with (
+                await Client.connect(str(network.direct.kubeconfig)) as other,
+                followed(api, network.through, idle_s=IDLE_S) as (cache, _),
+            ):
+                network.proxy.freeze()
+                await other.create(network.direct.config_maps, config_map("ours-1"))
+                network.proxy.mend()
+                assert len(cache) == 0
+                await soon(lambda: len(cache) == 1, Deadline.API, "what happened in the silence")
+            await answered_again(api, network)
 
         network.through.run(scenario)
 

@@ -170,3 +170,8 @@ def said(kube: Kube, pod: str, event: str, *options: str) -> list[Json]:
     lines = kube.logs(pod, CONTAINER, *options).splitlines()
     found = [json.loads(line) for line in lines if line.startswith('{"event"')]
     return [line for line in found if line["event"] == event]
+
+
+def last(kube: Kube, pod: str, event: str, *options: str) -> int:
+    """The newest step of which a trainer has said that; -1 where it has not."""
+    return max((int(line["step"]) for line in said(kube, pod, event, *options)), default=-1)

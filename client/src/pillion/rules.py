@@ -63,7 +63,7 @@ class Rules:
             highest: the highest step that was answered for; None before the first.
         """
         if highest is None or target <= highest:
-            return True
+            return self.holds(target, rule)
         self._changes = [*(each for each in self._changes if each[0] < target), (target, rule)]
         del self._changes[1:-_REMEMBERED]
         self._look_ahead(highest)

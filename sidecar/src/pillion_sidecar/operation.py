@@ -30,7 +30,7 @@ class Operations:
     ) -> None:
         self._settings = of
         self._metrics = metrics
-        self._on_event = on_event
+        self._pass_on = on_event
         self._executor: Executor | None = None
         self._pod: Pod | None = None
         self._opened: str | None = None
@@ -41,12 +41,18 @@ class Operations:
         self._generation_of: str | None = None
         self._loads = self._epoch = 0
         """As Context.loads and Context.epoch of this session: a successor counts on from them, or it would never meet its peers."""
+        self._signals: int | None = None
+        """Number of the last message of other pods that was passed on, likewise; None: none yet."""
         self._lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def executor_pid(self) -> int | None:
         return self._executor.pid if self._executor is not None else None
+
+    def _on_event(self, event: messages.Message) -> None:
+        self._signals = event.pop("number", self._signals)
+        self._pass_on(event)
 
     async def prestart(self) -> None:
         """Start the executor ahead of the first session, so that the first save finds it warm."""
@@ -105,13 +111,14 @@ class Operations:
         known = self._generation if self._generation_of == session else None
         if known is None:
             self._loads = self._epoch = 0
+            self._signals = None
         document = pod.session_document(
             peer_timeout_s=self._settings.peer_timeout_s,
             persist_timeout_s=self._settings.persist_timeout_s,
             write_threads=self._settings.write_threads,
             generation=known,
         )
-        document |= {"loads": self._loads, "epoch": self._epoch}
+        document |= {"loads": self._loads, "epoch": self._epoch, "signals": self._signals}
         try:
             self._opening = await executor.request({"type": "open", "session": document})
         except PillionError:

@@ -223,6 +223,8 @@ def make_network(control: Machine, others: Sequence[Machine]) -> None:
         run(*inside, "link", "set", each.name, "master", BRIDGE, "up")
         run("ip", "-n", each.namespace, "addr", "add", f"{each.address}/{NETWORK_BITS}", "dev", "eth0")
         run("ip", "-n", each.namespace, "link", "set", "eth0", "up")
+        # Addresses of Services are on no link; without a way out the kernel refuses them before kube-proxy's rules see them.
+        run("ip", "-n", each.namespace, "route", "add", "default", "via", control.address)
     run(*inside, "link", "add", "host", "type", "veth", "peer", "name", HOST_LINK, "netns", "1")
     run(*inside, "link", "set", "host", "master", BRIDGE, "up")
     run("ip", "addr", "add", f"{HOST_ADDRESS}/{NETWORK_BITS}", "dev", HOST_LINK)

@@ -52,7 +52,7 @@ class Rotation:
         self._settings = settings
         self._propagation_s = propagation_s
         self._secrets = f"/api/v1/namespaces/{settings.namespace}/secrets"
-        self._configuration = f"{_CONFIGURATIONS}/{settings.webhook_configuration}"
+        self._configuration = configuration_path(settings)
         self._due = asyncio.Event()
         self._watches = [
             reflector.Reflector(
@@ -193,6 +193,11 @@ def trust(configuration: Json, bundle: str) -> list[Json]:
     version = (configuration.get("metadata") or {}).get("resourceVersion")
     guard = {"op": "replace", "path": "/metadata/resourceVersion", "value": version}
     return [guard, *operations] if operations else []
+
+
+def configuration_path(settings: Settings) -> str:
+    """Of the webhook configuration that is ours, in the API."""
+    return f"{_CONFIGURATIONS}/{settings.webhook_configuration}"
 
 
 def trusted_now(configuration: Json) -> str:

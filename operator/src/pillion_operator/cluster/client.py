@@ -148,14 +148,15 @@ class Client:
     async def connection(self) -> Connection:
         """How this API server is reached, as it is now: a token lives for an hour."""
         found = self._configuration
-        header = str(await found.get_api_key_with_prefix("BearerToken") or "")
+        # The loader for a pod writes "bearer", the one for a kubeconfig "Bearer".
+        _, _, token = str(await found.get_api_key_with_prefix("BearerToken") or "").partition(" ")
         return Connection(
             server=found.host,
             authority=found.ssl_ca_cert,
             verify=found.verify_ssl,
             certificate=found.cert_file,
             key=found.key_file,
-            token=header.removeprefix("Bearer ").strip(),
+            token=token.strip(),
         )
 
     async def get(self, path: str, *, metadata_only: bool = False, timeout_s: float = REQUEST_TIMEOUT_S) -> Json:

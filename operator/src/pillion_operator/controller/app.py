@@ -16,6 +16,7 @@ import asyncio
 import logging
 import signal
 import time
+from asyncio import sslproto
 from collections.abc import Callable, Coroutine, Sequence
 from enum import IntEnum
 from typing import Any, Final
@@ -45,6 +46,11 @@ SWEEP_S: Final = 60.0
 BACKLOG: Final = 1024
 """Connections that may wait to be accepted: after a change of the leader all jobs come at once."""
 RETRY_S: Final = 2.0
+TLS_BUFFER_BYTES: Final = 32 * 1024
+"""
+What asyncio sets aside for each TLS connection to read into; by itself it is 256 KiB, and the C library keeps all of it once connections
+have come and gone: 500 jobs were 105 MiB. Two records of TLS; most reports are smaller than one.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +70,13 @@ class Exit(IntEnum):
 
 def run(settings: Settings) -> Exit:
     """Run until SIGTERM. Blocks: for the process's life."""
+    bound_tls_memory()
     return asyncio.run(_run(settings))
+
+
+def bound_tls_memory() -> None:
+    """For all connections of this process that are opened from now on."""
+    sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
 async def _run(settings: Settings) -> Exit:
@@ -135,11 +147,14 @@ class Controller:
         self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)
         self._known = asyncio.Event()
         """Set once every cache has been filled."""
+        self._trusted = asyncio.Event()
+        """Set once the API server trusts the webhook."""
 
     async def run(self, stop: asyncio.Event) -> Exit:
         """Wait for the Lease, then lead, until `stop` is set or the Lease is lost."""
         stopping = asyncio.create_task(stop.wait(), name="stop")
         acquiring = asyncio.create_task(self._lease.acquire(), name="lease")
+        trusting = asyncio.create_task(self._until_trusted(), name="trust")
         try:
             async with self.health:
                 _log.info("serves health and metrics", extra={Field.PORT: self.health.port})
@@ -149,19 +164,34 @@ class Controller:
                 acquiring.result()
                 return await self._lead(stopping)
         finally:
-            await _cancel([stopping, acquiring], STOP_S)
+            await _cancel([stopping, acquiring, trusting], STOP_S)
             # Also when it was taken at the moment that we were told to end. A lost one is not ours to give.
             await self._lease.release()
 
     def missing(self) -> Sequence[str]:
         """What keeps this replica from being ready. One that waits for the Lease is ready to take over."""
-        if not self.is_leading:
-            return []
-        parts = (
-            ("the caches are not filled yet", not self._known.is_set()),
-            ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
-        )
+        parts = [("the API server does not trust the webhook yet", not self._trusted.is_set())]
+        if self.is_leading:
+            parts += [
+                ("the caches are not filled yet", not self._known.is_set()),
+                ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
+            ]
         return [text for text, is_missing in parts if is_missing]
+
+    async def _until_trusted(self) -> None:
+        """Not ready before that, on any replica: who waits for an install to be complete may create pods right after."""
+        path = rotation.configuration_path(self.settings)
+        while self.settings.certificate_mode is CertificateMode.SELF:
+            try:
+                if rotation.trusted_now(await self._api.get(path)):
+                    break
+            except client.NotFound:
+                # Nothing calls the webhook, so nothing is to trust it.
+                break
+            except (client.ApiError, client.Unreachable) as err:
+                _log.warning("the webhook configuration cannot be read: %s", err)
+            await asyncio.sleep(RETRY_S)
+        self._trusted.set()
 
     def stuck(self) -> Sequence[str]:
         """Why this process had better be started anew."""

@@ -138,6 +138,8 @@ class Reconciler:
             did_request = await self._turn(self._of_requests, self._write_job)
             did_job = await self._turn(self._of_jobs, self._write_job)
             if did_policy or did_request or did_job:
+                # Most turns find nothing to write, and so nothing to wait for: reports are answered in between.
+                await asyncio.sleep(0)
                 continue
             times = (self._of_policies.next_s(), self._of_requests.next_s(), self._of_jobs.next_s())
             pause_s = min([TICK_S, *(each - time.monotonic() for each in times if each is not None)])

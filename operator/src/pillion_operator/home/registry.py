@@ -22,6 +22,8 @@ so that jobs take a seventh of a core however many they are: up to 600 of them r
 """
 GONE_INTERVALS: Final = 3
 """A job that was silent for so many of its intervals is gone: two reports may be lost."""
+GONE_LEAST_S: Final = 30.0
+"""But not sooner: a sidecar whose storage hangs looks at it for ten seconds before each report, and is not gone then."""
 LATE_INTERVALS: Final = 1.5
 """A job's pod that was silent for so many may be followed by another of the same age."""
 PAST_SESSIONS: Final = 8
@@ -56,6 +58,11 @@ class Job:
     @property
     def key(self) -> JobKey:
         return JobKey(self.report.namespace, self.report.job_id)
+
+    @property
+    def gone_s(self) -> float:
+        """After how long without a report it is gone."""
+        return max(GONE_INTERVALS * self.interval_s, GONE_LEAST_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +140,7 @@ class Registry:
 
     def forget_silent(self, now_s: float) -> list[Job]:
         """The jobs that are gone by now, which are no longer known from here on."""
-        gone = [job for job in self._jobs.values() if now_s - job.seen_s > GONE_INTERVALS * job.interval_s]
+        gone = [job for job in self._jobs.values() if now_s - job.seen_s > job.gone_s]
         for job in gone:
             del self._jobs[job.key]
             self._past.pop(job.key, None)
@@ -143,18 +150,20 @@ class Registry:
         """
         Whether a report may take the place of the one before.
 
-        A pod follows itself: its sidecar sends one report after the other. Another pod follows when it is younger, or has the
-        higher attempt; of two that are equal, the one that goes on reporting stays. What was followed never comes back while
-        the job reports; when it is silent, whoever comes next speaks for it, so that no order of a few restarts can shut a job out.
+        A pod follows itself: its sidecar sends one report after the other. Another pod follows when it has trainers and the other
+        none, when it is younger, or has the higher attempt; of two that are equal, the one that goes on reporting stays. What was
+        followed never comes back while the job reports; when it is silent, whoever comes next speaks for it, so that no order of a
+        few restarts can shut a job out.
         """
         if before.report.pod_uid == report.pod_uid:
             return True
         silent_s = now_s - before.seen_s
-        if silent_s > GONE_INTERVALS * before.interval_s:
+        if silent_s > before.gone_s:
             return True
         if report.session in self._past.get(key, ()):
             return False
-        mine, theirs = (created, report.attempt), (before.created, before.report.attempt)
+        mine = bool(report.session), created, report.attempt
+        theirs = bool(before.report.session), before.created, before.report.attempt
         return mine > theirs or (mine == theirs and silent_s > LATE_INTERVALS * before.interval_s)
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import logging
 import signal
+from asyncio import sslproto
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final
@@ -30,6 +31,9 @@ from pillion_operator.webhook import policies, server
 
 CLOSE_S: Final = 5.0
 """For requests that are being answered when the grace is over: each has a deadline below it."""
+TLS_BUFFER_BYTES: Final = 32 * 1024
+"""For each connection. asyncio takes 256 KiB, in memory that is touched at once; a review has some 10, and a burst of pods opens
+hundreds of connections."""
 BACKLOG: Final = 1024
 """Connections that may wait to be accepted: a burst of pods while the loop is busy."""
 
@@ -57,6 +61,7 @@ async def _run(settings: Settings) -> Exit:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
     try:
         async with await client.Client.connect() as api:
             return await Webhook(api, settings).run(stop)

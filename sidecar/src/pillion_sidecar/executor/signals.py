@@ -1,8 +1,11 @@
 """
-Small messages to all pods of a job, in one order: a save announced for a step, declined, or asked for.
+Small messages to all pods of a job, in one order: a save or a change announced for a step, declined, or asked for.
 
 Called from: `executor.worker`. Over a store client of its own: the exchange's client may be waiting for a peer for minutes. Each
 pod looks for the next message a few times a second; nothing here is on the training path.
+
+A message reaches all pods or none: nothing is sent before every pod listens (ranks that heard of a change while others did not would
+save at different steps), and the successor of an executor goes on with the message after the last one that its predecessor passed on.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+from pillion.errors import SidecarError
 from pillion_sidecar.executor import exchange
 
 _log = logging.getLogger(__name__)
@@ -23,6 +27,7 @@ POLL_S: Final = 0.5
 KEPT_MESSAGES: Final = 64
 """Messages that stay in the store for pods that look late."""
 KEY: Final = "signals"
+LISTENING: Final = "listening"
 
 
 class Store(Protocol):
@@ -39,14 +44,30 @@ class Signals:
     """
     One pod's end.
 
+    Args:
+        store: the session's prefix of the store.
+        on_message: called with each message and its number, in their order.
+        pods: the first rank of every pod.
+        first_rank: this pod's.
+        seen: number of the last message that this pod has heard; None: it hears what comes from now on.
+
     Owns: a thread that looks for messages until `close`.
     """
 
-    def __init__(self, store: Store, on_message: Callable[[exchange.Document], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        on_message: Callable[[int, exchange.Document], None],
+        *,
+        pods: Sequence[int],
+        first_rank: int,
+        seen: int | None = None,
+    ) -> None:
         self._store = store
         self._on_message = on_message
-        # A pod that joins late, or whose executor was replaced, does not hear what is over.
-        self._seen = store.add(KEY, 0)
+        self._seen = store.add(KEY, 0) if seen is None else seen
+        store.set(f"{LISTENING}/{first_rank}", "")
+        self._awaited = [f"{LISTENING}/{each}" for each in pods]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pillion-signals", daemon=True)
         self._thread.start()
@@ -56,8 +77,12 @@ class Signals:
         Tell every pod, this one too. Blocks: one round trip.
 
         Raises:
+            SidecarError: some pod does not listen yet; nothing was sent.
             RuntimeError: the store is gone (torch's DistError is one).
         """
+        if self._awaited and not self._store.check(self._awaited):
+            raise SidecarError("not every pod of the job listens yet")
+        self._awaited = []
         number = self._store.add(KEY, 1)
         self._store.set(f"{KEY}/{number}", exchange.encode(message).decode())
         if number > KEPT_MESSAGES:
@@ -72,7 +97,7 @@ class Signals:
                 self._seen = max(self._seen, newest - KEPT_MESSAGES)
                 while self._seen < newest and self._store.check([f"{KEY}/{self._seen + 1}"]):
                     self._seen += 1
-                    self._on_message(exchange.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
+                    self._on_message(self._seen, exchange.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
             except (RuntimeError, ValueError) as err:
                 _log.warning("announcements of other pods are not heard any more: %s", err)
                 return

@@ -119,8 +119,13 @@ class Worker:
             # Ahead of the first save: it takes seconds.
             importlib.import_module("pillion_sidecar.executor.plugin")
         if self._context.signal_store is not None:
+            heard = request["session"]["signals"]
             self._signals = signals.Signals(
-                self._context.signal_store, lambda message: self._send({**message, "event": True})
+                self._context.signal_store,
+                lambda number, message: self._send({**message, "event": True, "number": number}),
+                pods=[pod[0] for pod in self._context.pods],
+                first_rank=self._context.first_rank,
+                seen=int(heard) if heard is not None else None,
             )
         return {"generation": self._context.generation, "store": self._context.store_address}
 
