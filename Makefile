@@ -18,7 +18,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo demo-cluster bench clean
+.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo demo-cluster bench bench-cluster clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -67,6 +67,9 @@ demo-cluster: $(STAMP)  ## the same on a cluster: two pods on two nodes, a crash
 
 bench: $(STAMP)  ## measure stall, persist and load against stock DCP
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-cluster: $(STAMP)  ## measure webhook, controller and pod start on a real Kubernetes, made and taken down here
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_cluster.py $(ARGS)
 
 clean:  ## remove what the tools made; .venv too
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache scratch

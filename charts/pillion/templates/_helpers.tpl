@@ -33,6 +33,7 @@ app.kubernetes.io/component: {{ .component }}
 - {name: PILLION_ALLOWED_IMAGES, value: {{ join "," .Values.sidecar.allowedImages | quote }}}
 - {name: PILLION_RUN_AS_USER, value: {{ .Values.sidecar.runAsUser | int64 | quote }}}
 - {name: PILLION_RUN_AS_GROUP, value: {{ .Values.sidecar.runAsGroup | int64 | quote }}}
+- {name: PILLION_SIDECAR_METRICS_PORT, value: {{ .Values.sidecar.metricsPort | int64 | quote }}}
 - {name: PILLION_LIVENESS, value: {{ .Values.sidecar.liveness | quote }}}
 - {name: PILLION_FAILURE_POLICY, value: {{ .Values.failurePolicy | quote }}}
 - {name: PILLION_TOKEN_AUDIENCE, value: {{ .Values.tokenAudience | quote }}}

@@ -64,6 +64,8 @@ class Settings:
     liveness: str = field(default="Off", metadata={"env": "PILLION_LIVENESS", "allowed": ("Off", "Exec")})
     """Exec: the sidecar gets a generous liveness probe. Off by default: the supervisor watches its executor itself, and an
     interpreter that starts once a minute in each pod is not free."""
+    sidecar_metrics_port: int = field(default=0, metadata={"env": "PILLION_SIDECAR_METRICS_PORT", **_PORT})
+    """Port of the sidecar's Prometheus endpoint. 0: none is opened; the controller has the series of each job."""
     run_as_user: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_USER", "least": 1})
     """User of the sidecar where the trainer declares none, or root."""
     run_as_group: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_GROUP", "least": 1})

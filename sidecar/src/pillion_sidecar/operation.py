@@ -42,7 +42,7 @@ class Operations:
         self._loads = self._epoch = 0
         """As Context.loads and Context.epoch of this session: a successor counts on from them, or it would never meet its peers."""
         self._signals: int | None = None
-        """Number of the last message of other pods that was passed on, likewise; None: none yet."""
+        """Number of the last message to all pods that was passed on, likewise; None: of a new session."""
         self._lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -126,6 +126,7 @@ class Operations:
             await executor.stop()
             raise
         self._opened = session
+        self._signals = self._opening.get("signals") if self._signals is None else self._signals
         self._generation, self._generation_of = int(self._opening["generation"]), session
         return self._opening
 

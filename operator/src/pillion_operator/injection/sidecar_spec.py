@@ -117,6 +117,8 @@ def build(
         _literal("NVIDIA_VISIBLE_DEVICES", "void"),
         *(_from_field(name, path) for name, path in _DOWNWARD.items()),
     ]
+    if settings.sidecar_metrics_port:
+        env.append(_literal(names.ENV_METRICS_PORT, str(settings.sidecar_metrics_port)))
     mounts = [_mount(ARENA_VOLUME, RUNTIME_DIR), _mount(STORAGE_VOLUME, STORAGE_DIR), _mount(TMP_VOLUME, "/tmp")]
     if claim.sub_path:
         mounts[1]["subPath"] = claim.sub_path

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, PersistError, RemoteFailure, SaveError
@@ -26,40 +25,13 @@ from pillion.wire import layout, manifest, names
 from pillion_sidecar import commit, retention
 from pillion_sidecar.executor import faults, images, planning
 from pillion_sidecar.executor.context import Context
+from pillion_sidecar.executor.request import Request
 from pillion_sidecar.storage import digest, directio
 
 SWITCH_S: Final = 0.0005
 """sys.setswitchinterval of this process: a thread that goes on with the next block does not wait 5 ms for one that digests."""
 KEPT_PLANS: Final = 4
 """Plans remembered a session: layouts change rarely (frozen layers, a partial save), and then go back and forth."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the supervisor asks for."""
-
-    step: int
-    slot: int
-    persist: bool
-    destination: Mapping[str, Any] | None
-    sequence: int
-    """Distinguishes saves to one directory; 0 where each step has its own."""
-    started_ns: int = 0
-    """When the save began, wall clock; 0: nobody knows."""
-    cause: str = ""
-    """What made it due."""
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Request:
-        return cls(
-            step=int(document["step"]),
-            slot=int(document["slot"]),
-            persist=bool(document["persist"]),
-            destination=document.get("destination"),
-            sequence=int(document.get("sequence", 0)),
-            started_ns=int(document.get("started_ns", 0)),
-            cause=str(document.get("cause", "")),
-        )
 
 
 def persist(context: Context, request: Request) -> dict[str, Any]:

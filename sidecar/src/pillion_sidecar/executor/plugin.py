@@ -40,6 +40,7 @@ from pillion_sidecar import catalog, commit, retention
 from pillion_sidecar.executor import faults, images, planning, plugin_codec
 from pillion_sidecar.executor import persist as persist_module
 from pillion_sidecar.executor.context import Context
+from pillion_sidecar.executor.request import Request
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ ATOMS: Final = (
 # --- the save ----------------------------------------------------------------------------------------------------------
 
 
-def persist(context: Context, request: persist_module.Request) -> dict[str, Any]:
+def persist(context: Context, request: Request) -> dict[str, Any]:
     """
     Run one save through the writer that the destination names.
 
@@ -240,9 +241,7 @@ class _Rank:
 class _Save:
     """One save in this pod. See the module."""
 
-    def __init__(
-        self, context: Context, request: persist_module.Request, phase: str, pictures: Mapping[int, images.Image]
-    ) -> None:
+    def __init__(self, context: Context, request: Request, phase: str, pictures: Mapping[int, images.Image]) -> None:
         self._context = context
         self._phase = phase
         self._pictures = pictures

@@ -65,7 +65,7 @@ class Signals:
     ) -> None:
         self._store = store
         self._on_message = on_message
-        self._seen = store.add(KEY, 0) if seen is None else seen
+        self._seen = self.begun = store.add(KEY, 0) if seen is None else seen
         store.set(f"{LISTENING}/{first_rank}", "")
         self._awaited = [f"{LISTENING}/{each}" for each in pods]
         self._closed = threading.Event()

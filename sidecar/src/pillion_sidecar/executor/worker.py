@@ -32,6 +32,7 @@ from pillion.wire import messages, policy
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import images, load, persist, signals
+from pillion_sidecar.executor.request import Request
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,11 @@ class Worker:
                 first_rank=self._context.first_rank,
                 seen=int(heard) if heard is not None else None,
             )
-        return {"generation": self._context.generation, "store": self._context.store_address}
+        return {
+            "generation": self._context.generation,
+            "store": self._context.store_address,
+            "signals": self._signals.begun if self._signals is not None else None,
+        }
 
     def _opened(self) -> context_module.Context:
         if self._context is None:
@@ -136,7 +141,7 @@ class Worker:
 
     def _persist(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
-        wanted = persist.Request.from_document(request["save"])
+        wanted = Request.from_document(request["save"])
         context.retention = policy.parse({"retention": request["save"]["retention"]}, embedded=True).retention
         if wanted.persist and wanted.destination is None and self._writer is not None:
             path = context.step_path(wanted.step)

@@ -1,0 +1,84 @@
+"""
+The whole of: small messages to all pods of a job: to all of them or to none, in one order, also across an executor's successor.
+
+Called from: pytest.
+Must never: use a store that is no TCPStore.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from pillion.errors import SidecarError
+from pillion_sidecar.executor import signals, stores
+from support import deadlines
+from support.deadlines import Deadline
+
+PODS = [0, 2]
+
+
+class Ends:
+    """The ends of several pods, over clients of one store."""
+
+    def __init__(self) -> None:
+        self._keep, _ = stores.host("127.0.0.1", "pillion/test")
+        self._open: list[signals.Signals] = []
+        self._clients: list[dist.Store] = []
+
+    def open(self, first_rank: int, heard: list[tuple[int, object]], seen: int | None = None) -> signals.Signals:
+        client, view = stores.connect("127.0.0.1", self._keep.port, "pillion/test")
+        self._clients.append(client)
+        end = signals.Signals(
+            view,
+            lambda number, message: heard.append((number, message["n"])),
+            pods=PODS,
+            first_rank=first_rank,
+            seen=seen,
+        )
+        self._open.append(end)
+        return end
+
+    def close(self) -> None:
+        for end in self._open:
+            end.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    opened = Ends()
+    yield opened
+    opened.close()
+
+
+def test_nothing_is_sent_before_every_pod_listens(ends: Ends) -> None:
+    """A pod whose executor still starts would miss it for good: whoever sends is told, and sends again."""
+    first: list[tuple[int, object]] = []
+    second: list[tuple[int, object]] = []
+    sender = ends.open(0, first)
+    with pytest.raises(SidecarError, match="not every pod"):
+        sender.send({"n": "lost"})
+    other = ends.open(2, second)
+    for number in (1, 2):
+        sender.send({"n": number})
+    other.send({"n": 3})
+    deadlines.eventually(lambda: len(first) == len(second) == 3, Deadline.REPLY, "both have heard all")
+    assert first == second == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_successor_goes_on_where_the_executor_before_it_ended(ends: Ends) -> None:
+    """What was sent meanwhile is heard by it, what was passed on is not heard twice; one that knows nothing hears what is new."""
+    before: list[tuple[int, object]] = []
+    other = ends.open(2, [])
+    died = ends.open(0, before)
+    other.send({"n": "a"})
+    deadlines.eventually(lambda: before == [(1, "a")], Deadline.REPLY, "the first has heard it")
+    died.close()
+    other.send({"n": "b"})
+    after: list[tuple[int, object]] = []
+    fresh: list[tuple[int, object]] = []
+    assert ends.open(0, after, seen=1).begun == 1
+    assert ends.open(0, fresh).begun == 2
+    other.send({"n": "c"})
+    deadlines.eventually(lambda: after == [(2, "b"), (3, "c")], Deadline.REPLY, "the successor has heard the rest")
+    deadlines.eventually(lambda: fresh == [(3, "c")], Deadline.REPLY, "the other one what is new")

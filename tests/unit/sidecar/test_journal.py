@@ -1,0 +1,102 @@
+"""What is written down about each save: its cause, its times, and whose fault a failure is."""
+
+from pillion.errors import BarrierTimeout, PersistError, SaveSkipped
+from pillion_sidecar import journal
+from pillion_sidecar.journal import Journal
+
+OUTCOME = {"size_bytes": 100, "persist_s": 2.0, "commit_s": 0.5}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def a_journal() -> tuple[Journal, Clock, list[int]]:
+    clock = Clock()
+    of = Journal(clock, clock)
+    news: list[int] = []
+    of.on_news = lambda: news.append(1)
+    return of, clock, news
+
+
+def test_a_save_has_the_cause_that_made_it_due() -> None:
+    """A period, somebody's demand (the first save after it), or the pod's end."""
+    of, _, _ = a_journal()
+    of.began(1, persist=True)
+    of.demands.take(["a"], 0.0, has_trainers=True)
+    of.began(2, persist=False)
+    of.began(3, persist=True)
+    of.began(4, persist=True)
+    of.terminating = True
+    of.began(5, persist=True)
+    of.rescued(2)
+    of.rescued(99)
+    causes = {step: of.about(step)["cause"] for step in (1, 2, 3, 4, 5, 99, 100)}
+    assert causes == {
+        1: "Periodic",
+        2: "OnTermination",
+        3: "OnDemand",
+        4: "Periodic",
+        5: "OnTermination",
+        99: "OnTermination",
+        100: "Periodic",
+    }
+    assert of.about(1)["started_ns"] == 1000 * 10**9
+    assert of.about(99)["started_ns"] == 0
+
+
+def test_a_commit_is_counted_and_told_and_clears_what_storage_had() -> None:
+    """Sums and counts of a save's parts; the newest commit; no storage problem any more."""
+    of, clock, news = a_journal()
+    of.failed(1, PersistError("no space", step=1))
+    assert "no space" in of.storage_problem
+    of.began(2, persist=True)
+    clock.now_s += 3.0
+    of.sealed(2, 0.5)
+    of.sealed(2, 2.5)
+    of.complete(2)
+    of.committed(2, OUTCOME)
+    metrics = of.metrics
+    assert (metrics.stages, metrics.stage_seconds, metrics.stalls, metrics.stall_seconds) == (1, 3.0, 1, 2.5)
+    assert (metrics.saves_committed, metrics.persisted_bytes, metrics.persist_seconds) == (1, 100, 2.0)
+    assert of.commit == journal.Commit(2, 1003.0)
+    assert of.storage_problem == ""
+    assert len(news) == 2
+
+
+def test_only_what_storage_did_is_its_problem() -> None:
+    """A rank that did not come is a failure of the save, and says nothing about storage."""
+    of, _, _ = a_journal()
+    of.failed(7, BarrierTimeout(phase="seal", missing=[1], waited_s=1.0, step=7))
+    assert of.storage_problem == ""
+    assert [(each.step, each.reason, each.time) for each in of.failures] == [
+        (7, "BarrierTimeout", "1970-01-01T00:16:40.000Z")
+    ]
+    assert of.metrics.failures_by_kind == {"BarrierTimeout": 1}
+
+
+def test_a_dropped_save_answers_whoever_asked_for_it_and_is_no_failure() -> None:
+    """`overlap: Skip` refuses a claim before anything begins; the demand that was waiting has its answer."""
+    of, _, news = a_journal()
+    of.demands.take(["a"], 0.0, has_trainers=True)
+    of.dropped(3, SaveSkipped("no slot is free", step=3), persist=True)
+    (answer,) = of.demands.acknowledgements()
+    assert (answer.progress, answer.message) == ("Failed", "no slot is free")
+    assert of.metrics.saves_failed == 0
+    assert list(of.failures) == []
+    assert news
+
+
+def test_nothing_grows_without_a_bound() -> None:
+    """Ten thousand saves and failures leave a few hundred entries."""
+    of, _, _ = a_journal()
+    for step in range(10_000):
+        of.began(step, persist=True)
+        of.failed(step, PersistError("x" * 10_000, step=step))
+    assert len(of._saves) == journal.KEPT_SAVES
+    assert len(of.failures) == 16
+    assert max(len(each.message) for each in of.failures) == 2000
