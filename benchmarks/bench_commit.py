@@ -23,6 +23,7 @@ from pillion.wire import arena, policy
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import exchange, persist, stores
+from pillion_sidecar.executor.request import Request
 
 POD_COUNTS = (8, 64, 512)
 NUM_CHILDREN = 4
@@ -68,8 +69,8 @@ class _Trainer:
         self._mapping.seal(
             0, leaves=self.leaves, opaque=[], step=step, rank=0, world_size=context.world_size, session=bytes(16)
         )
-        request = persist.Request(step=step, slot=0, persist=persisted, destination=None, sequence=0)
-        return persist.persist(context, request)
+        wanted = Request(step=step, slot=0, persist=persisted, destination=None, sequence=0)
+        return persist.persist(context, wanted)
 
     def close(self) -> None:
         self._mapping.close()

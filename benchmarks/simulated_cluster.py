@@ -64,7 +64,7 @@ class SimulatedApi:
 
     def __init__(self, num_jobs: int, num_pods: int, num_checkpoints: int) -> None:
         self._num_jobs, self._num_pods, self._num_checkpoints = num_jobs, num_pods, num_checkpoints
-        self._objects: dict[str, Json] = {}
+        self._fresh: dict[str, Json] = {}
         self._made = 0
         now = datetime.now(UTC)
         authority = issue.make_authority(now)
@@ -93,21 +93,22 @@ class SimulatedApi:
         self._made += 1
         metadata = dict(body["metadata"]) | {"uid": f"uid-{self._made}", "creationTimestamp": "2026-11-24T00:00:00Z"}
         made = body | {"metadata": metadata}
-        self._objects[f"{path}/{metadata.get('name')}"] = made
+        if path.endswith("/checkpoints"):
+            self._fresh[f"{path}/{metadata['name']}"] = made
         return made
 
     async def replace(self, path: str, body: Json, **_: Any) -> Json:
         return body
 
     async def patch(self, path: str, body: Json, **_: Any) -> Json:
-        found = self._objects.get(path) or {"metadata": {"name": path.rsplit("/", 1)[1], "namespace": NAMESPACE}}
-        self._objects[path] = found | {"status": body.get("status") or {}}
+        status_now = {"status": body.get("status") or {}}
         if "/checkpointpolicies/" in path:
-            return policy_object() | {"status": body.get("status") or {}}
-        return self._objects[path]
+            return policy_object() | status_now
+        # An object gets its status right after it was made. It is not kept: this process's memory is what is measured.
+        found = self._fresh.pop(path, None) or {"metadata": {"name": path.rsplit("/", 1)[1], "namespace": NAMESPACE}}
+        return found | status_now
 
-    async def delete(self, path: str, **_: Any) -> Json:
-        self._objects.pop(path, None)
+    async def delete(self, *_: Any, **__: Any) -> Json:
         return {}
 
     def _items(self, path: str) -> list[Callable[[], Json]]:

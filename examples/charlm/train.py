@@ -5,6 +5,8 @@ Called from: a person, or demo.py:
 
     torchrun --nproc-per-node=2 --max-restarts=1 examples/charlm/train.py --parallel fsdp --root /tmp/checkpoints
 
+or in the pods of a job, as in examples/cluster/job.yaml.
+
 Must never: do more for its checkpoints than the lines marked with "Pillion" show; they are what a user has to write.
 """
 
@@ -78,8 +80,10 @@ def main() -> None:
 
 def open_checkpointer(args: argparse.Namespace) -> pillion.Checkpointer:
     """
-    In a cluster the policy comes from a CheckpointPolicy, and this is `pillion.Checkpointer()`.
+    In a cluster everything comes from the CheckpointPolicy that the pod's annotation names; without one it is said here.
     """
+    if "PILLION_RUNTIME_DIR" in os.environ:
+        return pillion.Checkpointer()
     return pillion.Checkpointer(
         args.root,
         policy={
@@ -147,7 +151,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a character model, with checkpoints in a sidecar.")
     parser.add_argument("--parallel", choices=("fsdp", "ddp"), default="fsdp")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--root", type=Path, default=Path("checkpoints"), help="where checkpoints go")
+    parser.add_argument(
+        "--root", type=Path, default=Path("checkpoints"), help="where checkpoints go, without a cluster"
+    )
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS", help="to storage")
     parser.add_argument("--snapshot-every", type=int, default=5, metavar="STEPS", help="to memory")
     parser.add_argument("--no-checkpoint", action="store_true", help="train without Pillion")

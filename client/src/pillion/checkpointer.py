@@ -280,7 +280,9 @@ class Checkpointer:
             self._policy_changed(message)
         elif message["type"] == "change_announced":
             step = messages.field(message, "step", int)
-            if not self._cadence.announce_change(step, _rule(messages.field(message, "policy", dict))):
+            rule = _rule(messages.field(message, "policy", dict))
+            # One that a newer release knows and this one does not is declined: then no rank goes by it.
+            if rule is None or not self._cadence.announce_change(step, rule):
                 self._session.send({"type": "decline_change", "step": step})
         elif message["type"] == "change_declined":
             target = messages.field(message, "step", int)
@@ -291,16 +293,25 @@ class Checkpointer:
 
     def _policy_changed(self, message: messages.Message) -> None:
         """The sidecar goes by another policy now; when saves are due changes at a step that rank 0 announces."""
-        document = messages.field(message, "policy", dict)
-        now = policy.parse(document, embedded=True)
+        now = _read(messages.field(message, "policy", dict))
+        if now is None:
+            return
         self._policy = dataclasses.replace(self._policy, drain=now.drain)
         if self._group.rank == 0:
-            self._cadence.request_change(_rule(document))
+            self._cadence.request_change(rules.Rule(now.trigger, now.suspend))
 
 
-def _rule(document: Mapping[str, Any]) -> rules.Rule:
-    of = policy.parse(document, embedded=True)
-    return rules.Rule(of.trigger, of.suspend)
+def _read(document: Mapping[str, Any]) -> policy.Policy | None:
+    try:
+        return policy.parse(document, embedded=True)
+    except policy.PolicyError as err:
+        _log.warning("pillion: a change of the policy is not taken up here: %s", err)
+        return None
+
+
+def _rule(document: Mapping[str, Any]) -> rules.Rule | None:
+    of = _read(document)
+    return None if of is None else rules.Rule(of.trigger, of.suspend)
 
 
 def _rule_document(rule: rules.Rule) -> dict[str, object]:

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 from pillion.wire import home
 
-OPERATION_TIMEOUT_S: Final = 5.0
-"""Bound of each step of a call: connect, handshake, send, receive. The controller answers in milliseconds."""
+OPERATION_TIMEOUT_S: Final = 10.0
+"""Bound of each step of a call: connect, handshake, send, receive. The controller answers in milliseconds, and gives up by itself
+after as long (it asks the API server about the token)."""
 REASON_LIMIT: Final = 300
 """Bytes of a refusal's text that are read."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,16384}")

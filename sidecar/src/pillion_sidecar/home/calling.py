@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 NEWS_PAUSE_S: Final = 1.0
 """Least time between two reports, however much happens."""
+LEAST_INTERVAL_S: Final = 0.1
+"""Shortest interval that is kept to, whatever an answer asks for."""
 CALL_TIMEOUT_S: Final = 20.0
 """Bound of one call: name server, connect, handshake, send, receive."""
 LOOK_TIMEOUT_S: Final = 10.0
@@ -125,7 +127,7 @@ class Calling:
         if self._failed:
             _log.info("the controller answers again, after %d calls", self._failed)
         self._failed, self._logged = 0, ("", 0.0)
-        self._interval_s = answer.interval_s
+        self._interval_s = max(LEAST_INTERVAL_S, answer.interval_s)
         try:
             self._answered(answer)
         except Exception:  # a boundary: no answer may keep the next report from being made
