@@ -42,7 +42,7 @@ def start(processes: Processes, kubeconfig: Path, name: str, address: str) -> Ru
         "PILLION_POD_IP": address,
         "PILLION_LISTEN_ADDRESS": "127.0.0.1",
         "PILLION_HEALTH_PORT": "0",
-        "PILLION_HOME_PORT": "0",
+        "PILLION_HOME_LISTEN_PORT": "0",
     }
     return processes.python("-m", "pillion_operator", "controller", env=environment)
 
