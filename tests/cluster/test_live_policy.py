@@ -55,5 +55,5 @@ def test_a_deleted_policy_leaves_training_running_and_data_kept(training: Traini
     kube.until(lambda: kube.get("checkpointpolicy", "llm") is None, Deadline.API, "the policy to be gone")
     last = jobs.last(kube, name, "committed")
     kube.until(lambda: jobs.last(kube, name, "committed") >= last + 40, Deadline.TRAINED, "saves go on")
-    assert len(kube.all("checkpoints")) >= 3
+    kube.until(lambda: len(kube.all("checkpoints")) >= 3, Deadline.HOME, "three checkpoints listed, as before")
     assert len(list(training.volume.glob("train/step-*/.metadata"))) >= 3

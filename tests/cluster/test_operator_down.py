@@ -64,7 +64,9 @@ def test_jobs_keep_checkpointing_and_new_pods_wait_while_the_operator_is_down(
     )
 
     def caught_up() -> bool:
-        steps = [each["status"]["step"] for each in kube.all("checkpoints") if each["spec"]["jobID"] == "running"]
+        listed = [each for each in kube.all("checkpoints") if each["spec"]["jobID"] == "running"]
+        # One that has just been made has no status yet.
+        steps = [each["status"]["step"] for each in listed if "step" in each.get("status", {})]
         return max(steps, default=0) >= newest
 
     kube.until(caught_up, Deadline.RECOVERED, "the checkpoints made meanwhile to be listed")

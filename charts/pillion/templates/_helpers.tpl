@@ -61,8 +61,13 @@ spec:
     matchLabels:
       {{- $selector | nindent 6 }}
   strategy:
+    {{- if .values.hostNetwork }}
+    # Its ports are the node's: where each node has a replica, a successor can start only once one has gone.
+    rollingUpdate: {maxUnavailable: 1, maxSurge: 0}
+    {{- else }}
     # A replica goes only when its successor is ready.
     rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
+    {{- end }}
   template:
     metadata:
       labels:

@@ -115,7 +115,11 @@ class Calling:
     async def _report(self, timeout_s: float) -> None:
         self._news.clear()
         self._unheard = False
+        commit = self._supervisor.journal.commit
         storage = await self._storage(min(timeout_s, LOOK_TIMEOUT_S))
+        if self._supervisor.journal.commit is not commit:
+            # It came while we looked: a report that says so has it among its checkpoints.
+            storage = await self._storage(min(timeout_s, LOOK_TIMEOUT_S))
         body = home.encode(report.make(self._supervisor, storage))
         try:
             answer = await self._call.run(lambda: self._caller.post(body), timeout_s)
