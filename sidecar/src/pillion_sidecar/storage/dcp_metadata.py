@@ -101,8 +101,8 @@ def decode(data: bytes) -> Checkpoint:
     """
     What a `.metadata` file says, whichever torch from 2.6 to 2.15 wrote it, on whichever Python.
 
-    Nothing of the file's choosing is imported or called. Memory is not bounded: a few hostile bytes can make CPython's
-    unpickler ask for gigabytes (it sizes its memo by the largest index).
+    Nothing of the file's choosing is imported or called. Memory grows with the file's length: CPython's unpickler sizes its memo
+    by the largest index, and an index beyond the file's length is refused.
 
     Raises: ValueError when the file refers to a name that the format does not need (the message names it), when the
     bytes are no such pickle, when an item is not where a reader could find it (no location, or a path that leaves the

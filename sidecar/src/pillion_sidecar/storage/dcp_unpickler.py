@@ -10,6 +10,7 @@ name stands a class or function of this module, which keeps what the file says a
 import io
 import ntpath
 import pickle
+import pickletools
 import posixpath
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Never, TypeVar
@@ -20,6 +21,8 @@ METADATA_MODULE: Final = "torch.distributed.checkpoint.metadata"
 FILESYSTEM_MODULE: Final = "torch.distributed.checkpoint.filesystem"
 
 _T = TypeVar("_T")
+_MEMO_PUTS: Final = ("PUT", "BINPUT", "LONG_BINPUT")
+"""Opcodes that name the index at which they put something into the memo."""
 
 
 class Instance:
@@ -200,6 +203,24 @@ def sizes(value: object) -> tuple[int, ...]:
     return numbers
 
 
+def _refuse_a_memo_beyond(most: int, data: bytes) -> None:
+    """
+    Refuse a pickle that puts something into the memo at a larger index than it has bytes.
+
+    The interpreter allocates for the largest index, so that one flipped byte would take tens of GiB. No pickler writes such a
+    one: it counts up from 0, a byte or more for each.
+
+    Raises: ValueError.
+    """
+    try:
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name in _MEMO_PUTS and argument is not None and argument > most:
+                raise ValueError(f"memo index {argument} at byte {position} of {most}")
+    except ValueError as err:
+        # What pickletools cannot read is refused too: the interpreter might go on where it stopped.
+        raise ValueError(f"not a .metadata file of DCP: {err}") from err
+
+
 def load(data: bytes) -> object:
     """
     The root object of a `.metadata` file, in the stand-ins of this module.
@@ -208,6 +229,7 @@ def load(data: bytes) -> object:
     Blocks: for the time of a `pickle.load`, with the GIL held.
     """
     try:
+        _refuse_a_memo_beyond(len(data), data)
         return _Unpickler(io.BytesIO(data)).load()
     except ValueError:
         raise
