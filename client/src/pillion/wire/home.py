@@ -37,7 +37,8 @@ TEXT_LIMIT: Final = 2000
 DEFAULT_INTERVAL_S: Final = 3.0
 """Between two reports, until an answer says otherwise: a save asked for has to reach its job within five seconds."""
 LONGEST_INTERVAL_S: Final = 60.0
-"""What an answer may ask for at most; the controller takes a job that is silent for three intervals for gone."""
+"""What an answer may ask for at most; the controller takes a job for gone that was silent for three
+intervals, and for 30 s at least."""
 
 
 class BadReport(ValueError):
