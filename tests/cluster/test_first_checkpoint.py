@@ -28,6 +28,13 @@ def test_an_annotated_job_commits_checkpoints_that_stock_dcp_loads(training: Tra
     assert sidecar["resources"]["limits"]["memory"]
     assert sidecar["resources"]["requests"]["cpu"]
     assert [each for each in pod["spec"]["containers"][0]["volumeMounts"] if each["name"] == "pillion-storage"] == []
+    holders = {
+        container["name"]
+        for container in [*pod["spec"]["initContainers"], *pod["spec"]["containers"]]
+        for mount in container["volumeMounts"]
+        if mount["name"].startswith("kube-api-access")
+    }
+    assert holders == {"trainer"}, "the API token of the pod is the user's affair, not ours"
 
     (path,) = training.volume.glob("train/step-60")
     state = {"weights0": torch.zeros(MIB * 2**20 // 4)}

@@ -106,6 +106,16 @@ def test_storage_and_token_are_the_sidecars_alone(any_pod: dict[str, Any]) -> No
             assert all(mount.get("readOnly") for path, mount in mounts.items() if path == sidecar_spec.CLIENT_DIR)
 
 
+def test_no_container_of_ours_has_the_pods_api_token(any_pod: dict[str, Any]) -> None:
+    """Where the API server would mount it there is an empty volume, in each container that injection adds."""
+    volumes = {volume["name"]: volume for volume in any_pod["spec"]["volumes"]}
+    for container in own_containers(any_pod):
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+        mount = mounts["/var/run/secrets/kubernetes.io/serviceaccount"]
+        assert mount["readOnly"]
+        assert volumes[mount["name"]].keys() == {"name", "emptyDir"}
+
+
 def test_every_own_volume_is_mounted_and_every_own_mount_has_its_volume(any_pod: dict[str, Any]) -> None:
     """Nothing that injection mounts is missing, and nothing that it declares lies idle."""
     spec = any_pod["spec"]

@@ -3,7 +3,7 @@ The whole of: what injection lays into a pod: the native sidecar, the container 
 what the trainer containers get.
 
     pod
-    +-- pillion-sidecar   init container that stays; arena, storage, token, a /tmp of its own
+    +-- pillion-sidecar   init container that stays; arena, storage, token for the controller, a /tmp of its own
     +-- pillion-client    init container that ends; copies the client library to a volume
     +-- trainer           arena, and the client read-only; never the storage, never the token
 
@@ -34,13 +34,18 @@ STORAGE_VOLUME: Final = "pillion-storage"
 CLIENT_VOLUME: Final = "pillion-client"
 TOKEN_VOLUME: Final = "pillion-token"
 TMP_VOLUME: Final = "pillion-tmp"
-VOLUMES: Final = (ARENA_VOLUME, STORAGE_VOLUME, CLIENT_VOLUME, TOKEN_VOLUME, TMP_VOLUME)
+NO_ACCOUNT_VOLUME: Final = "pillion-no-account"
+"""Empty, and where the API server would mount the pod's API token: our containers have no business with it. A pod that is as the
+API server wants it is also looked at once, not twice (the plug-in that mounts the token runs after us and asks us again)."""
+VOLUMES: Final = (ARENA_VOLUME, STORAGE_VOLUME, CLIENT_VOLUME, TOKEN_VOLUME, TMP_VOLUME, NO_ACCOUNT_VOLUME)
 
 RUNTIME_DIR: Final = "/pillion/arena"
 STORAGE_DIR: Final = "/pillion/storage"
 CLIENT_DIR: Final = "/pillion/client"
 TOKEN_DIR: Final = "/pillion/token"
 TOKEN_FILE: Final = "token"
+ACCOUNT_DIR: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
+"""Kubernetes documentation, "Configure Service Accounts for Pods": a container with a mount there gets no other."""
 TRAINER_MOUNTS: Final = (RUNTIME_DIR, CLIENT_DIR)
 
 PYTHONPATH: Final = "PYTHONPATH"
@@ -119,13 +124,15 @@ def build(
     ]
     if settings.sidecar_metrics_port:
         env.append(_literal(names.ENV_METRICS_PORT, str(settings.sidecar_metrics_port)))
-    mounts = [_mount(ARENA_VOLUME, RUNTIME_DIR), _mount(STORAGE_VOLUME, STORAGE_DIR), _mount(TMP_VOLUME, "/tmp")]
+    no_account = _mount(NO_ACCOUNT_VOLUME, ACCOUNT_DIR) | {"readOnly": True}
+    mounts = [_mount(ARENA_VOLUME, RUNTIME_DIR), _mount(STORAGE_VOLUME, STORAGE_DIR), _mount(TMP_VOLUME, "/tmp"), no_account]
     if claim.sub_path:
         mounts[1]["subPath"] = claim.sub_path
     volumes: list[Json] = [
         {"name": ARENA_VOLUME, "emptyDir": {"medium": "Memory"}},
         {"name": STORAGE_VOLUME, "persistentVolumeClaim": {"claimName": claim.claim_name}},
         {"name": TMP_VOLUME, "emptyDir": {"sizeLimit": "256Mi"}},
+        {"name": NO_ACCOUNT_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
     ]
     if arena_bytes:
         volumes[0]["emptyDir"]["sizeLimit"] = policy.format_bytes(arena_bytes)
@@ -168,7 +175,7 @@ def build(
         "imagePullPolicy": effective.image_pull_policy,
         "command": ["pillion-sidecar", "client", "--to", CLIENT_DIR],
         "resources": {"requests": dict(_CLIENT_AMOUNTS), "limits": dict(_CLIENT_AMOUNTS)},
-        "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR)],
+        "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR), no_account],
         "securityContext": _security_context(bare, trainers, None, settings),
     }
     return Parts(
