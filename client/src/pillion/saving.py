@@ -24,6 +24,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
 from pillion import leaves as leaves_module
+from pillion import phases
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle
 from pillion.session import Session
@@ -139,8 +140,10 @@ class Saver:
         # Tracked first: another rank's failure may be told while this one still waits for its slot.
         session.track(handle)
         grant = session.claim(handle.step, room_bytes=room, persist=persist, destination=destination)
+        phases.reach(phases.Phase.STAGE, rank=session.group.rank, step=handle.step)
         mapping.copy_in(grant.slot, leaves, ready=ready)
         self._check_unchanged(leaves)
+        phases.reach(phases.Phase.SEAL, rank=session.group.rank, step=handle.step)
         mapping.seal(
             grant.slot,
             leaves=leaves,

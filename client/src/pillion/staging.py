@@ -262,7 +262,7 @@ class SegmentMapping:
             layout_bytes=len(of.encoded),
             manifest_offset=manifest_offset,
             manifest_bytes=len(manifest),
-            sealed_ns=time.time_ns(),
+            sealed_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             layout_digest=bytes.fromhex(of.digest),
             manifest_digest=hashlib.blake2b(manifest, digest_size=16).digest(),
             session=session,

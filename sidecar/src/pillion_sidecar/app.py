@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 from pillion.wire import names
 from pillion_sidecar import background, control
 from pillion_sidecar.settings import Settings
-from pillion_sidecar.supervisor import Supervisor
+from pillion_sidecar.supervisor import LAST_SAVE_S, Supervisor
 
 if TYPE_CHECKING:
     from pillion_sidecar.home import calling
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 
 IDLE_CHECK_S: Final = 0.1
 """How often an embedded sidecar looks whether it is needed: a torchrun job's end waits for nothing here."""
-LAST_SAVE_S: Final = 10.0
-"""How long a drain waits for living trainers to make one more save: a few of their steps. The newest snapshot goes anyway."""
 PRIVATE_DIRECTORY: Final = 0o700
 SHARED_DIRECTORY: Final = 0o777
 """Mode of a runtime directory that this process makes in a pod, as the kubelet makes an emptyDir: trainer and sidecar may be

@@ -66,8 +66,10 @@ def finish_interrupted(root: str) -> list[int]:
     finished = []
     for step, done in sorted(steps(root).items()):
         path = os.path.join(root, names.step_directory(step))
-        if not done and commit.finish(path) is not None:
-            finished.append(step)
+        if done or (made := commit.finish(path)) is None:
+            continue
+        finished.append(step)
+        commit.remember(root, step, made.generation)
     return finished
 
 

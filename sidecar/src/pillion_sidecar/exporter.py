@@ -73,6 +73,11 @@ class Exporter(Collector):
         yield CounterMetricFamily(
             "pillion_checkpoints_refused", "Checkpoints found corrupt by a load.", value=metrics.checkpoints_refused
         )
+        yield GaugeMetricFamily(
+            "pillion_storage_stalled_seconds",
+            "How long storage has stood still now; 0 while it answers.",
+            value=metrics.storage_stalled_seconds,
+        )
         held = len(pod.table.held()) if pod is not None else 0
         yield GaugeMetricFamily("pillion_slots_in_use", "Slots of each segment that hold a save.", value=held)
         if metrics.last_committed_timestamp:

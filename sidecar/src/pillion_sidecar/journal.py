@@ -17,10 +17,15 @@ from typing import Any, Final
 from pillion.errors import PillionError
 from pillion.wire import home
 from pillion_sidecar.demands import Demands
+from pillion_sidecar.executor.exchange import STORAGE
 from pillion_sidecar.metrics import Metrics
 
 KEPT_SAVES: Final = 256
 """Saves that are remembered from their begin on; far more than are on their way at once."""
+REFUSED: Final = "CheckpointRefused"
+"""Reason of a checkpoint that a load passed over."""
+STALL_TOLD_S: Final = 10.0
+"""Storage that stands still for this long is told, long before it is given up: a block of 8 MiB takes milliseconds."""
 STORAGE_ERRORS: Final = frozenset({"PersistError", "CommitError"})
 """Errors of a save that are the storage's, as far as a pod can tell."""
 
@@ -64,6 +69,7 @@ class Journal:
         self.commit: Commit | None = None
         self.storage_problem = ""
         """Why the last save could not be persisted; empty again with the next commit."""
+        self._stalled = False
         self.terminating = False
         """The pod is to end: saves are made for that from here on."""
         self.on_news: Callable[[], None] = lambda: None
@@ -130,6 +136,19 @@ class Journal:
         self.demands.ended(step, None)
         self.on_news()
 
+    def waits(self, waits: Mapping[str, Any] | None) -> None:
+        """What the executor waits for, a few times a minute; None: nothing. A storage that hangs is told while it does."""
+        for_s = float(waits["for_s"]) if waits is not None and waits["kind"] == STORAGE else 0.0
+        stalled = for_s > STALL_TOLD_S
+        self.metrics.storage_stalled_seconds = for_s if stalled else 0.0
+        if stalled and waits is not None:
+            self.storage_problem = f"storage has not answered for {for_s:.0f} s ({waits['what']})"
+        elif self._stalled:
+            self.storage_problem = ""
+        if stalled != self._stalled:
+            self._stalled = stalled
+            self.on_news()
+
     def snapshot(self) -> None:
         """A save that stays in memory is sealed on every rank of the job."""
         self.metrics.snapshots += 1
@@ -158,6 +177,13 @@ class Journal:
         self.on_news()
 
     # --- loads -------------------------------------------------------------------------------------------------------
+
+    def refused(self, where: str, why: str) -> None:
+        """A load passed a checkpoint over that is corrupt or lost; `where` is its tier and step."""
+        self.metrics.checkpoints_refused += 1
+        step = where.rpartition(":")[2]
+        self._note(int(step) if step.isdigit() else -1, REFUSED, f"{where}: {why}")
+        self.on_news()
 
     def load_failed(self, step: int | None, kind: str, text: str) -> None:
         """A load ended with an error on every rank of this pod."""

@@ -145,9 +145,9 @@ class Loads:
         metrics = self._supervisor.journal.metrics
         metrics.loads_arena += result["tier"] == "arena"
         metrics.loads_storage += result["tier"] == "storage"
-        metrics.checkpoints_refused += len(result["refused"])
         for where, why in result["refused"].items():
-            _log.error("refused the corrupt checkpoint %s: %s", where, why)
+            _log.error("refused the checkpoint %s: %s", where, why)
+            self._supervisor.journal.refused(where, why)
         for rank, (client, message) in asked.items():
             client.answer(
                 message,

@@ -39,6 +39,8 @@ class Metrics:
     last_committed_step: int = -1
     last_committed_timestamp: float = 0.0
     """Seconds since 1970; 0: none since this sidecar started."""
+    storage_stalled_seconds: float = 0.0
+    """How long storage has stood still now; 0: it has not, or not for long."""
     failures_by_kind: dict[str, int] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, object]:

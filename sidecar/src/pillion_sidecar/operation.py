@@ -7,42 +7,58 @@ Called from: the supervisor, one operation at a time (a lock keeps loads and sav
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
-from pillion_sidecar import settings
+from pillion_sidecar import session_record, settings
 from pillion_sidecar.arena.slots import Save
-from pillion_sidecar.executor.parent import Executor, ExecutorDied
+from pillion_sidecar.executor.exchange import PEERS
+from pillion_sidecar.executor.parent import Executor, ExecutorDied, ExecutorHung
 from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.pod import Pod
+from pillion_sidecar.session_record import Counts, Record
 
 _log = logging.getLogger(__name__)
 
 
+class SessionOver(PillionError):
+    """The trainers that asked for this are gone, and others are there."""
+
+
 class Operations:
-    """See the module."""
+    """
+    See the module.
+
+    Args:
+        on_event: called with events of the executor: load progress, messages of other pods, the loss of the store.
+        on_wait: called after each ping with what the executor waits for; None: nothing.
+    """
 
     def __init__(
-        self, of: settings.Settings, metrics: Metrics, *, on_event: Callable[[messages.Message], None]
+        self,
+        of: settings.Settings,
+        metrics: Metrics,
+        *,
+        on_event: Callable[[messages.Message], None],
+        on_wait: Callable[[Mapping[str, Any] | None], None] = lambda _: None,
     ) -> None:
         self._settings = of
         self._metrics = metrics
         self._pass_on = on_event
+        self._on_wait = on_wait
         self._executor: Executor | None = None
         self._pod: Pod | None = None
-        self._opened: str | None = None
+        self.opened: str | None = None
         """The session that the living executor has open."""
         self._opening: dict[str, Any] = {}
-        self._generation: int | None = None
-        """The session's generation: a successor goes on in it."""
-        self._generation_of: str | None = None
-        self._loads = self._epoch = 0
-        """As Context.loads and Context.epoch of this session: a successor counts on from them, or it would never meet its peers."""
-        self._signals: int | None = None
-        """Number of the last message to all pods that was passed on, likewise; None: of a new session."""
+        self._working_for: str | None = None
+        """The session of the request that the executor has now."""
+        self._record: Record | None = None
+        """How far the session has come: the executor's successor goes on there, or it would never meet its peers."""
         self._lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -51,7 +67,10 @@ class Operations:
         return self._executor.pid if self._executor is not None else None
 
     def _on_event(self, event: messages.Message) -> None:
-        self._signals = event.pop("number", self._signals)
+        if "number" in event:
+            self._note(signals=event.pop("number"))
+        if event["type"] == "store_lost":
+            self.store_is_lost()
         self._pass_on(event)
 
     async def prestart(self) -> None:
@@ -59,9 +78,42 @@ class Operations:
         async with self._lock:
             await self._running()
 
-    def session(self, pod: Pod) -> None:
-        """A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save."""
+    @property
+    def store_lost(self) -> bool:
+        """Whether the pods of the session meet on storage: messages to all of them reach nobody."""
+        return self._record is not None and self._record.counts.store_lost
+
+    def store_is_lost(self) -> None:
+        """The executor, or its successor, meets the other pods on storage from now on."""
+        if self._record is not None:
+            self._note(counts=dataclasses.replace(self._record.counts, store_lost=True))
+
+    def _note(self, **changes: Any) -> None:
+        if self._record is not None:
+            changed = dataclasses.replace(self._record, **changes)
+            if changed != self._record:
+                self._record = changed
+                session_record.write(self._settings.runtime_dir, changed)
+
+    def session(self, pod: Pod, record: Record | None = None) -> None:
+        """
+        A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save.
+
+        What the executor still does for the session before ends here, with the executor: its trainers are gone, and their
+        store with them, so that it may be waiting for peers who do the same, while those wait for this pod.
+
+        Args:
+            record: how far a session has come that a sidecar before this one served; None: it begins.
+        """
         self._pod = pod
+        if record is not None:
+            self._record = record
+        elif self._record is None or self._record.session != pod.identity.session:
+            self._record = pod.record()
+            session_record.write(self._settings.runtime_dir, self._record)
+        if self._executor is not None and self._working_for not in (None, pod.identity.session):
+            _log.warning("the executor is at work for a session that is over: it is replaced")
+            self._executor.kill()
         task = asyncio.create_task(self._open_ahead(pod))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -93,10 +145,12 @@ class Operations:
         if self._executor is not None:
             await self._executor.stop()
             self._metrics.executor_restarts += 1
-        self._opened = None
+        self.opened = None
         self._executor = Executor(
             log_level=self._settings.log_level,
             ping_timeout_s=self._settings.ping_timeout_s,
+            storage_timeout_s=self._settings.storage_timeout_s,
+            on_wait=self._on_wait,
             on_event=self._on_event,
             on_exit=self._revive,
         )
@@ -104,33 +158,34 @@ class Operations:
         return self._executor
 
     async def _open(self, pod: Pod) -> dict[str, Any]:
-        executor = await self._running()
         session = pod.identity.session
-        if self._opened == session:
+        record = self._record
+        if self._pod is not pod or record is None:
+            raise SessionOver(f"session {session} is over")
+        executor = await self._running()
+        if self.opened == session:
             return self._opening
-        known = self._generation if self._generation_of == session else None
-        if known is None:
-            self._loads = self._epoch = 0
-            self._signals = None
         document = pod.session_document(
             peer_timeout_s=self._settings.peer_timeout_s,
             persist_timeout_s=self._settings.persist_timeout_s,
+            storage_timeout_s=self._settings.storage_timeout_s,
             write_threads=self._settings.write_threads,
-            generation=known,
         )
-        document |= {"loads": self._loads, "epoch": self._epoch, "signals": self._signals}
+        document |= {"generation": record.generation, "signals": record.signals, **dataclasses.asdict(record.counts)}
         try:
-            self._opening = await executor.request({"type": "open", "session": document})
+            self._opening = await self._request(executor, session, {"type": "open", "session": document})
         except PillionError:
             # Half open is not open: the next save starts from a fresh process.
             await executor.stop()
             raise
-        self._opened = session
-        self._signals = self._opening.get("signals") if self._signals is None else self._signals
-        self._generation, self._generation_of = int(self._opening["generation"]), session
+        self.opened = session
+        heard = record.signals if record.signals is not None else self._opening.get("signals")
+        self._note(generation=int(self._opening["generation"]), signals=heard)
         return self._opening
 
-    async def persist(self, pod: Pod, save: Save, about: Mapping[str, Any]) -> dict[str, Any]:
+    async def persist(
+        self, pod: Pod, save: Save, about: Mapping[str, Any], *, repeated: bool = False
+    ) -> dict[str, Any]:
         """
         Run one save.
 
@@ -138,6 +193,7 @@ class Operations:
             pod: of the session.
             save: what to persist.
             about: what its manifest says besides.
+            repeated: another executor may have begun it.
 
         Raises:
             ExecutorDied: nothing is known of the save; a successor may repeat it.
@@ -151,6 +207,7 @@ class Operations:
             "sequence": save.step + 1 if save.destination else 0,
             # As the policy is now: it may have changed since the session was opened.
             "retention": policy.dump(pod.policy)["retention"],
+            "repeated": repeated,
             **about,
         }
         try:
@@ -177,11 +234,22 @@ class Operations:
                 _log.warning("the load goes to the executor's successor: %s", err)
                 result = await self._run(pod, message)
         except ExecutorDied as err:
+            if self._record is not None:
+                # The other pods have counted it.
+                counts = self._record.counts
+                self._note(counts=dataclasses.replace(counts, loads=counts.loads + 1))
             raise LoadError(f"two executors in a row died while they loaded: {err}") from err
-        finally:
-            self._loads += 1
-        self._epoch += 1
         return result
+
+    async def rescue(self, pod: Pod, held: list[int], persisted: list[int]) -> int | None:
+        """
+        Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`.
+
+        Raises:
+            PillionError: some pod did not come, or the executor died.
+        """
+        result = await self._run(pod, {"type": "rescue", "held": held, "persisted": persisted})
+        return messages.optional_field(result, "step", int)
 
     async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
         """Tell the other pods that this one has no part in `step`."""
@@ -190,16 +258,18 @@ class Operations:
         except PillionError as err:
             _log.info("step %d was withdrawn: %s", step, err)
 
-    async def signal(self, pod: Pod, message: dict[str, Any]) -> None:
-        """Tell every pod of the job; lost when there is no way now: whoever needs it asks again."""
+    async def signal(self, pod: Pod, message: dict[str, Any]) -> bool:
+        """Tell every pod of the job; whether it was told. Lost when there is no way now: whoever needs it asks again."""
         try:
-            if self._opened != pod.identity.session:
+            if self.opened != pod.identity.session:
                 await self.open(pod)
             if self._executor is not None:
                 # Not under the lock: a save may hold it for minutes.
                 await self._executor.request({"type": "signal", "message": message})
+                return True
         except PillionError as err:
             _log.warning("other pods were not told %s: %s", message, err)
+        return False
 
     async def _run(self, pod: Pod, message: dict[str, Any]) -> dict[str, Any]:
         async with self._lock:
@@ -207,7 +277,24 @@ class Operations:
             executor = self._executor
             if executor is None:
                 raise ExecutorDied("the executor is not running")
+            return await self._request(executor, pod.identity.session, message)
+
+    async def _request(self, executor: Executor, session: str, message: dict[str, Any]) -> dict[str, Any]:
+        self._working_for = session
+        try:
             return await executor.request(message)
+        except ExecutorHung as err:
+            if err.kind == PEERS:
+                # The store took a question and does not answer: its process is stopped, or the network between is cut.
+                self.store_is_lost()
+            raise
+        finally:
+            self._working_for = None
+            state = executor.session_state
+            if state and self._record is not None and self._record.session == session:
+                lost = self._record.counts.store_lost
+                counts = Counts.from_document(state)
+                self._note(counts=dataclasses.replace(counts, store_lost=counts.store_lost or lost))
 
     async def stop(self) -> None:
         self._pod = None

@@ -13,14 +13,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from pillion.errors import ErrorDocument, PillionError, RemoteFailure, SaveError
+from pillion.errors import ErrorDocument, PersistError, PillionError, RemoteFailure, SaveError
 from pillion.wire import arena, policy
 from pillion_sidecar import background, failures
 from pillion_sidecar.arena.slots import Phase, Save
-from pillion_sidecar.executor.parent import ExecutorDied
+from pillion_sidecar.executor.exchange import STORAGE
+from pillion_sidecar.executor.parent import ExecutorDied, ExecutorHung
 from pillion_sidecar.journal import Journal
 from pillion_sidecar.operation import Operations
 from pillion_sidecar.pod import Pod
@@ -30,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 PERSIST_ATTEMPTS: Final = 2
 """How often one snapshot is handed to an executor that dies with it: a snapshot that kills two would kill a third."""
+REMEMBERED_RESCUES: Final = 64
+"""Calls to a rescue that were answered: each is heard by whoever made it, too."""
 
 
 class Persisting:
@@ -48,10 +53,18 @@ class Persisting:
         self._operations = operations
         self._on_release = on_release
         self._withdrawn: list[tuple[int, bool, ErrorDocument]] = []
+        self._rescues = 0
+        """Calls of other pods or of this one that are not answered yet."""
+        self._calling = 0
+        self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
+        self._at_work = False
+        self._tasks: background.Tasks | None = None
+        trainers.on_rescue = self.rescue_called
         self._wake = asyncio.Event()
         self._quiet = asyncio.Condition()
 
     def start(self, tasks: background.Tasks) -> None:
+        self._tasks = tasks
         tasks.start(self._work(), "persisting")
 
     def wake(self) -> None:
@@ -65,26 +78,81 @@ class Persisting:
             self._withdrawn.append((step, persist, ErrorDocument.from_exception(error)))
             self.wake()
 
-    def rescue(self) -> None:
-        """Persist the newest whole snapshot that is not on storage: its trainer cannot make another."""
+    def _rescuable(self) -> Save | None:
+        """The newest whole snapshot, when nothing brings it to storage yet."""
         pod = self._trainers.pod
-        if pod is None or pod.policy.trigger.on_termination is not policy.OnTermination.SAVE:
-            return
+        if pod is None or pod.policy.trigger.on_termination is not policy.OnTermination.SAVE or not pod.identity.root:
+            return None
         save = pod.table.newest_complete()
-        if save is not None and not save.persisted and not save.persist and pod.identity.root:
-            save.persist = True
+        if save is None or save.persisted or save.destination is not None:
+            return None
+        on_its_way = save.persist and save.phase in (Phase.COMPLETE, Phase.PERSISTING)
+        return None if on_its_way else save
+
+    def rescue(self) -> None:
+        """Persist the newest whole snapshot that is not on storage: its trainer cannot make another. All pods do it together."""
+        pod, save = self._trainers.pod, self._rescuable()
+        if pod is None or save is None or self._tasks is None:
+            return
+        if len(pod.identity.pods) == 1:
+            self._to_storage(save)
             if save.phase is Phase.DONE:  # one that is being registered as a snapshot is queued again by _persist
                 save.phase = Phase.COMPLETE
-            self._journal.rescued(save.step)
-            _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
             self.wake()
+            return
+        self._calling += 1
+        self._tasks.start(self._call_rescue(pod), "calling to a rescue")
+
+    def _to_storage(self, save: Save) -> None:
+        save.persist = True
+        self._journal.rescued(save.step)
+        _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
+
+    async def _call_rescue(self, pod: Pod) -> None:
+        call = uuid.uuid4().hex
+        self._answered.append(call)
+        try:
+            if not self._operations.store_lost:
+                # Without the store every pod finds out by itself.
+                await self._operations.signal(pod, {"type": "rescue", "id": call})
+        finally:
+            self._calling -= 1
+            self._rescues += 1
+            self.wake()
+
+    def rescue_called(self, call: str) -> None:
+        """Another pod cannot make another snapshot; `call` is that call's name."""
+        if call not in self._answered and self._trainers.pod is not None:
+            self._answered.append(call)
+            self._rescues += 1
+            self.wake()
+
+    async def _rescue(self, pod: Pod) -> None:
+        """Agree with the other pods on the newest snapshot that all of them hold, and persist it."""
+        pinned = pod.table.pin()
+        try:
+            held = sorted((save for save in pinned if save.destination is None), key=lambda save: save.order)
+            step = await self._operations.rescue(
+                pod, [save.step for save in held], [save.step for save in held if save.persisted]
+            )
+            save = pod.table.saves.get(step) if step is not None else None
+            if step is None or save is None:
+                return
+            self._to_storage(save)
+            pod.table.start_persist(save)
+            await self._persist(pod, save)
+        except PillionError as err:
+            _log.error("the newest snapshot stays in memory: %s", err)
+        finally:
+            pod.table.unpin(pinned)
 
     def busy(self) -> bool:
         pod = self._trainers.pod
         if pod is None:
             return False
         phases = {save.phase for save in pod.table.saves.values() if not save.failures}
-        return bool(self._withdrawn) or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
+        waiting = bool(self._withdrawn) or self._rescues > 0 or self._calling > 0 or self._at_work
+        return waiting or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
 
     async def quiet(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or being persisted. Blocks: up to timeout_s. False when the bound came first."""
@@ -98,10 +166,13 @@ class Persisting:
             await self._wake.wait()
             self._wake.clear()
             while (job := self._next()) is not None:
+                self._at_work = True
                 try:
                     await job
                 except Exception:  # a boundary: the loop outlives any one save
                     _log.exception("internal error while saving")
+                finally:
+                    self._at_work = False
                 self._on_release()
             async with self._quiet:
                 self._quiet.notify_all()
@@ -117,6 +188,9 @@ class Persisting:
             if save.phase is Phase.COMPLETE and not save.failures:
                 pod.table.start_persist(save)
                 return self._persist(pod, save)
+        if self._rescues:
+            self._rescues -= 1
+            return self._rescue(pod)
         return None
 
     async def _persist(self, pod: Pod, save: Save) -> None:
@@ -126,9 +200,17 @@ class Persisting:
         wanted = save.persist
         for attempt in range(PERSIST_ATTEMPTS):
             try:
-                outcome = await self._operations.persist(pod, save, self._journal.about(save.step))
+                repeated = attempt > 0 or save.adopted
+                outcome = await self._operations.persist(pod, save, self._journal.about(save.step), repeated=repeated)
                 error = None
                 break
+            except ExecutorHung as err:
+                failure = RemoteFailure("StorageHung" if err.kind == STORAGE else "PeersHung", str(err))
+                error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+                if err.kind == STORAGE:
+                    # Not once more: it would stand still again, and what comes after may go to a storage that works.
+                    self.withdraw(save.step, error, persist=wanted)
+                    break
             except ExecutorDied as err:
                 failure = RemoteFailure("ExecutorDied", str(err))
                 error = SaveError("the executor died", step=save.step, failures=dict.fromkeys(pod.segments, failure))

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import reprlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +21,7 @@ from pillion.wire import arena, messages, names, policy
 from pillion_sidecar.arena import segment as segment_module
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
+from pillion_sidecar.session_record import Record
 
 _log = logging.getLogger(__name__)
 
@@ -53,17 +56,21 @@ class Identity:
         try:
             parsed = tuple(tuple(int(r) for r in pod) for pod in pods)
             local = next(pod for pod in parsed if rank in pod)
-        except (TypeError, ValueError, StopIteration) as err:
-            raise messages.BadFrame(f"hello: rank {rank} is in none of the pods {pods!r:.200}") from err
+        except (TypeError, ValueError, OverflowError, StopIteration) as err:
+            raise messages.BadFrame(f"hello: rank {rank} is in none of the pods {reprlib.repr(pods)}") from err
         world_size = messages.field(message, "world_size", int)
-        if sorted(r for pod in parsed for r in pod) != list(range(world_size)):
+        ranks = sorted(r for pod in parsed for r in pod)
+        # The length first: a list of as many as the hello says may not fit into memory.
+        if len(ranks) != world_size or ranks != list(range(world_size)):
             raise messages.BadFrame(
-                f"hello: the pods {pods!r:.200} do not hold the ranks 0 to {world_size - 1} once each"
+                f"hello: the pods {reprlib.repr(pods)} do not hold the ranks 0 to {world_size - 1} once each"
             )
         session = messages.field(message, "session", str)
         if len(session) != 32 or not set(session) <= set("0123456789abcdef"):
             raise messages.BadFrame("hello: the session must be 32 hex digits")
         store = messages.optional_field(message, "store", list)
+        if store and not (len(store) == 2 and isinstance(store[0], str) and isinstance(store[1], int)):
+            raise messages.BadFrame("hello: the store must be an address and a port")
         return cls(
             session=session,
             run_id=messages.field(message, "run_id", str),
@@ -153,7 +160,8 @@ class Pod:
             save = Save(first.step, slot, 0, persist=not snapshot, destination=None, sealed=set(ranks))
             save.phase = Phase.DONE if persisted or snapshot else Phase.COMPLETE
             save.persisted = persisted
-            save.sealed_ns = first.sealed_ns
+            # The wall clock may have jumped since; the arena does not outlive the boot.
+            save.sealed_ns = time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns)
             found.append((first.sealed_ns, save))
         saves = [save for _, save in sorted(found, key=lambda entry: entry[0])]
         self.table.adopt(saves)
@@ -224,7 +232,7 @@ class Pod:
             segment.write_header(save.slot, dataclasses.replace(header, state=state, flags=flags))
 
     def session_document(
-        self, *, peer_timeout_s: float, persist_timeout_s: float, write_threads: int, generation: int | None
+        self, *, peer_timeout_s: float, persist_timeout_s: float, storage_timeout_s: float, write_threads: int
     ) -> dict[str, Any]:
         """What the executor needs to open this session."""
         identity = self.identity
@@ -244,9 +252,24 @@ class Pod:
             "policy": policy.dump(self.policy),
             "peer_timeout_s": peer_timeout_s,
             "persist_timeout_s": persist_timeout_s,
+            "storage_timeout_s": storage_timeout_s,
             "write_threads": write_threads,
-            "generation": generation,
         }
+
+    def record(self) -> Record:
+        """What a successor of this sidecar needs to find this session again."""
+        identity = self.identity
+        hello = {
+            "session": identity.session,
+            "run_id": identity.run_id,
+            "attempt": identity.attempt,
+            "rank": identity.local_ranks[0],
+            "world_size": identity.world_size,
+            "pods": [list(pod) for pod in identity.pods],
+            "store_mode": identity.store_mode,
+            "store": list(identity.store) if identity.store else None,
+        }
+        return Record(session=identity.session, hello=hello, policy=policy.dump(self.policy), root=identity.root)
 
     def close(self) -> None:
         for segment in self.segments.values():

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 
+from pillion import phases
 from pillion.errors import (
     BarrierTimeout,
     ErrorDocument,
@@ -21,6 +22,7 @@ from pillion.errors import (
     SaveSkipped,
     StagingError,
 )
+from pillion.phases import Phase as Point
 from pillion.wire import messages
 from pillion_sidecar import background, failures, settings
 from pillion_sidecar.arena import slots
@@ -58,6 +60,7 @@ class Saves:
         step = messages.field(message, "step", int)
         persist = messages.field(message, "persist", bool)
         destination = messages.optional_field(message, "destination", dict)
+        phases.reach(Point.CLAIM, rank=client.rank, step=step)
         decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
         if isinstance(decision, slots.MustWait):
             self._journal.metrics.saves_waited += not message.get("waited")

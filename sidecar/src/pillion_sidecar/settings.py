@@ -37,6 +37,9 @@ class Settings:
     is noticed by the job itself within its own collective timeout."""
     persist_timeout_s: float = field(default=1800.0, metadata={"env": "PILLION_PERSIST_TIMEOUT_S"})
     """Bound for one pod to write its part: 96 GiB at 50 MB/s."""
+    storage_timeout_s: float = field(default=300.0, metadata={"env": "PILLION_STORAGE_TIMEOUT_S"})
+    """Bound for storage to take one block, or to answer one call: the executor that waits longer is replaced, and the save fails.
+    Network file systems come back from a failover within two or three minutes."""
     ping_timeout_s: float = field(default=30.0, metadata={"env": "PILLION_PING_TIMEOUT_S"})
     """An executor that answers no ping for this long hangs, and is replaced. It answers from a thread of its own, so that only a
     stopped or thrashing process is late."""
@@ -154,7 +157,7 @@ def read_policy(source: Mapping[str, object] | str | None) -> policy.Policy:
                 ) from err
         try:
             document = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as err:
+        except (ValueError, RecursionError, yaml.YAMLError) as err:
             raise SettingsError([f"{origin} is neither JSON nor YAML: {err}"]) from err
     if not isinstance(document, Mapping):
         raise SettingsError([f"the policy must be an object, not {type(document).__name__}"])

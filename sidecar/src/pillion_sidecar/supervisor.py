@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pillion import wire
-from pillion.errors import ErrorDocument, ProtocolMismatch, SettingsError, UsageError
+from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, UsageError
 from pillion.wire import messages, policy
-from pillion_sidecar import background, catalog, governing, loads, settings
+from pillion_sidecar import background, catalog, governing, loads, session_record, settings
 from pillion_sidecar.control import Client
 from pillion_sidecar.governing import Governing
 from pillion_sidecar.journal import Journal
@@ -31,6 +31,10 @@ from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
+LAST_SAVE_S: Final = 10.0
+"""How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
+storage as it is: they may hang."""
+POLL_S: Final = 0.1
 POLICY_REPEAT_S: Final = 60.0
 """How often a policy that changed is told again, to pods and ranks that missed it: their sidecar or executor was being replaced."""
 
@@ -43,7 +47,9 @@ class Supervisor:
         self.journal = Journal()
         self.governing = Governing()
         self._tasks = background.Tasks()
-        self.operations = Operations(of, self.journal.metrics, on_event=self._on_executor_event)
+        self.operations = Operations(
+            of, self.journal.metrics, on_event=self._on_executor_event, on_wait=self.journal.waits
+        )
         self.trainers = Trainers(self.operations, self._tasks, on_policy=self._policy_heard)
         self.persisting = Persisting(self.journal, self.trainers, self.operations, self._released)
         self.saves = Saves(of, self.journal, self.trainers, self.persisting, self._tasks)
@@ -61,7 +67,26 @@ class Supervisor:
 
     async def start(self) -> None:
         self.persisting.start(self._tasks)
+        self._adopt()
         await self.operations.prestart()
+
+    def _adopt(self) -> None:
+        """Go on with the session of a sidecar before this one: what it left in the arena is persisted, trainers or not."""
+        record = session_record.read(self.settings.runtime_dir)
+        if record is None:
+            return
+        try:
+            self._started_with = settings.read_policy(self.settings.policy or record.policy)
+            identity = Identity.from_hello(dict(record.hello), root=record.root)
+            pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
+        except (OSError, ValueError, PillionError) as err:
+            _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
+            return
+        _log.warning("adopted session %s with %d snapshots in memory", record.session, len(pod.adopted))
+        self.trainers.pod = pod
+        self.trainers.crashed = True
+        self.operations.session(pod, record)
+        self.persisting.wake()
 
     async def stop(self) -> None:
         """Stop working; what is sealed stays in the arena. Blocks: for the executor's ladder."""
@@ -207,6 +232,10 @@ class Supervisor:
         if event["type"] in ("load_begin", "load_progress"):
             self.loads.progress(event)
             return
+        if event["type"] == "store_lost":
+            # Whoever hosted it is gone, and training with it: each pod finds out by itself, and all meet on storage.
+            self.persisting.rescue()
+            return
         try:
             self.trainers.heard(event)
         except (messages.BadFrame, policy.PolicyError) as err:
@@ -267,7 +296,18 @@ class Supervisor:
             return False
         _log.info("the pod is terminating: the trainers are asked for a save")
         self.trainers.save_now()
+        self._tasks.start(self._flush(pod), "flush")
         return True
+
+    async def _flush(self, pod: Pod | None) -> None:
+        """Persist the newest snapshot although the trainers live, when they make no newer one: they may hang."""
+        if pod is None:
+            return
+        before = pod.table.newest_complete()
+        deadline = time.monotonic() + LAST_SAVE_S
+        while pod.table.newest_complete() is before and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+        self.persisting.rescue()
 
     async def _farewell(self, client: Client, message: messages.Message) -> None:
         """Let a trainer go when its saves are done; the last one to leave makes sure of the newest snapshot."""

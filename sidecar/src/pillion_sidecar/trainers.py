@@ -32,6 +32,8 @@ class Trainers:
         """Every trainer of the session ended well: an embedded sidecar is not needed any more."""
         self.crashed = False
         """A trainer of this session died, or ended by an exception: a restart may come for the arena."""
+        self.on_rescue: Callable[[str], None] = lambda _: None
+        """Called when a pod of the job calls all of them to persist the newest snapshot that all of them hold."""
         self._on_policy = on_policy
         """Called with what the coordinator's sidecar says of the policy."""
         self._operations = operations
@@ -55,7 +57,10 @@ class Trainers:
             self.heard(message)
             return
         # In the background: the executor may be busy, and this trainer's next message must not wait for it.
-        self._tasks.start(self._operations.signal(pod, message), "signal")
+        self._tasks.start(self._signal(pod, message), "signal")
+
+    async def _signal(self, pod: Pod, message: dict[str, Any]) -> None:
+        await self._operations.signal(pod, message)
 
     def heard(self, message: messages.Message) -> None:
         """What a trainer or sidecar of this job told all of them."""
@@ -67,6 +72,9 @@ class Trainers:
             return
         if message["type"] == "policy":
             self._on_policy(message)
+            return
+        if message["type"] == "rescue":
+            self.on_rescue(messages.field(message, "id", str))
             return
         told = {"type": message["type"], "step": messages.field(message, "step", int)}
         if message["type"] == "change_announced":

@@ -36,7 +36,7 @@ Slot header (little-endian):
     | 56     | 8    | layout_bytes    | u64  |                                                         | trainer    |
     | 64     | 8    | manifest_offset | u64  |                                                         | trainer    |
     | 72     | 8    | manifest_bytes  | u64  |                                                         | trainer    |
-    | 80     | 8    | sealed_ns       | u64  | wall clock of the seal, for people only                 | trainer    |
+    | 80     | 8    | sealed_ns       | u64  | since the boot; orders the snapshots of an arena       | trainer    |
     | 88     | 16   | layout_digest   | 16s  | blake2b-128 of the layout bytes                         | trainer    |
     | 104    | 16   | manifest_digest | 16s  | blake2b-128 of the manifest bytes                       | trainer    |
     | 120    | 16   | session         | 16s  | the session that sealed it                              | trainer    |

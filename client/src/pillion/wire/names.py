@@ -28,6 +28,9 @@ ENV_LOG_LEVEL: Final = "PILLION_LOG_LEVEL"
 ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
 """torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
 
+ENV_FAULTS: Final = "PILLION_FAULTS"
+"""Faults that a test asks for (`pillion_sidecar.faults`). Never set by the injector or the chart."""
+
 # --- environment of an injected sidecar --------------------------------------------------------------------------
 
 ENV_POD_NAME: Final = "PILLION_POD_NAME"
@@ -70,9 +73,11 @@ COMMIT_MARKER: Final = ".metadata"
 MANIFEST: Final = "manifest.json"
 INTERNAL_DIR: Final = ".pillion"
 """Below the root: generations and the sidecar's log. Nothing in it is needed to load a checkpoint."""
-_STEP = re.compile(r"^step-(\d+)$")
-_DATA_FILE = re.compile(r"^__(\d+)_(\d+)\.([0-9a-z-]+)\.distcp$")
-_PART_FILE = re.compile(r"^part-(\d+)\.([0-9a-z-]+)\.json$")
+_NUMBER: Final = r"(0|[1-9][0-9]{0,18})"
+"""As we write one: a name that somebody else made, such as ``step-007``, is not taken for the one that we would make."""
+_STEP: Final = re.compile(rf"step-{_NUMBER}")
+_DATA_FILE: Final = re.compile(rf"__{_NUMBER}_{_NUMBER}\.([0-9a-z-]+)\.distcp")
+_PART_FILE: Final = re.compile(rf"part-{_NUMBER}\.([0-9a-z-]+)\.json")
 
 
 def step_directory(step: int) -> str:
@@ -80,7 +85,7 @@ def step_directory(step: int) -> str:
 
 
 def parse_step_directory(name: str) -> int | None:
-    match = _STEP.match(name)
+    match = _STEP.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
@@ -95,12 +100,12 @@ def part_file(first_rank: int, generation: str) -> str:
 
 
 def parse_part_file(name: str) -> tuple[int, str] | None:
-    match = _PART_FILE.match(name)
+    match = _PART_FILE.fullmatch(name)
     return (int(match.group(1)), match.group(2)) if match else None
 
 
 def parse_data_file(name: str) -> tuple[int, int, str] | None:
-    match = _DATA_FILE.match(name)
+    match = _DATA_FILE.fullmatch(name)
     return (int(match.group(1)), int(match.group(2)), match.group(3)) if match else None
 
 

@@ -47,6 +47,8 @@ class Save:
     persisted: bool = False
     sealed_ns: int = 0
     """When it was complete, wall clock, for people."""
+    adopted: bool = False
+    """Found in the arena: a sidecar before this one may have begun to persist it."""
     pins: int = 0
     """Loads that read this slot now."""
 
@@ -286,6 +288,7 @@ class SlotTable:
         for save in saves:
             self._order += 1
             save.order = self._order
+            save.adopted = True
             self.saves[save.step] = save
 
     def _release_if_idle(self, save: Save) -> None:

@@ -6,16 +6,22 @@ Called from: `executor.worker` (opens it), `persist`, `load` (use it). One sessi
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from pillion import phases
 from pillion.wire import layout, names, policy
 from pillion_sidecar import commit
 from pillion_sidecar.arena.segment import Segment
-from pillion_sidecar.executor import exchange, images, planning
+from pillion_sidecar.executor import exchange, images, planning, storage_exchange
+from pillion_sidecar.executor.watch import Watch, Watched
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Context:
     peer_timeout_s: float
     persist_timeout_s: float
     write_threads: int
+    watch: Watch
     store_address: tuple[str, int] | None = None
     """Where our own store listens; None when there is none or it is the job's."""
     reader: images.Reader = field(default_factory=images.Reader)
@@ -54,6 +61,10 @@ class Context:
     """Loads of this session that were begun: all ranks load together, so the number is the same in every pod."""
     epoch: int = 0
     """Loads that ended well: the pods agreed on each, so this is the same in every pod even after a load that one never joined."""
+    rescues: int = 0
+    """Rescues that ended well, likewise."""
+    store_lost: bool = False
+    """The pods meet on storage."""
 
     @property
     def first_rank(self) -> int:
@@ -85,8 +96,13 @@ def open_context(document: Mapping[str, Any]) -> Context:
     address = None
     signal_store = None
     between: exchange.Exchange
+    root, session = str(document["root"]), str(document["session"])
+    watch = Watch(float(document["storage_timeout_s"]))
+    lost = bool(document.get("store_lost")) and bool(root)
     if store is None:
         between = exchange.LocalExchange(local_ranks[0])
+    elif lost:
+        between = storage_exchange.StorageExchange(root, session, pods, local_ranks[0])
     else:
         from pillion_sidecar.executor import stores  # torch: 3 s and 300 MB that a single pod does not pay
 
@@ -102,25 +118,29 @@ def open_context(document: Mapping[str, Any]) -> Context:
     segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
     of = policy.parse(document["policy"], embedded=True)
     context = Context(
-        session=str(document["session"]),
+        session=session,
         run_id=str(document["run_id"]),
         world_size=int(document["world_size"]),
         pods=pods,
         local_ranks=local_ranks,
-        root=str(document["root"]),
+        root=root,
         segments=segments,
-        exchange=between,
+        exchange=Watched(between, watch, lambda: not lost and storage_exchange.is_used(root, session)),
         generation=0,
         retention=of.retention,
         restore=of.restore,
         peer_timeout_s=float(document["peer_timeout_s"]),
         persist_timeout_s=float(document["persist_timeout_s"]),
         write_threads=int(document["write_threads"]),
+        watch=watch,
         store_address=address,
         signal_store=signal_store,
         loads=int(document.get("loads", 0)),
         epoch=int(document.get("epoch", 0)),
+        rescues=int(document.get("rescues", 0)),
+        store_lost=lost,
     )
+    phases.serving(local_ranks)
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
     context.generation = _agree_on_generation(context, known=document.get("generation"))
     return context
@@ -133,11 +153,35 @@ def _agree_on_generation(context: Context, *, known: Any) -> int:
         elif context.root:
             os.makedirs(context.root, exist_ok=True)
             generation = commit.claim_generation(context.root)
+            storage_exchange.forget_sessions(context.root, but=context.session)
         else:
             generation = time.time_ns()
         context.exchange.publish("generation", {"generation": generation})
         return generation
     return int(context.exchange.receive("generation", context.peer_timeout_s)["generation"])
+
+
+def with_failover(context: Context, operation: Callable[[], T]) -> T:
+    """
+    Run an operation; when the job's store is lost meanwhile, once more from its start with the pods meeting on storage.
+
+    The store lives in one process of the job, so that it is lost for every pod: each of them comes here by itself. One that
+    alone cannot reach it any more is followed by the others, when they have waited for it in vain (`Watched`).
+
+    Raises:
+        exchange.StoreLost: there is no root to meet on (`pillion.dcp`).
+    """
+    try:
+        return operation()
+    except exchange.StoreLost as err:
+        if context.store_lost or not context.root:
+            raise
+        _log.warning("the pods meet on storage from now on: %s", err)
+        between = storage_exchange.StorageExchange(context.root, context.session, context.pods, context.first_rank)
+        context.exchange = Watched(between, context.watch)
+        context.store_lost = True
+        context.finished_phases = []
+        return operation()
 
 
 Progress = Callable[[Mapping[str, Any]], None]

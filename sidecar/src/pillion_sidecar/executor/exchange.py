@@ -1,8 +1,9 @@
 """
 How the pods of a job tell each other about a save or a load: small documents under named phases.
 
-Called from: the executor. Two implementations: `LocalExchange` here (all ranks in one pod: a dict), `StoreExchange` in
-`executor.stores` (a prefix of the job's TCPStore). The coordinator is the pod of rank 0.
+Called from: the executor. Three implementations: `LocalExchange` here (all ranks in one pod: a dict), `StoreExchange` in
+`executor.stores` (a prefix of the job's TCPStore), `StorageExchange` in `executor.storage_exchange` (files, when the store is lost).
+The coordinator is the pod of rank 0.
 
     every pod:    post(phase, document)
     coordinator:  collect(phase) -> {pod: document}, decide, publish(phase, document)
@@ -15,15 +16,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from pillion.errors import BarrierTimeout
+from pillion.errors import BarrierTimeout, SidecarError
 
 Document = dict[str, Any]
 
 
+STORAGE: Final = "storage"
+PEERS: Final = "peers"
+"""Kinds of what an executor waits for: see `executor.watch`."""
+
+
+class StoreLost(SidecarError):
+    """The store that the pods meet in is gone, for all of them: it lived in a process that ended."""
+
+
 class Exchange(Protocol):
-    """See the module. All waits are bounded by `timeout_s` and end in `BarrierTimeout`, which names the missing ranks."""
+    """
+    See the module. All waits are bounded by `timeout_s` and end in `BarrierTimeout`, which names the missing ranks; any call
+    may raise `StoreLost`.
+    """
 
     def post(self, phase: str, document: Document) -> None:
         """(every pod) Say this pod's part."""
@@ -80,7 +93,10 @@ def decode(data: bytes) -> Document:
     Raises:
         ValueError: not a document; somebody else writes into our prefix.
     """
-    document = json.loads(data)
+    try:
+        document = json.loads(data)
+    except RecursionError as err:
+        raise ValueError("a document of the exchange is nested too deep") from err
     if not isinstance(document, dict):
         raise ValueError("a document of the exchange must be an object")
     return document

@@ -19,6 +19,7 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pillion import phases
 from pillion.errors import (
     BarrierTimeout,
     CorruptCheckpoint,
@@ -29,7 +30,7 @@ from pillion.errors import (
 )
 from pillion.wire import arena, layout
 from pillion.wire.policy import OnMissing, RestoreMode
-from pillion_sidecar import catalog
+from pillion_sidecar import catalog, commit
 from pillion_sidecar.executor import fill, images
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.storage import digest
@@ -80,8 +81,8 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     Raises:
         LoadError: see pillion.errors.
     """
-    context.loads += 1
     phase = f"load/{context.loads}"
+    phases.working_on(request.step)
     usable, torn = _usable(context, request)
     context.exchange.post(f"{phase}/offer", {"arena": sorted(usable), "torn": torn, "step": request.step})
     refused: dict[str, str] = {}
@@ -98,6 +99,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             context.epoch += 1
             return {"step": None, "tier": "fresh", "path": "", "refused": refused, "opaque": {}}
         step, tier = int(choice["step"]), str(choice["tier"])
+        phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
         result: dict[str, Any] = {"corrupt": None, "error": None}
         opaque: dict[str, Any] = {}
         try:
@@ -134,9 +136,12 @@ def _choose(context: Context, request: Request, phase: str, refused: Mapping[str
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
         for offer in offers.values():
             choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
+        arena_steps = set.intersection(*(set(map(int, offer["arena"])) for offer in offers.values()))
+        committed = _committed(context)
+        choice["refused"] |= missing(commit.remembered(context.root), arena_steps, committed)
         found = pick(
-            arena_steps=set.intersection(*(set(map(int, offer["arena"])) for offer in offers.values())),
-            committed=_committed(context),
+            arena_steps=arena_steps,
+            committed=committed,
             refused=choice["refused"],
             step=_wanted_step(context, request),
             fresh=context.restore.mode is RestoreMode.NONE and request.step is None,
@@ -163,6 +168,17 @@ def _wanted_step(context: Context, request: Request) -> int | None:
 def _committed(context: Context) -> set[int]:
     catalog.finish_interrupted(context.root)
     return {step for step, done in catalog.steps(context.root).items() if done}
+
+
+def missing(remembered: int | None, arena_steps: set[int], committed: set[int]) -> dict[str, str]:
+    """
+    The newest commit, when it is not on storage any more and nothing as new is in memory: refused, with the reason. Pure.
+
+    So an older checkpoint is never taken in silence, and a start from nothing never follows a loss.
+    """
+    if remembered is None or remembered in committed or any(step >= remembered for step in arena_steps):
+        return {}
+    return {f"storage:{remembered}": "was committed as the newest, and is not there any more"}
 
 
 def pick(
@@ -195,7 +211,7 @@ def pick(
         return best[0], best[2]
     if refused:
         raise CorruptCheckpoint(
-            f"every checkpoint of {root} that could be used is corrupt: "
+            f"every checkpoint of {root} that could be used is corrupt or lost: "
             + "; ".join(f"{where}: {why}" for where, why in refused.items()),
             reasons=refused,
         )

@@ -4,7 +4,7 @@ The supervisor's end of the executor: start it, ask it, ping it, end it, and sta
 Called from: the supervisor (event loop). Owns: the child process and its channel. One child at a time; what it was doing when it
 died is the supervisor's to repeat.
 
-    ended by a ladder: EOF on its channel (it exits by itself) -> SIGKILL after EXIT_TIMEOUT_S
+    ended by a ladder: EOF on its channel (it exits by itself) -> SIGKILL after EXIT_TIMEOUT_S -> left behind after KILL_TIMEOUT_S
 """
 
 from __future__ import annotations
@@ -27,11 +27,22 @@ _log = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S: Final = 5.0
 """Bound for the child to exit after its channel closed, before SIGKILL: it has nothing to finish then."""
+KILL_TIMEOUT_S: Final = 5.0
+"""Bound for a killed child to be gone: one in an uninterruptible call (a hard NFS mount whose server is away) dies when that returns.
+Nothing waits for it: it is left behind, and its successor works."""
 PING_PERIOD_S: Final = 5.0
 
 
 class ExecutorDied(PillionError):
     """The child ended (or was ended) while it worked on a request."""
+
+
+class ExecutorHung(ExecutorDied):
+    """The child was ended because what it waited for stood still beyond its bound."""
+
+    def __init__(self, waits: Mapping[str, Any]) -> None:
+        super().__init__(f"{waits['what']!r} stood still for {waits['for_s']:.0f} s, the bound is {waits['bound_s']:.0f} s")
+        self.kind = str(waits["kind"])
 
 
 class Executor:
@@ -41,6 +52,8 @@ class Executor:
     Args:
         on_event: called on the loop with events of a running request (load progress).
         ping_timeout_s: no pong for this long and the child is killed.
+        storage_timeout_s: how long its storage may stand still, see `executor.watch`.
+        on_wait: called on the loop with what the child waits for, after each ping; None: nothing.
     """
 
     def __init__(
@@ -48,11 +61,15 @@ class Executor:
         *,
         log_level: str,
         ping_timeout_s: float,
+        storage_timeout_s: float,
+        on_wait: Callable[[Mapping[str, Any] | None], None],
         on_event: Callable[[messages.Message], None],
         on_exit: Callable[[], None],
     ) -> None:
         self._log_level = log_level
         self._ping_timeout_s = ping_timeout_s
+        self._ping_period_s = min(PING_PERIOD_S, ping_timeout_s, storage_timeout_s / 4)
+        self._on_wait = on_wait
         self._on_event = on_event
         self._on_exit = on_exit
         self._stopping = False
@@ -61,10 +78,15 @@ class Executor:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._hung: Mapping[str, Any] | None = None
+        self._ended = False
+        self.session_state: Mapping[str, Any] = {}
+        """What the child said last of its session."""
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
+        process = self._process
+        return process.pid if process is not None and process.returncode is None and not self._ended else None
 
     async def start(self) -> None:
         """
@@ -118,6 +140,7 @@ class Executor:
             raise ExecutorDied(f"the executor is gone: {err}") from err
         finally:
             self._pending.pop(request_id, None)
+        self.session_state = reply.get("session_state", self.session_state)
         if reply["type"] == "failed":
             raise ErrorDocument.from_document(reply["error"]).to_exception()
         result = reply.get("result", {})
@@ -139,31 +162,50 @@ class Executor:
         if process is not None:
             with contextlib.suppress(TimeoutError):
                 status = await asyncio.wait_for(process.wait(), EXIT_TIMEOUT_S)
-        reason = describe_exit(status)
+        self._end(describe_exit(status))
+
+    def _end(self, reason: str) -> None:
+        """Nothing comes from the child any more; once."""
+        if self._ended:
+            return
+        self._ended = True
         _log.warning("executor ended: %s", reason)
         for answer in self._pending.values():
             if not answer.done():
-                answer.set_exception(ExecutorDied(f"the executor ended: {reason}"))
+                hung = ExecutorHung(self._hung) if self._hung is not None else None
+                answer.set_exception(hung or ExecutorDied(f"the executor ended: {reason}"))
         if not self._stopping:
             self._on_exit()
 
     async def _ping(self) -> None:
         while self.pid is not None:
-            await asyncio.sleep(min(PING_PERIOD_S, self._ping_timeout_s))
+            await asyncio.sleep(self._ping_period_s)
             try:
-                await asyncio.wait_for(self.request({"type": "ping"}), self._ping_timeout_s)
+                pong = await asyncio.wait_for(self.request({"type": "ping"}), self._ping_timeout_s)
             except TimeoutError:
                 _log.error("the executor answered no ping for %.0f s: it is killed", self._ping_timeout_s)
                 self.kill()
                 return
             except PillionError:
                 return
+            waits = pong.get("waits")
+            self._on_wait(waits)
+            if waits is not None and waits["for_s"] > waits["bound_s"]:
+                self._hung = waits
+                _log.error("the executor is replaced: %s", ExecutorHung(waits))
+                self.kill()
+                return
 
     def kill(self) -> None:
-        """SIGKILL; requests in flight end in ExecutorDied."""
+        """SIGKILL; requests in flight end in ExecutorDied, after KILL_TIMEOUT_S even when the child does not."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            asyncio.get_running_loop().call_later(KILL_TIMEOUT_S, self._abandon)
+
+    def _abandon(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._end("not even by SIGKILL: it is in an uninterruptible call, and left behind")
 
     async def stop(self) -> None:
         """Close the channel and wait for the child to go. Blocks: up to EXIT_TIMEOUT_S, then it is killed."""
@@ -175,7 +217,8 @@ class Executor:
                 await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT_S)
             except TimeoutError:
                 self.kill()
-                await self._process.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), KILL_TIMEOUT_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pillion.errors import BarrierTimeout, RemoteFailure
 from pillion.wire import layout
 from pillion_sidecar import catalog, commit, retention
-from pillion_sidecar.executor import faults, images, planning, plugin_codec
+from pillion_sidecar.executor import images, planning, plugin_codec, remote_failures
 from pillion_sidecar.executor import persist as persist_module
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -207,7 +207,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         if context.coordinator:
             save.conclude()
         outcome = context.exchange.receive(f"{phase}/outcome", context.persist_timeout_s * PHASES_OF_A_DECISION)
-        faults.raise_told(outcome, request.step)
+        remote_failures.raise_told(outcome, request.step)
     finally:
         save.close()
     return {
@@ -279,7 +279,7 @@ class _Save:
             if future not in done:
                 failures[rank] = RemoteFailure("TimeoutError", f"{self._name} did not return within {bound_s:.1f} s")
             elif (err := future.exception()) is not None:
-                failures[rank] = faults.of_exception(err)
+                failures[rank] = remote_failures.of_exception(err)
             else:
                 results[rank] = future.result()
         return results, failures
@@ -304,7 +304,7 @@ class _Save:
         context.exchange.post(
             f"{self._phase}/plan",
             {
-                "failures": faults.documents(failures),
+                "failures": remote_failures.documents(failures),
                 "ranks": {str(rank): [p.layout.digest, p.opaque_lengths] for rank, p in self._pictures.items()},
                 "plans": told,
             },
@@ -313,7 +313,7 @@ class _Save:
         if context.coordinator:
             context.exchange.publish(f"{self._phase}/plan", self._concluded(lambda: self._global_step(final)))
         decision = context.exchange.receive(f"{self._phase}/plan", context.peer_timeout_s * PHASES_OF_A_DECISION)
-        faults.raise_told(decision, self._step)
+        remote_failures.raise_told(decision, self._step)
         if not context.coordinator:
             # Read in `write`: a plan that cannot be read is that rank's failure, and the other pods wait for its result.
             self._told_plans = {rank: decision["plans"][str(rank)] for rank in self._ranks}
@@ -345,7 +345,7 @@ class _Save:
             try:
                 told[str(rank)] = encode(rank, value)
             except Exception as err:  # a boundary: the writer's objects may fail in any way when they are looked at
-                failures[rank] = faults.of_exception(err)
+                failures[rank] = remote_failures.of_exception(err)
         return told
 
     def _global_step(self, final: dict[int, SavePlan]) -> dict[str, Any]:
@@ -355,9 +355,9 @@ class _Save:
         # Every pod is here, so every pod has left the save before: its keys can go.
         context.exchange.forget(context.finished_phases)
         context.finished_phases = [f"{self._phase}/{name}" for name in ("plan", "result", "outcome")]
-        failures = faults.collect(documents)
+        failures = remote_failures.collect(documents)
         if failures:
-            return {"failures": faults.documents(failures)}
+            return {"failures": remote_failures.documents(failures)}
         plans = dict(self._own_plans)
         for document in documents.values():
             for rank, (name, lengths) in ((int(r), entry) for r, entry in document["ranks"].items()):
@@ -376,7 +376,7 @@ class _Save:
 
         prepared, failures = self._each(prepare, context.peer_timeout_s, [0])
         if failures:
-            return {"failures": faults.documents(failures)}
+            return {"failures": remote_failures.documents(failures)}
         by_rank = dict(enumerate(prepared[0]))
         final.update({rank: by_rank[rank] for rank in self._ranks})
         return {
@@ -409,7 +409,7 @@ class _Save:
         told: dict[str, Any] = {}
         if not self._context.coordinator:
             told = self._encoded(self._own_results, lambda _, results: self._codec.encode(results), failures)
-        self._context.exchange.post(f"{self._phase}/result", {"failures": faults.documents(failures), "results": told})
+        self._context.exchange.post(f"{self._phase}/result", {"failures": remote_failures.documents(failures), "results": told})
 
     def _told_plan(self, of: _Rank) -> SavePlan:
         paths = self._pictures[of.rank].layout.paths
@@ -423,9 +423,9 @@ class _Save:
     def _finish(self) -> dict[str, Any]:
         context = self._context
         documents = context.exchange.collect(f"{self._phase}/result", context.persist_timeout_s)
-        failures = faults.collect(documents)
+        failures = remote_failures.collect(documents)
         if failures:
-            return {"failures": faults.documents(failures)}
+            return {"failures": remote_failures.documents(failures)}
         results = dict(self._own_results)
         for document in documents.values():
             for rank, told in document["results"].items():
@@ -440,21 +440,22 @@ class _Save:
 
         _, failures = self._each(finish, context.persist_timeout_s, [0])
         if self._retained and not failures:
+            commit.remember(context.root, self._step, str(context.generation))
             _retain(context, self._step)
         size_bytes = sum(result.size_in_bytes for each in results.values() for result in each)
-        return {"failures": faults.documents(failures), "size_bytes": size_bytes}
+        return {"failures": remote_failures.documents(failures), "size_bytes": size_bytes}
 
     def _concluded(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A decision of the coordinator; the peers wait for it, so that a failure of it is one too."""
         try:
             return decide()
         except BarrierTimeout as err:
-            missing = faults.documents(faults.of_missing(err))
+            missing = remote_failures.documents(remote_failures.of_missing(err))
             return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
         except planning.PlanError as err:
-            return {"failures": faults.documents({rank: faults.of_exception(err) for rank in err.ranks})}
+            return {"failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})}
         except Exception as err:  # a boundary: see above
-            return {"failures": faults.documents({0: faults.of_exception(err)})}
+            return {"failures": remote_failures.documents({0: remote_failures.of_exception(err)})}
 
 
 def _retain(context: Context, current: int) -> None:
@@ -462,7 +463,7 @@ def _retain(context: Context, current: int) -> None:
     committed = [step for step, done in catalog.steps(context.root).items() if done]
     for step in retention.choose(committed, context.retention, current=current):
         try:
-            retention.remove(context.step_path(step))
+            retention.remove(context.step_path(step), generation=context.generation)
         except OSError as err:
             _log.warning("retention: step %d stays for now: %s", step, err)
 

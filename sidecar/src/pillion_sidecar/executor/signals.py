@@ -50,6 +50,7 @@ class Signals:
         pods: the first rank of every pod.
         first_rank: this pod's.
         seen: number of the last message that this pod has heard; None: it hears what comes from now on.
+        on_lost: called once, in the thread that looks, when the store is gone.
 
     Owns: a thread that looks for messages until `close`.
     """
@@ -62,9 +63,11 @@ class Signals:
         pods: Sequence[int],
         first_rank: int,
         seen: int | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._on_message = on_message
+        self._on_lost = on_lost
         self._seen = self.begun = store.add(KEY, 0) if seen is None else seen
         store.set(f"{LISTENING}/{first_rank}", "")
         self._awaited = [f"{LISTENING}/{each}" for each in pods]
@@ -99,7 +102,9 @@ class Signals:
                     self._seen += 1
                     self._on_message(self._seen, exchange.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
             except (RuntimeError, ValueError) as err:
-                _log.warning("announcements of other pods are not heard any more: %s", err)
+                _log.warning("announcements of other pods are not heard any more: %s", str(err).splitlines()[0])
+                if not self._closed.is_set():
+                    self._on_lost()
                 return
 
     def close(self) -> None:

@@ -6,10 +6,11 @@ Called from: the executor, at the opening of a session. The only place of the de
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch.distributed as dist
@@ -74,42 +75,57 @@ class StoreExchange:
         self._first_rank = first_rank
 
     def post(self, phase: str, document: exchange.Document) -> None:
-        self._store.set(f"{phase}/{self._first_rank}", exchange.encode(document).decode())
-        # `set` is not acknowledged; a round trip tells whether the store still lives (research/torch.md, 1.5).
-        self._store.check([f"{phase}/{self._first_rank}"])
+        with _alive():
+            self._store.set(f"{phase}/{self._first_rank}", exchange.encode(document).decode())
+            # `set` is not acknowledged; a round trip tells whether the store still lives (research/torch.md, 1.5).
+            self._store.check([f"{phase}/{self._first_rank}"])
 
     def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
         firsts = sorted(self._pods)
         keys = [f"{phase}/{first}" for first in firsts]
         self._wait(phase, keys, firsts, timeout_s)
         values: list[Any] = []
-        for start in range(0, len(keys), MULTI_CHUNK):
-            values += self._store.multi_get(keys[start : start + MULTI_CHUNK])
+        with _alive():
+            for start in range(0, len(keys), MULTI_CHUNK):
+                values += self._store.multi_get(keys[start : start + MULTI_CHUNK])
         return {first: exchange.decode(bytes(value)) for first, value in zip(firsts, values, strict=True)}
 
     def _wait(self, phase: str, keys: Sequence[str], firsts: Sequence[int], timeout_s: float) -> None:
         started = time.monotonic()
-        try:
-            self._store.wait(list(keys), datetime.timedelta(seconds=timeout_s))
-        except dist.DistStoreError as err:
-            missing = [
-                rank
-                for first, key in zip(firsts, keys, strict=True)
-                if not self._store.check([key])
-                for rank in self._pods.get(first, [first])
-            ]
-            raise BarrierTimeout(phase=phase, missing=missing, waited_s=time.monotonic() - started) from err
+        with _alive():
+            try:
+                self._store.wait(list(keys), datetime.timedelta(seconds=timeout_s))
+            except dist.DistStoreError as err:
+                missing = [
+                    rank
+                    for first, key in zip(firsts, keys, strict=True)
+                    if not self._store.check([key])
+                    for rank in self._pods.get(first, [first])
+                ]
+                raise BarrierTimeout(phase=phase, missing=missing, waited_s=time.monotonic() - started) from err
 
     def publish(self, phase: str, document: exchange.Document) -> None:
-        self._store.set(f"{phase}/decision", exchange.encode(document).decode())
-        self._store.check([f"{phase}/decision"])
+        with _alive():
+            self._store.set(f"{phase}/decision", exchange.encode(document).decode())
+            self._store.check([f"{phase}/decision"])
 
     def receive(self, phase: str, timeout_s: float) -> exchange.Document:
         self._wait(phase, [f"{phase}/decision"], [0], timeout_s)
-        return exchange.decode(bytes(self._store.get(f"{phase}/decision")))
+        with _alive():
+            return exchange.decode(bytes(self._store.get(f"{phase}/decision")))
 
     def forget(self, phases: Sequence[str]) -> None:
-        for phase in phases:
-            for first in self._pods:
-                self._store.delete_key(f"{phase}/{first}")
-            self._store.delete_key(f"{phase}/decision")
+        with _alive():
+            for phase in phases:
+                for first in self._pods:
+                    self._store.delete_key(f"{phase}/{first}")
+                self._store.delete_key(f"{phase}/decision")
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    """A broken connection is a lost store."""
+    try:
+        yield
+    except dist.DistNetworkError as err:
+        raise exchange.StoreLost(f"the job's store is gone: {str(err).splitlines()[0]}") from err

@@ -31,7 +31,8 @@ from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFai
 from pillion.wire import messages, policy
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
-from pillion_sidecar.executor import images, load, persist, signals
+from pillion_sidecar.executor import images, load, persist, rescue, signals
+from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Worker:
             "digest": self._digest,
             "load": self._load,
             "withdraw": self._withdraw,
+            "rescue": self._rescue,
         }
 
     def serve(self) -> None:
@@ -70,7 +72,7 @@ class Worker:
             while True:
                 for message in messages.receive(self._sock, decoder):
                     if message["type"] == "ping":
-                        self._send({"type": "pong", "id": message["id"]})
+                        self._send({"type": "done", "id": message["id"], "result": {"waits": self._waits()}})
                     elif message["type"] == "signal":
                         self._signal(message)
                     else:
@@ -88,10 +90,26 @@ class Worker:
                 if self._broken is not None:
                     raise self._broken
                 answer = self._operations[request["type"]](request)
-                self._send({"type": "done", "id": request["id"], "result": answer})
+                self._send({"type": "done", "id": request["id"], "result": answer, **self._session_state()})
             except Exception as err:  # a boundary: any failure is an answer, and the loop goes on
                 _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
-                self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document()})
+                state = self._session_state()
+                self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document(), **state})
+            finally:
+                if self._context is not None:
+                    self._context.watch.idle()
+
+    def _waits(self) -> dict[str, Any] | None:
+        context = self._context
+        return context.watch.report() if context is not None else None
+
+    def _session_state(self) -> dict[str, Any]:
+        """What a successor of this process has to go on with."""
+        context = self._context
+        if context is None:
+            return {}
+        counts = {"loads": context.loads, "epoch": context.epoch, "rescues": context.rescues}
+        return {"session_state": counts | {"store_lost": context.store_lost}}
 
     def _signal(self, message: messages.Message) -> None:
         # Not behind the running save: an announcement is about the next one.
@@ -127,6 +145,7 @@ class Worker:
                 pods=[pod[0] for pod in self._context.pods],
                 first_rank=self._context.first_rank,
                 seen=int(heard) if heard is not None else None,
+                on_lost=lambda: self._send({"type": "store_lost", "event": True}),
             )
         return {
             "generation": self._context.generation,
@@ -146,12 +165,12 @@ class Worker:
         if wanted.persist and wanted.destination is None and self._writer is not None:
             path = context.step_path(wanted.step)
             wanted = dataclasses.replace(wanted, destination={"path": path, "writer": self._writer, "retained": True})
-        persist.check_destination(context, wanted)
+        with_failover(context, lambda: persist.check_destination(context, wanted))
         if wanted.destination and wanted.destination.get("writer") and wanted.persist:
             from pillion_sidecar.executor import plugin  # torch.distributed.checkpoint
 
-            return plugin.persist(context, wanted)
-        outcome = persist.persist(context, wanted)
+            return with_failover(context, lambda: plugin.persist(context, wanted))
+        outcome = with_failover(context, lambda: persist.persist(context, wanted))
         if not wanted.persist:
             self._digest({"slot": wanted.slot, "step": wanted.step})
         return outcome
@@ -165,15 +184,24 @@ class Worker:
         return {}
 
     def _withdraw(self, request: messages.Message) -> dict[str, Any]:
+        context, step = self._opened(), int(request["step"])
         error = ErrorDocument.from_document(request["error"])
-        persist.withdraw(self._opened(), int(request["step"]), error, persist=bool(request["persist"]))
+        with_failover(context, lambda: persist.withdraw(context, step, error, persist=bool(request["persist"])))
         return {}
+
+    def _rescue(self, request: messages.Message) -> dict[str, Any]:
+        context = self._opened()
+        held, persisted = request["held"], request["persisted"]
+        return {"step": with_failover(context, lambda: rescue.agree(context, held, persisted))}
 
     def _load(self, request: messages.Message) -> dict[str, Any]:
         def progress(event: Mapping[str, Any]) -> None:
             self._send({**event, "event": True})
 
-        return load.load(self._opened(), load.Request.from_document(request["load"]), progress)
+        context, wanted = self._opened(), load.Request.from_document(request["load"])
+        # Counted once, whatever becomes of it: the pods meet under this number.
+        context.loads += 1
+        return with_failover(context, lambda: load.load(context, wanted, progress))
 
 
 def _document(err: Exception) -> ErrorDocument:

@@ -34,6 +34,8 @@ from concurrent import futures
 from pathlib import Path
 from typing import Final, NamedTuple, final
 
+from pillion import phases
+
 _log = logging.getLogger(__name__)
 
 PAGE_BYTES: Final = 4096
@@ -144,12 +146,14 @@ def write_file(
             def write(index: int) -> None:
                 file_offset, length, spans = blocks[index]
                 _transfer(file, os.pwritev, [memory[a:b] for a, b in spans], file_offset, needed=length)
+                phases.reach(phases.Phase.WRITE, path=file.path)
 
             def progressed(index: int) -> None:
                 if on_progress is not None:
                     on_progress(blocks[index].file_offset + blocks[index].length)
 
             _run_in_order(len(blocks), num_threads, write, progressed)
+            phases.reach(phases.Phase.FSYNC, path=file.path)
             os.fdatasync(file.fd)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -258,6 +262,32 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryv
         if isinstance(err, OSError):
             _named(err, path)
         raise
+    fsync_directory(target.parent)
+
+
+def create_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
+    """
+    As `replace_file`, for a name that must not be there yet: of two that come at once, one wins.
+
+    Blocks: until the storage answers. Raises: FileExistsError, and nothing is changed; OSError with errno and filename.
+    Where the file system knows no links, a look comes first and a rename after it.
+    Source: link(2) fails with EEXIST atomically, on NFS too.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    replace_file(temporary, data)
+    try:
+        try:
+            os.link(temporary, target)
+        except OSError as err:
+            if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from None
+            temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     fsync_directory(target.parent)
 
 

@@ -1,0 +1,195 @@
+"""
+The coordinator's end of a save: commit when every pod's bytes are durable, say what became of it, try again what storage refused.
+
+Called from: `persist`, in the pod of rank 0 only.
+
+    collect the results --> all well --> fence, manifest, .metadata --> outcome: committed
+                            storage failed --> make room when it is full --> outcome: again, after a pause
+                            anything else --> remove what was written --> outcome: failed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+from concurrent import futures
+from typing import Any, Final
+
+from pillion import phases
+from pillion.errors import BarrierTimeout, CommitError
+from pillion.wire import manifest, names
+from pillion_sidecar import commit, retention
+from pillion_sidecar.executor import exchange, planning, remote_failures
+from pillion_sidecar.executor.context import Context
+from pillion_sidecar.executor.request import Request
+from pillion_sidecar.executor.share import RankPlace, generation_text
+from pillion_sidecar.storage import directio
+
+RETRY_AFTER_S: Final = (1.0, 4.0, 15.0)
+"""Pauses before a save that storage refused is written again: most errors of network storage pass within seconds. 20 s in all, for
+which what is behind waits in its slot; then it has failed, and the next save finds out for itself."""
+
+
+def metadata_of(context: Context, request: Request, phase: str, plan: planning.Plan) -> bytes:
+    """(coordinator) `.metadata` of this save; the same bytes as long as plan, lengths and generation are."""
+    documents = context.exchange.collect(f"{phase}/plan", context.peer_timeout_s)
+    ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
+    generation = generation_text(context.generation, request.sequence)
+    key = (plan.plan_id, generation, tuple(tuple(ranks[rank][1]) for rank in sorted(ranks)))
+    known = context.metadata.get(key)
+    if known is not None:
+        return known
+    chunks: list[manifest.StoredChunk] = []
+    opaque: list[manifest.StoredBytes] = []
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for rank, (name, lengths) in ranks.items():
+        of = context.layouts[name]
+        place = RankPlace(rank, of, tuple(lengths), plan, generation)
+        chunks += [chunk for _, chunk in place.chunks()]
+        opaque += [leaf for _, leaf in place.opaque()]
+        paths |= of.paths
+    built = commit.build_metadata(chunks, opaque, paths)
+    context.metadata.clear()
+    context.metadata[key] = built
+    return built
+
+
+def conclude(
+    context: Context,
+    request: Request,
+    phase: str,
+    plan: planning.Plan,
+    directory: str,
+    metadata: futures.Future[bytes],
+    *,
+    attempt: int,
+) -> None:
+    """Commit when every pod's bytes are durable, and tell every pod what became of this attempt at the save."""
+    at = f"{phase}/{attempt}"
+    outcome = _outcome(context, request, at, plan, directory, metadata, attempt=attempt)
+    context.finished_phases += [f"{at}/result", f"{at}/outcome"]
+    context.exchange.publish(f"{phase}/{attempt}/outcome", outcome)
+    if request.repeated and outcome.get("again_s") is None:
+        # Peers that the executor before this one had sent into another attempt wait there.
+        for later in range(attempt + 1, len(RETRY_AFTER_S) + 1):
+            context.exchange.publish(f"{phase}/{later}/outcome", outcome)
+
+
+def _outcome(
+    context: Context,
+    request: Request,
+    at: str,
+    plan: planning.Plan,
+    directory: str,
+    metadata: futures.Future[bytes],
+    *,
+    attempt: int,
+) -> dict[str, Any]:
+    try:
+        documents = context.exchange.collect(f"{at}/result", context.persist_timeout_s)
+        failed = {first: document for first, document in documents.items() if document["failures"]}
+        outcome: dict[str, Any] = {"failures": remote_failures.documents(remote_failures.collect(documents))}
+        if failed:
+            errnos = {number for document in failed.values() for number in document.get("errnos", ())}
+            if all("errnos" in document for document in failed.values()) and attempt < len(RETRY_AFTER_S):
+                _make_room(context, request, errnos)
+                return outcome | {"again_s": RETRY_AFTER_S[attempt]}
+            _discard(context, request, directory)
+            return outcome
+        _check_generations(context, request, documents)
+        context.watch.storage(f"commit {directory}")
+        _commit(context, request, plan, directory, documents, metadata.result())
+        return outcome | {"size_bytes": sum(int(d["size_bytes"]) for d in documents.values())}
+    except BarrierTimeout as err:
+        missing = remote_failures.documents(remote_failures.of_missing(err))
+        return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
+    except exchange.StoreLost:
+        raise
+    except Exception as err:  # a boundary: the peers wait for the outcome
+        outcome = {"failures": remote_failures.documents({0: remote_failures.of_exception(err)}), "kind": "CommitError"}
+        if isinstance(err, OSError) and attempt < len(RETRY_AFTER_S):
+            _make_room(context, request, {err.errno})
+            outcome["again_s"] = RETRY_AFTER_S[attempt]
+        return outcome
+    finally:
+        context.watch.idle()
+
+
+def _check_generations(context: Context, request: Request, documents: Mapping[int, Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        CommitError: a pod wrote under another generation, so that its files have other names than `.metadata` would say.
+    """
+    ours = generation_text(context.generation, request.sequence)
+    for first, document in documents.items():
+        if document["generation"] != ours:
+            raise CommitError(f"rank {first} wrote generation {document['generation']}, the coordinator has {ours}")
+
+
+def _make_room(context: Context, request: Request, errnos: set[int | None]) -> None:
+    """On a full disk: remove now what the policy removes after this save."""
+    if errnos & {errno.ENOSPC, errno.EDQUOT} and context.root and request.destination is None:
+        with contextlib.suppress(OSError):
+            commit.fence(context.root, context.generation)
+            retention.make_room(context.root, context.retention, current=request.step, generation=context.generation)
+
+
+def _commit(
+    context: Context,
+    request: Request,
+    plan: planning.Plan,
+    directory: str,
+    documents: Mapping[int, Mapping[str, Any]],
+    metadata: bytes,
+) -> None:
+    phases.reach(phases.Phase.COMMIT, path=directory)
+    if context.root:
+        commit.fence(context.root, context.generation)
+    generation = generation_text(context.generation, request.sequence)
+    pods = {pod[0]: pod for pod in context.pods}
+    parts = [
+        manifest.PartReference(str(d["part"]), pods[first], str(d["digest"]), int(d["length"]))
+        for first, d in documents.items()
+    ]
+    made = commit.make_manifest(
+        step=request.step,
+        generation=generation,
+        run_id=context.run_id,
+        world_size=context.world_size,
+        plan_id=plan.plan_id,
+        parts=parts,
+        size_bytes=sum(int(d["size_bytes"]) for d in documents.values()),
+        metadata=metadata,
+        started_ns=request.started_ns,
+        cause=request.cause,
+    )
+    commit.publish(directory, made, metadata)
+    with contextlib.suppress(OSError):
+        directio.fsync_directory(os.path.dirname(directory))
+        if context.root and request.destination is None:
+            commit.remember(context.root, request.step, generation)
+
+
+def retain(context: Context, request: Request, directory: str) -> None:
+    """(coordinator) Remove what the policy does not keep. After the outcome is told: some file systems take 0.2 s a GiB."""
+    with contextlib.suppress(OSError):
+        phases.reach(phases.Phase.RETAIN, path=directory)
+        retention.remove_older_files(directory, generation_text(context.generation, request.sequence))
+        if context.root and request.destination is None:
+            retention.apply(context.root, context.retention, current=request.step, generation=context.generation)
+
+
+def _discard(context: Context, request: Request, directory: str) -> None:
+    """A save that failed leaves nothing behind, unless the directory holds a committed checkpoint of before."""
+    generation = generation_text(context.generation, request.sequence)
+    try:
+        for name in os.listdir(directory):
+            data, part = names.parse_data_file(name), names.parse_part_file(name)
+            if (data is not None and data[2] == generation) or (part is not None and part[1] == generation):
+                os.unlink(os.path.join(directory, name))
+        if not os.listdir(directory):
+            os.rmdir(directory)
+    except OSError:
+        pass  # storage is in trouble already; retention removes it after the next commit

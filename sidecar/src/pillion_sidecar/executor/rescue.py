@@ -1,0 +1,62 @@
+"""
+Which snapshot the pods of a job persist when a trainer is dead: the newest that all of them hold whole. Called from: `executor.worker`.
+
+A trainer that dies takes what it was staging with it, and often the job's store as well; the pods then hold different steps. They
+agree on one here, on storage when it must be (`context.with_failover`), and each persists it like any other save.
+
+    every pod:    post the steps that it holds, oldest first, and which of them are on storage already
+    coordinator:  the newest of its own that every pod holds -> publish
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from pillion.errors import BarrierTimeout
+from pillion_sidecar.executor.context import Context
+
+PEERS_S: Final = 20.0
+"""Bound for every pod to come to a rescue. All are called by one message, or by the loss of the store, which each notices within
+`signals.POLL_S`; a pod that is gone with its memory would be waited for in vain, while a restart waits behind this."""
+
+
+def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> int | None:
+    """
+    The step to persist; None: nothing is left to do.
+
+    Args:
+        held: steps that this pod holds whole, oldest first.
+        persisted: those of them that are committed.
+
+    Blocks: PEERS_S, twice.
+
+    Raises:
+        BarrierTimeout: some pod did not come; nothing can be persisted without it.
+        exchange.StoreLost: see `context.with_failover`.
+    """
+    phase = f"rescue/{context.rescues}"
+    context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted)})
+    if context.coordinator:
+        try:
+            offers = context.exchange.collect(f"{phase}/offer", PEERS_S)
+            decision: dict[str, Any] = {"step": pick(held, offers), "missing": []}
+        except BarrierTimeout as err:
+            decision = {"step": None, "missing": list(err.missing), "waited_s": err.waited_s}
+        context.exchange.publish(f"{phase}/choice", decision)
+    decision = context.exchange.receive(f"{phase}/choice", PEERS_S * 2)
+    if decision["missing"]:
+        raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
+    context.rescues += 1
+    step = decision["step"]
+    return None if step is None else int(step)
+
+
+def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """The newest step, in the coordinator's order, that every pod holds; None when it is on storage already. Pure."""
+    everywhere = set(held).intersection(*(set(offer["held"]) for offer in offers.values()))
+    for step in reversed(held):
+        if step in everywhere:
+            # One pod that knows of the commit is enough: the others have not heard of it.
+            return None if any(step in offer["persisted"] for offer in offers.values()) else step
+    return None

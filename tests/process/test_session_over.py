@@ -1,0 +1,81 @@
+"""
+The whole of: what an executor still does for trainers that are gone, when the next ones come.
+
+Called from: pytest.
+Must never: take less than the store's own bounds as proof; what is tested is that nobody waits for them.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pillion.wire import policy
+from pillion_sidecar import settings
+from pillion_sidecar.executor import stores
+from pillion_sidecar.metrics import Metrics
+from pillion_sidecar.operation import Operations, SessionOver
+from pillion_sidecar.pod import Identity, Pod
+from support.deadlines import Deadline, soon
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A port that takes connections and never says anything: the store of a rank 0 that hangs at its end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: socket.socket, tmp_path: Path) -> None:
+    """
+    An executor that waits for a store which never answers is replaced as soon as the next session opens, well within the
+    store's bound; and what is asked for the session before afterwards is refused.
+    """
+
+    async def scenario() -> None:
+        operations = Operations(settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None)
+        over = Pod(str(tmp_path), _identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True))
+        lasting = Pod(str(tmp_path), _identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
+        try:
+            operations.session(over)
+            accepted, _ = await asyncio.wait_for(
+                asyncio.get_running_loop().run_in_executor(None, silent.accept), Deadline.TORCH_START.s
+            )
+            with contextlib.closing(accepted):
+                first = operations.executor_pid
+                begun = time.monotonic()
+                operations.session(lasting)
+                await soon(lambda: operations.opened == "b" * 32, Deadline.PROCESS_START, "the next session is open")
+                assert time.monotonic() - begun < stores.CONNECT_TIMEOUT_S / 2
+                assert operations.executor_pid != first
+            with pytest.raises(SessionOver):
+                await operations.open(over)
+        finally:
+            await operations.stop()
+            over.close()
+            lasting.close()
+
+    asyncio.run(scenario())
+
+
+def _identity(session: str, root: Path, store: tuple[str, int] | None) -> Identity:
+    alone = Identity(
+        session=session,
+        run_id="test",
+        attempt=0,
+        world_size=1,
+        pods=((0,),),
+        local_ranks=(0,),
+        root=str(root / "runs"),
+        store_mode=None,
+        store=None,
+    )
+    if store is None:
+        return alone
+    pods = ((0,), (1,))
+    return dataclasses.replace(alone, world_size=2, pods=pods, store_mode="prefix", store=store)
