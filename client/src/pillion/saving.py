@@ -118,7 +118,7 @@ class Saver:
             else:
                 self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
         except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
-            self._failed(handle, err)
+            self._failed(handle, err, persist=persist)
 
     def _stage(
         self,
@@ -183,7 +183,7 @@ class Saver:
             try:
                 self._stage(handle, frozen, opaque, persist=persist, destination=destination, ready=ready)
             except Exception as err:  # a boundary, as in save()
-                self._failed(handle, err)
+                self._failed(handle, err, persist=persist)
 
         self._staging_handle = handle
         self._staging = threading.Thread(target=stage, name="pillion-staging", daemon=True)
@@ -226,12 +226,12 @@ class Saver:
 
     # --- failing -----------------------------------------------------------------------------------------------------
 
-    def _failed(self, handle: SaveHandle, err: Exception) -> None:
+    def _failed(self, handle: SaveHandle, err: Exception, *, persist: bool) -> None:
         error = err if isinstance(err, PillionError) else StagingError(f"{type(err).__name__}: {err}", step=handle.step)
         error.__cause__ = err if error is not err else err.__cause__
         _log.error("pillion: save of step %d failed: %s", handle.step, error)
         self._session.forget(handle)
-        self._session.abandon(handle.step, ErrorDocument.from_exception(error))
+        self._session.abandon(handle.step, ErrorDocument.from_exception(error), persist=persist)
         handle.fail(error)
 
     def prepare(self, layout_of: leaves_module.Leaves) -> None:

@@ -15,12 +15,13 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion import connection, embedded, staging, wire
-from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable
+from pillion.errors import ErrorDocument, PillionError, SaveSkipped, SidecarUnavailable
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle
 from pillion.wire import messages, names, policy
@@ -38,6 +39,8 @@ RESERVE_TIMEOUT_S: Final = 600.0
 """Bound for the arena to be allocated and touched: 600 s are 600 GiB on the slowest machine measured."""
 OVERLAP_WAIT_S: Final = 1800.0
 """Bound for `overlap: Wait`: a save that storage did not take in half an hour is reported, not waited for."""
+OWED_MOST: Final = 64
+"""Steps given up while no sidecar was there, to be told to its successor; more than are on their way at once."""
 RECONNECT_ATTEMPTS: Final = 20
 RECONNECT_PAUSE_S: Final = 0.5
 """Pause before a reconnect, doubled up to 16 times its length: a restarted container is back in seconds."""
@@ -115,6 +118,7 @@ class Session:
         self.runtime_dir = embedded.runtime_directory(key, environ)
         self.handles: dict[int, SaveHandle] = {}
         self._lock = threading.Lock()
+        self._owed: deque[messages.Message] = deque(maxlen=OWED_MOST)
         self._closed = threading.Event()
         self._greeted = False
         self.mapping: staging.SegmentMapping | None = None
@@ -223,6 +227,8 @@ class Session:
                     self._connection.close()
                     return
                 _log.warning("pillion: the sidecar is back (attempt %d)", attempt + 1)
+                while self._owed:
+                    self.send(self._owed.popleft())
                 return
             except PillionError as err:
                 _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt + 1, err)
@@ -295,31 +301,46 @@ class Session:
         """
         A slot for a save of this step.
 
-        Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip.
+        Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip. REQUEST_TIMEOUT_S for a
+        sidecar that hangs.
 
         Raises:
             SaveSkipped, ArenaExhausted, SidecarUnavailable.
         """
-        answer = self._connection.request(
-            {
-                "type": "claim",
-                "step": step,
-                "room_bytes": room_bytes,
-                "persist": persist,
-                "destination": dict(destination) if destination else None,
-            },
-            OVERLAP_WAIT_S,
-        )
+        claim = {
+            "type": "claim",
+            "step": step,
+            "room_bytes": room_bytes,
+            "persist": persist,
+            "destination": dict(destination) if destination else None,
+            "notices": True,
+        }
+        # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
+        each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
+        deadline = time.monotonic() + OVERLAP_WAIT_S
+        with contextlib.closing(self._connection.stream(claim, each_s)) as answers:
+            for answer in answers:
+                if answer["type"] != "waiting":
+                    break
+                if time.monotonic() > deadline:
+                    raise SaveSkipped(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
         return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
 
     def sealed(self, step: int, *, stall_s: float) -> None:
         """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
         self._connection.send({"type": "sealed", "step": step, "stall_s": stall_s})
 
-    def abandon(self, step: int, error: ErrorDocument) -> None:
-        """Tell the sidecar that this rank will not seal `step`. Never raises: it is called where a save failed already."""
-        with contextlib.suppress(SidecarUnavailable):
-            self._connection.send({"type": "abandon", "step": step, "error": error.to_document()})
+    def abandon(self, step: int, error: ErrorDocument, *, persist: bool) -> None:
+        """
+        Tell the sidecar that this rank will not seal `step`; its successor, when it is gone: the other pods wait for this one's part.
+
+        Never raises: it is called where a save failed already.
+        """
+        message = {"type": "abandon", "step": step, "persist": persist, "error": error.to_document()}
+        try:
+            self._connection.send(message)
+        except SidecarUnavailable:
+            self._owed.append(message)
 
     def send(self, message: messages.Message) -> None:
         """Tell the sidecar something that needs no answer; lost when it is gone."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pillion.errors import CommitError
 from pillion.wire import manifest, names
 from pillion_sidecar import commit
 from pillion_sidecar.storage import dcp_metadata, digest
@@ -95,7 +96,7 @@ def read(path: str, step: int) -> Stored:
                 _read(os.path.join(path, names.COMMIT_MARKER)),
             )
         return _read_native(path, encoded, metadata)
-    except (OSError, manifest.ManifestError) as err:
+    except (OSError, manifest.ManifestError, CommitError) as err:
         raise Damaged(f"{path}: {err}") from err
 
 
@@ -113,7 +114,8 @@ def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
         raise Damaged(f"{path}: digests are {of.digest_algorithm}, this release knows {digest.ALGORITHM}")
     if digest.digest(metadata) != of.metadata_digest:
         finished = commit.finish(path)
-        if finished is None or finished.generation != of.generation:
+        # Of which attempt the two are does not matter: what is committed now is the newest complete one.
+        if finished is None:
             raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {of.metadata_digest}, found another")
         of = finished
     chunks: dict[str, list[manifest.StoredChunk]] = {}

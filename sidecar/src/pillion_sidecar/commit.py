@@ -8,16 +8,23 @@ checkpoint before, or a directory without `.metadata` that `finish` completes wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pillion import phases
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
 from pillion_sidecar.storage import dcp_metadata, digest, directio
+
+TEMPORARY_SUFFIX: Final = ".commit"
+"""Of what `publish` lays down. What a killed attempt leaves is removed by the next commit in that directory, or with it."""
+_DIGITS_MOST: Final = 19
+"""Of a generation, which is a count, or a time in nanoseconds. A longer one is none of ours."""
 
 
 def build_metadata(
@@ -51,35 +58,73 @@ def publish(directory: str, of: manifest.Manifest, metadata: bytes) -> None:
     """
     Commit: from the return on the checkpoint exists, before it did not.
 
-    Where no checkpoint was, the commit marker is made only if there is still none: an older attempt that was stopped between its
-    look and its commit finds the newer one's, and gives up. Where one was, it is replaced only by the same attempt or a newer one.
+    An older attempt never commits over a newer one, wherever it was stopped in between, and without a lock. Each attempt first lays
+    down what it is about to rename, under names that hold its generation; then looks for a newer one's; then removes what
+    older ones have laid down. Whoever is older and was too early to see the newer one's files has lost its own by the time that the
+    newer one renames, so that its rename fails.
 
     Blocks: for four small durable writes.
 
     Raises:
         OSError: not committed; what was there before is still there.
-        CommitError: a newer attempt has committed here.
+        CommitError: a newer attempt commits here, or has.
     """
-    marker = os.path.join(directory, names.COMMIT_MARKER)
-    there = os.path.exists(marker)
-    if there:
-        _refuse_older(directory, of.generation)
-    directio.replace_file(os.path.join(directory, names.MANIFEST), of.encode())
-    phases.reach(phases.Phase.PUBLISH, path=directory)
-    if there:
-        directio.replace_file(marker, metadata)
-        return
+    ready = {
+        name: _lay_down(directory, name, of.generation, data)
+        for name, data in ((names.MANIFEST, of.encode()), (names.COMMIT_MARKER, metadata))
+    }
     try:
-        directio.create_file(marker, metadata)
-    except FileExistsError:
-        # Whoever found the save complete has committed it; or a newer attempt has.
         _refuse_older(directory, of.generation)
+        for name, temporary in ready.items():
+            if name == names.COMMIT_MARKER:
+                phases.reach(phases.Phase.PUBLISH, path=directory)
+            try:
+                os.rename(temporary, os.path.join(directory, name))
+            except FileNotFoundError as err:
+                raise CommitError(
+                    f"generation {of.generation} is fenced off: a newer one commits in {directory}"
+                ) from err
+            directio.fsync_directory(directory)
+    finally:
+        for temporary in ready.values():
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _lay_down(directory: str, name: str, generation: str, data: bytes) -> str:
+    """A durable file with the generation in its name; its path."""
+    path = os.path.join(directory, f".{name}.{generation}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
 
 
 def _refuse_older(directory: str, generation: str) -> None:
-    found = committed_as(directory)
-    if found is not None and generation_order(found) > generation_order(generation):
-        raise CommitError(f"generation {generation} is fenced off: generation {found} has committed in {directory}")
+    """
+    Give way to a newer attempt; make older ones give way.
+
+    Raises:
+        CommitError: a newer one has committed here, or is about to.
+    """
+    ours = generation_order(generation)
+    laid_down = [(name, _laid_down_by(name)) for name in os.listdir(directory)]
+    seen = [committed_as(directory), *(theirs for _, theirs in laid_down)]
+    newer = [theirs for theirs in seen if theirs is not None and generation_order(theirs) > ours]
+    if newer:
+        raise CommitError(f"generation {generation} is fenced off: generation {newer[0]} commits in {directory}")
+    for name, theirs in laid_down:
+        if theirs is not None and generation_order(theirs) < ours:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
+
+
+def _laid_down_by(name: str) -> str | None:
+    """The generation in the name of a file that is about to be renamed; None: it is no such file."""
+    parts = name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 2)
+    is_one = name.endswith(TEMPORARY_SUFFIX) and len(parts) == 3
+    return parts[1] if is_one and parts[0] in (f".{names.MANIFEST}", f".{names.COMMIT_MARKER}") else None
 
 
 def committed_as(directory: str) -> str | None:
@@ -150,6 +195,8 @@ def finish(directory: str, *, generation: str | None = None) -> manifest.Manifes
             part = manifest.decode_part(data)
         except manifest.ManifestError:
             continue
+        if part.generation != parsed[1]:
+            continue
         if all(_length(os.path.join(directory, f)) == length for f, length in part.files.items()):
             reference = manifest.PartReference(name, part.ranks, digest.digest(data), len(data))
             found.setdefault(part.generation, []).append((part, reference))
@@ -193,7 +240,11 @@ def _length(path: str) -> int:
 
 def generation_order(generation: str) -> tuple[int, ...]:
     """Generations are numbers, with a save's own number behind a dash where one directory is written again and again."""
-    return tuple(int(part) if part.isdigit() else -1 for part in generation.split("-"))
+    return tuple(_number(part) for part in generation.split("-"))
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS_MOST else -1
 
 
 # --- generations ---------------------------------------------------------------------------------------------------
@@ -218,7 +269,7 @@ def claim_generation(root: str) -> int:
     directio.fsync_directory(folder)
     for name in os.listdir(folder):
         # Only the newest is needed; the one before stays for a claim that is looking right now.
-        if name.isdigit() and int(name) < number - 1:
+        if 0 <= _number(name) < number - 1:
             os.unlink(os.path.join(folder, name))
     return number
 
@@ -228,7 +279,7 @@ def newest_generation(root: str) -> int:
         entries = os.listdir(os.path.join(root, names.INTERNAL_DIR, "generations"))
     except FileNotFoundError:
         return 0
-    return max((int(name) for name in entries if name.isdigit()), default=0)
+    return max([0, *map(_number, entries)])
 
 
 NEWEST: str = "newest.json"
@@ -253,7 +304,7 @@ def remembered(root: str) -> int | None:
     try:
         with open(os.path.join(root, names.INTERNAL_DIR, NEWEST), "rb") as file:
             return int(json.loads(file.read())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -120,6 +120,9 @@ class Loads:
                     "spare_slot": self._lent,
                 },
             )
+            if result["tier"] == "arena" and len(pod.identity.pods) > 1:
+                # Before any rank can save again, so that it comes first in every pod.
+                supervisor.persisting.rescue_in_turn()
             self._answer(asked, result)
         except PillionError as err:
             self._fail(asked, ErrorDocument.from_exception(err))

@@ -70,6 +70,8 @@ class Operations:
         if "number" in event:
             self._note(signals=event.pop("number"))
         if event["type"] == "store_lost":
+            if self._record is None or event["session"] != self._record.session:
+                return
             self.store_is_lost()
         self._pass_on(event)
 
@@ -149,7 +151,7 @@ class Operations:
         self._executor = Executor(
             log_level=self._settings.log_level,
             ping_timeout_s=self._settings.ping_timeout_s,
-            storage_timeout_s=self._settings.storage_timeout_s,
+            patience_s=min(self._settings.storage_timeout_s, self._settings.store_timeout_s),
             on_wait=self._on_wait,
             on_event=self._on_event,
             on_exit=self._revive,
@@ -163,14 +165,11 @@ class Operations:
         if self._pod is not pod or record is None:
             raise SessionOver(f"session {session} is over")
         executor = await self._running()
+        if self._pod is not pod:  # a process takes its time to start
+            raise SessionOver(f"session {session} is over")
         if self.opened == session:
             return self._opening
-        document = pod.session_document(
-            peer_timeout_s=self._settings.peer_timeout_s,
-            persist_timeout_s=self._settings.persist_timeout_s,
-            storage_timeout_s=self._settings.storage_timeout_s,
-            write_threads=self._settings.write_threads,
-        )
+        document = pod.session_document(self._settings)
         document |= {"generation": record.generation, "signals": record.signals, **dataclasses.asdict(record.counts)}
         try:
             self._opening = await self._request(executor, session, {"type": "open", "session": document})

@@ -57,7 +57,7 @@ class Persisting:
         """Calls of other pods or of this one that are not answered yet."""
         self._calling = 0
         self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
-        self._at_work = False
+        self._at_work = self._agreeing = False
         self._tasks: background.Tasks | None = None
         trainers.on_rescue = self.rescue_called
         self._wake = asyncio.Event()
@@ -83,7 +83,8 @@ class Persisting:
         pod = self._trainers.pod
         if pod is None or pod.policy.trigger.on_termination is not policy.OnTermination.SAVE or not pod.identity.root:
             return None
-        save = pod.table.newest_complete()
+        whole = [save for save in pod.table.saves.values() if save.complete and not save.hopeless]
+        save = max(whole, key=lambda each: each.order, default=None)
         if save is None or save.persisted or save.destination is not None:
             return None
         on_its_way = save.persist and save.phase in (Phase.COMPLETE, Phase.PERSISTING)
@@ -117,7 +118,7 @@ class Persisting:
                 await self._operations.signal(pod, {"type": "rescue", "id": call})
         finally:
             self._calling -= 1
-            self._rescues += 1
+            self._rescues += self._trainers.pod is pod
             self.wake()
 
     def rescue_called(self, call: str) -> None:
@@ -127,14 +128,24 @@ class Persisting:
             self._rescues += 1
             self.wake()
 
+    def rescue_in_turn(self) -> None:
+        """Every pod does the same at the same point of its queue: agree on the newest snapshot, and persist it unless it is."""
+        self._rescues += 1
+        self.wake()
+
     async def _rescue(self, pod: Pod) -> None:
         """Agree with the other pods on the newest snapshot that all of them hold, and persist it."""
         pinned = pod.table.pin()
+        self._agreeing = True
+        async with self._quiet:
+            self._quiet.notify_all()
         try:
-            held = sorted((save for save in pinned if save.destination is None), key=lambda save: save.order)
+            ours = [save for save in pinned if save.destination is None and not save.hopeless]
+            held = sorted(ours, key=lambda save: save.order)
             step = await self._operations.rescue(
                 pod, [save.step for save in held], [save.step for save in held if save.persisted]
             )
+            self._agreeing = False
             save = pod.table.saves.get(step) if step is not None else None
             if step is None or save is None:
                 return
@@ -144,6 +155,7 @@ class Persisting:
         except PillionError as err:
             _log.error("the newest snapshot stays in memory: %s", err)
         finally:
+            self._agreeing = False
             pod.table.unpin(pinned)
 
     def busy(self) -> bool:
@@ -160,6 +172,22 @@ class Persisting:
             async with asyncio.timeout(timeout_s), self._quiet:
                 await self._quiet.wait_for(lambda: not self.busy())
         return not self.busy()
+
+    async def settled(self, timeout_s: float) -> None:
+        """
+        As `quiet`, for trainers that come back: their load takes the newest snapshot from memory, so that they do not wait for other
+        pods to agree on a rescue, which those that have gone on will never do.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._quiet:
+                await self._quiet.wait_for(lambda: not self.busy() or self._only_agreeing())
+        self._rescues = 0
+
+    def _only_agreeing(self) -> bool:
+        pod = self._trainers.pod
+        saves = pod.table.saves.values() if pod is not None else ()
+        at_work = any(save.phase in (Phase.COMPLETE, Phase.PERSISTING) and not save.failures for save in saves)
+        return not at_work and not self._withdrawn and (self._agreeing or not self._at_work)
 
     async def _work(self) -> None:
         while True:
@@ -224,7 +252,9 @@ class Persisting:
                 error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 break
         persisted = outcome is not None and wanted
-        pod.mark(save, arena.SlotState.SEALED, persisted=persisted)
+        pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
+        save.hopeless = outcome is None and (error is None or failures.is_hopeless(error))
+        save.concluded = not save.hopeless
         pod.table.finish(save, persisted=persisted)
         if save.persist and not wanted:  # its trainer died meanwhile: see rescue
             save.phase = Phase.COMPLETE

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from pillion.errors import ArenaExhausted
 from pillion.wire import arena, messages, names, policy
+from pillion_sidecar import settings
 from pillion_sidecar.arena import segment as segment_module
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
@@ -101,7 +102,8 @@ class Pod:
         self.policy = of
         self.limit_bytes = _limit(runtime_dir, of)
         self.segments: dict[int, Segment] = {}
-        self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap)
+        alone = len(identity.pods) == 1
+        self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap, alone=alone)
         stride = -(-self.limit_bytes // STRIDE_STEP_BYTES) * STRIDE_STEP_BYTES + STRIDE_STEP_BYTES
         for index, rank in enumerate(identity.local_ranks):
             path = os.path.join(runtime_dir, names.segment_file(index))
@@ -158,8 +160,13 @@ class Pod:
             persisted = all(arena.Flag.PERSISTED in headers[rank].flags for rank in ranks)
             snapshot = any(arena.Flag.SNAPSHOT in headers[rank].flags for rank in ranks)
             save = Save(first.step, slot, 0, persist=not snapshot, destination=None, sealed=set(ranks))
-            save.phase = Phase.DONE if persisted or snapshot else Phase.COMPLETE
+            # Of trainers that are gone, the other pods may hold other steps: the load agrees on one, and a rescue persists that.
+            alone, same = len(self.identity.pods) == 1, first.session.hex() == self.identity.session
+            concluded = any(arena.Flag.CONCLUDED in headers[rank].flags for rank in ranks)
+            waited_for = not persisted and not snapshot if alone else same and not concluded
+            save.phase = Phase.COMPLETE if waited_for else Phase.DONE
             save.persisted = persisted
+            save.concluded = concluded
             # The wall clock may have jumped since; the arena does not outlive the boot.
             save.sealed_ns = time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns)
             found.append((first.sealed_ns, save))
@@ -222,18 +229,20 @@ class Pod:
         for rank in self.segments:
             self._reset(rank, slot)
 
-    def mark(self, save: Save, state: arena.SlotState, *, persisted: bool = False) -> None:
+    def mark(
+        self, save: Save, state: arena.SlotState, *, persisted: bool = False, concluded: bool = False
+    ) -> None:
         """Write a save's state into its slots, for whoever finds the arena after us."""
         for segment in self.segments.values():
             header = segment.read_header(save.slot)
             if header.step != save.step:
                 continue
-            flags = header.flags | arena.Flag.PERSISTED if persisted else header.flags
+            flags = header.flags
+            flags |= arena.Flag.PERSISTED if persisted else arena.Flag.NONE
+            flags |= arena.Flag.CONCLUDED if concluded else arena.Flag.NONE
             segment.write_header(save.slot, dataclasses.replace(header, state=state, flags=flags))
 
-    def session_document(
-        self, *, peer_timeout_s: float, persist_timeout_s: float, storage_timeout_s: float, write_threads: int
-    ) -> dict[str, Any]:
+    def session_document(self, of: settings.Settings) -> dict[str, Any]:
         """What the executor needs to open this session."""
         identity = self.identity
         store: Mapping[str, Any] | None = None
@@ -250,10 +259,11 @@ class Pod:
             "store": store,
             "segments": {str(rank): segment.path for rank, segment in self.segments.items()},
             "policy": policy.dump(self.policy),
-            "peer_timeout_s": peer_timeout_s,
-            "persist_timeout_s": persist_timeout_s,
-            "storage_timeout_s": storage_timeout_s,
-            "write_threads": write_threads,
+            "peer_timeout_s": of.peer_timeout_s,
+            "persist_timeout_s": of.persist_timeout_s,
+            "storage_timeout_s": of.storage_timeout_s,
+            "store_timeout_s": of.store_timeout_s,
+            "write_threads": of.write_threads,
         }
 
     def record(self) -> Record:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Final
 
 from pillion import phases
 from pillion.errors import (
@@ -34,6 +35,9 @@ from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
+NOTICE_S: Final = 10.0
+"""Between two notices to a claim that waits: a third of what the client gives a silent sidecar (session.REQUEST_TIMEOUT_S)."""
+
 
 class Saves:
     """See the module."""
@@ -52,10 +56,31 @@ class Saves:
         self._persisting = persisting
         self._tasks = tasks
         self._waiting: list[tuple[Client, messages.Message]] = []
+        self._unanswered: dict[tuple[int, int], tuple[Client, messages.Message]] = {}
+        """Claims whose client wants notices; by rank and message."""
         self._seal_timers: dict[int, asyncio.TimerHandle] = {}
 
     async def claim(self, client: Client, message: messages.Message) -> None:
-        """A rank wants to fill a slot."""
+        """A rank wants to fill a slot. While it waits it is told so, every NOTICE_S: a sidecar that hangs tells nothing."""
+        key = (client.rank, int(message.get("id", 0)))
+        if message.get("notices"):
+            self._unanswered[key] = (client, message)
+        waits = False
+        try:
+            waits = await self._claim(client, message)
+        finally:
+            if not waits:
+                self._unanswered.pop(key, None)
+
+    async def notices(self) -> None:
+        """Tell those who wait that they wait, for ever."""
+        while True:
+            await asyncio.sleep(NOTICE_S)
+            for client, message in list(self._unanswered.values()):
+                client.answer(message, {"type": "waiting"})
+
+    async def _claim(self, client: Client, message: messages.Message) -> bool:
+        """Answer a claim; True when it has to wait."""
         pod = self._trainers.require_pod()
         step = messages.field(message, "step", int)
         persist = messages.field(message, "persist", bool)
@@ -65,14 +90,14 @@ class Saves:
         if isinstance(decision, slots.MustWait):
             self._journal.metrics.saves_waited += not message.get("waited")
             self._waiting.append((client, {**message, "waited": True}))
-            return
+            return True
         if isinstance(decision, slots.Skipped):
             if decision.first:
                 self._journal.metrics.saves_skipped += 1
                 self._journal.dropped(step, SaveSkipped(decision.reason, step=step), persist=persist)
                 self._persisting.withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
             client.refuse(message, SaveSkipped(decision.reason, step=step))
-            return
+            return False
         if isinstance(decision, slots.Doomed):
             raise failures.staging_error(step, decision.failures)
         if isinstance(decision, slots.Replaced):
@@ -84,13 +109,14 @@ class Saves:
         try:
             capacity = await asyncio.to_thread(pod.grow, client.rank, save.slot, room)
         except PillionError as err:
-            self.fail_rank(step, client.rank, ErrorDocument.from_exception(err))
+            self.fail_rank(step, client.rank, ErrorDocument.from_exception(err), persist=persist)
             raise
         pod.begin_fill(client.rank, save.slot, persist=persist)
         if step not in self._seal_timers:
             loop = asyncio.get_running_loop()
             self._seal_timers[step] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, step)
         client.answer(message, {"type": "claimed", "slot": save.slot, "capacity_bytes": capacity})
+        return False
 
     def _replaced(self, victim: Save, step: int) -> None:
         error = SaveSkipped(f"replaced by step {step} (staging.overlap: Latest)", step=victim.step)
@@ -137,7 +163,7 @@ class Saves:
         self._failed(save, error)
         self.released()
 
-    def fail_rank(self, step: int, rank: int, error: ErrorDocument) -> None:
+    def fail_rank(self, step: int, rank: int, error: ErrorDocument, *, persist: bool) -> None:
         """A rank will not seal `step`."""
         pod = self._trainers.require_pod()
         first = step not in pod.table.saves and not pod.table.settled(step)
@@ -148,12 +174,13 @@ class Saves:
             self._failed(save, told, but=rank)
         elif first:
             self._journal.abandoned(step, told)
-            self._persisting.withdraw(step, told, persist=True)
+            self._persisting.withdraw(step, told, persist=persist)
         self.released()
 
     def rank_lost(self, client: Client) -> None:
         """A trainer is gone; without a goodbye what it was filling is torn."""
         self._waiting = [(c, m) for c, m in self._waiting if c is not client]
+        self._unanswered = {key: entry for key, entry in self._unanswered.items() if entry[0] is not client}
         pod = self._trainers.pod
         if pod is None or client.said_goodbye:
             return

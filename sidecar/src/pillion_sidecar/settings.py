@@ -37,6 +37,9 @@ class Settings:
     is noticed by the job itself within its own collective timeout."""
     persist_timeout_s: float = field(default=1800.0, metadata={"env": "PILLION_PERSIST_TIMEOUT_S"})
     """Bound for one pod to write its part: 96 GiB at 50 MB/s."""
+    store_timeout_s: float = field(default=30.0, metadata={"env": "PILLION_STORE_TIMEOUT_S"})
+    """Bound for the job's store to answer one question, beyond any wait that the question asks for; it does in less than a
+    millisecond while its process runs. Then the pods meet on storage."""
     storage_timeout_s: float = field(default=300.0, metadata={"env": "PILLION_STORAGE_TIMEOUT_S"})
     """Bound for storage to take one block, or to answer one call: the executor that waits longer is replaced, and the save fails.
     Network file systems come back from a failover within two or three minutes."""

@@ -35,6 +35,8 @@ LAST_SAVE_S: Final = 10.0
 """How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
 storage as it is: they may hang."""
 POLL_S: Final = 0.1
+SETTLE_SHARE: Final = 1 / 4
+"""Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
 POLICY_REPEAT_S: Final = 60.0
 """How often a policy that changed is told again, to pods and ranks that missed it: their sidecar or executor was being replaced."""
 
@@ -67,6 +69,7 @@ class Supervisor:
 
     async def start(self) -> None:
         self.persisting.start(self._tasks)
+        self._tasks.start(self.saves.notices(), "notices")
         self._adopt()
         await self.operations.prestart()
 
@@ -117,6 +120,7 @@ class Supervisor:
                 "type": "welcome",
                 "version": wire.PROTOCOL_VERSION,
                 "policy": policy.dump(pod.policy),
+                "notices": True,
                 "segment": pod.segments[rank].path,
                 "pid": os.getpid(),
                 "executor_pid": self.operations.executor_pid,
@@ -147,8 +151,11 @@ class Supervisor:
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
-        # What the session before left is finished first: the newest snapshot must be where the new one looks for it.
-        await self.persisting.quiet(self.settings.persist_timeout_s)
+        # What the session before left is finished first: the newest snapshot must be where the new one looks for it. Several pods look
+        # for it in memory, and what they were writing together may never end, as others have gone on: it is persisted after the load.
+        alone = trainers.pod is None or len(trainers.pod.identity.pods) == 1
+        bound_s = self.settings.peer_timeout_s * SETTLE_SHARE
+        await self.persisting.settled(self.settings.persist_timeout_s if alone else bound_s)
         if trainers.pod is not None:
             trainers.pod.close()
         trainers.pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
@@ -167,7 +174,8 @@ class Supervisor:
             )
         elif kind == "abandon":
             error = ErrorDocument.from_document(messages.field(message, "error", dict))
-            self.saves.fail_rank(messages.field(message, "step", int), client.rank, error)
+            persist = messages.field(message, "persist", bool, True)
+            self.saves.fail_rank(messages.field(message, "step", int), client.rank, error, persist=persist)
         elif kind == "reserve":
             capacities = await self.saves.reserve(client.rank, messages.field(message, "room_bytes", int))
             client.answer(message, {"type": "reserved", "capacities": capacities})

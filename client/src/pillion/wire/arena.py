@@ -91,6 +91,11 @@ class Flag(IntFlag):
     """Its checkpoint is committed on storage."""
     SNAPSHOT = 2
     """To memory only: the policy or the caller did not ask for storage."""
+    CONCLUDED = 4
+    """The pods of the job have agreed on what became of it; without it, peers of the same session wait for this pod's part."""
+
+
+KNOWN_FLAGS = Flag.PERSISTED | Flag.SNAPSHOT | Flag.CONCLUDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +198,7 @@ class SlotHeader:
             "manifest_bytes", "sealed_ns", "layout_digest", "manifest_digest", "session", "framed_digest",
             "digests_offset", "digests_count", "digests_for",
         )  # fmt: skip
-        header = cls(state=SlotState(state), flags=Flag(flags & 3), **dict(zip(names, fields, strict=True)))
+        header = cls(state=SlotState(state), flags=Flag(flags & KNOWN_FLAGS), **dict(zip(names, fields, strict=True)))
         for what, offset, length in (
             ("image", PAGE_BYTES, header.image_bytes),
             ("layout", header.layout_offset, header.layout_bytes),

@@ -9,7 +9,8 @@ and the pod never stages a step on some ranks only because of its own arena.
        |           (sealed by every local rank)
        +--> failed: a rank gave up or died; the slot is free when no rank is filling it any more
 
-The newest complete save keeps its slot until a newer one is complete: it is what a crash restores.
+The newest complete save keeps its slot until a newer one is complete: it is what a crash restores. With several pods so does the newest one
+that all of them hold, until it is on storage: a peer may have died before it could seal what this pod has sealed since.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Save:
     persisted: bool = False
     sealed_ns: int = 0
     """When it was complete, wall clock, for people."""
+    concluded: bool = False
+    """Every rank of the job holds it: what all can go back to."""
+    hopeless: bool = False
+    """Some rank of the job does not hold this step: it can never be committed or restored."""
     adopted: bool = False
     """Found in the arena: a sidecar before this one may have begun to persist it."""
     pins: int = 0
@@ -105,12 +110,14 @@ class SlotTable:
         num_slots: slots of each segment.
         ranks: the local ranks (global numbers).
         overlap: what a claim gets when no slot is free.
+        alone: the pod has all ranks of the job, so that what is complete here is complete.
     """
 
-    def __init__(self, num_slots: int, ranks: Sequence[int], overlap: Overlap) -> None:
+    def __init__(self, num_slots: int, ranks: Sequence[int], overlap: Overlap, *, alone: bool = True) -> None:
         self.num_slots = num_slots
         self.ranks = frozenset(ranks)
         self.overlap = overlap
+        self.alone = alone
         self.saves: dict[int, Save] = {}
         self._skipped: dict[int, str] = {}
         self._doomed: dict[int, dict[int, ErrorDocument]] = {}
@@ -138,7 +145,7 @@ class SlotTable:
 
     def lend(self) -> int | None:
         """A slot for a load to fill from storage; None when every slot is needed."""
-        slot = self._free_slot()
+        slot = self._free_slot(for_load=True)
         if slot is not None:
             self._lent.add(slot)
         return slot
@@ -212,23 +219,36 @@ class SlotTable:
         while len(self._skipped) > REMEMBERED_SKIPS:
             del self._skipped[next(iter(self._skipped))]
 
-    def _free_slot(self) -> int | None:
+    def _free_slot(self, *, for_load: bool = False) -> int | None:
         free = sorted(set(range(self.num_slots)) - self.held())
         if free:
             return free[0]
-        newest = self.newest_complete()
-        done = [s for s in self.saves.values() if s.phase is Phase.DONE and s is not newest and not s.pins]
-        # A snapshot that stays in memory is as good as done once a newer save is complete.
-        done += [
-            s
-            for s in self.saves.values()
-            if s.phase is Phase.COMPLETE and not s.persist and s is not newest and not s.pins
-        ]
+        kept = self._kept(for_load=for_load)
+        done = [s for s in self.saves.values() if s.phase is Phase.DONE and s not in kept and not s.pins]
+        if self.alone:
+            # A snapshot that stays in memory is as good as done once a newer save is complete. Other pods would wait for it.
+            done += [
+                s
+                for s in self.saves.values()
+                if s.phase is Phase.COMPLETE and not s.persist and s not in kept and not s.pins
+            ]
         if not done:
             return None
         oldest = min(done, key=lambda s: s.order)
         del self.saves[oldest.step]
         return oldest.slot
+
+    def _kept(self, *, for_load: bool) -> list[Save]:
+        """The saves that a crash may need."""
+        whole = [save for save in self.saves.values() if save.complete and not save.hopeless]
+        newest = max(whole, key=lambda s: s.order, default=None)
+        agreed = max((save for save in whole if save.concluded), key=lambda s: s.order, default=None)
+        if self.alone or agreed is None:
+            return [newest] if newest is not None else []
+        if for_load:
+            # One of the two has to make room, and a peer may have died before it could seal the newest.
+            return [agreed]
+        return [save for save in (newest, agreed) if save is not None and (save is newest or not save.persisted)]
 
     def sealed(self, step: int, rank: int) -> Save | None:
         """A rank sealed its slot; the save when it is now complete."""

@@ -174,6 +174,7 @@ def _commit(
 
 def retain(context: Context, request: Request, directory: str) -> None:
     """(coordinator) Remove what the policy does not keep. After the outcome is told: some file systems take 0.2 s a GiB."""
+    context.watch.storage("retention")
     with contextlib.suppress(OSError):
         phases.reach(phases.Phase.RETAIN, path=directory)
         retention.remove_older_files(directory, generation_text(context.generation, request.sequence))

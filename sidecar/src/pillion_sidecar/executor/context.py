@@ -97,7 +97,9 @@ def open_context(document: Mapping[str, Any]) -> Context:
     signal_store = None
     between: exchange.Exchange
     root, session = str(document["root"]), str(document["session"])
-    watch = Watch(float(document["storage_timeout_s"]))
+    watch = Watch(
+        storage_timeout_s=float(document["storage_timeout_s"]), store_timeout_s=float(document["store_timeout_s"])
+    )
     lost = bool(document.get("store_lost")) and bool(root)
     if store is None:
         between = exchange.LocalExchange(local_ranks[0])

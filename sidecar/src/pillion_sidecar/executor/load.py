@@ -31,7 +31,7 @@ from pillion.errors import (
 from pillion.wire import arena, layout
 from pillion.wire.policy import OnMissing, RestoreMode
 from pillion_sidecar import catalog, commit
-from pillion_sidecar.executor import fill, images
+from pillion_sidecar.executor import exchange, fill, images
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.storage import digest
 
@@ -106,7 +106,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             if tier == "arena":
                 opaque = _from_arena(context, request, usable[step], progress)
             else:
-                opaque = fill.from_storage(context, request, str(choice["path"]), step, progress)
+                opaque = _from_storage(context, request, str(choice["path"]), step, progress)
         except catalog.Damaged as err:
             result["corrupt"] = str(err)
         except PillionError as err:
@@ -125,6 +125,18 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             return {"step": step, "tier": tier, "path": choice["path"], "refused": refused, "opaque": opaque}
         refused[f"{tier}:{step}"] = str(verdict["corrupt"])
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")
+
+
+def _from_storage(context: Context, request: Request, path: str, step: int, progress: Progress) -> dict[str, Any]:
+    def watched(event: Mapping[str, Any]) -> None:
+        context.watch.moved()
+        progress(event)
+
+    context.watch.storage(f"read {path}")
+    try:
+        return fill.from_storage(context, request, path, step, watched)
+    finally:
+        context.watch.idle()
 
 
 # --- choosing (coordinator) ------------------------------------------------------------------------------------------
@@ -148,6 +160,8 @@ def _choose(context: Context, request: Request, phase: str, refused: Mapping[str
             on_missing=context.restore.on_missing,
             root=context.root,
         )
+    except exchange.StoreLost:
+        raise
     except PillionError as err:
         choice["error"] = ErrorDocument.from_exception(err).to_document()
     except OSError as err:
@@ -156,6 +170,8 @@ def _choose(context: Context, request: Request, phase: str, refused: Mapping[str
         if found is not None:
             choice["step"], choice["tier"] = found
             choice["path"] = context.step_path(found[0]) if found[1] == "storage" else ""
+    finally:
+        context.watch.idle()
     return choice
 
 
@@ -166,6 +182,7 @@ def _wanted_step(context: Context, request: Request) -> int | None:
 
 
 def _committed(context: Context) -> set[int]:
+    context.watch.storage(f"list {context.root}")
     catalog.finish_interrupted(context.root)
     return {step for step, done in catalog.steps(context.root).items() if done}
 

@@ -52,7 +52,7 @@ class Executor:
     Args:
         on_event: called on the loop with events of a running request (load progress).
         ping_timeout_s: no pong for this long and the child is killed.
-        storage_timeout_s: how long its storage may stand still, see `executor.watch`.
+        patience_s: the shortest bound of `executor.watch`: it is pinged often enough to see one.
         on_wait: called on the loop with what the child waits for, after each ping; None: nothing.
     """
 
@@ -61,14 +61,14 @@ class Executor:
         *,
         log_level: str,
         ping_timeout_s: float,
-        storage_timeout_s: float,
+        patience_s: float,
         on_wait: Callable[[Mapping[str, Any] | None], None],
         on_event: Callable[[messages.Message], None],
         on_exit: Callable[[], None],
     ) -> None:
         self._log_level = log_level
         self._ping_timeout_s = ping_timeout_s
-        self._ping_period_s = min(PING_PERIOD_S, ping_timeout_s, storage_timeout_s / 4)
+        self._ping_period_s = min(PING_PERIOD_S, ping_timeout_s, patience_s / 4)
         self._on_wait = on_wait
         self._on_event = on_event
         self._on_exit = on_exit

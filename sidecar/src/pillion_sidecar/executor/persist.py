@@ -124,9 +124,11 @@ def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool
     failures = {rank: failure for rank, failure in error.failures.items() if rank in local} or local
     documents = remote_failures.documents(failures)
     if persist:
-        # A pod that gives up in the middle (its storage hangs) is waited for at its result.
+        # A pod that gives up in the middle (its storage hangs) is waited for at its result, the coordinator's at the outcome.
         for attempt in range(len(conclude.RETRY_AFTER_S) + 1):
             context.exchange.post(f"{phase}/{attempt}/result", {"failures": documents})
+            if context.coordinator:
+                context.exchange.publish(f"{phase}/{attempt}/outcome", {"failures": documents})
     context.exchange.post(f"{phase}/plan", {"failures": documents, "ranks": {}})
     if context.coordinator:
         _publish_decision(context, phase, persist=persist)

@@ -20,6 +20,9 @@ PEERS_S: Final = 20.0
 """Bound for every pod to come to a rescue. All are called by one message, or by the loss of the store, which each notices within
 `signals.POLL_S`; a pod that is gone with its memory would be waited for in vain, while a restart waits behind this."""
 
+PEERS_SHARE: Final = 1 / 4
+"""Of the bound for peers in general: a pod that has gone on to the next session is waited for in vain here, while it waits there."""
+
 
 def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> int | None:
     """
@@ -29,22 +32,23 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> in
         held: steps that this pod holds whole, oldest first.
         persisted: those of them that are committed.
 
-    Blocks: PEERS_S, twice.
+    Blocks: twice the bound.
 
     Raises:
         BarrierTimeout: some pod did not come; nothing can be persisted without it.
         exchange.StoreLost: see `context.with_failover`.
     """
     phase = f"rescue/{context.rescues}"
+    bound_s = min(PEERS_S, context.peer_timeout_s * PEERS_SHARE)
     context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted)})
     if context.coordinator:
         try:
-            offers = context.exchange.collect(f"{phase}/offer", PEERS_S)
+            offers = context.exchange.collect(f"{phase}/offer", bound_s)
             decision: dict[str, Any] = {"step": pick(held, offers), "missing": []}
         except BarrierTimeout as err:
             decision = {"step": None, "missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)
-    decision = context.exchange.receive(f"{phase}/choice", PEERS_S * 2)
+    decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
     context.rescues += 1

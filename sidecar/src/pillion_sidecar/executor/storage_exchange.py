@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from pillion.errors import BarrierTimeout
+from pillion.errors import BarrierTimeout, SidecarError
 from pillion.wire import names
 from pillion_sidecar.executor import exchange
 from pillion_sidecar.storage import directio
@@ -28,6 +28,7 @@ MEETINGS: Final = "meetings"
 POLL_FIRST_S: Final = 0.02
 POLL_MOST_S: Final = 0.5
 """Between two looks: 1,000 pods then ask the file system 2,000 times a second at most, for the seconds that a rescue takes."""
+OVER: Final = "other trainers are there: the coordinator has removed what this session met in"
 DECISION: Final = "decision"
 
 
@@ -72,7 +73,10 @@ class StorageExchange:
         return os.path.join(self._folder, f"{phase.replace('/', '.')}.{who}.json")
 
     def _write(self, phase: str, who: str, document: exchange.Document) -> None:
-        directio.replace_file(self._path(phase, who), exchange.encode(document))
+        try:
+            directio.replace_file(self._path(phase, who), exchange.encode(document))
+        except FileNotFoundError as err:
+            raise SidecarError(OVER) from err
 
     def _read(self, phase: str, who: str) -> exchange.Document:
         with open(self._path(phase, who), "rb") as file:
@@ -82,7 +86,10 @@ class StorageExchange:
         started = time.monotonic()
         pause_s = POLL_FIRST_S
         while True:
-            there = set(os.listdir(self._folder))
+            try:
+                there = set(os.listdir(self._folder))
+            except FileNotFoundError as err:
+                raise SidecarError(OVER) from err
             missing = {who: ranks for who, ranks in awaited.items() if os.path.basename(self._path(phase, who)) not in there}
             if not missing:
                 return

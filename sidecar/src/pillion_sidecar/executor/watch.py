@@ -9,6 +9,7 @@ What is watched moves on with every block, phase and answer, so that the bound i
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
@@ -18,8 +19,6 @@ from pillion_sidecar.executor import exchange
 
 T = TypeVar("T")
 
-ANSWER_S: Final = 30.0
-"""Bound for the job's store to answer a single question; it does in less than a millisecond while its process runs."""
 SLOWEST_BYTES_PER_S: Final = 10e6
 """A sync may take the storage's bound, and this rate for what it has to write out: a tenth of the slowest network disk."""
 
@@ -30,36 +29,47 @@ class Watch:
 
     Args:
         storage_timeout_s: how long storage may stand still.
+        store_timeout_s: how long the job's store may take for one answer.
     """
 
-    def __init__(self, storage_timeout_s: float) -> None:
+    def __init__(self, *, storage_timeout_s: float, store_timeout_s: float) -> None:
         self.storage_timeout_s = storage_timeout_s
-        # One tuple, replaced as a whole: it is read by another thread.
-        self._now: tuple[str, str, float, float] | None = None
+        self.store_timeout_s = store_timeout_s
+        # By thread: the coordinator makes `.metadata` beside its writing, and asks its peers for it.
+        self._now: dict[int, tuple[str, str, float, float]] = {}
 
     def begins(self, kind: str, what: str, bound_s: float) -> None:
-        """From now on the operation waits for `what`."""
-        self._now = (kind, what, time.monotonic(), bound_s)
+        """From now on this thread waits for `what`."""
+        self._now[threading.get_ident()] = (kind, what, time.monotonic(), bound_s)
 
     def storage(self, what: str, size_bytes: int = 0) -> None:
-        """From now on the operation waits for storage, which has to make `size_bytes` durable."""
+        """From now on this thread waits for storage, which has to make `size_bytes` durable."""
         self.begins(exchange.STORAGE, what, self.storage_timeout_s + size_bytes / SLOWEST_BYTES_PER_S)
 
+    def moved(self) -> None:
+        """Storage has answered: whoever waits for it begins anew."""
+        for thread, (kind, what, _, bound_s) in list(self._now.items()):
+            if kind == exchange.STORAGE:
+                self._now[thread] = (kind, what, time.monotonic(), bound_s)
+
     def idle(self) -> None:
-        self._now = None
+        """This thread waits for nothing any more."""
+        self._now.pop(threading.get_ident(), None)
 
     def report(self) -> dict[str, Any] | None:
-        """What is waited for, as it goes into a pong; None: nothing."""
-        now = self._now
-        if now is None:
+        """What is waited for, as it goes into a pong: what is nearest to its bound. None: nothing."""
+        now_s = time.monotonic()
+        # A copy: other threads go on meanwhile.
+        waits = [(now_s - since, bound_s, kind, what) for kind, what, since, bound_s in list(self._now.values())]
+        if not waits:
             return None
-        kind, what, since, bound_s = now
-        return {"kind": kind, "what": what, "for_s": time.monotonic() - since, "bound_s": bound_s}
+        for_s, bound_s, kind, what = max(waits, key=lambda each: each[0] - each[1])
+        return {"kind": kind, "what": what, "for_s": for_s, "bound_s": bound_s}
 
 
 class Watched:
     """
-    An exchange whose calls are watched: one with a bound of its own gets `ANSWER_S` more, as a stopped store keeps no time.
+    An exchange whose calls are watched: one with a bound of its own gets the store's bound more, as a stopped store keeps no time.
 
     Args:
         moved: whether other pods meet elsewhere by now; asked when somebody did not come in time.
@@ -86,7 +96,7 @@ class Watched:
         self._watched("forget", 0.0, lambda: self._inner.forget(phases))
 
     def _watched(self, phase: str, timeout_s: float, call: Callable[[], T]) -> T:
-        self._watch.begins(exchange.PEERS, phase, timeout_s + ANSWER_S)
+        self._watch.begins(exchange.PEERS, phase, timeout_s + self._watch.store_timeout_s)
         try:
             return call()
         except BarrierTimeout as err:

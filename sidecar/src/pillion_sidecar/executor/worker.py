@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -99,6 +100,9 @@ class Worker:
                 if self._context is not None:
                     self._context.watch.idle()
 
+    def _store_lost(self, session: str) -> None:
+        self._send({"type": "store_lost", "event": True, "session": session})
+
     def _waits(self) -> dict[str, Any] | None:
         context = self._context
         return context.watch.report() if context is not None else None
@@ -145,7 +149,7 @@ class Worker:
                 pods=[pod[0] for pod in self._context.pods],
                 first_rank=self._context.first_rank,
                 seen=int(heard) if heard is not None else None,
-                on_lost=lambda: self._send({"type": "store_lost", "event": True}),
+                on_lost=functools.partial(self._store_lost, self._context.session),
             )
         return {
             "generation": self._context.generation,

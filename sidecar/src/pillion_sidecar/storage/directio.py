@@ -37,16 +37,12 @@ from typing import Final, NamedTuple, final
 from pillion import phases
 
 _log = logging.getLogger(__name__)
-
 PAGE_BYTES: Final = 4096
 """The alignment of everything here; the largest that a disk asks for in practice. Not the page size of the machine."""
-
 BLOCK_BYTES: Final = 8 << 20
 """The default size of one read or write: enough for full speed; a larger one would delay the first digest."""
-
 NUM_THREADS: Final = 2
 """The default number of calls in flight: a second one fills the gap between two calls of the first."""
-
 _MAX_VIEWS: Final = 1024
 """IOV_MAX of Linux: how many stretches of memory one pwritev(2) may gather."""
 
@@ -262,32 +258,6 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryv
         if isinstance(err, OSError):
             _named(err, path)
         raise
-    fsync_directory(target.parent)
-
-
-def create_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
-    """
-    As `replace_file`, for a name that must not be there yet: of two that come at once, one wins.
-
-    Blocks: until the storage answers. Raises: FileExistsError, and nothing is changed; OSError with errno and filename.
-    Where the file system knows no links, a look comes first and a rename after it.
-    Source: link(2) fails with EEXIST atomically, on NFS too.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    replace_file(temporary, data)
-    try:
-        try:
-            os.link(temporary, target)
-        except OSError as err:
-            if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            if target.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from None
-            temporary.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     fsync_directory(target.parent)
 
 

@@ -1,0 +1,379 @@
+"""
+The whole of: one run of the campaign: start the job, strike, start again what a cluster would start again, and judge the end.
+
+Called from: `campaign.__main__`, tests/distributed/test_campaign.py.
+Must never: end a process that it did not start, nor leave one behind.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+from torch.distributed import checkpoint as stock
+
+from campaign import job as jobs
+from campaign import plan as plans
+from campaign.job import Job
+from campaign.plan import Act, Plan, Strike
+from pillion_sidecar import faults
+from support import leaks
+from support.store_host import StoreHost
+
+RUN_S: Final = 100.0
+"""Bound for one run: a hundred times its training. Beyond it the run is hung."""
+BOUNDS: Final = {
+    "PILLION_PEER_TIMEOUT_S": "15",
+    "PILLION_PERSIST_TIMEOUT_S": "30",
+    "PILLION_PING_TIMEOUT_S": "3",
+    "PILLION_STORAGE_TIMEOUT_S": "2",
+    "PILLION_STORE_TIMEOUT_S": "3",
+    "PILLION_LINGER_S": "30",
+}
+LOST_IN_MEMORY: Final = 2 * jobs.SNAPSHOT_STEPS
+"""Declared recovery point, in steps, while the pods live: the newest snapshot may be torn, the one before is whole."""
+LOST_ON_STORAGE: Final = 2 * jobs.PERIOD_STEPS
+"""The same when a pod's memory is gone: the newest save may be on its way. A save that storage refuses four times, or that meets an
+executor that dies twice, costs one period more."""
+ALONE_S: Final = 60.0
+"""Bound for the sidecars to end by themselves: one that was stopped while its trainers said goodbye lingers."""
+POLL_S: Final = 0.01
+
+
+@dataclass
+class Result:
+    """What became of one run."""
+
+    seed: int
+    pods: int
+    strikes: list[str]
+    inside: str
+    struck: list[str] = field(default_factory=list)
+    """What really hit something; a strike may come after the end."""
+    attempts: int = 0
+    tiers: list[str] = field(default_factory=list)
+    lost_steps: list[int] = field(default_factory=list)
+    """Steps that were trained and had to be trained again, for each restart."""
+    memory_lost: bool = False
+    committed: int = 0
+    elapsed_s: float = 0.0
+    verdict: str = "ok"
+    """ok, torn, lost, hung, wrong, leaked."""
+    detail: str = ""
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Run:
+    """One run."""
+
+    def __init__(self, plan: Plan, folder: Path, reference: list[tuple[float, dict[str, torch.Tensor]]]) -> None:
+        self._plan = plan
+        self._reference = reference
+        self._mark = f"campaign-{os.getpid()}-{plan.seed}"
+        self.job = Job(folder=folder, pods=plan.pods)
+        self._kit = folder / "faults"
+        self._agents: dict[int, int] = {}
+        self._store: StoreHost | None = None
+        self._waking: list[tuple[float, int]] = []
+        self._environment: dict[str, str] = {}
+        self.result = Result(
+            seed=plan.seed, pods=plan.pods, strikes=[act.strike.value for act in plan.acts], inside=plan.inside.value
+        )
+
+    def run(self) -> Result:
+        """Run it. Blocks: up to RUN_S, and for the end of what it started."""
+        self._kit.mkdir(parents=True)
+        self._environment = {**BOUNDS, leaks.MARK_VARIABLE: self._mark}
+        if self._plan.faults:
+            self._environment |= faults.to_environment(self._kit, self._plan.faults)
+        begun = time.monotonic()
+        try:
+            self._start()
+            acts = list(self._plan.acts)
+            due_s: float | None = None
+            while not self._ended():
+                now = time.monotonic() - begun
+                if now > RUN_S:
+                    self._judge("hung", self._tails())
+                    return self.result
+                if acts and due_s is None and self._step() >= acts[0].at_step:
+                    due_s = now + acts[0].delay_s
+                if acts and due_s is not None and now >= due_s:
+                    self._strike(acts.pop(0))
+                    due_s = None
+                self._wake()
+                time.sleep(POLL_S)
+            self.result.elapsed_s = round(time.monotonic() - begun, 2)
+            self._alone()
+            self._check()
+        finally:
+            self._end()
+        return self.result
+
+    def _step(self) -> int:
+        """How far rank 0 is."""
+        said = jobs.journal(self.job, 0)
+        return max((line["step"] for line in said[-3:] if line["event"] == "step"), default=0)
+
+    # --- starting and ending -----------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._store = StoreHost()
+        for pod in range(self._plan.pods):
+            self._agents[pod] = jobs.agent(self.job, pod, self._store.port, self._environment)
+
+    def _ended(self) -> bool:
+        """Whether the job is done. An agent that gave up is started again, as a Job starts a pod again."""
+        for pod, pid in list(self._agents.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                del self._agents[pod]
+                if status != 0:
+                    self._restart_agents()
+        return not self._agents
+
+    def _restart_agents(self) -> None:
+        for pid in self._agents.values():
+            self._kill_tree(pid)
+        self._agents.clear()
+        if self._store is not None:
+            self._store.end()
+        self._start()
+
+    def _kill_tree(self, pid: int) -> None:
+        """An agent, and the trainers that it forked: its sidecar stays, it is a daemon of the pod."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(pid).children(recursive=True)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            for child in children:
+                if not _is_sidecar(child) and not _is_executor(child):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+
+    def _alone(self) -> None:
+        """Embedded sidecars end by themselves, with their arenas."""
+        deadline = time.monotonic() + ALONE_S
+        while self._sidecars() and time.monotonic() < deadline:
+            self._wake()
+            time.sleep(POLL_S)
+        if left := self._sidecars():
+            self._judge("leaked", f"{len(left)} sidecars run on")
+
+    def _end(self) -> None:
+        for pid in self._agents.values():
+            self._kill_tree(pid)
+        if self._store is not None:
+            self._store.end()
+        folders = {_runtime_dir(process) for process in self._sidecars()}
+        leaks.end([process for process in psutil.process_iter() if leaks.carries(process, self._mark)])
+        for folder in folders:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # --- striking ----------------------------------------------------------------------------------------------------
+
+    def _marked(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if leaks.carries(process, self._mark)]
+
+    def _sidecars(self, pod: int | None = None) -> list[psutil.Process]:
+        return [each for each in self._marked() if _is_sidecar(each) and (pod is None or self._pod_of(each) == pod)]
+
+    def _executors(self, pod: int) -> list[psutil.Process]:
+        found = [each for each in self._marked() if _is_executor(each)]
+        return [each for each in found if self._pod_of(each) == pod]
+
+    def _pod_of(self, process: psutil.Process) -> int:
+        with contextlib.suppress(psutil.Error):
+            return int(process.environ().get("PILLION_POD", "-0").rpartition("-")[2])
+        return -1
+
+    def _trainer(self, rank: int) -> int | None:
+        said = jobs.journal(self.job, rank)
+        if not said or said[-1]["event"] == "done":
+            return None
+        pid = int(said[-1]["pid"])
+        with contextlib.suppress(psutil.Error):
+            # Forked, not executed: its environment in /proc is this process's, so that only its parent tells whose it is.
+            process = psutil.Process(pid)
+            if process.ppid() in self._agents.values() and process.status() != psutil.STATUS_ZOMBIE:
+                return pid
+        return None
+
+    def _strike(self, act: Act) -> None:
+        pod = act.rank if self._plan.pods == 2 else 0
+        strike = act.strike
+        hit: list[int] = []
+        if strike in (Strike.KILL_TRAINER, Strike.SEGV_TRAINER, Strike.STOP_TRAINER):
+            pid = self._trainer(act.rank)
+            hit = [pid] if pid is not None else []
+        elif strike in (Strike.KILL_SIDECAR, Strike.STOP_SIDECAR):
+            hit = [each.pid for each in self._sidecars(pod)]
+        elif strike in (Strike.KILL_EXECUTOR, Strike.STOP_EXECUTOR):
+            hit = [each.pid for each in self._executors(pod)]
+        elif strike is Strike.KILL_BOTH:
+            hit = [each.pid for each in (*self._sidecars(pod), *self._executors(pod))]
+        elif strike is Strike.KILL_POD:
+            self._lose_pod(pod)
+            hit = [0]
+        else:
+            for each in list(self._agents.values()):
+                self._kill_tree(each)
+            self._agents.clear()
+            if strike is Strike.LOSE_JOB:
+                for each in range(self._plan.pods):
+                    self._lose_memory(each)
+            if self._store is not None:
+                self._store.end()
+            self._start()
+            hit = [0]
+        number = signal.SIGKILL
+        if strike is Strike.SEGV_TRAINER:
+            number = signal.SIGSEGV
+        elif strike in (Strike.STOP_TRAINER, Strike.STOP_SIDECAR, Strike.STOP_EXECUTOR):
+            number = signal.SIGSTOP
+        for pid in hit:
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                    if number is signal.SIGSTOP:
+                        self._waking.append((time.monotonic() + act.pause_s, pid))
+        if hit:
+            self.result.struck.append(strike.value)
+
+    def _wake(self) -> None:
+        for due, pid in list(self._waking):
+            if time.monotonic() >= due:
+                self._waking.remove((due, pid))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _lose_pod(self, pod: int) -> None:
+        if pod in self._agents:
+            self._kill_tree(self._agents.pop(pod))
+        self._lose_memory(pod)
+        if self._store is not None:
+            self._agents[pod] = jobs.agent(self.job, pod, self._store.port, self._environment)
+
+    def _lose_memory(self, pod: int) -> None:
+        self.result.memory_lost = True
+        for process in (*self._sidecars(pod), *self._executors(pod)):
+            folder = _runtime_dir(process)
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, verdict: str, detail: str) -> None:
+        if self.result.verdict == "ok":
+            self.result.verdict, self.result.detail = verdict, detail[-3000:]
+
+    def _tails(self) -> str:
+        found = [path.read_text(errors="replace")[-700:] for path in sorted(self.job.folder.glob("agent.*"))]
+        found += [path.read_text(errors="replace")[-700:] for path in sorted(self.job.root.glob(".pillion/*.log"))]
+        return "\n".join(found)
+
+    def _check(self) -> None:
+        self._check_journals()
+        self._check_storage()
+        final = torch.load(self.job.folder / "final.pt")
+        for name, tensor in self._reference[jobs.STEPS][1].items():
+            if not torch.equal(final[name], tensor):
+                self._judge("wrong", f"{name} at the end differs from the uninterrupted run's")
+
+    def _check_journals(self) -> None:
+        for rank in range(jobs.WORLD):
+            furthest, attempts = 0, 0
+            for line in jobs.journal(self.job, rank):
+                if line["event"] == "started":
+                    attempts += 1
+                    if rank == 0:
+                        self.result.tiers.append(line["tier"] or "fresh")
+                        if attempts > 1:
+                            self._check_lost(furthest, line["loaded"], line["tier"])
+                elif line["event"] == "step":
+                    furthest = max(furthest, line["step"])
+                    if line["loss"] != self._reference[line["step"]][0]:
+                        self._judge("wrong", f"rank {rank}: the loss of step {line['step']} differs")
+            self.result.attempts = max(self.result.attempts, attempts)
+            if furthest != jobs.STEPS:
+                self._judge("wrong", f"rank {rank} ended at step {furthest}")
+
+    def _check_lost(self, furthest: int, loaded: int, tier: str) -> None:
+        lost = furthest - loaded
+        self.result.lost_steps.append(lost)
+        troubled = self._plan.inside is not plans.Inside.NONE
+        bound = LOST_ON_STORAGE + (jobs.PERIOD_STEPS if troubled else 0)
+        if not self.result.memory_lost and not troubled:
+            bound = LOST_IN_MEMORY
+        if lost > bound:
+            self._judge("lost", f"{lost} steps were lost ({furthest} to {loaded}, {tier}); the bound is {bound}")
+
+    def _check_storage(self) -> None:
+        for path in sorted(self.job.root.glob("step-*")):
+            if not (path / ".metadata").exists():
+                continue
+            self.result.committed += 1
+            step = int(path.name.removeprefix("step-"))
+            state: dict[str, Any] = {"model": {name: torch.zeros(jobs.NUMEL) for name in self._reference[0][1]}}
+            try:
+                stock.load(state, checkpoint_id=path, no_dist=True)
+            except Exception as err:
+                self._judge("torn", f"{path.name}: {type(err).__name__}: {err}")
+                continue
+            for name, tensor in self._reference[step][1].items():
+                if not torch.equal(state["model"][name], tensor):
+                    self._judge("torn", f"{path.name}: {name} is not that of step {step}")
+        if self.result.committed == 0:
+            self._judge("lost", "nothing is committed at the end")
+
+
+def _is_sidecar(process: psutil.Process) -> bool:
+    return _runs(process, "pillion_sidecar")
+
+
+def _is_executor(process: psutil.Process) -> bool:
+    return _runs(process, "pillion_sidecar.executor.worker")
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[1:3] == ["-m", module]
+    return False
+
+
+def _runtime_dir(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        arguments = process.cmdline()
+        if "--runtime-dir" in arguments:
+            return arguments[arguments.index("--runtime-dir") + 1]
+    return ""
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    """The figures of many runs."""
+    lost = sorted(each for result in results for each in result.lost_steps)
+    return {
+        "runs": len(results),
+        "verdicts": dict(Counter(result.verdict for result in results)),
+        "two_pods": sum(result.pods == 2 for result in results),
+        "strikes": dict(Counter(each for result in results for each in result.struck)),
+        "inside": dict(Counter(result.inside for result in results)),
+        "restarts": len(lost),
+        "tiers": dict(Counter(tier for result in results for tier in result.tiers[1:])),
+        "lost_steps_median": lost[len(lost) // 2] if lost else 0,
+        "lost_steps_p99": lost[int(len(lost) * 0.99)] if lost else 0,
+        "lost_steps_most": lost[-1] if lost else 0,
+        "checkpoints_checked": sum(result.committed for result in results),
+    }

@@ -1,0 +1,325 @@
+"""
+The whole of: every phase of a save and a load, broken by every fault that fits, on real processes: two pods of one rank each.
+
+Called from: pytest. PILLION_MATRIX_REPORT names a file for the results, one JSON line a cell, from which docs/reliability.md is made.
+Must never: pass a cell whose fault did not strike.
+
+Each cell: step 1 is committed; step 2 meets the fault; training goes on unless the trainer itself was killed; step 2 is committed or
+absent, as the cell allows, within the bounds; then step 3 is committed, by the same trainers or, when one was killed, by their successors,
+which first load the newest. Last, stock DCP loads whatever is committed, bit for bit, and nothing is left behind.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pytest
+import torch
+from torch.distributed import checkpoint as stock
+
+from pillion import checkpointer
+from pillion.errors import LoadError, SaveError
+from pillion.phases import Phase
+from pillion.wire import names
+from pillion_sidecar import faults
+from pillion_sidecar.faults import Kind
+from process import ranks as processes
+from process.ranks import Job, Peer, Ranks
+from support import deadlines, matrix
+from support.deadlines import Deadline
+from support.matrix import Cell, Deed, Outcome, Where, Who
+from support.store_host import StoreHost
+
+PODS: Final = ("a", "b")
+BOUNDS: Final = {
+    "PILLION_PEER_TIMEOUT_S": "16",
+    "PILLION_PERSIST_TIMEOUT_S": "24",
+    "PILLION_PING_TIMEOUT_S": "2",
+    "PILLION_STORAGE_TIMEOUT_S": "2",
+    "PILLION_STORE_TIMEOUT_S": "2",
+    "PILLION_LINGER_S": "60",
+}
+"""The product's own bounds, shortened: what is tested is that they hold, not how long they are."""
+NUMEL: Final = 300_000
+RESUME_S: Final = 1.0
+"""How long a stopped process stays stopped: less than the ping's bound for a trainer or supervisor."""
+
+
+def values(step: int, rank: int) -> torch.Tensor:
+    return torch.arange(NUMEL, dtype=torch.float32) + step * 3 + rank * 7
+
+
+def train(peer: Peer) -> None:
+    """A trainer that does what the test says, and says what came of it."""
+    faults.arm()
+    name = f"weights{peer.rank}"
+    with checkpointer.Checkpointer(os.environ["MATRIX_ROOT"], policy={"retention": {"keepLast": 2}}) as opened:
+        handles = {}
+        while True:
+            command, step = peer.hear()
+            if command == "save":
+                handles[step] = opened.save({name: values(step, peer.rank), "step": step}, step)
+                peer.tell("trains on")
+            elif command == "result":
+                try:
+                    peer.tell(handles[step].result(Deadline.COMMITTED.s).step)
+                except SaveError as err:
+                    peer.tell(f"{type(err).__name__}: {err}")
+                except Exception as err:
+                    peer.tell(f"{type(err).__name__}: {err}")
+            elif command == "load":
+                peer.tell(_load(opened, name, peer.rank))
+            elif command == "pids":
+                status = processes.status(opened)
+                peer.tell((status["pid"], status["executor_pid"]))
+            else:
+                return
+
+
+def _load(opened: checkpointer.Checkpointer, name: str, rank: int) -> Any:
+    state: dict[str, Any] = {name: torch.zeros(NUMEL), "step": -1}
+    try:
+        found = opened.load(state)
+    except LoadError as err:
+        return f"{type(err).__name__}: {err}"
+    if found is None:
+        return None
+    assert torch.equal(state[name], values(found, rank)), f"rank {rank}: what was loaded is not step {found}"
+    assert state["step"] == found
+    return found
+
+
+@dataclass
+class Scene:
+    """One cell on its way."""
+
+    cell: Cell
+    ranks: Ranks
+    root: Path
+    folder: Path
+    store: StoreHost
+    job: Job
+
+    def say(self, rank: int, command: str, step: int = 0) -> None:
+        self.job[rank].say((command, step))
+
+    def ask(self, rank: int, command: str, step: int = 0, deadline: Deadline = Deadline.COMMITTED) -> Any:
+        self.say(rank, command, step)
+        return self.job[rank].hear(deadline)
+
+    def all(self, command: str, step: int = 0) -> list[Any]:
+        for rank in range(len(PODS)):
+            self.say(rank, command, step)
+        return self.job.hear()
+
+    def hit(self) -> faults.Hit:
+        found = deadlines.eventually(
+            lambda: faults.hits(self.folder), Deadline.COMMITTED, f"the fault of {self.cell.name} strikes"
+        )
+        return found[0]
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path) -> Iterator[Scene]:
+    cell: Cell = request.param
+    folder, root = tmp_path / "faults", tmp_path / "runs"
+    folder.mkdir()
+    fault = faults.fail_at(
+        rank=cell.rank,
+        phase=cell.phase,
+        fault=cell.kind,
+        step=2 if cell.phase is not Phase.LOAD else None,
+        times=cell.times,
+        seconds=cell.seconds,
+    )
+    env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, [fault])}
+    store = StoreHost()
+    try:
+        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store)  # type: ignore[arg-type]
+        yield Scene(cell, ranks, root, folder, store, job)
+    finally:
+        faults.release(folder)
+        store.end()
+
+
+CELLS: Final = list(matrix.cells())
+
+
+@pytest.mark.parametrize("scene", CELLS, ids=[cell.name for cell in CELLS], indirect=True)
+def test_a_fault_at_a_phase_loses_nothing_and_stops_nothing(scene: Scene) -> None:
+    """See the module."""
+    begun = time.monotonic()
+    cell = scene.cell
+    assert scene.all("save", 1) == ["trains on"] * 2
+    assert scene.all("result", 1) == [1, 1]
+    before = scene.all("pids")
+    break_it = load_under_the_fault if cell.phase is Phase.LOAD else save_under_the_fault
+    outcome = break_it(scene, before)
+    assert outcome in cell.allowed, f"{cell.name}: {outcome}"
+    check_storage(scene.root, outcome)
+    report(cell, outcome, time.monotonic() - begun)
+
+
+def save_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome:
+    cell = scene.cell
+    alive = [rank for rank in (0, 1) if not (cell.kills_a_trainer and rank == victim_rank(cell))]
+    for rank in (0, 1):
+        scene.say(rank, "save", 2)
+    hit = scene.hit()
+    if cell.kind is Kind.SIGSTOP and cell.who is not Who.EXECUTOR:
+        resume(hit.pid)
+    if cell.deed is not Deed.NONE:
+        do_deed(scene, before)
+        faults.release(scene.folder)
+    for rank in alive:
+        assert scene.job[rank].hear(Deadline.STAGED) == "trains on"
+    told = [scene.ask(rank, "result", 2) for rank in alive]
+    if cell.kills_a_trainer or cell.kind in (Kind.CUT, Kind.FLIP):
+        return restart(scene, told)
+    # Whoever said that it is committed was right; a rank whose sidecar was killed cannot know.
+    committed = is_committed(scene.root, 2)
+    assert committed or 2 not in told, told
+    assert goes_on(scene), told
+    return Outcome.COMMITTED if is_committed(scene.root, 2) or committed else Outcome.ABSENT
+
+
+def load_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome:
+    cell = scene.cell
+    for rank in (0, 1):
+        scene.say(rank, "load")
+    hit = scene.hit()
+    if cell.deed is not Deed.NONE:
+        do_deed(scene, before)
+        faults.release(scene.folder)
+    del hit
+    told = scene.job.hear()
+    # It loads, or says why not on every rank; then the next one does.
+    if told != [1, 1]:
+        assert all(isinstance(each, str) for each in told), told
+        again = deadlines.eventually(
+            lambda: (answers := scene.all("load")) == [1, 1] and answers, Deadline.LOADED, "the next load is well"
+        )
+        assert again == [1, 1], (told, again)
+    assert goes_on(scene), told
+    return Outcome.COMMITTED if told == [1, 1] else Outcome.ABSENT
+
+
+def victim_rank(cell: Cell) -> int:
+    where = cell.of or cell.where
+    return 0 if where is Where.COORDINATOR else 1
+
+
+def resume(pid: int) -> None:
+    process = psutil.Process(pid)
+    deadlines.eventually(lambda: process.status() == psutil.STATUS_STOPPED, Deadline.SETTLE, f"{pid} has stopped")
+    until = time.monotonic() + RESUME_S
+    deadlines.eventually(lambda: time.monotonic() > until, Deadline.SETTLE, "it stays stopped for a while")
+    os.kill(pid, signal.SIGCONT)
+
+
+def do_deed(scene: Scene, before: list[tuple[int, int]]) -> None:
+    cell = scene.cell
+    rank = victim_rank(cell)
+    supervisor, executor = before[rank]
+    if cell.who is Who.STORE:
+        if cell.deed is Deed.LOSE:
+            scene.store.end()
+        else:
+            scene.store.stop()
+    elif cell.who is Who.TRAINER:
+        scene.job[rank].kill()
+    else:
+        os.kill(supervisor if cell.who is Who.SUPERVISOR else executor, signal.SIGKILL)
+
+
+def goes_on(scene: Scene) -> bool:
+    """Whether the next save is committed; by the bounds a first one may still meet what the fault left."""
+    for step in (3, 4, 5):
+        assert scene.all("save", step) == ["trains on"] * 2
+        if scene.all("result", step) == [step, step]:
+            end(scene)
+            return True
+    return False
+
+
+def restart(scene: Scene, told: list[Any]) -> Outcome:
+    """The trainers end, as torchrun ends them; their successors load the newest that is whole, and save."""
+    cell = scene.cell
+    lost_pods = cell.kind in (Kind.CUT, Kind.FLIP)
+    for trainer in scene.job.trainers:
+        if trainer.status is None:
+            trainer.kill()
+    if lost_pods:
+        lose_pods(scene)
+    store = StoreHost()
+    try:
+        # As the first attempt's, without faults: what restarts does not break again.
+        env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
+        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)  # type: ignore[arg-type]
+        loaded = scene.all("load")
+        assert loaded in ([1, 1], [2, 2]), loaded
+        if lost_pods:
+            assert loaded == [1, 1], "what storage lies about is refused"
+            assert told == [2, 2]
+            end(scene)
+            return Outcome.REFUSED
+        assert loaded == [2, 2] or 2 not in told, (told, loaded)
+        committed = is_committed(scene.root, 2)
+        assert goes_on(scene)
+        return Outcome.COMMITTED if committed else Outcome.ABSENT
+    finally:
+        store.end()
+
+
+def lose_pods(scene: Scene) -> None:
+    """The sidecars and their arenas go, as with their nodes."""
+    for process in scene.ranks._named("pillion_sidecar"):
+        with contextlib.suppress(psutil.Error):
+            arguments = process.cmdline()
+            process.kill()
+            folder = Path(arguments[arguments.index("--runtime-dir") + 1])
+            psutil.wait_procs([process], timeout=Deadline.PROCESS_EXIT.s)
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+
+
+def end(scene: Scene) -> None:
+    for rank in (0, 1):
+        scene.say(rank, "end")
+    scene.job.finish(Deadline.DRAINED)
+
+
+def is_committed(root: Path, step: int) -> bool:
+    return (root / f"step-{step}" / ".metadata").exists()
+
+
+def check_storage(root: Path, outcome: Outcome) -> None:
+    """What is committed is loaded by stock DCP bit for bit, but for what storage lied about."""
+    committed = processes.committed(root)
+    assert committed, "the one before is there, or a newer one"
+    for step in committed:
+        if step == 2 and outcome is Outcome.REFUSED:
+            continue
+        state: dict[str, Any] = {f"weights{rank}": torch.zeros(NUMEL) for rank in (0, 1)}
+        stock.load(state, checkpoint_id=root / f"step-{step}", no_dist=True)
+        for rank in (0, 1):
+            assert torch.equal(state[f"weights{rank}"], values(step, rank)), f"step {step} of rank {rank}"
+    leftovers = list(root.glob("**/*.tmp"))
+    # A process that was killed in the middle of a rename leaves its temporary file; retention removes it with its directory.
+    assert len(leftovers) <= 1, leftovers
+
+
+def report(cell: Cell, outcome: Outcome, elapsed_s: float) -> None:
+    path = os.environ.get("PILLION_MATRIX_REPORT")
+    if path:
+        document = {"cell": cell.name, "outcome": outcome.value, "elapsed_s": round(elapsed_s, 1)}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(document) + "\n")

@@ -1,0 +1,176 @@
+"""
+The whole of: the cells of the matrix, each a fault at a phase of a save or load, and what may come of it.
+
+Called from: tests/distributed/test_matrix.py (runs them), tools/reliability.py (writes them down), tests/unit/docs (compares the two).
+Must never: hold a cell that cannot happen, or leave one out that can; what is left out is named in `LEFT_OUT`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from pillion.phases import Phase
+from pillion_sidecar.faults import Kind
+
+LEFT_OUT: Final = {
+    "plan, report x storage faults": "nothing is written there",
+    "commit, publish, retain x peers": "the coordinator alone gets there",
+    "claim x executor": "it has no part in it",
+    "OOM kill": "is SIGKILL to the process; for real, by a cgroup, on the cluster (tests/cluster/test_oom.py)",
+    "torn, cut, flip x other phases": "only data files are large enough to be torn; small files are replaced by rename",
+}
+
+
+class Who(StrEnum):
+    """Whose fault it is."""
+
+    TRAINER = "trainer"
+    SUPERVISOR = "supervisor"
+    EXECUTOR = "executor"
+    STORE = "store"
+    """The process that hosts the job's store: rank 0's, or torchrun's agent."""
+
+
+class Where(StrEnum):
+    """In which pod it is reached, and struck unless `of` says another."""
+
+    COORDINATOR = "coordinator"
+    PEER = "peer"
+
+
+class Outcome(StrEnum):
+    """What became of the save (or, of a load, of what it loaded)."""
+
+    COMMITTED = "committed"
+    """Loadable bit for bit by stock DCP."""
+    ABSENT = "absent"
+    """And the one before is whole."""
+    REFUSED = "refused"
+    """Committed by storage that lied; a load refuses it and takes the one before."""
+
+
+class Deed(StrEnum):
+    """What a test does while a process is held at a point."""
+
+    NONE = ""
+    KILL = "SIGKILL"
+    LOSE = "lost"
+    """The store's process is killed."""
+    SILENCE = "silent"
+    """It is stopped: it takes questions and answers none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One fault at one phase."""
+
+    phase: Phase
+    where: Where
+    who: Who
+    kind: Kind
+    deed: Deed = Deed.NONE
+    """For `Kind.HOLD`: what is done to `who` meanwhile."""
+    of: Where | None = None
+    """For a deed: whose pod's; None: the one that is held."""
+    times: int = 1
+    seconds: float = 0.0
+
+    @property
+    def fault(self) -> str:
+        """In words."""
+        if self.deed is not Deed.NONE:
+            whose = "" if self.who is Who.STORE else f" {(self.of or self.where).value}'s"
+            return f"{self.deed.value}{whose} {self.who.value}"
+        return self.kind.value + (f" x{self.times}" if self.times > 1 else "")
+
+    @property
+    def name(self) -> str:
+        text = f"{self.phase.value}-{self.where.value}-{self.who.value}-{self.fault}"
+        return text.replace(" ", "-").replace("'s", "")
+
+    @property
+    def rank(self) -> int:
+        """Whose process reaches the point."""
+        return 0 if self.where is Where.COORDINATOR else 1
+
+    @property
+    def allowed(self) -> frozenset[Outcome]:
+        if self.kind in (Kind.CUT, Kind.FLIP):
+            return frozenset({Outcome.REFUSED})
+        if self.phase in (Phase.PUBLISH, Phase.RETAIN) and self.kind is not Kind.STUCK:
+            # Every part is durable: whoever comes commits it.
+            return frozenset({Outcome.COMMITTED})
+        return frozenset({Outcome.COMMITTED, Outcome.ABSENT})
+
+    @property
+    def kills_a_trainer(self) -> bool:
+        own = self.who is Who.TRAINER and self.kind in (Kind.SIGKILL, Kind.SIGSEGV)
+        return own or (self.who is Who.TRAINER and self.deed is Deed.KILL)
+
+
+SIGNALS: Final = (Kind.SIGKILL, Kind.SIGSEGV, Kind.SIGSTOP)
+REFUSALS: Final = (Kind.ENOSPC, Kind.EIO)
+SLOW_S: Final = 1.0
+PERSISTENT: Final = 4
+"""As many attempts as one save gets."""
+
+EVERY_POD: Final = (Phase.PLAN, Phase.WRITE, Phase.FSYNC, Phase.REPORT)
+COORDINATORS: Final = (Phase.COMMIT, Phase.PUBLISH, Phase.RETAIN)
+
+
+def cells() -> Iterator[Cell]:
+    """All of them."""
+    for where in Where:
+        for phase in (Phase.STAGE, Phase.SEAL):
+            for kind in SIGNALS:
+                yield Cell(phase=phase, where=where, who=Who.TRAINER, kind=kind)
+        for kind in SIGNALS:
+            yield Cell(phase=Phase.CLAIM, where=where, who=Who.SUPERVISOR, kind=kind)
+        yield Cell(phase=Phase.CLAIM, where=where, who=Who.SUPERVISOR, kind=Kind.CLOCK)
+        yield Cell(phase=Phase.SEAL, where=where, who=Who.TRAINER, kind=Kind.CLOCK)
+    for phase in (*EVERY_POD, Phase.LOAD):
+        for where in Where:
+            yield from _executor(phase, where)
+            yield from _deeds(phase, where)
+    for phase in COORDINATORS:
+        yield from _executor(phase, Where.COORDINATOR)
+        yield from _deeds(phase, Where.COORDINATOR)
+
+
+def _executor(phase: Phase, where: Where) -> Iterator[Cell]:
+    for kind in SIGNALS:
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=kind)
+    writes = phase in (Phase.WRITE, Phase.FSYNC, *COORDINATORS)
+    if writes:
+        for kind in REFUSALS:
+            yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=kind)
+    if writes or phase is Phase.LOAD:
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.SLOW, seconds=SLOW_S)
+    if phase in (Phase.WRITE, Phase.FSYNC, Phase.COMMIT, Phase.PUBLISH):
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.STUCK)
+    if phase is Phase.WRITE:
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.EIO, times=PERSISTENT)
+    if phase in (Phase.WRITE, Phase.FSYNC):
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.TORN)
+    if phase is Phase.FSYNC:
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.CUT)
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.FLIP)
+    if phase is Phase.COMMIT:
+        yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.CLOCK)
+
+
+def _deeds(phase: Phase, where: Where) -> Iterator[Cell]:
+    held = {"phase": phase, "where": where, "kind": Kind.HOLD}
+    if phase is not Phase.LOAD:
+        for of in Where:
+            yield Cell(who=Who.TRAINER, deed=Deed.KILL, of=of, **held)  # type: ignore[arg-type]
+    for of in Where:
+        yield Cell(who=Who.SUPERVISOR, deed=Deed.KILL, of=of, **held)  # type: ignore[arg-type]
+    other = Where.PEER if where is Where.COORDINATOR else Where.COORDINATOR
+    yield Cell(who=Who.EXECUTOR, deed=Deed.KILL, of=other, **held)  # type: ignore[arg-type]
+    if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD):
+        yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)  # type: ignore[arg-type]
+        yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)  # type: ignore[arg-type]
