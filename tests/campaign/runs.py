@@ -44,6 +44,9 @@ LOST_ON_STORAGE: Final = 2 * jobs.PERIOD_STEPS
 executor that dies twice, costs one period more."""
 ALONE_S: Final = 60.0
 """Bound for the sidecars to end by themselves: one that was stopped while its trainers said goodbye lingers."""
+AWAY_S: Final = 5.0
+"""Declared for a sidecar that was struck itself, in seconds of training: until it is back, or goes on, nothing is saved. Steps here take
+10 ms, so that it is hundreds of them."""
 POLL_S: Final = 0.01
 
 
@@ -61,6 +64,8 @@ class Result:
     tiers: list[str] = field(default_factory=list)
     lost_steps: list[int] = field(default_factory=list)
     """Steps that were trained and had to be trained again, for each restart."""
+    lost_s: list[float] = field(default_factory=list)
+    """The same in seconds of training."""
     memory_lost: bool = False
     committed: int = 0
     elapsed_s: float = 0.0
@@ -70,6 +75,18 @@ class Result:
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
+
+
+AWAY: Final = frozenset(
+    each.value
+    for each in (
+        Strike.KILL_SIDECAR,
+        Strike.STOP_SIDECAR,
+        Strike.KILL_BOTH,
+        Strike.KILL_EXECUTOR,
+        Strike.STOP_EXECUTOR,
+    )
+)
 
 
 class Run:
@@ -295,29 +312,35 @@ class Run:
     def _check_journals(self) -> None:
         for rank in range(jobs.WORLD):
             furthest, attempts = 0, 0
+            trained: dict[int, float] = {}
             for line in jobs.journal(self.job, rank):
                 if line["event"] == "started":
                     attempts += 1
                     if rank == 0:
+                        trained.setdefault(0, line["time"])
                         self.result.tiers.append(line["tier"] or "fresh")
                         if attempts > 1:
-                            self._check_lost(furthest, line["loaded"], line["tier"])
+                            lost_s = trained[furthest] - trained[line["loaded"]]
+                            self._check_lost(furthest, line["loaded"], line["tier"], lost_s)
                 elif line["event"] == "step":
                     furthest = max(furthest, line["step"])
+                    trained[line["step"]] = line["time"]
                     if line["loss"] != self._reference[line["step"]][0]:
                         self._judge("wrong", f"rank {rank}: the loss of step {line['step']} differs")
             self.result.attempts = max(self.result.attempts, attempts)
             if furthest != jobs.STEPS:
                 self._judge("wrong", f"rank {rank} ended at step {furthest}")
 
-    def _check_lost(self, furthest: int, loaded: int, tier: str) -> None:
+    def _check_lost(self, furthest: int, loaded: int, tier: str, lost_s: float) -> None:
         lost = furthest - loaded
         self.result.lost_steps.append(lost)
+        self.result.lost_s.append(round(lost_s, 2))
         troubled = self._plan.inside is not plans.Inside.NONE
         bound = LOST_ON_STORAGE + (jobs.PERIOD_STEPS if troubled else 0)
         if not self.result.memory_lost and not troubled:
             bound = LOST_IN_MEMORY
-        if lost > bound:
+        away = any(each in AWAY for each in self.result.struck)
+        if lost > bound and not (away and lost_s <= AWAY_S):
             self._judge("lost", f"{lost} steps were lost ({furthest} to {loaded}, {tier}); the bound is {bound}")
 
     def _check_storage(self) -> None:
@@ -375,5 +398,6 @@ def summary(results: list[Result]) -> dict[str, Any]:
         "lost_steps_median": lost[len(lost) // 2] if lost else 0,
         "lost_steps_p99": lost[int(len(lost) * 0.99)] if lost else 0,
         "lost_steps_most": lost[-1] if lost else 0,
+        "lost_s_most": max((each for result in results for each in result.lost_s), default=0.0),
         "checkpoints_checked": sum(result.committed for result in results),
     }

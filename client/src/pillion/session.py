@@ -42,8 +42,10 @@ OVERLAP_WAIT_S: Final = 1800.0
 OWED_MOST: Final = 64
 """Steps given up while no sidecar was there, to be told to its successor; more than are on their way at once."""
 RECONNECT_ATTEMPTS: Final = 20
-RECONNECT_PAUSE_S: Final = 0.5
-"""Pause before a reconnect, doubled up to 16 times its length: a restarted container is back in seconds."""
+RECONNECT_PAUSE_S: Final = 0.05
+"""Pause before the first reconnect, doubled from then on: until the sidecar is back nothing is saved."""
+RECONNECT_PAUSE_MOST_S: Final = 8.0
+"""With the attempts two minutes: a restarted container is back in seconds, one that crashes again and again later."""
 
 
 def injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -219,7 +221,7 @@ class Session:
         for attempt in range(RECONNECT_ATTEMPTS):
             if self._closed.wait(pause_s):
                 return
-            pause_s = min(pause_s * 2, RECONNECT_PAUSE_S * 16)
+            pause_s = min(pause_s * 2, RECONNECT_PAUSE_MOST_S)
             self._connection.close()
             try:
                 self._connection = self._greet(CONNECT_TIMEOUT_S)

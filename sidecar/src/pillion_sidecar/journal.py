@@ -22,8 +22,6 @@ from pillion_sidecar.metrics import Metrics
 
 KEPT_SAVES: Final = 256
 """Saves that are remembered from their begin on; far more than are on their way at once."""
-REFUSED: Final = "CheckpointRefused"
-"""Reason of a checkpoint that a load passed over."""
 STALL_TOLD_S: Final = 10.0
 """Storage that stands still for this long is told, long before it is given up: a block of 8 MiB takes milliseconds."""
 STORAGE_ERRORS: Final = frozenset({"PersistError", "CommitError"})
@@ -182,12 +180,12 @@ class Journal:
         """A load passed a checkpoint over that is corrupt or lost; `where` is its tier and step."""
         self.metrics.checkpoints_refused += 1
         step = where.rpartition(":")[2]
-        self._note(int(step) if step.isdigit() else -1, REFUSED, f"{where}: {why}")
+        self._note(int(step) if step.isdigit() else -1, home.CHECKPOINT_REFUSED, f"{where}: {why}")
         self.on_news()
 
     def load_failed(self, step: int | None, kind: str, text: str) -> None:
         """A load ended with an error on every rank of this pod."""
-        self._note(-1 if step is None else step, kind, text)
+        self._note(-1 if step is None else step, home.LOAD_FAILED, f"{kind}: {text}")
         self.on_news()
 
     def _note(self, step: int, kind: str, text: str) -> None:

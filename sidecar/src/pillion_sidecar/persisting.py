@@ -233,7 +233,8 @@ class Persisting:
                 error = None
                 break
             except ExecutorHung as err:
-                failure = RemoteFailure("StorageHung" if err.kind == STORAGE else "PeersHung", str(err))
+                hung = RemoteFailure("StorageHung", str(err))
+                failure = hung if err.kind == STORAGE else RemoteFailure("PeersHung", str(err))
                 error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 if err.kind == STORAGE:
                     # Not once more: it would stand still again, and what comes after may go to a storage that works.

@@ -131,6 +131,22 @@ def words() -> Iterator[tuple[str, str]]:
         yield from ((each.reason, each.message) for each in told)
     _, told = commands.Notes(reports.NOW_S - 60).open([note], None, reports.NOW_S + commands.LIFETIME_S)
     yield from ((each.reason, each.message) for each in told)
+    for reason, step, message in (
+        (
+            home.LOAD_FAILED,
+            -1,
+            "CorruptCheckpoint: every checkpoint of /pillion/storage/charlm that could be used is corrupt or lost: "
+            "storage:400: was committed as the newest, and is not there any more",
+        ),
+        (
+            home.CHECKPOINT_REFUSED,
+            400,
+            "storage:400: /pillion/storage/charlm/step-400/__0_0.1.distcp: 'model.weight' at offset 0 does not match its"
+            " digest",
+        ),
+    ):
+        failure = home.Failure(step=step, reason=reason, message=message, time=reports.at(0))
+        yield reason, conditions.told(failure)
 
 
 def test_each_code_has_a_page_and_each_page_a_code() -> None:

@@ -66,6 +66,14 @@ def test_a_failure_is_an_event_on_the_pod_and_on_what_made_it(office: Office) ->
     assert len(office.events) == 4
 
 
+@pytest.mark.parametrize("reason", ["LoadFailed", "CheckpointRefused"])
+def test_a_load_that_failed_or_passed_a_checkpoint_over_is_an_event_of_its_own(office: Office, reason: str) -> None:
+    """Nobody takes a lost or corrupt checkpoint for a save that failed."""
+    office.report(10)
+    office.report(10, failures=(dataclasses.replace(FAILURE, reason=reason, step=-1),))
+    assert office.events == [("Pod/run-0", reason, True), ("Job/run", reason, True)]
+
+
 def test_failures_from_before_a_restart_of_ours_are_no_news(office: Office) -> None:
     """What is older than a minute was told by the controller before; what is younger may not have been."""
     old = dataclasses.replace(FAILURE, time=reports.at(-100))

@@ -85,13 +85,19 @@ class CommittedCheckpoint:
     cause: str = Cause.PERIODIC.value
 
 
+LOAD_FAILED: Final = "LoadFailed"
+"""Reason of a load that ended with an error; the error's class is in its message."""
+CHECKPOINT_REFUSED: Final = "CheckpointRefused"
+"""Reason of a checkpoint that is corrupt or lost, and that a load passed over."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One save or load that failed."""
+    """One save or load that failed, or a checkpoint that a load passed over."""
 
     step: int
     reason: str
-    """Name of the error class, e.g. ``PersistError``."""
+    """Name of the error class, e.g. ``PersistError``; LOAD_FAILED; CHECKPOINT_REFUSED."""
     message: str
     time: str
 
@@ -205,6 +211,12 @@ def _document(body: bytes, what: str) -> dict[str, Any]:
         raise BadReport(f"{what}: not JSON: {err}") from err
     if not isinstance(document, dict):
         raise BadReport(f"{what}: an object is expected, not {type(document).__name__}")
+    if b"\\ud" in body.lower():
+        # Half of a surrogate pair can be written in JSON, and in nothing that is sent, hashed or logged afterwards.
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as err:
+            raise BadReport(f"{what}: not text: {type(err).__name__}") from err
     if document.get("version") != VERSION:
         raise BadReport(f"{what}: version is {document.get('version')!r}; allowed: {VERSION}")
     return document

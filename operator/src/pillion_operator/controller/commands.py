@@ -59,6 +59,8 @@ class WordReason(StrEnum):
     ACCEPTED = "SaveAccepted"
     COMMITTED = "SaveCommitted"
     FAILED = "SaveFailed"
+    LOAD_FAILED = home.LOAD_FAILED
+    REFUSED = home.CHECKPOINT_REFUSED
     NOT_TAKEN = "SaveNotTaken"
 
 

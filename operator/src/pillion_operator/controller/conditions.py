@@ -132,11 +132,17 @@ def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     if failing:
         newest = [max(job.report.failures, key=lambda each: times.parse(each.time) or 0.0) for job in failing]
         said = (
-            (job.report.job_id, f"step {each.step}: {each.reason}: {each.message}")
+            (job.report.job_id, told(each))
             for job, each in zip(failing, newest, strict=True)
         )
         return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
     return FALSE, Reason.SAVING, "No job under the policy fails to save."
+
+
+def told(failure: home.Failure) -> str:
+    """A failure in one line; a load of the newest names no step."""
+    step = f"step {failure.step}: " if failure.step >= 0 else ""
+    return f"{step}{failure.reason}: {failure.message}"
 
 
 def _named(said: Iterable[tuple[str, str]], total: int) -> str:

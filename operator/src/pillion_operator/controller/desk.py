@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from pillion.wire import home
 from pillion_operator import metrics
-from pillion_operator.controller import commands
+from pillion_operator.controller import commands, conditions
 from pillion_operator.controller.population import Population
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import injected, registry, times
@@ -114,12 +114,13 @@ class Desk:
         abouts = [named]
         if pod is not None and (owner := pod.owner) is not None:
             abouts.append({"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid})
-        text = f"Step {failure.step}: {failure.reason}: {failure.message}"
+        own = {each.value: each for each in (commands.WordReason.LOAD_FAILED, commands.WordReason.REFUSED)}
+        reason = own.get(failure.reason, commands.WordReason.FAILED)
         for about in abouts:
             self._post(
                 about | {"namespace": report.namespace},
-                commands.WordReason.FAILED,
-                text,
+                reason,
+                conditions.told(failure),
                 warning=True,
-                action="Save",
+                action="Save" if reason is commands.WordReason.FAILED else "Load",
             )
