@@ -171,11 +171,15 @@ def agent(job: Job, pod: int, port: int, environment: dict[str, str]) -> int:
         os._exit(status)
 
 
-def journal(job: Job, rank: int) -> list[dict[str, Any]]:
-    """What a rank has said so far. A line that a killed process left half written is passed over."""
+def journal(job: Job, rank: int, *, newest_bytes: int | None = None) -> list[dict[str, Any]]:
+    """What a rank has said so far, or only the end of it. A line that is not whole is passed over."""
     found = []
     if job.journal(rank).exists():
-        for line in job.journal(rank).read_text(errors="replace").splitlines():
+        with job.journal(rank).open("rb") as file:
+            if newest_bytes is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - newest_bytes))
+            text = file.read().decode(errors="replace")
+        for line in text.splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:

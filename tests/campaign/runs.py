@@ -47,6 +47,8 @@ ALONE_S: Final = 60.0
 AWAY_S: Final = 5.0
 """Declared for a sidecar that was struck itself, in seconds of training: until it is back, or goes on, nothing is saved. Steps here take
 10 ms, so that it is hundreds of them."""
+TAIL_BYTES: Final = 400
+"""Of a journal: its last few lines, looked at a hundred times a second."""
 POLL_S: Final = 0.01
 
 
@@ -138,8 +140,8 @@ class Run:
 
     def _step(self) -> int:
         """How far rank 0 is."""
-        said = jobs.journal(self.job, 0)
-        return max((line["step"] for line in said[-3:] if line["event"] == "step"), default=0)
+        said = jobs.journal(self.job, 0, newest_bytes=TAIL_BYTES)
+        return max((line["step"] for line in said if line["event"] == "step"), default=0)
 
     # --- starting and ending -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,28 @@
+"""
+The whole of: what one rank leaves on storage before its save is committed: a data file and a part file.
+
+Called from: tests of the commit and of the retention.
+"""
+
+from pathlib import Path
+
+from pillion.wire import manifest, names
+from pillion_sidecar.storage import archive, digest
+
+
+def write_part(
+    folder: Path, rank: int, *, world_size: int, generation: str = "1", plan_id: str = "p", step: int = 5
+) -> None:
+    """One rank's data file and part file, as a pod of one rank leaves them."""
+    payload = bytes([rank]) * 64
+    data = archive.head("uint8", (64,), 64) + payload + archive.tail("uint8", (64,), 64)
+    file = names.data_file(rank, 0, generation)
+    (folder / file).write_bytes(data)
+    chunk = manifest.StoredChunk(
+        "w", "uint8", (64 * world_size,), (64 * rank,), (64,), file, 0, len(data), digest.digest(data)
+    )
+    part = manifest.Part(
+        step=step, generation=generation, run_id="r", world_size=world_size, plan_id=plan_id, ranks=(rank,),
+        files={file: len(data)}, chunks=(chunk,), opaque=(), paths={"w": ("w",)},
+    )  # fmt: skip
+    (folder / names.part_file(rank, generation)).write_bytes(part.encode())
