@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   := .venv
 # What the cluster is made with: auto, built, kind or existing; see tests/cluster/README.md.
 CLUSTER ?= auto
+# Where long runs leave their raw results, one JSON line each.
+REPORT ?= scratch/report
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 # uv trusts the machine's certificates as pip does; where they are the usual ones this changes nothing.
@@ -18,7 +20,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-cluster cluster-up cluster-down demo demo-cluster bench bench-cluster clean
+.PHONY: help setup lock check test test-cluster cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster bench bench-cluster clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -58,6 +60,21 @@ cluster-up: $(STAMP)  ## a real Kubernetes of two nodes, for people; says how to
 
 cluster-down: $(STAMP)  ## take it down again
 	cd tests && ../$(BIN)/python -m cluster.harness down --cluster $(CLUSTER)
+
+fuzz: $(STAMP)  ## feed RUNS (a million) inputs to what strangers can reach; SEED=2 for others, ARGS=admission for one target
+	cd tests && ../$(BIN)/python -m fuzz --runs $(or $(RUNS),1000000) --seed $(or $(SEED),1) $(ARGS)
+
+matrix: $(STAMP)  ## every phase broken by every fault that fits (half an hour); writes the table of docs/reliability.md
+	rm -f $(REPORT).matrix
+	PILLION_MATRIX=all PILLION_MATRIX_REPORT=$(abspath $(REPORT)).matrix $(BIN)/python -m pytest tests/distributed/test_matrix.py $(ARGS)
+	$(BIN)/python tools/reliability.py matrix $(REPORT).matrix
+
+campaign: $(STAMP)  ## RUNS (100) jobs under torchrun, struck at random by their seeds from SEED (1) on, each checked bit for bit
+	rm -f $(REPORT).campaign
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign --runs $(or $(RUNS),100) --seed $(or $(SEED),1) --report $(abspath $(REPORT)).campaign $(ARGS)
+
+soak: $(STAMP)  ## RUNS (2000) saves and restores in one job; memory, descriptors, threads and keys stay flat
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign.soak --rounds $(or $(RUNS),2000) --report $(abspath $(REPORT)).soak $(ARGS)
 
 demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
 	$(BIN)/python examples/charlm/demo.py $(ARGS)

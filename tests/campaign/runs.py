@@ -47,6 +47,8 @@ ALONE_S: Final = 60.0
 AWAY_S: Final = 5.0
 """Declared for a sidecar that was struck itself, in seconds of training: until it is back, or goes on, nothing is saved. Steps here take
 10 ms, so that it is hundreds of them."""
+ALONE_POLL_S: Final = 0.1
+"""Between two looks at every process of the machine."""
 TAIL_BYTES: Final = 400
 """Of a journal: its last few lines, looked at a hundred times a second."""
 POLL_S: Final = 0.01
@@ -184,7 +186,7 @@ class Run:
         deadline = time.monotonic() + ALONE_S
         while self._sidecars() and time.monotonic() < deadline:
             self._wake()
-            time.sleep(POLL_S)
+            time.sleep(ALONE_POLL_S)
         if left := self._sidecars():
             self._judge("leaked", f"{len(left)} sidecars run on")
 

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from pillion.wire import names
@@ -83,14 +83,15 @@ def remove(path: str, *, generation: int) -> None:
     """
     Remove one checkpoint: taken aside by one rename, looked at, and only then deleted.
 
-    A checkpoint is so never half there; and one that a newer attempt has begun or made meanwhile is put back.
+    A checkpoint is so never half there; and one that a newer attempt has begun or made meanwhile is put back, by this process or, when it
+    is killed in between, by whoever looks next (`put_back`).
 
     Raises:
         OSError: it stays, or what is left of it is nowhere that anybody looks.
     """
     folder = os.path.join(os.path.dirname(path), names.INTERNAL_DIR, REMOVED)
     os.makedirs(folder, exist_ok=True)
-    aside = os.path.join(folder, f"{os.path.basename(path)}.{secrets.token_hex(4)}")
+    aside = os.path.join(folder, f"{os.path.basename(path)}.{generation}.{secrets.token_hex(4)}")
     os.rename(path, aside)
     directio.fsync_directory(os.path.dirname(path))
     if newest_in(aside) > (generation,):
@@ -98,6 +99,32 @@ def remove(path: str, *, generation: int) -> None:
         os.rename(aside, path)
         return
     shutil.rmtree(aside)
+
+
+def put_back(root: str) -> list[int]:
+    """
+    Put back what an attempt that was killed meanwhile had taken aside from a newer one; the steps.
+
+    Called from: the coordinator, before it looks for the newest checkpoint, and after each retention.
+    """
+    found = []
+    for aside, step, remover in _aside(root):
+        if newest_in(aside) > (remover,):
+            with contextlib.suppress(OSError):
+                os.rename(aside, os.path.join(root, names.step_directory(step)))
+                found.append(step)
+    return found
+
+
+def _aside(root: str) -> Iterator[tuple[str, int, int]]:
+    """(path, step, generation of who removes it) of everything that is aside."""
+    folder = os.path.join(root, names.INTERNAL_DIR, REMOVED)
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(folder)):
+            directory, _, rest = name.partition(".")
+            step, remover = names.parse_step_directory(directory), rest.partition(".")[0]
+            if step is not None and remover.isdecimal():
+                yield os.path.join(folder, name), step, int(remover)
 
 
 def newest_in(path: str) -> tuple[int, ...]:
@@ -112,13 +139,11 @@ def newest_in(path: str) -> tuple[int, ...]:
 
 
 def _sweep(root: str, generation: int) -> None:
-    """What removals that were cut short left aside."""
-    folder = os.path.join(root, names.INTERNAL_DIR, REMOVED)
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if newest_in(path) <= (generation,):
-                shutil.rmtree(path, ignore_errors=True)
+    """What removals that were cut short left aside: put back, or deleted."""
+    put_back(root)
+    for aside, _, remover in _aside(root):
+        if remover <= generation:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_older_files(path: str, generation: str) -> None:

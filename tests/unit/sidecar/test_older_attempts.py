@@ -104,3 +104,25 @@ def test_a_full_disk_is_pruned_to_what_the_policy_keeps_after_the_save(
     retention.make_room(str(tmp_path), Retention(keep_last=keep_last), current=40, generation=1)
     assert {step for step, done in catalog.steps(str(tmp_path)).items() if done} == left
     assert not (tmp_path / "step-35").exists()
+
+
+def test_what_a_killed_attempt_had_taken_aside_from_a_newer_one_is_put_back(tmp_path: Path) -> None:
+    """It died between its rename and its look; the next look for the newest checkpoint finds it again."""
+    write(tmp_path / "step-5", "2")
+    commit.finish(str(tmp_path / "step-5"))
+    aside = tmp_path / ".pillion" / retention.REMOVED / "step-5.1.abcd"
+    aside.parent.mkdir(parents=True)
+    (tmp_path / "step-5").rename(aside)
+    assert retention.put_back(str(tmp_path)) == [5]
+    assert catalog.steps(str(tmp_path)) == {5: True}
+
+
+def test_what_a_removal_of_its_own_left_aside_goes_with_the_next(tmp_path: Path) -> None:
+    """A killed removal of what was to go is finished by the next one."""
+    write(tmp_path / "step-5", "2")
+    aside = tmp_path / ".pillion" / retention.REMOVED / "step-5.2.abcd"
+    aside.parent.mkdir(parents=True)
+    (tmp_path / "step-5").rename(aside)
+    assert retention.put_back(str(tmp_path)) == []
+    retention.apply(str(tmp_path), Retention(keep_last=1), current=9, generation=2)
+    assert list(aside.parent.iterdir()) == []

@@ -30,7 +30,7 @@ from pillion.errors import (
 )
 from pillion.wire import arena, layout
 from pillion.wire.policy import OnMissing, RestoreMode
-from pillion_sidecar import catalog, commit
+from pillion_sidecar import catalog, commit, retention
 from pillion_sidecar.executor import exchange, fill, images
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.storage import digest
@@ -183,6 +183,7 @@ def _wanted_step(context: Context, request: Request) -> int | None:
 
 def _committed(context: Context) -> set[int]:
     context.watch.storage(f"list {context.root}")
+    retention.put_back(context.root)
     catalog.finish_interrupted(context.root)
     return {step for step, done in catalog.steps(context.root).items() if done}
 

@@ -60,7 +60,7 @@ class StorageExchange:
         self._write(phase, DECISION, document)
 
     def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-        self._wait(phase, {DECISION: [0]}, timeout_s)
+        self._wait(phase, {DECISION: self._pods.get(0, [0])}, timeout_s)
         return self._read(phase, DECISION)
 
     def forget(self, phases: Sequence[str]) -> None:
@@ -90,7 +90,9 @@ class StorageExchange:
                 there = set(os.listdir(self._folder))
             except FileNotFoundError as err:
                 raise SidecarError(OVER) from err
-            missing = {who: ranks for who, ranks in awaited.items() if os.path.basename(self._path(phase, who)) not in there}
+            missing = {
+                who: ranks for who, ranks in awaited.items() if os.path.basename(self._path(phase, who)) not in there
+            }
             if not missing:
                 return
             waited_s = time.monotonic() - started

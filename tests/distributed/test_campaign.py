@@ -1,0 +1,41 @@
+"""
+The whole of: a small seeded slice of the kill campaign; `make campaign` runs as many as one likes.
+
+Called from: pytest.
+"""
+
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from campaign import job as jobs
+from campaign import plan
+from campaign.plan import Strike
+from campaign.runs import Run
+
+SEEDS: Final = (301, 306, 316, 339)
+"""A trainer that is killed and then its pods; a sidecar, the pods, and the whole job; two pods that lose a sidecar; two pods that lose
+a trainer."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_job_struck_at_random_ends_as_if_nothing_had_been(warm: None, tmp_path: Path, seed: int) -> None:
+    """Losses, weights and every committed checkpoint are those of an uninterrupted run, and no more is lost than declared."""
+    result = Run(plan.draw(seed), tmp_path / "run", jobs.reference()).run()
+    assert result.verdict == "ok", json.dumps(result.document(), indent=2)
+
+
+def test_a_run_is_repeated_by_its_seed() -> None:
+    """The same strikes at the same steps, and other ones for another seed."""
+    assert plan.draw(7) == plan.draw(7)
+    assert len({plan.draw(seed) for seed in range(50)}) == 50
+
+
+def test_every_strike_and_every_fault_is_drawn() -> None:
+    """A thousand runs hold all of them, on one pod and on two."""
+    drawn = [plan.draw(seed) for seed in range(1000)]
+    assert {act.strike for each in drawn for act in each.acts} == set(Strike)
+    assert {each.inside for each in drawn} == set(plan.Inside)
+    assert {each.pods for each in drawn} == {1, 2}

@@ -1,0 +1,115 @@
+"""
+The whole of: the generated parts of docs/reliability.md, from the raw results of `make matrix`, `make campaign` and `make soak`.
+
+    tools/reliability.py matrix FILE | campaign FILE | soak FILE
+
+Called from: the Makefile, people. A part stands between two markers; the text around them is written by hand.
+Must never: write a figure that is not in the file, or leave out a run that went badly.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[1]
+PAGE: Final = ROOT / "docs" / "reliability.md"
+sys.path[:0] = [str(ROOT / each) for each in ("tests", "client/src", "sidecar/src")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="reliability", description=__doc__)
+    parser.add_argument("part", choices=("matrix", "campaign", "soak"))
+    parser.add_argument("file", type=Path)
+    of = parser.parse_args()
+    lines = [json.loads(line) for line in of.file.read_text().splitlines()]
+    made = {"matrix": matrix, "campaign": campaign, "soak": soak}[of.part](lines)
+    begin, end = f"<!-- {of.part}: generated -->", f"<!-- {of.part}: end -->"
+    page = PAGE.read_text()
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    PAGE.write_text(f"{before}{begin}\n\n{made}\n{end}{after}")
+
+
+def matrix(lines: list[dict[str, Any]]) -> str:
+    """A table of phase by fault; each cell: what became of the save, in the coordinator's pod and in the peer's."""
+    from support import matrix as cells
+
+    found = {line["cell"]: line for line in lines}
+    rows: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    columns: list[str] = []
+    for cell in cells.cells():
+        whose = cell.fault if cell.deed.value else f"{cell.who.value} {cell.fault}"
+        if cell.phase.value not in columns:
+            columns.append(cell.phase.value)
+        line = found.get(cell.name)
+        rows[whose][cell.phase.value][cell.where.value] = line["outcome"] if line else "not run"
+    short = {"committed": "C", "absent": "a", "refused": "R", "not run": "-"}
+    table = ["| fault | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for whose, by_phase in rows.items():
+        entries = []
+        for phase in columns:
+            told = by_phase.get(phase, {})
+            entries.append(" ".join(short[told[where]] for where in ("coordinator", "peer") if where in told))
+        table.append(f"| {whose} | " + " | ".join(entries) + " |")
+    total = sum(1 for _ in cells.cells())
+    outcomes = [line["outcome"] for line in found.values()]
+    slowest = max(found.values(), key=lambda line: line["elapsed_s"], default={"cell": "none", "elapsed_s": 0})
+    counted = ", ".join(f"{outcomes.count(each)} {each}" for each in ("committed", "absent", "refused"))
+    return (
+        f"{len(found)} of {total} cells green: {counted}. Slowest: {slowest['cell']}, {slowest['elapsed_s']:.0f} s with start"
+        f" and end.\n\n" + "\n".join(table) + "\n"
+    )
+
+
+def campaign(lines: list[dict[str, Any]]) -> str:
+    """Counts and recovery points."""
+    from campaign.runs import Result, summary
+
+    results = [Result(**line) for line in lines]
+    told = summary(results)
+    seeds = sorted(result.seed for result in results)
+    elapsed = sorted(result.elapsed_s for result in results if result.elapsed_s)
+    rows = [
+        ("runs; seeds", f"{told['runs']}; {seeds[0]} to {seeds[-1]}"),
+        ("verdicts", ", ".join(f"{name} {count}" for name, count in sorted(told["verdicts"].items()))),
+        ("of two pods", told["two_pods"]),
+        ("restarts of the trainers", told["restarts"]),
+        ("loaded from", ", ".join(f"{name} {count}" for name, count in sorted(told["tiers"].items()))),
+        (
+            "steps trained again: median, p99, most",
+            f"{told['lost_steps_median']}, {told['lost_steps_p99']}, {told['lost_steps_most']}",
+        ),
+        ("seconds of training lost: most", told["lost_s_most"]),
+        ("checkpoints compared bit for bit", told["checkpoints_checked"]),
+        ("seconds a run: median, most", f"{elapsed[len(elapsed) // 2]}, {elapsed[-1]}" if elapsed else "-"),
+    ]
+    table = ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    strikes = [
+        "| strike | hit |",
+        "|---|---|",
+        *(f"| {name} | {count} |" for name, count in sorted(told["strikes"].items())),
+    ]
+    inside = ["| storage or executor | runs |", "|---|---|"]
+    inside += [f"| {name} | {count} |" for name, count in sorted(told["inside"].items())]
+    bad = [
+        f"- seed {result.seed}: {result.verdict}: {result.detail.splitlines()[0] if result.detail else ''}"
+        for result in results
+        if result.verdict != "ok"
+    ]
+    return "\n".join([*table, "", *strikes, "", *inside, "", *bad]) + "\n"
+
+
+def soak(lines: list[dict[str, Any]]) -> str:
+    """What was counted at a few rounds, first to last."""
+    keys = [key for key in lines[0] if key != "round"]
+    shown = [lines[index * (len(lines) - 1) // 7] for index in range(8)] if len(lines) > 8 else lines
+    table = ["| round | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    table += [f"| {line['round']} | " + " | ".join(str(line[key]) for key in keys) + " |" for line in shown]
+    return "\n".join(table) + "\n"
+
+
+if __name__ == "__main__":
+    main()
