@@ -24,6 +24,7 @@ from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import exchange, persist, stores
 from pillion_sidecar.executor.request import Request
+from pillion_sidecar.executor.watch import Watch
 
 POD_COUNTS = (8, 64, 512)
 NUM_CHILDREN = 4
@@ -94,6 +95,7 @@ def _context(root: Path, between: exchange.Exchange, num_pods: int, segment: Seg
         peer_timeout_s=120.0,
         persist_timeout_s=120.0,
         write_threads=2,
+        watch=Watch(storage_timeout_s=120.0, store_timeout_s=120.0),
     )
 
 

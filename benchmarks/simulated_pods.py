@@ -14,6 +14,8 @@ import threading
 from pillion_sidecar.executor import stores
 
 TIMEOUT_S = 120.0
+GENERATION = "1"
+"""As the coordinator's, bench_commit.py."""
 
 
 def pod(port: int, layout_digest: str, num_saves: int, rank: int) -> None:
@@ -26,9 +28,16 @@ def pod(port: int, layout_digest: str, num_saves: int, rank: int) -> None:
         if step == 1:
             between.receive(f"plan/{decision['plan_id']}", TIMEOUT_S)
         name = f"part-{rank:05d}.1.json"
-        result = {"failures": {}, "part": name, "digest": "0" * 32, "length": 1, "size_bytes": 1}
-        between.post(f"{phase}/result", result)
-        between.receive(f"{phase}/outcome", TIMEOUT_S)
+        result = {
+            "failures": {},
+            "generation": GENERATION,
+            "part": name,
+            "digest": "0" * 32,
+            "length": 1,
+            "size_bytes": 1,
+        }
+        between.post(f"{phase}/0/result", result)
+        between.receive(f"{phase}/0/outcome", TIMEOUT_S)
 
 
 def main() -> None:

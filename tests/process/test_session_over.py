@@ -38,7 +38,9 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
     """
 
     async def scenario() -> None:
-        operations = Operations(settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None)
+        operations = Operations(
+            settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
+        )
         over = Pod(str(tmp_path), _identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True))
         lasting = Pod(str(tmp_path), _identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
         try:

@@ -29,6 +29,8 @@ SECTIONS: Final = ["What you see", "What it means", "What to do", "What Pillion 
 DOCUMENTS: Final = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(GUIDE.rglob("*.md"))]
 NEVER_A_FAILURE: Final = {"SaveSkipped"}
 """Dropped as the policy's `overlap` says, and counted apart: no condition and no event has the class."""
+LOST: Final = "storage:400: was committed as the newest, and is not there any more"
+CORRUPT: Final = "/pillion/storage/charlm/step-400/__0_0.1.distcp: 'model.weight' at offset 0 does not match its digest"
 LIMITS: Final[dict[str, Any]] = {
     "trigger": {"periodSteps": 50},
     "staging": {"sizeLimit": "256Mi"},
@@ -136,13 +138,12 @@ def words() -> Iterator[tuple[str, str]]:
             home.LOAD_FAILED,
             -1,
             "CorruptCheckpoint: every checkpoint of /pillion/storage/charlm that could be used is corrupt or lost: "
-            "storage:400: was committed as the newest, and is not there any more",
+            + LOST,
         ),
         (
             home.CHECKPOINT_REFUSED,
             400,
-            "storage:400: /pillion/storage/charlm/step-400/__0_0.1.distcp: 'model.weight' at offset 0 does not match its"
-            " digest",
+            f"storage:400: {CORRUPT}",
         ),
     ):
         failure = home.Failure(step=step, reason=reason, message=message, time=reports.at(0))

@@ -131,10 +131,7 @@ def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     failing = [job for job in jobs if is_failing(job.report)]
     if failing:
         newest = [max(job.report.failures, key=lambda each: times.parse(each.time) or 0.0) for job in failing]
-        said = (
-            (job.report.job_id, told(each))
-            for job, each in zip(failing, newest, strict=True)
-        )
+        said = ((job.report.job_id, told(each)) for job, each in zip(failing, newest, strict=True))
         return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
     return FALSE, Reason.SAVING, "No job under the policy fails to save."
 

@@ -125,7 +125,12 @@ def build(
     if settings.sidecar_metrics_port:
         env.append(_literal(names.ENV_METRICS_PORT, str(settings.sidecar_metrics_port)))
     no_account = _mount(NO_ACCOUNT_VOLUME, ACCOUNT_DIR) | {"readOnly": True}
-    mounts = [_mount(ARENA_VOLUME, RUNTIME_DIR), _mount(STORAGE_VOLUME, STORAGE_DIR), _mount(TMP_VOLUME, "/tmp"), no_account]
+    mounts = [
+        _mount(ARENA_VOLUME, RUNTIME_DIR),
+        _mount(STORAGE_VOLUME, STORAGE_DIR),
+        _mount(TMP_VOLUME, "/tmp"),
+        no_account,
+    ]
     if claim.sub_path:
         mounts[1]["subPath"] = claim.sub_path
     volumes: list[Json] = [

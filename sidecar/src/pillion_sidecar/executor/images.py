@@ -66,7 +66,8 @@ class Reader:
         The sealed snapshot of a slot.
 
         Raises:
-            TornSlot: it is not sealed, is of another step, or its layout or manifest do not match their digests.
+            TornSlot: it is not sealed, is of another step, its layout or manifest do not match their digests or are none, or what it
+                says of itself lies beyond what is allocated.
         """
         try:
             header = segment.read_header(slot)
@@ -76,18 +77,23 @@ class Reader:
             raise TornSlot(f"slot {slot} of {segment.path} is {header.state.name.lower()}, not sealed")
         if step is not None and header.step != step:
             raise TornSlot(f"slot {slot} of {segment.path} holds step {header.step}, not {step}")
+        _check_extents(segment, slot, header)
         memory = segment.slot(slot)
         manifest = bytes(memory[header.manifest_offset : header.manifest_offset + header.manifest_bytes])
         if hashlib.blake2b(manifest, digest_size=16).digest() != header.manifest_digest:
             raise TornSlot(f"slot {slot} of {segment.path}: the manifest does not match its digest")
         of = self._layout(segment, slot, header, memory)
-        document = json.loads(manifest)
-        if document["step"] != header.step:
-            raise TornSlot(f"slot {slot} of {segment.path}: the header says step {header.step}, not {document['step']}")
-        lengths = tuple(int(length) for length in document["opaque"])
+        told, lengths = _manifest(segment, slot, manifest)
+        if told != header.step:
+            raise TornSlot(f"slot {slot} of {segment.path}: the header says step {header.step}, not {told}")
         starts, image_bytes = of.opaque_starts(lengths)
         if len(lengths) != len(of.opaque) or image_bytes != header.image_bytes:
             raise TornSlot(f"slot {slot} of {segment.path}: the image has another length than its layout")
+        digests_end = header.digests_offset + (len(of.items) + len(lengths)) * arena.DIGEST_BYTES
+        # The digests are written there: not into the header, and not into the image that they are of.
+        too_early = header.digests_offset < arena.PAGE_BYTES + header.image_bytes
+        if too_early or digests_end > segment.capacity_bytes(slot, enough_bytes=digests_end):
+            raise TornSlot(f"slot {slot} of {segment.path}: there is no room for the digests")
         return Image(segment, slot, header, of, lengths, starts)
 
     def _layout(self, segment: Segment, slot: int, header: arena.SlotHeader, memory: memoryview) -> layout.Layout:
@@ -97,11 +103,38 @@ class Reader:
         encoded = bytes(memory[header.layout_offset : header.layout_offset + header.layout_bytes])
         if hashlib.blake2b(encoded, digest_size=16).digest() != header.layout_digest:
             raise TornSlot(f"slot {slot} of {segment.path}: the layout does not match its digest")
-        of = layout.decode(encoded)
+        try:
+            of = layout.decode(encoded)
+        except ValueError as err:
+            raise TornSlot(f"slot {slot} of {segment.path}: {err}") from err
         self._layouts[header.layout_digest] = of
         while len(self._layouts) > self.KEPT_LAYOUTS:
             del self._layouts[next(iter(self._layouts))]
         return of
+
+
+def _check_extents(segment: Segment, slot: int, header: arena.SlotHeader) -> None:
+    """Touching what was never allocated would take memory that nobody declared, or end this process with SIGBUS."""
+    end = max(
+        arena.PAGE_BYTES + _pages(header.image_bytes),
+        header.layout_offset + header.layout_bytes,
+        header.manifest_offset + header.manifest_bytes,
+    )
+    has = segment.capacity_bytes(slot, enough_bytes=end)
+    if end > has:
+        raise TornSlot(f"slot {slot} of {segment.path} has {has} bytes, and its header speaks of {end}")
+
+
+def _manifest(segment: Segment, slot: int, text: bytes) -> tuple[object, tuple[int, ...]]:
+    """The step that a slot's manifest names, and the lengths of the opaque leaves."""
+    try:
+        document = json.loads(text)
+        step, lengths = document["step"], tuple(int(length) for length in document["opaque"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as err:
+        raise TornSlot(f"slot {slot} of {segment.path}: its manifest is none: {type(err).__name__}") from err
+    if min(lengths, default=0) < 0:
+        raise TornSlot(f"slot {slot} of {segment.path}: an opaque leaf has a negative length")
+    return step, lengths
 
 
 def frame(image: Image) -> Image:

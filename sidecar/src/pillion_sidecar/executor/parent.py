@@ -41,7 +41,9 @@ class ExecutorHung(ExecutorDied):
     """The child was ended because what it waited for stood still beyond its bound."""
 
     def __init__(self, waits: Mapping[str, Any]) -> None:
-        super().__init__(f"{waits['what']!r} stood still for {waits['for_s']:.0f} s, the bound is {waits['bound_s']:.0f} s")
+        super().__init__(
+            f"{waits['what']!r} stood still for {waits['for_s']:.0f} s, the bound is {waits['bound_s']:.0f} s"
+        )
         self.kind = str(waits["kind"])
 
 

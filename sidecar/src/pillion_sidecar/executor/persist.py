@@ -222,9 +222,15 @@ def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:
     try:
         decision = _decide(context, phase, persist=persist)
     except BarrierTimeout as err:
-        decision = {"failures": remote_failures.documents(remote_failures.of_missing(err)), "phase": err.phase, "waited_s": err.waited_s}
+        decision = {
+            "failures": remote_failures.documents(remote_failures.of_missing(err)),
+            "phase": err.phase,
+            "waited_s": err.waited_s,
+        }
     except planning.PlanError as err:
-        decision = {"failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})}
+        decision = {
+            "failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})
+        }
     context.exchange.publish(f"{phase}/plan", decision)
 
 

@@ -409,7 +409,9 @@ class _Save:
         told: dict[str, Any] = {}
         if not self._context.coordinator:
             told = self._encoded(self._own_results, lambda _, results: self._codec.encode(results), failures)
-        self._context.exchange.post(f"{self._phase}/result", {"failures": remote_failures.documents(failures), "results": told})
+        self._context.exchange.post(
+            f"{self._phase}/result", {"failures": remote_failures.documents(failures), "results": told}
+        )
 
     def _told_plan(self, of: _Rank) -> SavePlan:
         paths = self._pictures[of.rank].layout.paths
@@ -453,7 +455,9 @@ class _Save:
             missing = remote_failures.documents(remote_failures.of_missing(err))
             return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
         except planning.PlanError as err:
-            return {"failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})}
+            return {
+                "failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})
+            }
         except Exception as err:  # a boundary: see above
             return {"failures": remote_failures.documents({0: remote_failures.of_exception(err)})}
 
