@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 
 from pillion import errors
 from pillion.wire import arena, layout, manifest, messages
+from pillion.wire import names as wire_names
 
 names = st.text(max_size=12)
 numbers = st.integers(0, 2**40)
+generations = st.from_regex("[0-9]{1,9}(-[0-9]{1,9})?", fullmatch=True)
+files = st.builds(wire_names.data_file, numbers, numbers, generations)
+part_files = st.builds(wire_names.part_file, numbers, generations)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=5), child, max_size=3),
@@ -93,10 +97,10 @@ def test_a_damaged_layout_is_refused_or_still_a_possible_one(of: layout.Layout, 
 @st.composite
 def parts(draw: st.DrawFn) -> manifest.Part:
     chunks = [
-        manifest.StoredChunk(i.fqn, i.dtype, i.size, i.offsets, i.sizes, draw(names), draw(numbers), draw(numbers), "d")
+        manifest.StoredChunk(i.fqn, i.dtype, i.size, i.offsets, i.sizes, draw(files), draw(numbers), draw(numbers), "d")
         for i in draw(st.lists(items(), max_size=3))
     ]
-    opaque = [manifest.StoredBytes(draw(names), draw(names), draw(numbers), draw(numbers), "e") for _ in range(2)]
+    opaque = [manifest.StoredBytes(draw(names), draw(files), draw(numbers), draw(numbers), "e") for _ in range(2)]
     return manifest.Part(
         step=draw(numbers),
         generation=draw(names),
@@ -104,7 +108,7 @@ def parts(draw: st.DrawFn) -> manifest.Part:
         world_size=draw(numbers),
         plan_id=draw(names),
         ranks=tuple(draw(st.lists(numbers, max_size=3))),
-        files=draw(st.dictionaries(names, numbers, max_size=2)),
+        files=draw(st.dictionaries(files, numbers, max_size=2)),
         chunks=tuple(chunks),
         opaque=tuple(opaque),
         paths=draw(paths),
@@ -116,7 +120,7 @@ manifests = st.builds(
     step=numbers, generation=names, run_id=names, world_size=numbers, plan_id=names, created_ns=numbers,
     size_bytes=numbers, digest_algorithm=names, metadata_digest=names,
     parts=st.lists(
-        st.builds(manifest.PartReference, names, st.lists(numbers, max_size=3).map(tuple), names, numbers), max_size=3
+        st.builds(manifest.PartReference, part_files, st.lists(numbers, max_size=3).map(tuple), names, numbers), max_size=3
     ).map(tuple),
 )  # fmt: skip
 

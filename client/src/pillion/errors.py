@@ -29,6 +29,7 @@ other side and can run code (see docs/decisions/0003).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -195,6 +196,10 @@ class InternalError(PillionError):
     """An invariant of Pillion broke. Please report it with the log."""
 
 
+_RANK = re.compile("[0-9]{1,9}")
+"""A rank as a key of JSON. Another key is none of ours, and is left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorDocument:
     """An error of ours on the wire: its class by name, its text, and the failures of the ranks."""
@@ -223,7 +228,7 @@ class ErrorDocument:
             failures={
                 int(rank): RemoteFailure.from_document(failure)
                 for rank, failure in (failures.items() if isinstance(failures, Mapping) else ())
-                if isinstance(failure, Mapping)
+                if isinstance(failure, Mapping) and _RANK.fullmatch(str(rank))
             },
             detail=dict(detail) if isinstance(detail, Mapping) else {},
         )

@@ -52,7 +52,9 @@ class Client:
             self._writer.transport.abort()
 
     def answer(self, request: messages.Message, message: Mapping[str, Any]) -> None:
-        self.send({**message, "id": request.get("id", 0)})
+        # A number, as requests have it: whatever else a stranger puts there is not sent back.
+        number = request.get("id", 0)
+        self.send({**message, "id": number if isinstance(number, int) else 0})
 
     def refuse(self, request: messages.Message, error: PillionError | ErrorDocument) -> None:
         document = error if isinstance(error, ErrorDocument) else ErrorDocument.from_exception(error)

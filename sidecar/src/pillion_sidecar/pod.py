@@ -229,9 +229,7 @@ class Pod:
         for rank in self.segments:
             self._reset(rank, slot)
 
-    def mark(
-        self, save: Save, state: arena.SlotState, *, persisted: bool = False, concluded: bool = False
-    ) -> None:
+    def mark(self, save: Save, state: arena.SlotState, *, persisted: bool = False, concluded: bool = False) -> None:
         """Write a save's state into its slots, for whoever finds the arena after us."""
         for segment in self.segments.values():
             header = segment.read_header(save.slot)

@@ -137,16 +137,16 @@ def decode(encoded: bytes) -> Layout:
     try:
         document = json.loads(encoded)
         items = tuple(
-            Item(str(fqn), str(dtype), tuple(map(int, size)), tuple(map(int, offsets)), tuple(map(int, sizes)))
+            Item(_text(fqn), _text(dtype), tuple(map(int, size)), tuple(map(int, offsets)), tuple(map(int, sizes)))
             for fqn, dtype, size, offsets, sizes in document["items"]
         )
-        opaque = tuple(str(fqn) for fqn in document["opaque"])
+        opaque = tuple(_text(fqn) for fqn in document["opaque"])
         paths = {
-            str(fqn): tuple(key if isinstance(key, int) else str(key) for key in path)
+            fqn: tuple(key if isinstance(key, int) else _text(key) for key in path)
             for fqn, path in document["paths"].items()
         }
-    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise ValueError(f"not a layout: {err!r}") from err
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as err:
+        raise ValueError(f"not a layout: {type(err).__name__}: {err!s:.200}") from err
     for item in items:
         if item.dtype not in ITEMSIZE_BYTES:
             raise ValueError(f"layout: {item.fqn!r} has the unknown dtype {item.dtype!r}")
@@ -155,3 +155,9 @@ def decode(encoded: bytes) -> Layout:
         if any(o < 0 or n < 0 or o + n > s for s, o, n in zip(item.size, item.offsets, item.sizes, strict=True)):
             raise ValueError(f"layout: the chunk {item.offsets}+{item.sizes} of {item.fqn!r} leaves {item.size}")
     return Layout(items, opaque, paths)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text is expected")
+    return value

@@ -17,11 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pillion.wire import names
+
 FORMAT_VERSION: Final = 1
+
+
+_INT64_MAX: Final = 2**63 - 1
+_DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading a document of another shape ends in: a field is missing, of another kind, infinite, or nested without end."""
 
 
 class ManifestError(ValueError):
@@ -106,32 +113,64 @@ def decode_part(data: bytes) -> Part:
     """
     document = _document(data, "part")
     try:
-        return Part(
+        part = Part(
             step=int(document["step"]),
-            generation=str(document["generation"]),
-            run_id=str(document["run_id"]),
+            generation=_text(document["generation"]),
+            run_id=_text(document["run_id"]),
             world_size=int(document["world_size"]),
-            plan_id=str(document["plan_id"]),
+            plan_id=_text(document["plan_id"]),
             ranks=tuple(map(int, document["ranks"])),
-            files={str(name): int(length) for name, length in document["files"].items()},
+            files={_text(name): int(length) for name, length in document["files"].items()},
             chunks=tuple(
                 StoredChunk(
-                    str(fqn), str(dtype), tuple(map(int, size)), tuple(map(int, offsets)), tuple(map(int, sizes)),
-                    str(file), int(offset), int(length), str(digest),
+                    _text(fqn), _text(dtype), tuple(map(int, size)), tuple(map(int, offsets)), tuple(map(int, sizes)),
+                    _text(file), int(offset), int(length), _text(digest),
                 )
                 for fqn, dtype, size, offsets, sizes, file, offset, length, digest in document["chunks"]
             ),
             opaque=tuple(
-                StoredBytes(str(fqn), str(file), int(offset), int(length), str(digest))
+                StoredBytes(_text(fqn), _text(file), int(offset), int(length), _text(digest))
                 for fqn, file, offset, length, digest in document["opaque"]
             ),
             paths={
-                str(fqn): tuple(key if isinstance(key, int) else str(key) for key in path)
+                _text(fqn): tuple(key if isinstance(key, int) else _text(key) for key in path)
                 for fqn, path in document["paths"].items()
             },
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ManifestError(f"a part file is damaged: {err!r}") from err
+    except _DAMAGE as err:
+        raise ManifestError(f"a part file is damaged: {type(err).__name__}: {err!s:.200}") from err
+    if problem := _impossible(part):
+        raise ManifestError(f"a part file is damaged: {problem}")
+    return part
+
+
+def _impossible(part: Part) -> str:
+    """What no writer makes, and a reader would follow to where nothing of the checkpoint is; empty: nothing."""
+    leaves: list[StoredChunk | StoredBytes] = [*part.chunks, *part.opaque]
+    for name in {*part.files, *(each.file for each in leaves)}:
+        if names.parse_data_file(name) is None:
+            return f"{name!r:.80} is no data file of a checkpoint"
+    if not _are_counts([part.step, part.world_size, *part.ranks, *part.files.values()]):
+        return "a number is negative, or larger than any"
+    for leaf in leaves:
+        if not _are_counts((leaf.offset, leaf.length)):
+            return f"{leaf.fqn!r:.80} lies at {leaf.offset}+{leaf.length}"
+    for chunk in part.chunks:
+        if not len(chunk.size) == len(chunk.offsets) == len(chunk.sizes) or not _are_counts(chunk.size):
+            return f"{chunk.fqn!r:.80} has a shape that cannot be, or a chunk of another rank"
+        if any(o < 0 or n < 0 or o + n > s for s, o, n in zip(chunk.size, chunk.offsets, chunk.sizes, strict=True)):
+            return f"a chunk of {chunk.fqn!r:.80} leaves its tensor"
+    return ""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text is expected")
+    return value
+
+
+def _are_counts(numbers: Iterable[int]) -> bool:
+    return all(0 <= number <= _INT64_MAX for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,32 +232,36 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     document = _document(data, "manifest")
     try:
-        return Manifest(
+        made = Manifest(
             step=int(document["step"]),
-            generation=str(document["generation"]),
-            run_id=str(document["run_id"]),
+            generation=_text(document["generation"]),
+            run_id=_text(document["run_id"]),
             world_size=int(document["world_size"]),
-            plan_id=str(document["plan_id"]),
+            plan_id=_text(document["plan_id"]),
             started_ns=int(document.get("started_ns", 0)),
             created_ns=int(document["created_ns"]),
-            cause=str(document.get("cause", "")),
+            cause=_text(document.get("cause", "")),
             size_bytes=int(document["size_bytes"]),
-            digest_algorithm=str(document["digest_algorithm"]),
-            metadata_digest=str(document["metadata_digest"]),
+            digest_algorithm=_text(document["digest_algorithm"]),
+            metadata_digest=_text(document["metadata_digest"]),
             parts=tuple(
-                PartReference(str(p["name"]), tuple(map(int, p["ranks"])), str(p["digest"]), int(p["length"]))
+                PartReference(_text(p["name"]), tuple(map(int, p["ranks"])), _text(p["digest"]), int(p["length"]))
                 for p in document["parts"]
             ),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ManifestError(f"the manifest is damaged: {err!r}") from err
+    except _DAMAGE as err:
+        raise ManifestError(f"the manifest is damaged: {type(err).__name__}: {err!s:.200}") from err
+    for part in made.parts:
+        if names.parse_part_file(part.name) is None:
+            raise ManifestError(f"the manifest is damaged: {part.name!r:.80} is no part file of a checkpoint")
+    return made
 
 
 def _document(data: bytes, what: str) -> dict[str, Any]:
     try:
         document = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
-        raise ManifestError(f"the {what} is no JSON: {err}") from err
+    except (ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of too many digits
+        raise ManifestError(f"the {what} is no JSON: {err!s:.200}") from err
     if not isinstance(document, dict):
         raise ManifestError(f"the {what} must be an object")
     version = document.get("format")

@@ -26,6 +26,7 @@ Breaking: removing a message or a field, another meaning. Not breaking: a new me
 from __future__ import annotations
 
 import json
+import reprlib
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -95,7 +96,7 @@ def parse(body: bytes) -> Message:
     """
     try:
         message = json.loads(body)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of too many digits
         raise BadFrame(f"not JSON: {err}") from err
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise BadFrame("not a message: an object with a `type` is expected")
@@ -111,9 +112,15 @@ def field(message: Mapping[str, object], name: str, kind: type[T], default: T | 
     """
     value = message.get(name, default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as err:
+            raise BadFrame(f"{message.get('type')!r:.80}: the field {name!r} is too large") from err
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadFrame(f"{message.get('type')!r}: the field {name!r} must be {kind.__name__}, not {value!r:.80}")
+        # reprlib: what came may be nested as deep as the reader of JSON goes.
+        raise BadFrame(
+            f"{message.get('type')!r:.80}: the field {name!r} must be {kind.__name__}, not {reprlib.repr(value)}"
+        )
     return value
 
 

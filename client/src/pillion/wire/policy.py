@@ -29,6 +29,10 @@ from typing import Any, Final, NamedTuple, cast, get_args, get_type_hints
 API_VERSION: Final = "pillion.dev/v1alpha1"
 KIND: Final = "CheckpointPolicy"
 _ENVELOPE: Final = ("apiVersion", "kind", "metadata", "spec", "status")
+_DEPTH_MOST: Final = 32
+"""Objects and lists within each other in a writer's arguments: reader and writer go down all of them."""
+_TOLD_MOST: Final = 100
+"""Problems after which unknown fields, and arguments, are not looked at any more: a document may have a hundred thousand."""
 _INT64_MAX: Final = 2**63 - 1
 """The largest integer that the API server stores; a larger one would not survive the trip through a cluster."""
 
@@ -226,7 +230,7 @@ class Storage(_Section):
 
     path: str | None = field(
         default=None,
-        metadata=_text("a directory (an object store: see storage.writer)", r"(?!\w+://)[^\0\n]*[^\0\s][^\0\n]*"),
+        metadata=_text("a directory (an object store: see storage.writer)", r"(?!\w+://)(?=[^\0\n]*[^\0\s])[^\0\n]*"),
     )
     """Directory, as the writing process sees it; nothing in it is expanded. None: the claim, or the root from code."""
     persistent_volume_claim: VolumeClaim | None = None
@@ -358,7 +362,7 @@ def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
         for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
             if document.get(name) != wanted:
                 reading.refuse(name, document.get(name), wanted)
-        for key in (each for each in document if each not in _ENVELOPE):
+        for key in [each for each in document if each not in _ENVELOPE][:_TOLD_MOST]:
             reading.refuse(str(key), document[key], _nearest(key, _ENVELOPE)[0])
     policy = reading.section(Policy, path, spec)
     if reading.problems:
@@ -390,14 +394,13 @@ class _Reading:
             self.refuse(path, value, "an object with the fields " + ", ".join(names))
             return None
         at = f"{path}." if path else ""
-        given: dict[str, object] = {}
-        doubtful: set[str] = set()
+        given, doubtful = dict[str, object](), set[str]()
         for key, each in value.items():
-            if key not in names:
+            if key not in names and len(self.problems) < _TOLD_MOST:
                 hint, meant = _nearest(key, names)
                 self.refuse(f"{at}{key}", each, hint)
                 doubtful |= {names[meant].name} if meant else set()
-            elif each is not None:
+            elif each is not None and key in names:
                 num_problems = len(self.problems)
                 taken = self.value(kind, names[key], f"{at}{key}", each)
                 if len(self.problems) == num_problems:
@@ -452,27 +455,29 @@ class _Reading:
             self.refuse(path, value, "an object of named values")
         return value
 
-    def json(self, path: str, value: object) -> object:
+    def json(self, path: str, value: object, depth: int = 0) -> object:
         """A deep copy of a JSON value: no later change of the document reaches a frozen policy."""
+        if depth > _DEPTH_MOST:
+            self.refuse(path, None, f"at most {_DEPTH_MOST} objects and lists within each other")
+            return None
         if isinstance(value, Mapping):
-            for key in value:
-                if not isinstance(key, str):
-                    self.refuse(path, key, "strings as keys")
-            return {key: self.json(f"{path}.{key}", each) for key, each in value.items()}
+            for key in (each for each in value if not isinstance(each, str)):
+                self.refuse(path, key, "strings as keys")
+            return {key: self.json(f"{path}.{key}", each, depth + 1) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self.json(f"{path}[{index}]", each) for index, each in enumerate(value)]
+            return [self.json(f"{path}[{index}]", each, depth + 1) for index, each in enumerate(value)]
         if isinstance(value, NoneType | str | int) or (isinstance(value, float) and math.isfinite(value)):
             return value
-        self.refuse(path, value, "a JSON value: null, true, false, a finite number, a string, a list, an object")
+        if len(self.problems) < _TOLD_MOST:
+            self.refuse(path, value, "a JSON value: null, true, false, a finite number, a string, a list, an object")
         return None
 
 
 def _plain(value: object) -> object:
     if isinstance(value, _Section):
-        units = {name: spec.metadata.get("unit") for name, spec in _names(type(value)).items()}
-        given = {name: getattr(value, spec.name) for name, spec in _names(type(value)).items()}
-        told = {name: each for name, each in given.items() if each is not None}
-        return {name: unit.format(each) if (unit := units[name]) else _plain(each) for name, each in told.items()}
+        known = _names(type(value)).items()
+        fields = ((name, spec.metadata.get("unit"), getattr(value, spec.name)) for name, spec in known)
+        return {name: unit.format(each) if unit else _plain(each) for name, unit, each in fields if each is not None}
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

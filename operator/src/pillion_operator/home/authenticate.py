@@ -122,7 +122,7 @@ class Authenticator:
             audiences = claims["aud"]
             audiences = [audiences] if isinstance(audiences, str) else [str(each) for each in audiences]
             end_s = float(claims["exp"])
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as err:
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as err:
             raise Refused(Result.UNAUTHENTICATED, "what came is no service account token") from err
         if self._audience not in audiences:
             raise Refused(

@@ -47,6 +47,8 @@ _CONTAINER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 _IMAGE: Final = re.compile(r"[^\s@:/][^\s@]{0,511}(@sha256:[0-9a-f]{64})?")
 _NAME_MOST: Final = 253
+_UNKNOWN_MOST: Final = 20
+"""Annotations that do not exist and are told one by one: a pod may have ten thousand, and each is compared with all that do."""
 
 
 class Client(StrEnum):
@@ -87,11 +89,13 @@ def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
             return ""
         return text
 
-    for name in sorted(annotations):
-        if name.startswith(PREFIX) and name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else "the annotations are " + ", ".join(KNOWN)
-            problems.append(f"{name}: there is no such annotation; {hint}")
+    unknown = [name for name in sorted(annotations) if name.startswith(PREFIX) and name not in KNOWN]
+    for name in unknown[:_UNKNOWN_MOST]:
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {near[0]}?" if near else "the annotations are " + ", ".join(KNOWN)
+        problems.append(f"{name}: there is no such annotation; {hint}")
+    if len(unknown) > _UNKNOWN_MOST:
+        problems.append(f"{len(unknown) - _UNKNOWN_MOST} more annotations that there are not")
     inject = annotations.get(INJECT, "true")
     if inject not in ("true", "false"):
         problems.append(f'{INJECT}: got {_clip(inject)}; allowed: "true" or "false"')

@@ -30,7 +30,8 @@ class CheckpointPolicy:
 
 def from_object(document: Mapping[str, Any]) -> CheckpointPolicy:
     """A CheckpointPolicy from an object as the API server gives it, or from a bare spec."""
-    metadata = document.get("metadata") or {}
+    metadata = document.get("metadata")
+    metadata = metadata if isinstance(metadata, Mapping) else {}
     spec, problems = None, tuple[str, ...]()
     try:
         spec = policy.parse(document, embedded=False)

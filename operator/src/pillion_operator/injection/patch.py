@@ -6,8 +6,8 @@ Must never: put a whole list in the place of one that is there; another webhook 
 Source: RFC 6902, RFC 6901.
 """
 
-import difflib
 import json
+from collections import Counter
 from typing import Any
 
 from pillion_operator.injection import pods
@@ -44,21 +44,31 @@ def _values(path: str, before: Any, after: Any, operations: list[Operation]) -> 
 
 
 def _lists(path: str, before: list[Any], after: list[Any], operations: list[Operation]) -> None:
-    """Entries are the same entry when they have the same name, or mount path; other entries when they are equal."""
-    matcher = difflib.SequenceMatcher(
-        None, [_identity(e) for e in before], [_identity(e) for e in after], autojunk=False
-    )
-    at = 0  # The index in the list as the operations so far have made it.
-    for tag, start, end, start_after, end_after in matcher.get_opcodes():
-        if tag == "equal":
-            for old, new in zip(before[start:end], after[start_after:end_after], strict=True):
-                _values(f"{path}/{at}", old, new, operations)
-                at += 1
+    """
+    Entries are the same entry when they have the same name, or mount path; other entries when they are equal.
+
+    One pass: a pod may have ten thousand variables of one name, and the pods behind it wait.
+    """
+    old_names, new_names = [_identity(each) for each in before], [_identity(each) for each in after]
+    old_left, new_left = Counter(old_names), Counter(new_names)
+    old = new = at = 0  # `at` is the index in the list as the operations so far have made it.
+    while old < len(before) or new < len(after):
+        both = old < len(before) and new < len(after)
+        if both and old_names[old] == new_names[new]:
+            _values(f"{path}/{at}", before[old], after[new], operations)
+            step_old = step_new = 1
+        elif new == len(after) or (old < len(before) and (not new_left[old_names[old]] or old_left[new_names[new]])):
+            # Gone, or come later: what stands here now has a place behind.
+            operations.append({"op": "remove", "path": f"{path}/{at}"})
+            step_old, step_new = 1, 0
         else:
-            operations += [{"op": "remove", "path": f"{path}/{at}"} for _ in before[start:end]]
-            for new in after[start_after:end_after]:
-                operations.append({"op": "add", "path": f"{path}/{at}", "value": pods.copied(new)})
-                at += 1
+            operations.append({"op": "add", "path": f"{path}/{at}", "value": pods.copied(after[new])})
+            step_old, step_new = 0, 1
+        if step_old:
+            old_left[old_names[old]] -= 1
+        if step_new:
+            new_left[new_names[new]] -= 1
+        old, new, at = old + step_old, new + step_new, at + step_new
 
 
 def _identity(entry: Any) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion_operator.injection import decide, pods
+from pillion_operator.injection import decide, pods, shape
 from pillion_operator.injection.pods import Json
 from pillion_operator.injection.reasons import Reason
 
@@ -60,14 +60,16 @@ def read(body: bytes) -> Question:
     if not isinstance(request, dict) or not isinstance(request.get("uid"), str):
         raise BadReview("request.uid is missing")
     kind = request.get("kind") or {}
+    if not isinstance(kind, dict):
+        raise BadReview("request.kind is no object")
     is_made = request.get("operation") == "CREATE" and not request.get("subResource")
     is_pod = is_made and (kind.get("group"), kind.get("version"), kind.get("kind")) == ("", "v1", "Pod")
-    found = request.get("object")
+    found, namespace = request.get("object"), request.get("namespace")
     if is_pod and not isinstance(found, dict):
         raise BadReview("request.object is missing")
     return Question(
         uid=request["uid"],
-        namespace=str(request.get("namespace") or ""),
+        namespace=namespace if isinstance(namespace, str) else "",
         pod=found if is_pod else None,
         is_dry_run=bool(request.get("dryRun")),
     )
@@ -116,7 +118,8 @@ def about(question: Question) -> Json:
 
     A pod of nobody is named by its own name, or by what its name will begin with.
     """
-    pod = question.pod or {}
+    # Of what has no metadata of a pod nothing is said but that.
+    pod = question.pod if question.pod is not None and not shape.problem(question.pod, ("metadata",)) else {}
     owner: Any = pods.controller(pod)
     if owner:
         found = {key: str(owner.get(key) or "") for key in ("apiVersion", "kind", "name", "uid")}

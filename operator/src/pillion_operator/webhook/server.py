@@ -18,7 +18,7 @@ from aiohttp import web
 from pillion.wire import policy
 from pillion_operator import metrics
 from pillion_operator.cluster import events
-from pillion_operator.injection import annotations, checkpoint_policy, decide, pods
+from pillion_operator.injection import annotations, checkpoint_policy, decide, pods, shape
 from pillion_operator.injection.reasons import Reason
 from pillion_operator.log import Field
 from pillion_operator.settings import Settings
@@ -88,6 +88,7 @@ class Server:
                 wishes, _ = annotations.parse(pods.metadata_map(pod, "annotations"))
                 if wishes.policy and wishes.inject:
                     found = await self._policies.find(question.namespace, wishes.policy)
+            shape.require(pod)
             return decide.inject(pod, found, self.settings)
         except policies.LookupFailed as err:
             return self._failed(found, str(err))

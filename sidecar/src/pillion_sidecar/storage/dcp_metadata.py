@@ -22,6 +22,7 @@ Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.6 
 Lib/pickletools.py.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -101,13 +102,12 @@ def decode(data: bytes) -> Checkpoint:
     """
     What a `.metadata` file says, whichever torch from 2.6 to 2.15 wrote it, on whichever Python.
 
-    Nothing of the file's choosing is imported or called. Memory grows with the file's length: CPython's unpickler sizes its memo
-    by the largest index, and an index beyond the file's length is refused.
+    Nothing of the file's choosing is imported or called. Memory and time grow with the file's length, whatever is in it.
 
     Raises: ValueError when the file refers to a name that the format does not need (the message names it), when the
     bytes are no such pickle, when an item is not where a reader could find it (no location, or a path that leaves the
     checkpoint's directory), or when an item was transformed on its way (compression), which we do not undo.
-    Blocks: for about 4 s per 100,000 tensors of one chunk, with the GIL held; half of it is the garbage collector's.
+    Blocks: for about 6 s per 100,000 tensors of one chunk, with the GIL held; a third of it is the garbage collector's.
     """
     return _checkpoint(dcp_unpickler.load(data))
 
@@ -339,7 +339,8 @@ def _locations(storage_data: object) -> dict[tuple[str, tuple[int, ...] | None],
         offsets = index_fields.get("offset")
         fields = dcp_unpickler.fields(info, dcp_unpickler.StorageInfo, f"the location of {fqn!r}")
         if fields.get("transform_descriptors"):
-            raise ValueError(f"{fqn!r} was written through {fields['transform_descriptors']}, which we do not undo")
+            through = reprlib.repr(fields["transform_descriptors"])
+            raise ValueError(f"{fqn!r} was written through {through}, which we do not undo")
         relative_path = dcp_unpickler.expect(fields.get("relative_path"), str, f"the file of {fqn!r}")
         if relative_path.startswith("/") or ".." in relative_path.split("/"):
             raise ValueError(f"{fqn!r} lies in {relative_path!r}, outside the checkpoint's directory")

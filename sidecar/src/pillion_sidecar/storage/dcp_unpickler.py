@@ -2,18 +2,22 @@
 The unpickler that reads DCP's `.metadata` and nothing else: this is the whole of what a pickle from storage may do to
 us.
 
-It knows the names that stock DCP of torch 2.6 to 2.15 writes, on whichever Python, and refuses every other. For each
-name stands a class or function of this module, which keeps what the file says and acts on nothing. Called by
+It knows the names and the opcodes that stock DCP of torch 2.6 to 2.15 writes, on whichever Python, and refuses every other. For
+each name stands a class or function of this module, which keeps what the file says and acts on nothing. Called by
 `dcp_metadata.decode`. It must never import what a file names, or let a file change an object that outlives the call.
+
+It is the interpreter's unpickler in Python, and not the one in C: that allocates for the largest memo index, so that one flipped byte
+takes tens of GiB, and it hashes whatever a file has as a key of a dict: tuples within tuples end the process with SIGSEGV, or, where
+each holds the one before twice, take 2**n steps.
 """
 
 import io
 import ntpath
 import pickle
-import pickletools
 import posixpath
+import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Never, TypeVar
+from typing import Any, ClassVar, Final, Never, TypeVar
 
 from pillion_sidecar.storage import archive
 
@@ -21,8 +25,10 @@ METADATA_MODULE: Final = "torch.distributed.checkpoint.metadata"
 FILESYSTEM_MODULE: Final = "torch.distributed.checkpoint.filesystem"
 
 _T = TypeVar("_T")
-_MEMO_PUTS: Final = ("PUT", "BINPUT", "LONG_BINPUT")
-"""Opcodes that name the index at which they put something into the memo."""
+
+
+class Refusal(ValueError):
+    """What a file says is not what DCP writes; the text says what."""
 
 
 class Instance:
@@ -80,7 +86,7 @@ class _Callable:
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> Never:
-        raise ValueError("not a .metadata file of DCP: it sets attributes on a function")
+        raise Refusal("not a .metadata file of DCP: it sets attributes on a function")
 
 
 _MEMORY_FORMATS: Final = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
@@ -88,7 +94,7 @@ _MEMORY_FORMATS: Final = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TOR
 
 def _memory_format(value: object) -> str:
     if not isinstance(value, int) or not 0 <= value < len(_MEMORY_FORMATS):
-        raise ValueError(f"not a memory format of DCP: {value!r}")
+        raise Refusal(f"not a memory format of DCP: {reprlib.repr(value)}")
     return _MEMORY_FORMATS[value]
 
 
@@ -97,16 +103,16 @@ _MEM_FORMAT_ENCODING: Final = _Callable(_memory_format)
 
 def _getattr(owner: object, name: object) -> str:
     """Python 3.11.2 (and neighbours) pickles an enum's member as getattr(class, name); this is for that and no more."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in _MEMORY_FORMATS:
-        raise ValueError(
-            f"refused: the file uses builtins.getattr for {name!r}, and .metadata needs it for memory formats only"
+    if owner is not _MEM_FORMAT_ENCODING or not isinstance(name, str) or name not in _MEMORY_FORMATS:
+        raise Refusal(
+            f"refused: the file uses builtins.getattr for {reprlib.repr(name)}, and .metadata needs it for memory formats only"
         )
-    return str(name)
+    return name
 
 
 def _layout(name: object) -> str:
     if name != "torch.strided":
-        raise ValueError(f"a tensor of layout {name!r} cannot be read: only torch.strided can")
+        raise Refusal(f"a tensor of layout {reprlib.repr(name)} cannot be read: only torch.strided can")
     return "strided"
 
 
@@ -122,6 +128,13 @@ def _path_joiner(join: Callable[..., str]) -> _Callable:
 
 _POSIX_PATH: Final = _path_joiner(posixpath.join)
 _WINDOWS_PATH: Final = _path_joiner(ntpath.join)
+
+
+def _ordered_dict(*items: object) -> dict[object, object]:
+    """Its pickle makes an empty one, and then sets its items."""
+    if items:
+        raise Refusal("not a .metadata file of DCP: an OrderedDict is made of items")
+    return {}
 
 
 def _size(values: object = ()) -> tuple[int, ...]:
@@ -141,8 +154,7 @@ _KNOWN: Final[Mapping[tuple[str, str], object]] = {
     ("torch", "Size"): _Callable(_size),
     ("torch.serialization", "_get_layout"): _Callable(_layout),
     ("builtins", "getattr"): _Callable(_getattr),
-    # A built-in type cannot be changed by a BUILD, and its instances have no attributes.
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _Callable(_ordered_dict),
     **{("torch", name): name for name in archive.SUPPORTED_DTYPES},
     # `pathlib._local` on Python 3.13.
     **{
@@ -159,14 +171,67 @@ _KNOWN: Final[Mapping[tuple[str, str], object]] = {
 """Every name that a file may refer to, and what stands in for it."""
 
 
-class _Unpickler(pickle.Unpickler):
+_OPCODES: Final = (
+    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
+    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+)
+"""What a pickler needs for these classes, whatever its protocol; and the three that set items of a dict, which `_Unpickler` does
+itself. None of the others: sets, buffers, extension codes and persistent ids have no place in a `.metadata`."""
+
+
+class _Unpickler(pickle._Unpickler):
+    """Reads what is in `_KNOWN` and `_OPCODES`. A file's memory is bounded by its length: each opcode makes one object at most."""
+
+    dispatch: ClassVar = {}
+    # What the interpreter's has, and its type stubs do not say.
+    stack: list[Any]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[object]]
+
     def find_class(self, module: str, name: str, /) -> Any:
         try:
             return _KNOWN[module, name]
         except KeyError:
-            raise ValueError(
+            raise Refusal(
                 f"refused: the file refers to {module}.{name}, which .metadata of DCP does not need"
             ) from None
+
+    def _set_items(self, target: object, items: list[object]) -> None:
+        into = expect(target, dict, "what items are set of")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # A MetadataIndex is hashed by its identity. Nothing else may be: see the module.
+            into[expect(key, (str, int, Instance), "a key of a dict")] = value
+
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def _load_dict(self) -> None:
+        made: dict[object, object] = {}
+        self._set_items(made, self.pop_mark())
+        self.append(made)
+
+
+def _table() -> dict[int, Callable[[Any], None]]:
+    known: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+    table = {code: known[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
+    table |= {
+        pickle.SETITEM[0]: _Unpickler._load_setitem,
+        pickle.SETITEMS[0]: _Unpickler._load_setitems,
+        pickle.DICT[0]: _Unpickler._load_dict,
+    }
+    return table
+
+
+_Unpickler.dispatch = _table()
 
 
 def expect(value: object, kind: type[_T] | tuple[type[_T], ...], what: str) -> _T:
@@ -176,7 +241,7 @@ def expect(value: object, kind: type[_T] | tuple[type[_T], ...], what: str) -> _
     Raises: ValueError, which calls the value `what`, when it is not.
     """
     if not isinstance(value, kind):
-        raise ValueError(f"not a .metadata file of DCP: {what} is a {type(value).__name__}")
+        raise Refusal(f"not a .metadata file of DCP: {what} is a {type(value).__name__}")
     return value
 
 
@@ -199,26 +264,8 @@ def sizes(value: object) -> tuple[int, ...]:
     numbers = expect(value, tuple, "a size")
     for number in numbers:
         if type(number) is not int or number < 0:
-            raise ValueError(f"not a .metadata file of DCP: {number!r} stands among sizes")
+            raise Refusal(f"not a .metadata file of DCP: {reprlib.repr(number)} stands among sizes")
     return numbers
-
-
-def _refuse_a_memo_beyond(most: int, data: bytes) -> None:
-    """
-    Refuse a pickle that puts something into the memo at a larger index than it has bytes.
-
-    The interpreter allocates for the largest index, so that one flipped byte would take tens of GiB. No pickler writes such a
-    one: it counts up from 0, a byte or more for each.
-
-    Raises: ValueError.
-    """
-    try:
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name in _MEMO_PUTS and argument is not None and argument > most:
-                raise ValueError(f"memo index {argument} at byte {position} of {most}")
-    except ValueError as err:
-        # What pickletools cannot read is refused too: the interpreter might go on where it stopped.
-        raise ValueError(f"not a .metadata file of DCP: {err}") from err
 
 
 def load(data: bytes) -> object:
@@ -226,13 +273,12 @@ def load(data: bytes) -> object:
     The root object of a `.metadata` file, in the stand-ins of this module.
 
     Raises: ValueError when the file refers to a name that is not known here, or is no pickle.
-    Blocks: for the time of a `pickle.load`, with the GIL held.
+    Blocks: for about 1 s for each 4 MiB, with the GIL held.
     """
     try:
-        _refuse_a_memo_beyond(len(data), data)
         return _Unpickler(io.BytesIO(data)).load()
-    except ValueError:
+    except Refusal:
         raise
     except Exception as err:
         # What the unpickler raises on a damaged pickle is not specified; the standard library says "any exception".
-        raise ValueError(f"not a .metadata file of DCP: {type(err).__name__}: {err}") from err
+        raise ValueError(f"not a .metadata file of DCP: {type(err).__name__}: {err!s:.200}") from err

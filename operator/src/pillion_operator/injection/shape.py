@@ -1,0 +1,103 @@
+"""
+The whole of: whether a JSON value has the shape of a pod, as far as the injection looks into it.
+
+Called from: the webhook, before `decide` sees a pod. The API server's pods have it; the webhook's port can be reached by others, and a
+later Kubernetes may have pods of another shape, which are then for the policy's `failurePolicy` to judge.
+Must never: judge what the API server judges: fields that the injection does not read may be anything.
+"""
+
+from typing import Any, Final
+
+DEPTH_MOST: Final = 64
+"""Objects and lists within each other. A pod has some ten; each costs a call within a call where it is copied."""
+_SCALAR: Final = (str, int, float)
+_AMOUNTS: Final = {"requests": {"*": _SCALAR}, "limits": {"*": _SCALAR}}
+_SECURITY: Final = {"runAsUser": int, "runAsGroup": int}
+_CONTAINER: Final = {
+    "name": str,
+    "image": str,
+    "imagePullPolicy": str,
+    "restartPolicy": str,
+    "env": [{"name": str, "value": str}],
+    "envFrom": [{}],
+    "volumeMounts": [{"name": str, "mountPath": str}],
+    "resources": _AMOUNTS,
+    "securityContext": _SECURITY,
+}
+_POD: Final[dict[str, Any]] = {
+    "metadata": {
+        "name": str,
+        "generateName": str,
+        "labels": {"*": str},
+        "annotations": {"*": str},
+        "ownerReferences": [{"apiVersion": str, "kind": str, "name": str, "uid": str}],
+    },
+    "spec": {
+        "containers": [_CONTAINER],
+        "initContainers": [_CONTAINER],
+        "volumes": [{"name": str}],
+        "terminationGracePeriodSeconds": int,
+        "os": {"name": str},
+        "resources": _AMOUNTS,
+        "securityContext": _SECURITY,
+    },
+}
+"""By field: a type, an object of such, or a list of such. `*` is every field."""
+
+
+class NotAPod(ValueError):
+    """A value has not the shape of a pod; the text says where."""
+
+
+def require(pod: Any) -> None:
+    """
+    Raises:
+        NotAPod: see `problem`.
+    """
+    if text := problem(pod):
+        raise NotAPod(text)
+
+
+def problem(pod: Any, parts: tuple[str, ...] = ("metadata", "spec")) -> str:
+    """What of a pod, or of some parts of it, has another shape; empty: nothing."""
+    if not isinstance(pod, dict) or not all(isinstance(pod.get(part), dict) for part in parts):
+        return "it has no " + " and ".join(parts)
+    if _is_deeper(pod, DEPTH_MOST):
+        return f"it is nested more than {DEPTH_MOST} deep"
+    return _problem({part: pod[part] for part in parts}, _POD, "")
+
+
+def _problem(value: Any, shape: Any, path: str) -> str:
+    at = path.lstrip(".") or "it"
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{at} must be an object"
+        inner = ((key, shape.get(key, shape.get("*"))) for key in value)
+        if shape is _CONTAINER and not isinstance(value.get("name"), str):
+            return f"{at} has no name"
+        # A null is an absent field.
+        found = (
+            _problem(value[key], of, f"{path}.{key}") for key, of in inner if of is not None and value[key] is not None
+        )
+        return next(filter(None, found), "")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{at} must be a list"
+        found = (_problem(each, shape[0], f"{path}[{index}]") for index, each in enumerate(value))
+        return next(filter(None, found), "")
+    return "" if isinstance(value, shape) and not isinstance(value, bool) else f"{at} is of another type"
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
