@@ -196,8 +196,8 @@ class InternalError(PillionError):
     """An invariant of Pillion broke. Please report it with the log."""
 
 
-_RANK = re.compile("[0-9]{1,9}")
-"""A rank as a key of JSON. Another key is none of ours, and is left out."""
+_RANK = re.compile("-1|[0-9]{1,9}")
+"""A rank as a key of JSON; -1 is the whole executor. Another key is none of ours, and is left out."""
 
 
 @dataclass(frozen=True, slots=True)
