@@ -32,6 +32,8 @@ SETTLED_SHARE: Final = 0.25
 """The first quarter warms up: allocators, plans, page tables."""
 MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0}
 """MiB between the first settled sample and the last; beyond it something is kept. A new executor after a restart differs by a few."""
+KEYS_ON_THEIR_WAY: Final = 4
+"""A sample falls between two phases, whose keys are there or not."""
 
 
 def values(step: int, rank: int) -> torch.Tensor:
@@ -121,7 +123,13 @@ def judge(samples: list[dict[str, Any]]) -> int:
             continue
         if last[key] - first[key] > MAY_GROW.get(key, 0.0):
             grown[key] = (first[key], last[key])
-    attempts = len(samples) // (ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE)
+    each = ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE
+    attempts = len(samples) // each
+    for begin in range(0, len(samples) - each + 1, each):
+        # The keys of one session; those of sessions before stay in a store that outlives them.
+        keys = [found["store_keys"] for found in samples[begin : begin + each]]
+        if keys[-1] > keys[0] + KEYS_ON_THEIR_WAY:
+            grown[f"store_keys of attempt {begin // each}"] = (keys[0], keys[-1])
     print(json.dumps({"grown": grown, "attempts": attempts, "keys": (first["store_keys"], last["store_keys"])}))
     return 1 if grown else 0
 

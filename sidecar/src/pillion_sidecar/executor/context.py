@@ -55,6 +55,8 @@ class Context:
     """Coordinator: the last `.metadata`, which is the same as long as plan and lengths are."""
     finished_phases: list[str] = field(default_factory=list)
     """Phases of the last save, forgotten when every pod has arrived at the next one."""
+    finished_loads: list[str] = field(default_factory=list)
+    """Phases of the last load, likewise."""
     signal_store: Any = None
     """A client of its own for `signals`; None within one pod."""
     loads: int = 0
@@ -182,7 +184,7 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
         between = storage_exchange.StorageExchange(context.root, context.session, context.pods, context.first_rank)
         context.exchange = Watched(between, context.watch)
         context.store_lost = True
-        context.finished_phases = []
+        context.finished_phases, context.finished_loads = [], []
         return operation()
 
 

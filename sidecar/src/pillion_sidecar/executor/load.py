@@ -89,7 +89,13 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     for number in range(ROUNDS_LIMIT):
         at = f"{phase}/{number}"
         if context.coordinator:
-            context.exchange.publish(f"{at}/choice", _choose(context, request, phase, refused))
+            choice = _choose(context, request, phase, refused)
+            if number == 0 and choice["error"] is None:
+                # Every pod is here, so that every pod has left the load before.
+                context.exchange.forget(context.finished_loads)
+                context.finished_loads = [f"{phase}/offer"]
+            context.finished_loads += [f"{at}/choice", f"{at}/result", f"{at}/verdict"]
+            context.exchange.publish(f"{at}/choice", choice)
         # The coordinator waits for every pod's offer first.
         choice = context.exchange.receive(f"{at}/choice", context.peer_timeout_s * 2)
         refused = dict(choice["refused"])

@@ -45,6 +45,9 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> in
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
             decision: dict[str, Any] = {"step": pick(held, offers), "missing": []}
+            # Every pod is here, so that every pod has left the rescue before.
+            before = f"rescue/{context.rescues - 1}"
+            context.exchange.forget([f"{before}/offer", f"{before}/choice"])
         except BarrierTimeout as err:
             decision = {"step": None, "missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)

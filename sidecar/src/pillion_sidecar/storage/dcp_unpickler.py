@@ -177,9 +177,9 @@ _OPCODES: Final = (
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
     *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
-    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+    *("GLOBAL", "STACK_GLOBAL", "BUILD"),
 )
-"""What a pickler needs for these classes, whatever its protocol; and the three that set items of a dict, which `_Unpickler` does
+"""What a pickler needs for these classes, whatever its protocol; and those that call, or set items of a dict, which `_Unpickler` does
 itself. None of the others: sets, buffers, extension codes and persistent ids have no place in a `.metadata`."""
 
 
@@ -206,6 +206,17 @@ class _Unpickler(pickle._Unpickler):
             # A MetadataIndex is hashed by its identity. Nothing else may be: see the module.
             into[expect(key, (str, int, Instance), "a key of a dict")] = value
 
+    def _load_reduce(self) -> None:
+        # Checked here: the interpreter's own error would have the text of what is called in it, whatever that is.
+        arguments = expect(self.stack.pop(), tuple, "what a function is called with")
+        self.stack[-1] = expect(self.stack[-1], _Callable, "what is called")(*arguments)
+
+    def _load_newobj(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if arguments != () or not isinstance(kind, type) or not issubclass(kind, Instance):
+            raise Refusal("not a .metadata file of DCP: an instance of no class of DCP, or made with arguments")
+        self.append(kind())
+
     def _load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set_items(self.stack[-1], [key, value])
@@ -224,6 +235,8 @@ def _table() -> dict[int, Callable[[Any], None]]:
     known: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
     table = {code: known[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
     table |= {
+        pickle.REDUCE[0]: _Unpickler._load_reduce,
+        pickle.NEWOBJ[0]: _Unpickler._load_newobj,
         pickle.SETITEM[0]: _Unpickler._load_setitem,
         pickle.SETITEMS[0]: _Unpickler._load_setitems,
         pickle.DICT[0]: _Unpickler._load_dict,
