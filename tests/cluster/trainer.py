@@ -7,7 +7,8 @@ one JSON object a line.
 
 Environment: STEPS, STEP_S, MIB (of state a rank); DIE_AT: the step at which rank 0 kills itself, unless it has loaded
 something (under torchrun only: the first process of a container cannot);
-EXIT: the exit status at the end.
+HANG_AT: the step after which every rank stands still for ever and ignores SIGTERM, unless it has loaded something;
+EXIT: the exit status at the end; EXIT_AT: the step after which the end comes early, unless it has loaded something.
 """
 
 import json
@@ -39,7 +40,15 @@ def main() -> None:
             report = checkpointer.last_load
             assert report is not None
             equal = state["step"] == loaded and torch.equal(weights, values(loaded, rank, numel))
-            say("loaded", rank=rank, step=loaded, tier=str(report.tier), equal=bool(equal), elapsed_s=report.elapsed_s)
+            say(
+                "loaded",
+                rank=rank,
+                step=loaded,
+                tier=str(report.tier),
+                equal=bool(equal),
+                elapsed_s=report.elapsed_s,
+                refused=dict(report.refused),
+            )
             if not equal:
                 sys.exit("what was loaded is not what was saved")
         handles = []
@@ -63,6 +72,13 @@ def main() -> None:
                     say(event, rank=rank, step=handle.step)
             if step % 20 == 0:
                 say("step", rank=rank, step=step)
+            if loaded is None and step == int(os.environ.get("HANG_AT", "-1")):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                say("hangs", rank=rank, step=step)
+                while True:
+                    signal.pause()
+            if loaded is None and step == int(os.environ.get("EXIT_AT", "-1")):
+                break
             time.sleep(step_s)
         say("trained", rank=rank, step=steps)
     if distributed:

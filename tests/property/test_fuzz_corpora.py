@@ -66,7 +66,7 @@ def test_a_target_that_fails_is_a_finding_and_so_is_one_that_dies(tmp_path: Path
     target = targets.Target(
         name="a-test", make=lambda _: feed, allowed=(ValueError,), seeds=lambda: [b"a", b"b", b"c", b"d"], is_json=False
     )
-    hung_s, engine.HUNG_S = engine.HUNG_S, 0.05  # type: ignore[misc]  # shorter, for this test alone
+    hung_s, engine.HUNG_S = engine.HUNG_S, 0.1  # type: ignore[misc]  # shorter, for this test alone
     slow_s, engine.SLOW_S = engine.SLOW_S, 0.02  # type: ignore[misc]  # as above
     try:
         outcome = engine.run(target, target.corpus(), runs=4, seed=0)

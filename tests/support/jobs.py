@@ -175,3 +175,13 @@ def said(kube: Kube, pod: str, event: str, *options: str) -> list[Json]:
 def last(kube: Kube, pod: str, event: str, *options: str) -> int:
     """The newest step of which a trainer has said that; -1 where it has not."""
     return max((int(line["step"]) for line in said(kube, pod, event, *options)), default=-1)
+
+
+def committed(volume: Path, job: str = "train") -> list[int]:
+    """The steps of a job with a commit marker on the volume, oldest first."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in volume.glob(f"{job}/step-*/.metadata"))
+
+
+def newest(volume: Path, job: str = "train") -> int:
+    """The newest of them; -1 where there is none."""
+    return max(committed(volume, job), default=-1)

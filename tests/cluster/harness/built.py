@@ -18,7 +18,7 @@ from typing import Final
 
 from cluster.harness import binaries, control_plane, images, node, packages, pki
 from cluster.harness.limits import Limit, cache_folder, state_folder
-from cluster.harness.machine import HarnessError, Machine, make_network, remove_network, route, run
+from cluster.harness.machine import HarnessError, Machine, make_network, remove_network, route, run, set_link
 from cluster.harness.node import CONTAINERD_SOCKET
 
 CONTROL: Final = "control"
@@ -98,7 +98,8 @@ class Built:
         self.load(images.of_a_node())
         self._system_accounts()
         for each in others:
-            node.start_kubelet(each, authority, server=control_plane.server(control))
+            node.configure(each, authority, server=control_plane.server(control))
+            node.start_kubelet(each)
         self._until(self._nodes_ready, Limit.NODE, f"nodes to be Ready; logs in {self.folder}")
         self.run_kubectl("apply", "-f", str(Path(__file__).with_name("dns.yaml")))
         self.run_kubectl(
@@ -157,6 +158,27 @@ class Built:
         socket = self.machines[node].inside(CONTAINERD_SOCKET)
         identity = container_id.removeprefix("containerd://")
         run("ctr", "--address", socket, "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", identity)
+
+    @contextlib.contextmanager
+    def lost(self, node_name: str) -> Iterator[None]:
+        """A node has lost its link and its power while the block runs; then it boots, with its disk as it was."""
+        control, machine = self.machines[CONTROL], self.machines[node_name]
+        # The link first: a machine that has lost its power says no word to those it was connected to.
+        set_link(control, machine, "down")
+        machine.stop()
+        try:
+            yield
+        finally:
+            for own in node.VOLATILE_FOLDERS:
+                shutil.rmtree(machine.inside(own))
+            node.remove_cgroups([node_name])
+            machine.start()
+            self._record()
+            set_link(control, machine, "up")
+            node.start_containerd(machine, NODES.index(node_name) + 1)
+            self._until(machine.inside(CONTAINERD_SOCKET).exists, Limit.NODE, f"containerd of {node_name}")
+            node.start_kubelet(machine)
+            self._until(self._nodes_ready, Limit.NODE, f"nodes to be Ready; logs in {self.folder}")
 
     def run_kubectl(self, *arguments: str, limit: Limit = Limit.COMMAND) -> str:
         return run(self.kubectl, f"--kubeconfig={self.kubeconfig}", *arguments, limit=limit)

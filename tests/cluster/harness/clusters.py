@@ -60,6 +60,9 @@ class Cluster(Protocol):
     def kill(self, node: str, container_id: str) -> None:
         """SIGKILL to the first process of a container, as the kernel would send it."""
 
+    def lost(self, node: str) -> AbstractContextManager[None]:
+        """A node has lost its link and its power while the block runs; then it boots, and is Ready again at the end."""
+
 
 def choose(name: str) -> Cluster:
     """

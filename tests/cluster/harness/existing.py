@@ -67,3 +67,6 @@ class Existing:
 
     def kill(self, node: str, container_id: str) -> None:
         raise HarnessError(f"{container_id} is not killed: {node} is not ours")
+
+    def lost(self, node: str) -> AbstractContextManager[None]:
+        raise HarnessError(f"{node} is not switched off: it is not ours")

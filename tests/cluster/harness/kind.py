@@ -91,6 +91,16 @@ class Kind:
         kill = ("ctr", "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", identity)
         run("docker", "exec", node, *kill)
 
+    @contextlib.contextmanager
+    def lost(self, node: str) -> Iterator[None]:
+        run("docker", "kill", node)
+        try:
+            yield
+        finally:
+            run("docker", "start", node)
+            ready = ("wait", "--for=condition=Ready", f"node/{node}", f"--timeout={Limit.NODE.s:.0f}s")
+            run(self.kubectl, f"--kubeconfig={self.kubeconfig}", *ready, limit=Limit.NODE)
+
     def volume(self, name: str) -> Path:
         path = Path(VOLUMES) / name
         path.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ HOST_ADDRESS: Final = "10.77.0.254"
 NETWORK_BITS: Final = 24
 BRIDGE: Final = "pillion0"
 POLL_S: Final = 0.05
+_STARTED: Final[list[subprocess.Popen[bytes]]] = []
+"""Machines of this process, for its life: a Popen that is collected complains of a process that is to outlive it."""
 
 
 class HarnessError(Exception):
@@ -130,6 +132,7 @@ class Machine:
                 stderr=log,
                 start_new_session=True,
             )
+        _STARTED.append(self._process)
         self.pid = self._process.pid
         deadline = time.monotonic() + Limit.MACHINE.s
         while not self.alive():
@@ -236,6 +239,11 @@ def route(machines: Sequence[Machine], destination: str, via: Machine) -> None:
     for each in machines:
         if each is not via:
             run("ip", "-n", each.namespace, "route", "add", destination, "via", via.address)
+
+
+def set_link(control: Machine, other: Machine, state: str) -> None:
+    """Take the link between a machine and the others "down", or "up" again. Nobody hears that the machine has ended."""
+    run("ip", "-n", control.namespace, "link", "set", other.name, state)
 
 
 def remove_network(names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ Must never: use another machine's folders; /run, /var/lib/kubelet and the rest a
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +16,14 @@ from cluster.harness.limits import Limit
 from cluster.harness.machine import Machine, run
 
 OWN_FOLDERS: Final = ("/run", "/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/var/log", "/etc/cni/net.d")
+VOLATILE_FOLDERS: Final = ("/run",)
+"""Of those, what a boot empties."""
 CONTAINERD_SOCKET: Final = "/run/containerd/containerd.sock"
 PAUSE_IMAGE: Final = "localhost/pillion-test/pause:1"
 CLUSTER_DNS: Final = "10.79.0.10"
 POD_SUBNET: Final = "10.78.0.0/16"
 CGROUPS: Final = Path("/sys/fs/cgroup")
+KUBECONFIG: Final = "kubelet.kubeconfig"
 
 CONTAINERD: Final = f"""\
 version = 2
@@ -65,14 +69,8 @@ def start_containerd(node: Machine, number: int) -> None:
     node.start_program("containerd", "containerd", "--config", node.folder / "containerd.toml")
 
 
-def start_kubelet(node: Machine, authority: pki.Authority, *, server: str) -> None:
-    """Start the kubelet and kube-proxy; the node registers itself."""
-    group = f"/{node.namespace}"
-    for controller in _controllers():
-        (controller / group.strip("/")).mkdir(exist_ok=True)
-        for name in ("cpuset.cpus", "cpuset.mems"):
-            if (controller / name).exists():
-                (controller / group.strip("/") / name).write_text((controller / name).read_text())
+def configure(node: Machine, authority: pki.Authority, *, server: str) -> None:
+    """Write what the kubelet and kube-proxy read."""
     # No resolver of this machine: pods resolve names of the cluster only.
     resolv = node.folder / "resolv.conf"
     resolv.write_text("")
@@ -86,7 +84,7 @@ def start_kubelet(node: Machine, authority: pki.Authority, *, server: str) -> No
         },
         "authorization": {"mode": "Webhook"},
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": group,
+        "cgroupRoot": f"/{node.namespace}",
         "containerRuntimeEndpoint": f"unix://{CONTAINERD_SOCKET}",
         "clusterDNS": [CLUSTER_DNS],
         "clusterDomain": "cluster.local",
@@ -102,14 +100,7 @@ def start_kubelet(node: Machine, authority: pki.Authority, *, server: str) -> No
     }
     (node.folder / "kubelet.json").write_text(json.dumps(config))
     kubelet = authority.kubeconfig(node.name, f"system:node:{node.name}", server=server, groups=["system:nodes"])
-    node.start_program(
-        "kubelet",
-        binaries.program("kubelet"),
-        f"--kubeconfig={kubelet}",
-        f"--config={node.folder / 'kubelet.json'}",
-        f"--hostname-override={node.name}",
-        f"--node-ip={node.address}",
-    )
+    shutil.copy(kubelet, node.folder / KUBECONFIG)
     proxy = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -123,6 +114,23 @@ def start_kubelet(node: Machine, authority: pki.Authority, *, server: str) -> No
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     }
     (node.folder / "kube-proxy.json").write_text(json.dumps(proxy))
+
+
+def start_kubelet(node: Machine) -> None:
+    """Start the kubelet and kube-proxy; the node registers itself, or is Ready again."""
+    for controller in _controllers():
+        (controller / node.namespace).mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if (controller / name).exists():
+                (controller / node.namespace / name).write_text((controller / name).read_text())
+    node.start_program(
+        "kubelet",
+        binaries.program("kubelet"),
+        f"--kubeconfig={node.folder / KUBECONFIG}",
+        f"--config={node.folder / 'kubelet.json'}",
+        f"--hostname-override={node.name}",
+        f"--node-ip={node.address}",
+    )
     node.start_program("kube-proxy", binaries.program("kube-proxy"), f"--config={node.folder / 'kube-proxy.json'}")
 
 

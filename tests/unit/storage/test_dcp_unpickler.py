@@ -159,10 +159,15 @@ def test_only_texts_numbers_and_instances_are_hashed(key: bytes) -> None:
         dcp_metadata.decode(b"\x80\x02}" + key + b"Ns.")
 
 
-def test_an_error_does_not_write_out_what_a_file_repeats() -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"ctorch\nSize\n(", b"t\x85R."), (b"", b"NR."), (b"", b")R."), (b"", b")\x81.")],
+    ids=["a size", "called with None", "called", "a class"],
+)
+def test_an_error_does_not_write_out_what_a_file_repeats(before: bytes, after: bytes) -> None:
     """Text of a value in which each tuple holds the one before twice would have 2**60 characters."""
-    with pytest.raises(ValueError, match="stands among sizes") as caught:
-        dcp_metadata.decode(b"\x80\x02ctorch\nSize\n()" + b"2\x86" * 60 + b"t\x85R.")
+    with pytest.raises(ValueError, match=r"not a \.metadata file") as caught:
+        dcp_metadata.decode(b"\x80\x02" + before + b")" + b"2\x86" * 60 + after)
     assert len(str(caught.value)) < 1000
 
 

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 DEPTH_MOST: Final = 64
 """Objects and lists within each other. A pod has some ten; each costs a call within a call where it is copied."""
+_INT64: Final = 2**63
+"""The API server has no larger integers; one of 4,300 digits cannot even be written down when something was added to it."""
 _SCALAR: Final = (str, int, float)
 _AMOUNTS: Final = {"requests": {"*": _SCALAR}, "limits": {"*": _SCALAR}}
 _SECURITY: Final = {"runAsUser": int, "runAsGroup": int}
@@ -85,7 +87,9 @@ def _problem(value: Any, shape: Any, path: str) -> str:
             return f"{at} must be a list"
         found = (_problem(each, shape[0], f"{path}[{index}]") for index, each in enumerate(value))
         return next(filter(None, found), "")
-    return "" if isinstance(value, shape) and not isinstance(value, bool) else f"{at} is of another type"
+    if not isinstance(value, shape) or isinstance(value, bool):
+        return f"{at} is of another type"
+    return f"{at} is no number of 64 bits" if isinstance(value, int) and not -_INT64 <= value < _INT64 else ""
 
 
 def _is_deeper(value: Any, most: int) -> bool:

@@ -1,0 +1,108 @@
+"""
+The story: a node is gone without a word, its pod is replaced on the other node, and training goes on from the newest commit.
+
+Called from: pytest.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cluster.conftest import Training
+from cluster.harness.clusters import Cluster
+from support import jobs
+from support.deadlines import Deadline
+from support.kube import Json, Kube, condition
+from support.release import Release
+
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+"""The taint by which a platform team says that nothing runs there any more. Source: Kubernetes documentation, "Node Shutdowns"."""
+LEAVES_AFTER_S = 5
+"""A pod's patience with a node that is gone: so short that the story is about us, and not about Kubernetes' five minutes."""
+RANKS = (0, 1) if os.environ.get("PILLION_CAMPAIGN_ROUNDS") else (0,)
+"""Whose node it is. The coordinator's is the harder one, and enough for a run that is not a campaign: each takes a minute and a half."""
+GRACE_S = 5
+"""Of the trainer; injection adds the drain's time."""
+PERIOD = 20
+"""Steps between commits."""
+
+POD: Json = {
+    "terminationGracePeriodSeconds": GRACE_S,
+    "tolerations": [
+        {"key": f"node.kubernetes.io/{key}", "effect": "NoExecute", "tolerationSeconds": LEAVES_AFTER_S}
+        | {"operator": "Exists"}
+        for key in ("not-ready", "unreachable")
+    ],
+    "topologySpreadConstraints": [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "DoNotSchedule",
+            # A node that is gone takes no pod, so it is no place to spread to.
+            "nodeTaintsPolicy": "Honor",
+            "labelSelector": {"matchLabels": {"job-name": "train"}},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def in_service(release: Release) -> Iterator[None]:
+    """Whatever the test does, every node is in service afterwards, and the operator runs."""
+    yield
+    for node in release.kube.all("nodes"):
+        if any(taint["key"] == OUT_OF_SERVICE for taint in node["spec"].get("taints", [])):
+            release.kube.run("taint", "node", node["metadata"]["name"], f"{OUT_OF_SERVICE}-")
+    release.install()
+
+
+@pytest.mark.usefixtures("in_service")
+@pytest.mark.parametrize("rank", RANKS)
+def test_training_goes_on_without_a_node(
+    training: Training, cluster: Cluster, rank: int, record_property: Callable[[str, object], None]
+) -> None:
+    """A rank's memory is gone with its node: both load the newest commit, on the node that is left, and go on to commit."""
+    kube = training.kube
+    training.run(jobs.policy(), *jobs.job(pods=2, env={"STEPS": "100000", "STEP_S": "0.2"}, pod=POD))
+    kube.until(lambda: kube.newest_checkpoint() >= 2 * PERIOD, Deadline.TRAINED, "two commits")
+    lost, kept = kube.pods("train") if rank == 0 else reversed(kube.pods("train"))
+    node, other = lost["spec"]["nodeName"], kept["spec"]["nodeName"]
+    assert node != other
+
+    begun = time.monotonic()
+    with cluster.lost(node):
+        committed = jobs.newest(training.volume)
+        kube.until(lambda: not ready(kube, node), Deadline.NODE_LOST, "the node to be found lost")
+        record_property("noticed_s", round(time.monotonic() - begun, 1))
+        kube.run("taint", "node", node, f"{OUT_OF_SERVICE}=nodeshutdown:NoExecute", "--overwrite")
+        if rank == 0:
+            # torchrun's own store was there, and its client waits without a bound for a host that says nothing (torch 2.6:
+            # TCPStore::doWait, after its timeout): a job's operator restarts the other pods of such a job.
+            kube.delete("pod", kept["metadata"]["name"])
+        old = {lost["metadata"]["uid"]} | ({kept["metadata"]["uid"]} if rank == 0 else set())
+
+        def loads() -> list[Json]:
+            found = kube.pods("train")
+            assert [pod["spec"].get("nodeName") for pod in found] == [other, other]
+            assert not old & {pod["metadata"]["uid"] for pod in found}
+            last = [jobs.said(kube, pod["metadata"]["name"], "loaded")[-1:] for pod in found]
+            assert all(last), last
+            return [line for lines in last for line in lines]
+
+        loaded = kube.until(loads, Deadline.RECOVERED, "both ranks to load")
+        record_property("loaded_s", round(time.monotonic() - begun, 1))
+        assert all(line["equal"] for line in loaded)
+        (step,) = {line["step"] for line in loaded}
+        # A commit may have been on its way when the power went.
+        assert committed <= step <= committed + PERIOD
+        kube.until(lambda: jobs.newest(training.volume) > step, Deadline.TRAINED, "commits of the two pods on one node")
+        record_property("committed_s", round(time.monotonic() - begun, 1))
+    record_property("back_s", round(time.monotonic() - begun, 1))
+    assert ready(kube, node)
+
+
+def ready(kube: Kube, node: str) -> bool:
+    """Whether the control plane takes the node for alive."""
+    return condition(kube.get("node", node), "Ready").get("status") == "True"
