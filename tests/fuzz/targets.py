@@ -56,7 +56,7 @@ def _content(path: Path) -> bytes:
 def temporary_folder(stack: contextlib.ExitStack) -> Path:
     """A folder in memory where there is one, which ends with the stack."""
     in_memory = Path("/dev/shm")
-    made = tempfile.mkdtemp(prefix="pillion-fuzz-", dir=in_memory if in_memory.is_dir() else None)
+    made = tempfile.mkdtemp(prefix="fuzzed-pillion-", dir=in_memory if in_memory.is_dir() else None)
     stack.callback(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
 
