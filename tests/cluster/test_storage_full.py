@@ -27,7 +27,7 @@ def test_a_full_volume_is_reported_and_heals(training: Training, cluster: Cluste
         fill = "dd if=/dev/zero of=/pillion/storage/ballast bs=64k 2>/dev/null; ls /pillion/storage"
         kube.exec(name, "pillion-sidecar", "sh", "-c", fill)
 
-        kube.until(lambda: jobs.said(kube, name, "failed"), Deadline.HOME, "a failed save")
+        kube.until(lambda: jobs.said(kube, name, "failed"), Deadline.REFUSED, "a failed save")
         assert "No space left" in jobs.said(kube, name, "failed")[-1]["error"]
 
         def told() -> bool:
@@ -43,7 +43,9 @@ def test_a_full_volume_is_reported_and_heals(training: Training, cluster: Cluste
         kube.exec(name, "pillion-sidecar", "rm", "/pillion/storage/ballast")
         before = jobs.last(kube, name, "failed")
         kube.until(
-            lambda: any(line["step"] > before for line in jobs.said(kube, name, "committed")), Deadline.HOME, "a save"
+            lambda: any(line["step"] > before for line in jobs.said(kube, name, "committed")),
+            Deadline.REFUSED,
+            "a save",
         )
         kube.until(
             lambda: condition(kube.get("checkpointpolicy", "llm"), "Degraded").get("status") == "False",

@@ -150,6 +150,21 @@ def injected_pod() -> dict[str, Any]:
     return made.pod
 
 
+def _statuses(_: contextlib.ExitStack) -> Feed:
+    """The annotation of a pod that looks injected: whoever makes a pod can write it, and the API server checks nothing of it."""
+    whole, found = injected_pod(), checkpoint_policy.from_object(POLICY)
+
+    def feed(data: bytes) -> None:
+        pod = json.loads(json.dumps(whole))
+        pod["metadata"]["annotations"][annotations.STATUS] = data.decode("utf-8", "replace")
+        decision = _decide(pod, found)
+        if isinstance(decision, decide.Inject) and len(decision.patch) < OPERATIONS_MOST:
+            assert json_patch.apply(pod, decision.patch) == decision.pod
+        injected.project(pod)
+
+    return feed
+
+
 def _decide(pod: dict[str, Any], found: checkpoint_policy.CheckpointPolicy) -> decide.Decision:
     """As `webhook.server` decides; any other error than `NotAPod` would be caught there too, and is a finding here."""
     try:
@@ -310,6 +325,13 @@ TARGETS: Final = (
     Target(
         name="admission", make=_admission, allowed=(review.BadReview,), words=WORDS, weight=3,
         seeds=lambda: _encoded(admission(), admission(object=injected_pod()), admission(operation="DELETE", object=None)),
+    ),
+    Target(
+        name="status-annotations",
+        make=_statuses,
+        allowed=(),
+        words=(*WORDS, "before", "declared", "python_path", "grace_s", "grace_set_s", "resources_set", "version"),
+        seeds=lambda: [injected_pod()["metadata"]["annotations"][annotations.STATUS].encode()],
     ),
     Target(
         name="policies", make=_policies, allowed=(NoDocument, UnicodeDecodeError, SettingsError), words=WORDS,

@@ -205,6 +205,17 @@ class ApiContract:
 
         access.run(scenario)
 
+    def test_a_watch_of_less_than_a_second_ends(self, access: Access) -> None:
+        """A bound below the API's unit is rounded up to it; zero would be the server's own bound of half an hour."""
+
+        async def scenario(api: Client) -> None:
+            version = (await api.list(access.config_maps))["metadata"]["resourceVersion"]
+            async with asyncio.timeout(Deadline.API.s):
+                async for _ in api.watch(access.config_maps, resource_version=version, timeout_s=0.4):
+                    pass
+
+        access.run(scenario)
+
     def test_a_watch_from_a_forgotten_version_is_gone(self, access: Access) -> None:
         """A version that the server knows no more is an error of its own kind, so that a list follows."""
 

@@ -47,6 +47,7 @@ class Deadline(enum.Enum):
     TRAINED = (180.0, "a trainer in a pod imports torch, joins its peers and makes some dozens of steps")
     RECOVERED = (180.0, "a crashed or replaced trainer has started again and loaded")
     HOME = (20.0, "what a sidecar reports has reached an object's status, or a policy its job: a few reports")
+    REFUSED = (60.0, "a save that storage refuses was tried again for 20 s (`RETRY_AFTER_S`), and its end was told")
     ROLLED_OUT = (150.0, "the operator's Deployments are available after an install or a change")
     NODE_LOST = (120.0, "the control plane has noticed that a node is gone, and moved on")
 

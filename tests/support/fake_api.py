@@ -19,6 +19,8 @@ from aiohttp import web
 from support.background import Background
 
 Json = dict[str, Any]
+SERVER_WATCH_S: Final = 1800
+"""What zero seconds stand for, as at the real one (its flag --min-request-timeout)."""
 _KEPT: Final = 10_000
 """Events of the past that a watch can begin from."""
 
@@ -252,7 +254,7 @@ class FakeApi:
         assert task is not None
         self._streams.add(task)
         try:
-            async with asyncio.timeout(float(request.query["timeoutSeconds"])):
+            async with asyncio.timeout(int(request.query["timeoutSeconds"]) or SERVER_WATCH_S):
                 async for kind, found in self._events(version, where, name):
                     document = {"type": kind, "object": found if whole else _metadata_only(found)}
                     await response.write(json.dumps(document).encode() + b"\n")

@@ -9,6 +9,7 @@ Must never: wait without a bound, or log a body.
 import asyncio
 import contextlib
 import json
+import math
 import os
 import ssl
 from collections.abc import AsyncGenerator, Mapping
@@ -284,7 +285,7 @@ class Client:
             label_selector: as in `list`, and so are the next two.
             field_selector: see there.
             metadata_only: see there.
-            timeout_s: after which the server is to end the stream.
+            timeout_s: after which the server is to end the stream; rounded up to whole seconds.
             idle_s: how long nothing at all may come. Then the stream ends, as if the server had ended it.
 
         Raises:
@@ -295,7 +296,8 @@ class Client:
             watch="true",
             allowWatchBookmarks="true",
             resourceVersion=resource_version,
-            timeoutSeconds=int(timeout_s),
+            # Whole seconds, and never zero, which stands for the server's own half an hour or more.
+            timeoutSeconds=max(1, math.ceil(timeout_s)),
             labelSelector=label_selector,
             fieldSelector=field_selector,
         )

@@ -46,6 +46,21 @@ _POD: Final[dict[str, Any]] = {
 }
 """By field: a type, an object of such, or a list of such. `*` is every field."""
 
+_STATUS: Final[dict[str, Any]] = {
+    **dict.fromkeys(("policy", "policy_uid", "job_kind", "job_name", "job_id", "image"), str),
+    "policy_generation": int,
+    "containers": [str],
+    "before": {
+        "grace_s": int,
+        "grace_set_s": int,
+        "resources": _AMOUNTS,
+        "resources_set": _AMOUNTS,
+        "python_path": {"*": str},
+        "declared": _CONTAINER,
+    },
+}
+"""The annotation that says what injection did: whoever makes a pod can write it."""
+
 
 class NotAPod(ValueError):
     """A value has not the shape of a pod; the text says where."""
@@ -67,6 +82,11 @@ def problem(pod: Any, parts: tuple[str, ...] = ("metadata", "spec")) -> str:
     if _is_deeper(pod, DEPTH_MOST):
         return f"it is nested more than {DEPTH_MOST} deep"
     return _problem({part: pod[part] for part in parts}, _POD, "")
+
+
+def status_problem(document: Any) -> str:
+    """What of the document in a status annotation has another shape; empty: nothing."""
+    return "it is nested too deep" if _is_deeper(document, DEPTH_MOST) else _problem(document, _STATUS, "")
 
 
 def _problem(value: Any, shape: Any, path: str) -> str:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pillion_operator.injection import annotations, pods
+from pillion_operator.injection import annotations, pods, shape
 from pillion_operator.injection.pods import Json
 
 VERSION: Final = 1
@@ -62,10 +62,10 @@ def read(pod: Json) -> Status | None:
     text = pods.metadata_map(pod, "annotations").get(annotations.STATUS, "")
     try:
         document: dict[str, Any] = json.loads(text)
-        if document.pop("version") != VERSION:
+        if document.pop("version") != VERSION or shape.status_problem(document):
             return None
         document["containers"] = tuple(document["containers"])
         document["before"] = Before(**document["before"])
         return Status(**document)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
