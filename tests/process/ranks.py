@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from pillion import checkpointer
-from support import deadlines, leaks
+from support import deadlines, leaks, network
 from support.deadlines import Deadline
 
 _TAIL_CHARS: Final = 6000
@@ -217,6 +217,7 @@ class Ranks:
         env: Mapping[str, str] | None = None,
         store: "dist.TCPStore | None" = None,
         attempt: int = 0,
+        namespaces: Mapping[str, str] | None = None,
     ) -> Job:
         """
         Forks `num_ranks` trainers that run `body`. Several join a gloo group over a store that this process hosts, as
@@ -227,12 +228,13 @@ class Ranks:
           env: laid over this process's environment.
           store: the store of an earlier job, as after an elastic restart.
           attempt: torchrun's restart count.
+          namespaces: of the network of each pod (`support.network`). None: all live in this process's.
         """
         if num_ranks > 1 and store is None:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             self._stores.append(store)
         for turn in range(JOIN_TRIES):
-            trainers = self._fork_all(body, num_ranks, pods, env, store, attempt, turn)
+            trainers = self._fork_all(body, num_ranks, pods, env, store, attempt, turn, namespaces or {})
             if num_ranks == 1 or all(trainer.joined() for trainer in trainers):
                 break
             # Seen in some 1 of 500 forks on a loaded machine: torch's gloo never finishes in a child that was forked
@@ -254,6 +256,7 @@ class Ranks:
         store: "dist.TCPStore | None",
         attempt: int,
         turn: int,
+        namespaces: Mapping[str, str],
     ) -> list[Trainer]:
         trainers = []
         for rank in range(num_ranks):
@@ -263,17 +266,18 @@ class Ranks:
                     "RANK": str(rank),
                     "WORLD_SIZE": str(num_ranks),
                     "LOCAL_RANK": str(rank),
-                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_ADDR": store.host,
                     "MASTER_PORT": str(store.port),
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
                     "TORCHELASTIC_RESTART_COUNT": str(attempt),
                 }
             if pods is not None:
                 variables["PILLION_POD"] = pods[rank]
-            trainers.append(self._fork(body, rank, num_ranks, variables))
+            namespace = namespaces.get(variables.get("PILLION_POD", ""), "")
+            trainers.append(self._fork(body, rank, num_ranks, variables, namespace))
         return trainers
 
-    def _fork(self, body: Body, rank: int, world_size: int, variables: Mapping[str, str]) -> Trainer:
+    def _fork(self, body: Body, rank: int, world_size: int, variables: Mapping[str, str], namespace: str) -> Trainer:
         output = self._folder / f"{len(self._started)}.rank{rank}"
         ours, theirs = Pipe()
         with warnings.catch_warnings():
@@ -284,6 +288,8 @@ class Ranks:
             status = 1
             try:
                 ours.close()
+                if namespace:
+                    network.enter(namespace)
                 _become(output, variables)
                 status = _run(body, Peer(rank, world_size, theirs), theirs)
             finally:

@@ -32,6 +32,8 @@ class Who(StrEnum):
     EXECUTOR = "executor"
     STORE = "store"
     """The process that hosts the job's store: rank 0's, or torchrun's agent."""
+    NETWORK = "network"
+    """The link between one pod and all others, the store among them."""
 
 
 class Where(StrEnum):
@@ -61,6 +63,10 @@ class Deed(StrEnum):
     """The store's process is killed."""
     SILENCE = "silent"
     """It is stopped: it takes questions and answers none."""
+    CUT = "cut"
+    """Packets are lost, from now on."""
+    INTERRUPT = "interrupted"
+    """Packets are lost, for a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +110,11 @@ class Cell:
             # Every part is durable: whoever comes commits it.
             return frozenset({Outcome.COMMITTED})
         return frozenset({Outcome.COMMITTED, Outcome.ABSENT})
+
+    @property
+    def needs_a_network(self) -> bool:
+        """Whether each pod needs a network of its own."""
+        return self.who is Who.NETWORK
 
     @property
     def kills_a_trainer(self) -> bool:
@@ -186,3 +197,7 @@ def _deeds(phase: Phase, where: Where) -> Iterator[Cell]:
     if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD):
         yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)  # type: ignore[arg-type]
         yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)  # type: ignore[arg-type]
+    if where is Where.COORDINATOR:
+        for of in Where:
+            yield Cell(who=Who.NETWORK, deed=Deed.CUT, of=of, **held)  # type: ignore[arg-type]
+            yield Cell(who=Who.NETWORK, deed=Deed.INTERRUPT, of=of, **held)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Final, final
 
 import torch.distributed as dist
 
-from support import deadlines
+from support import deadlines, network
 from support.deadlines import Deadline
 
 _STATUS: Final = 0
@@ -23,10 +23,11 @@ _STATUS: Final = 0
 @final
 class StoreHost:
     """
-    A forked child that hosts a TCPStore on a free port of the loopback.
+    A forked child that hosts a TCPStore on a free port of the loopback, or of a network that the test made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, made: network.Network | None = None) -> None:
+        self.host = made.store_address if made else "127.0.0.1"
         ours, theirs = Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -34,7 +35,9 @@ class StoreHost:
         if self.pid == 0:
             with contextlib.suppress(BaseException):
                 ours.close()
-                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
+                if made:
+                    network.enter(made.store)
+                store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, use_libuv=False)
                 theirs.send(store.port)
                 # Until the test ends, or ends this.
                 theirs.recv()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pillion.errors import ErrorDocument, LoadError, PillionError, SaveError
+from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
 from pillion_sidecar import session_record, settings
 from pillion_sidecar.arena.slots import Save
@@ -238,6 +238,8 @@ class Operations:
                 counts = self._record.counts
                 self._note(counts=dataclasses.replace(counts, loads=counts.loads + 1))
             raise LoadError(f"two executors in a row died while they loaded: {err}") from err
+        except BarrierTimeout as err:
+            raise LoadError(str(err)) from err
         return result
 
     async def rescue(self, pod: Pod, held: list[int], persisted: list[int]) -> int | None:

@@ -6,12 +6,16 @@ Called from: pytest.
 
 import threading
 import time
+import types
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pillion.errors import BarrierTimeout, SidecarError
 from pillion_sidecar.executor import exchange, load, rescue, storage_exchange
+from pillion_sidecar.executor import watch as watch_module
+from pillion_sidecar.executor.context import Context, with_failover
 from pillion_sidecar.executor.storage_exchange import StorageExchange
 from pillion_sidecar.executor.watch import Watch, Watched
 from support.deadlines import Deadline
@@ -90,21 +94,56 @@ def test_the_newest_commit_is_missed_when_it_is_gone(
     assert bool(load.missing(remembered, arena, committed)) is refused
 
 
-def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(tmp_path: Path) -> None:
-    """At the bound they look whether somebody meets elsewhere; otherwise the bound is what it was."""
+class Empty(exchange.LocalExchange):
+    """A store in which nobody is: each wait goes to its bound."""
 
-    class Empty(exchange.LocalExchange):
-        def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-            raise BarrierTimeout(phase=phase, missing=[0], waited_s=timeout_s)
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.waits_s: list[float] = []
 
+    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
+        self.waits_s.append(timeout_s)
+        threading.Event().wait(timeout_s)
+        raise BarrierTimeout(phase=phase, missing=[0], waited_s=timeout_s)
+
+
+def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They look again and again whether somebody meets elsewhere, long before the bound; else it is what it was."""
+    monkeypatch.setattr(watch_module, "LOOK_S", 0.05)
     watch = Watch(storage_timeout_s=1.0, store_timeout_s=1.0)
-    waiting = Watched(Empty(0), watch, lambda: storage_exchange.is_used(str(tmp_path), SESSION))
-    with pytest.raises(BarrierTimeout):
-        waiting.receive("plan", 1.0)
+    empty = Empty()
+    waiting = Watched(empty, watch, lambda: storage_exchange.is_used(str(tmp_path), SESSION))
+    with pytest.raises(BarrierTimeout) as caught:
+        waiting.receive("plan", 0.12)
+    assert len(empty.waits_s) == 3
+    assert caught.value.waited_s >= 0.12
     pod(tmp_path, 2)
+    begun = time.monotonic()
     with pytest.raises(exchange.StoreLost):
-        waiting.receive("plan", 1.0)
+        waiting.receive("plan", Deadline.REPLY.s)
+    assert time.monotonic() - begun < Deadline.REPLY.s / 2
     assert watch.report() is None
+
+
+def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) -> None:
+    """A layout is published once; a coordinator whose executor is replaced afterwards looks for it where the pods meet by then."""
+    context = types.SimpleNamespace(
+        store_lost=False, root=str(tmp_path), session=SESSION, pods=PODS, first_rank=2, layouts={"a": object()},
+        plans={"b": object()}, watch=Watch(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
+        finished_loads=["y"], coordinator=True, generation=7,
+    )  # fmt: skip
+    said: list[bool] = []
+
+    def operation() -> None:
+        if not context.store_lost:
+            raise exchange.StoreLost("gone")
+        said.append(not context.layouts and not context.plans)
+
+    with_failover(cast("Context", context), operation)
+    assert said == [True]
+    assert pod(tmp_path, 0).receive("generation", 0.0) == {"generation": 7}
 
 
 def test_a_watch_reports_the_thread_that_is_nearest_to_its_bound() -> None:

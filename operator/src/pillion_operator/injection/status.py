@@ -64,8 +64,9 @@ def read(pod: Json) -> Status | None:
         document: dict[str, Any] = json.loads(text)
         if document.pop("version") != VERSION or shape.status_problem(document):
             return None
-        document["containers"] = tuple(document["containers"])
-        document["before"] = Before(**document["before"])
-        return Status(**document)
+        # A null is an absent field: one that may be absent has its default then, one that may not is a TypeError.
+        known = {key: value for key, value in document.items() if value is not None}
+        before = {key: value for key, value in known.pop("before").items() if value is not None}
+        return Status(**known | {"containers": tuple(known["containers"]), "before": Before(**before)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -151,18 +151,18 @@ def open_context(document: Mapping[str, Any]) -> Context:
 
 
 def _agree_on_generation(context: Context, *, known: Any) -> int:
-    if context.coordinator:
-        if isinstance(known, int) and known > 0:
-            generation = known  # a successor of an executor that died goes on in its generation
-        elif context.root:
-            os.makedirs(context.root, exist_ok=True)
-            generation = commit.claim_generation(context.root)
-            storage_exchange.forget_sessions(context.root, but=context.session)
-        else:
-            generation = time.time_ns()
-        context.exchange.publish("generation", {"generation": generation})
-        return generation
-    return int(context.exchange.receive("generation", context.peer_timeout_s)["generation"])
+    """The coordinator's, or, for a successor of an executor that died, its predecessor's: one that may have lost touch with the others."""
+    generation = known if isinstance(known, int) and known > 0 else 0
+    if not context.coordinator:
+        return generation or int(context.exchange.receive("generation", context.peer_timeout_s)["generation"])
+    if not generation and context.root:
+        os.makedirs(context.root, exist_ok=True)
+        generation = commit.claim_generation(context.root)
+        storage_exchange.forget_sessions(context.root, but=context.session)
+    elif not generation:
+        generation = time.time_ns()
+    context.exchange.publish("generation", {"generation": generation})
+    return generation
 
 
 def with_failover(context: Context, operation: Callable[[], T]) -> T:
@@ -185,6 +185,11 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
         context.exchange = Watched(between, context.watch)
         context.store_lost = True
         context.finished_phases, context.finished_loads = [], []
+        # What was published once a session lies in the store: a pod whose executor is replaced will look for it here.
+        context.layouts.clear()
+        context.plans.clear()
+        if context.coordinator:
+            context.exchange.publish("generation", {"generation": context.generation})
         return operation()
 
 

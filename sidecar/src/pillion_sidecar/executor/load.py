@@ -95,14 +95,15 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
                 context.exchange.forget(context.finished_loads)
                 context.finished_loads = [f"{phase}/offer"]
             context.finished_loads += [f"{at}/choice", f"{at}/result", f"{at}/verdict"]
-            context.exchange.publish(f"{at}/choice", choice)
+            # The epoch that holds when this ends well: a pod that missed the end of an earlier load is in step again.
+            context.exchange.publish(f"{at}/choice", choice | {"epoch": context.epoch + 1})
         # The coordinator waits for every pod's offer first.
         choice = context.exchange.receive(f"{at}/choice", context.peer_timeout_s * 2)
         refused = dict(choice["refused"])
         if choice["error"] is not None:
             raise ErrorDocument.from_document(choice["error"]).to_exception()
         if choice["step"] is None:
-            context.epoch += 1
+            context.epoch = int(choice["epoch"])
             return {"step": None, "tier": "fresh", "path": "", "refused": refused, "opaque": {}}
         step, tier = int(choice["step"]), str(choice["tier"])
         phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
@@ -127,7 +128,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         if verdict["error"] is not None:
             raise ErrorDocument.from_document(verdict["error"]).to_exception()
         if verdict["corrupt"] is None:
-            context.epoch += 1
+            context.epoch = int(choice["epoch"])
             return {"step": step, "tier": tier, "path": choice["path"], "refused": refused, "opaque": opaque}
         refused[f"{tier}:{step}"] = str(verdict["corrupt"])
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")

@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 SLOWEST_BYTES_PER_S: Final = 10e6
 """A sync may take the storage's bound, and this rate for what it has to write out: a tenth of the slowest network disk."""
+LOOK_S: Final = 5.0
+"""How long one who waits for others waits at a time: between two waits it looks whether they meet elsewhere by now, and a store that
+does not answer is noticed this long, and its bound, after the question. A thousand pods look 200 times a second."""
 
 
 class Watch:
@@ -69,10 +72,10 @@ class Watch:
 
 class Watched:
     """
-    An exchange whose calls are watched: one with a bound of its own gets the store's bound more, as a stopped store keeps no time.
+    An exchange whose calls are watched. A wait for others is made in pieces, each of which the store has to end in time.
 
     Args:
-        moved: whether other pods meet elsewhere by now; asked when somebody did not come in time.
+        moved: whether other pods meet elsewhere by now; asked when somebody has not come yet.
     """
 
     def __init__(self, inner: exchange.Exchange, watch: Watch, moved: Callable[[], bool] = lambda: False) -> None:
@@ -84,24 +87,38 @@ class Watched:
         self._watched(phase, 0.0, lambda: self._inner.post(phase, document))
 
     def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
-        return self._watched(phase, timeout_s, lambda: self._inner.collect(phase, timeout_s))
+        return self._wait(phase, timeout_s, lambda piece_s: self._inner.collect(phase, piece_s))
 
     def publish(self, phase: str, document: exchange.Document) -> None:
         self._watched(phase, 0.0, lambda: self._inner.publish(phase, document))
 
     def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-        return self._watched(phase, timeout_s, lambda: self._inner.receive(phase, timeout_s))
+        return self._wait(phase, timeout_s, lambda piece_s: self._inner.receive(phase, piece_s))
 
     def forget(self, phases: Sequence[str]) -> None:
         self._watched("forget", 0.0, lambda: self._inner.forget(phases))
+
+    def _wait(self, phase: str, timeout_s: float, call: Callable[[float], T]) -> T:
+        started = begun = time.monotonic()
+        left_s = timeout_s
+        while True:
+            piece_s = min(left_s, LOOK_S)
+            try:
+                return self._watched(phase, piece_s, lambda piece_s=piece_s: call(piece_s))  # type: ignore[misc]
+            except BarrierTimeout as err:
+                if self._moved():
+                    raise exchange.StoreLost(f"other pods do not meet in the job's store any more: {err}") from err
+                now = time.monotonic()
+                # Who gave up at once knows that nobody will come.
+                gave_up = now - begun < piece_s / 2
+                begun, waited_s = now, now - started
+                left_s = timeout_s - waited_s
+                if left_s <= 0 or gave_up:
+                    raise BarrierTimeout(phase=phase, missing=err.missing, waited_s=waited_s) from err
 
     def _watched(self, phase: str, timeout_s: float, call: Callable[[], T]) -> T:
         self._watch.begins(exchange.PEERS, phase, timeout_s + self._watch.store_timeout_s)
         try:
             return call()
-        except BarrierTimeout as err:
-            if self._moved():
-                raise exchange.StoreLost(f"other pods do not meet in the job's store any more: {err}") from err
-            raise
         finally:
             self._watch.idle()
