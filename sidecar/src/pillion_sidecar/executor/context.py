@@ -76,6 +76,18 @@ class Context:
     def coordinator(self) -> bool:
         return self.first_rank == 0
 
+    def phases_left(self) -> list[str]:
+        """(coordinator) What it still has in the exchange when the session ends."""
+        published = [
+            "generation",
+            *(f"layout/{each}" for each in self.layouts),
+            *(f"plan/{each}" for each in self.plans),
+        ]
+        rescues = [
+            f"rescue/{number}/{part}" for number in (self.rescues - 1, self.rescues) for part in ("offer", "choice")
+        ]
+        return [*self.finished_phases, *self.finished_loads, *published, *rescues]
+
     def step_path(self, step: int) -> str:
         return os.path.join(self.root, names.step_directory(step))
 

@@ -107,6 +107,8 @@ class Executor:
                 self._log_level,
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                # A wait in the job's store that runs out is no news (`watch.LOOK_S`); torch writes two lines for each.
+                env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ},
             )
         except BaseException:
             ours.close()

@@ -70,7 +70,8 @@ class Signals:
         self._on_lost = on_lost
         self._seen = self.begun = store.add(KEY, 0) if seen is None else seen
         store.set(f"{LISTENING}/{first_rank}", "")
-        self._awaited = [f"{LISTENING}/{each}" for each in pods]
+        self._listening = tuple(f"{LISTENING}/{each}" for each in pods)
+        self._awaited = list(self._listening)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pillion-signals", daemon=True)
         self._thread.start()
@@ -106,6 +107,18 @@ class Signals:
                 if not self._closed.is_set():
                     self._on_lost()
                 return
+
+    def forget(self) -> None:
+        """
+        (coordinator) Delete the session's keys; it is over in every pod.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        newest = self._store.add(KEY, 0)
+        numbers = range(max(1, newest - KEPT_MESSAGES + 1), newest + 1)
+        for key in (KEY, *self._listening, *(f"{KEY}/{number}" for number in numbers)):
+            self._store.delete_key(key)
 
     def close(self) -> None:
         """Stop looking. Blocks: up to POLL_S and one round trip."""

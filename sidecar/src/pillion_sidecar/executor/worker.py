@@ -54,6 +54,8 @@ class Worker:
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._context: context_module.Context | None = None
         self._signals: signals.Signals | None = None
+        self._store: Any = None
+        """Where the session of `_context` meets."""
         self._writer: Mapping[str, Any] | None = None
         """The policy's storage.writer, for saves that name no destination."""
         self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
@@ -130,12 +132,11 @@ class Worker:
     def _open(self, request: messages.Message) -> dict[str, Any]:
         if self._signals is not None:
             self._signals.close()
-            self._signals = None
         if self._context is not None:
-            for segment in self._context.segments.values():
-                segment.close()
-            self._context = None
+            self._leave(self._context, request["session"])
+        self._context = self._signals = None
         self._context = context_module.open_context(request["session"])
+        self._store = request["session"]["store"]
         named = policy.parse(request["session"]["policy"], embedded=True).storage.writer
         self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
         if named is not None:
@@ -156,6 +157,18 @@ class Worker:
             "store": self._context.store_address,
             "signals": self._signals.begun if self._signals is not None else None,
         }
+
+    def _leave(self, context: context_module.Context, successor: messages.Message) -> None:
+        """A session is over: close what it had, and take its keys out of a store that goes on, as torchrun's agent's does."""
+        for segment in context.segments.values():
+            segment.close()
+        is_restart = successor["session"] != context.session and successor["store"] == self._store
+        if is_restart and self._store is not None and context.coordinator and not context.store_lost:
+            # torch's errors of a store are RuntimeErrors. What stays then are some two dozen small keys.
+            with contextlib.suppress(RuntimeError, PillionError):
+                context.exchange.forget(context.phases_left())
+                if self._signals is not None:
+                    self._signals.forget()
 
     def _opened(self) -> context_module.Context:
         if self._context is None:
