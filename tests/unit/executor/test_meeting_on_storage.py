@@ -128,11 +128,15 @@ def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(
 
 
 def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) -> None:
-    """A layout is published once; a coordinator whose executor is replaced afterwards looks for it where the pods meet by then."""
+    """
+    A layout is published once: a coordinator whose executor is replaced afterwards looks for it where the pods meet by then. So does a
+    pod that could not hear what the last rescue decided.
+    """
     context = types.SimpleNamespace(
         store_lost=False, root=str(tmp_path), session=SESSION, pods=PODS, first_rank=2, layouts={"a": object()},
         plans={"b": object()}, watch=Watch(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
         finished_loads=["y"], coordinator=True, generation=7,
+        last_choice=("rescue/0/choice", {"step": 5, "missing": []}),
     )  # fmt: skip
     said: list[bool] = []
 
@@ -144,6 +148,7 @@ def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) 
     with_failover(cast("Context", context), operation)
     assert said == [True]
     assert pod(tmp_path, 0).receive("generation", 0.0) == {"generation": 7}
+    assert pod(tmp_path, 2).receive("rescue/0/choice", 0.0)["step"] == 5
 
 
 def test_a_watch_reports_the_thread_that_is_nearest_to_its_bound() -> None:

@@ -65,6 +65,8 @@ class Context:
     """Loads that ended well: the pods agreed on each, so this is the same in every pod even after a load that one never joined."""
     rescues: int = 0
     """Rescues that ended well, likewise."""
+    last_choice: tuple[str, dict[str, Any]] | None = None
+    """Coordinator: what the last rescue decided, and under which phase: a pod may not have heard it."""
     store_lost: bool = False
     """The pods meet on storage."""
 
@@ -202,6 +204,8 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
         context.plans.clear()
         if context.coordinator:
             context.exchange.publish("generation", {"generation": context.generation})
+            if context.last_choice is not None:
+                context.exchange.publish(*context.last_choice)
         return operation()
 
 

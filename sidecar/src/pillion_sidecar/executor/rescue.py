@@ -51,6 +51,7 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> in
         except BarrierTimeout as err:
             decision = {"step": None, "missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)
+        context.last_choice = (f"{phase}/choice", decision)
     decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
