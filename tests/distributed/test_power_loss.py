@@ -1,0 +1,138 @@
+"""
+The whole of: what a file system holds when the power goes, at every phase of a save and after it was told: real ext4 on a block device.
+
+Called from: pytest. Needs root, loop devices and mkfs.ext4; skipped elsewhere, with what is missing.
+
+A copy of the device's image, taken while the save is held, has what the file system had written out by then and nothing of what it still
+had in memory: what a disk holds after a power cut, but for writes that the disk itself reorders. Mounting the copy replays its journal.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from torch.distributed import checkpoint as stock
+
+from distributed.test_matrix import BOUNDS, NUMEL, PODS, train, values
+from pillion.phases import Phase
+from pillion_sidecar import catalog, faults
+from pillion_sidecar.faults import Kind
+from process import ranks as processes
+from process.ranks import Ranks
+from support import deadlines
+from support.deadlines import Deadline
+from support.store_host import StoreHost
+
+SIZE_MIB: Final = 64
+OPTIONS: Final = "loop,data=writeback,noauto_da_alloc"
+"""The least that ext4 promises: neither data before names, nor a flush at a rename that replaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """An ext4 of its own."""
+
+    image: Path
+    mounted: Path
+
+    def copied(self, to: Path) -> Path:
+        """The power is lost: what is on the device now. Nothing is flushed for it."""
+        shutil.copyfile(self.image, to)
+        return to
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, timeout=Deadline.PROCESS_START.s, capture_output=True)
+
+
+@contextlib.contextmanager
+def mounted(image: Path, folder: Path, options: str = OPTIONS) -> Iterator[Path]:
+    folder.mkdir()
+    run("mount", "-t", "ext4", "-o", options, image, folder)
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    if os.geteuid() != 0:
+        pytest.skip("a file system of its own needs root")
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("a file system of its own needs mkfs.ext4 (e2fsprogs)")
+    if not Path("/dev/loop-control").exists() or subprocess.run(("losetup", "--find"), capture_output=True).returncode:
+        pytest.skip("a file system of its own needs a free loop device")
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(SIZE_MIB * 2**20)
+    run("mkfs.ext4", "-q", image)
+    with mounted(image, tmp_path / "disk") as folder:
+        yield Disk(image, folder)
+
+
+@pytest.mark.parametrize(
+    ("phase", "committed"),
+    [
+        (Phase.WRITE, False),
+        (Phase.FSYNC, False),
+        (Phase.REPORT, False),
+        (Phase.COMMIT, False),
+        (Phase.PUBLISH, False),
+        (Phase.RETAIN, True),
+        (None, True),
+    ],
+    ids=["write", "fsync", "report", "commit", "publish", "retain", "told"],
+)
+def test_a_power_cut_leaves_the_newest_commit_or_the_one_before(
+    disk: Disk, ranks: Ranks, tmp_path: Path, phase: Phase | None, *, committed: bool
+) -> None:
+    """Whatever is named as committed loads bit for bit, what was told is there, and what every part of lies there is finished."""
+    root, folder = disk.mounted / "runs", tmp_path / "faults"
+    folder.mkdir()
+    plan = [] if phase is None else [faults.fail_at(rank=0, phase=phase, fault=Kind.HOLD, step=2)]
+    env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, plan)}
+    store = StoreHost()
+    try:
+        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store)  # type: ignore[arg-type]
+        for command, step in (("save", 1), ("result", 1), ("save", 2)):
+            job.say((command, step))
+            job.hear()
+        if phase is None:
+            job.say(("result", 2))
+            assert job.hear() == [2, 2]
+            copy = disk.copied(tmp_path / "copy.img")
+        else:
+            deadlines.eventually(lambda: faults.hits(folder), Deadline.COMMITTED, f"the save is held at {phase}")
+            copy = disk.copied(tmp_path / "copy.img")
+            faults.release(folder)
+            job.say(("result", 2))
+            assert job.hear() == [2, 2]
+        job.say(("end", 0))
+        job.finish(Deadline.DRAINED)
+    finally:
+        faults.release(folder)
+        store.end()
+    with mounted(copy, tmp_path / "after") as after:
+        found = after / "runs"
+        named = processes.committed(found)
+        assert named == ([1, 2] if committed else [1])
+        catalog.finish_interrupted(str(found))
+        finished = processes.committed(found)
+        if committed or phase in (Phase.COMMIT, Phase.PUBLISH):
+            assert finished == [1, 2], "every part of step 2 was durable"
+        else:
+            # At the report it is the other pod's part that may be there or not.
+            assert finished in (named, [1, 2])
+        for step in finished:
+            state: dict[str, Any] = {f"weights{rank}": torch.zeros(NUMEL) for rank in (0, 1)}
+            stock.load(state, checkpoint_id=found / f"step-{step}", no_dist=True)
+            for rank in (0, 1):
+                assert torch.equal(state[f"weights{rank}"], values(step, rank)), f"step {step} of rank {rank}"
