@@ -8,7 +8,7 @@ import threading
 import time
 import types
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -114,10 +114,17 @@ def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(
     monkeypatch.setattr(watch_module, "LOOK_S", 0.05)
     watch = Watch(storage_timeout_s=1.0, store_timeout_s=1.0)
     empty = Empty()
-    waiting = Watched(empty, watch, lambda: storage_exchange.is_used(str(tmp_path), SESSION))
+    looks: list[Any] = []
+
+    def moved() -> bool:
+        looks.append(watch.report())
+        return storage_exchange.is_used(str(tmp_path), SESSION)
+
+    waiting = Watched(empty, watch, moved)
     with pytest.raises(BarrierTimeout) as caught:
         waiting.receive("plan", 0.12)
     assert len(empty.waits_s) == 3
+    assert [look["kind"] for look in looks] == [exchange.STORAGE] * 3, "storage that hangs there is noticed too"
     assert caught.value.waited_s >= 0.12
     pod(tmp_path, 2)
     begun = time.monotonic()

@@ -106,7 +106,7 @@ class Watched:
             try:
                 return self._watched(phase, piece_s, lambda piece_s=piece_s: call(piece_s))  # type: ignore[misc]
             except BarrierTimeout as err:
-                if self._moved():
+                if self._have_moved():
                     raise exchange.StoreLost(f"other pods do not meet in the job's store any more: {err}") from err
                 now = time.monotonic()
                 # Who gave up at once knows that nobody will come.
@@ -115,6 +115,14 @@ class Watched:
                 left_s = timeout_s - waited_s
                 if left_s <= 0 or gave_up:
                     raise BarrierTimeout(phase=phase, missing=err.missing, waited_s=waited_s) from err
+
+    def _have_moved(self) -> bool:
+        # A look at storage, which may hang as well as a write.
+        self._watch.storage("look whether other pods meet there")
+        try:
+            return self._moved()
+        finally:
+            self._watch.idle()
 
     def _watched(self, phase: str, timeout_s: float, call: Callable[[], T]) -> T:
         self._watch.begins(exchange.PEERS, phase, timeout_s + self._watch.store_timeout_s)
