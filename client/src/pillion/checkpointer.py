@@ -178,11 +178,11 @@ class Checkpointer:
 
         Ranks: all.
 
-        Blocks: for the read; see loading.LOAD_SILENCE_S.
+        Blocks: for the read; see loading.LOAD_SILENCE_S. A sidecar that dies meanwhile is waited for, and the load begun anew.
 
         Raises:
-            NoCheckpoint, CorruptCheckpoint, IncompatibleCheckpoint: see pillion.errors.
-            SidecarUnavailable: it went away.
+            LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`, or other ranks did not come.
+            SidecarUnavailable: it went away, and did not come back.
         """
         if self._closed:
             raise UsageError("the Checkpointer is closed")

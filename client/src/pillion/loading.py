@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 from pillion import flatten
 from pillion import leaves as leaves_module
-from pillion.errors import LoadError
+from pillion.errors import LoadError, SidecarUnavailable
 from pillion.handle import LoadReport
 from pillion.session import Session
 from pillion.wire import layout, messages
@@ -30,6 +31,12 @@ from pillion.wire import layout, messages
 LOAD_SILENCE_S: Final = 1800.0
 """Longest silence of the sidecar within a load. It speaks for every 32 MiB; the longest pause is the agreement of all pods,
 which waits for the slowest trainer to start."""
+TRIES: Final = 3
+"""How often a load is begun: a sidecar that dies in it has a successor, which finds the arena and the other pods as they were."""
+RETURN_S: Final = 60.0
+"""How long a load waits for the successor: a kubelet starts a container again at once, then after 10, 20, 40 s."""
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -45,12 +52,30 @@ def load(
 
     Ranks: all, in the same order.
 
-    Blocks: for the read; each silence of the sidecar is bounded by LOAD_SILENCE_S.
+    Blocks: for the read; each silence of the sidecar is bounded by LOAD_SILENCE_S, its absence by RETURN_S.
 
     Raises:
         LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`.
-        SidecarUnavailable: it went away.
+        SidecarUnavailable: it went away, and did not come back in time, or died each time.
     """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return _load(session, collector, state_dict, step, path=path)
+        except SidecarUnavailable as err:
+            if attempt == TRIES or not session.returned(RETURN_S):
+                raise
+            _log.warning("pillion: the load begins anew with the sidecar's successor: %s", err)
+    raise AssertionError("the last try returns or raises")
+
+
+def _load(
+    session: Session,
+    collector: leaves_module.Collector,
+    state_dict: dict[str, Any],
+    step: int | None,
+    *,
+    path: str | None,
+) -> LoadReport:
     started = time.perf_counter()
     mapping = session.mapping
     if mapping is None:

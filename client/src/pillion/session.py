@@ -236,6 +236,17 @@ class Session:
                 _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt + 1, err)
         _log.error("pillion: gave the sidecar up after %d attempts; saves fail from here on", RECONNECT_ATTEMPTS)
 
+    def returned(self, timeout_s: float) -> bool:
+        """
+        Whether a sidecar that was lost is back. Blocks: up to `timeout_s`; not at all when it was not lost.
+        """
+        deadline = time.monotonic() + timeout_s
+        was_lost = self._connection.lost
+        while self._connection.lost:
+            if time.monotonic() > deadline or self._closed.wait(embedded.POLL_S):
+                return False
+        return was_lost
+
     def _fail_all(self, error: PillionError) -> None:
         with self._lock:
             handles, self.handles = list(self.handles.values()), {}
