@@ -209,3 +209,31 @@ def test_a_pod_that_cannot_stage_tells_the_other_without_waiting_for_the_bound(r
     job = ranks.start(train, num_ranks=2, pods=PODS, env={"PILLION_PEER_TIMEOUT_S": "300"})
     assert all("'closure'" in text for text in job.finish())
     assert processes.committed(tmp_path) == [1, 3]
+
+
+def test_pods_whose_slots_are_all_whole_take_one_for_a_load_from_storage(ranks: Ranks, tmp_path: Path) -> None:
+    """Nothing is dropped before they have agreed: then an older step is loaded into a slot, and saves and loads go on."""
+
+    def train(peer: Peer) -> list[int | None]:
+        opened = checkpointer.Checkpointer(tmp_path)
+        opened.save(state_of(1, peer.rank), 1, persist=True).result(Deadline.COMMITTED.s)
+        for step in (2, 3):
+            opened.save(state_of(step, peer.rank), step, persist=False)
+        deadlines.eventually(
+            lambda: processes.status(opened)["saves"][-1]["phase"] == "done", Deadline.COMMITTED, "both are whole"
+        )
+        found = []
+        for wanted in (3, 1):
+            state = state_of(0, peer.rank)
+            found.append(opened.load(state, step=wanted))
+            assert torch.equal(state[f"own{peer.rank}"], state_of(wanted, peer.rank)[f"own{peer.rank}"])
+        assert opened.last_load is not None
+        assert opened.last_load.tier == "storage"
+        opened.save(state_of(2, peer.rank), 2, persist=True).result(Deadline.COMMITTED.s)
+        state = state_of(0, peer.rank)
+        found.append(opened.load(state))
+        assert torch.equal(state["shared"], state_of(found[-1] or 0, peer.rank)["shared"])
+        opened.close()
+        return found
+
+    assert ranks.start(train, num_ranks=2, pods=PODS).finish(Deadline.LOADED) == [[3, 1, 3], [3, 1, 3]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
 from pillion.wire import messages
-from pillion_sidecar.arena.slots import Save
+from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ class Loads:
 
     def progress(self, event: messages.Message) -> None:
         """An event of the executor for one rank."""
+        slot = event.get("slot")
+        pod = self._supervisor.pod
+        if event["type"] == "load_begin" and event["tier"] == "storage" and pod and isinstance(slot, int):
+            # It took one by itself, when none was lent.
+            self._lent = slot
+            pod.table.take(slot)
         entry = self._running.get(int(event.get("rank", -1)))
         if entry is not None:
             client, message = entry
@@ -103,11 +109,12 @@ class Loads:
             # A save in flight may be the newest: it is finished first.
             await supervisor.persisting.quiet(supervisor.settings.persist_timeout_s)
             self._release()
-            # First the slot, then the pins: with two slots the older snapshot has to make room.
+            # First the slot, then the pins: alone in its job a pod with two slots lets the older snapshot make room.
             self._lent = await self._lend()
             self._pinned = pod.table.pin()
             pod.table.forget_doomed()
-            pod.reset(self._lent)
+            if self._lent is not None:
+                pod.reset(self._lent)
             self._running = asked
             self._reading = set(asked)
             first = next(iter(asked.values()))[1]
@@ -117,7 +124,7 @@ class Loads:
                     "step": messages.optional_field(first, "step", int),
                     "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
                     "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
-                    "spare_slot": self._lent,
+                    "spare_slot": NO_SLOT if self._lent is None else self._lent,
                 },
             )
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
@@ -132,14 +139,15 @@ class Loads:
         finally:
             self._running = {}
 
-    async def _lend(self) -> int:
+    async def _lend(self) -> int | None:
+        """A slot to load into; None: the executor takes one once the pods have agreed on a checkpoint of storage."""
         supervisor = self._supervisor
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(supervisor.settings.peer_timeout_s):
                 while supervisor.pod is not None:
                     self._slot_free.clear()
                     slot = supervisor.pod.table.lend()
-                    if slot is not None:
+                    if slot is not None or supervisor.pod.table.crowded():
                         return slot
                     await self._slot_free.wait()
         raise LoadError(f"no slot became free to load into within {supervisor.settings.peer_timeout_s:.1f} s")

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
@@ -98,6 +98,8 @@ class Doomed:
 
 Decision = Granted | Replaced | MustWait | Skipped | Doomed
 
+NO_SLOT: Final = -1
+"""What a load is lent where every slot holds a whole save."""
 REMEMBERED_SKIPS = 64
 """How many skipped steps are remembered, so that a slower local rank gets the same answer: ranks are at most a few apart."""
 
@@ -149,6 +151,18 @@ class SlotTable:
         if slot is not None:
             self._lent.add(slot)
         return slot
+
+    def crowded(self) -> bool:
+        """Every slot holds a whole save that nobody uses: which of them all pods hold they have yet to tell each other."""
+        idle = {
+            save.slot for save in self.saves.values() if save.phase is Phase.DONE and save.complete and not save.pins
+        }
+        return len(idle) == self.num_slots and not self._lent
+
+    def take(self, slot: int) -> None:
+        """A load fills this slot, as the pods have agreed on a checkpoint of storage; what it held is gone."""
+        self.saves = {step: save for step, save in self.saves.items() if save.slot != slot}
+        self._lent.add(slot)
 
     def give_back(self, slot: int) -> None:
         self._lent.discard(slot)
@@ -243,11 +257,11 @@ class SlotTable:
         whole = [save for save in self.saves.values() if save.complete and not save.hopeless]
         newest = max(whole, key=lambda s: s.order, default=None)
         agreed = max((save for save in whole if save.concluded), key=lambda s: s.order, default=None)
-        if self.alone or agreed is None:
+        if self.alone:
             return [newest] if newest is not None else []
         if for_load:
-            # One of the two has to make room, and a peer may have died before it could seal the newest.
-            return [agreed]
+            # A peer may have died before it could seal the newest, or have heard what was concluded and this pod not.
+            return whole
         return [save for save in (newest, agreed) if save is not None and (save is newest or not save.persisted)]
 
     def sealed(self, step: int, rank: int) -> Save | None:

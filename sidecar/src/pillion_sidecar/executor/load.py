@@ -12,6 +12,7 @@ while the next is read; a snapshot in the arena is announced whole, and verified
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import traceback
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from pillion.errors import (
 from pillion.wire import arena, layout
 from pillion.wire.policy import OnMissing, RestoreMode
 from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar.arena.slots import NO_SLOT
 from pillion_sidecar.executor import exchange, fill, images
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.storage import digest
@@ -54,7 +56,7 @@ class Request:
     arena: Mapping[int, int]
     """step -> slot that every local rank has sealed."""
     spare_slot: int
-    """A slot that may be filled from storage."""
+    """A slot that may be filled from storage; NO_SLOT: one is taken once the pods have agreed on a checkpoint there."""
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Request:
@@ -110,6 +112,10 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         result: dict[str, Any] = {"corrupt": None, "error": None}
         opaque: dict[str, Any] = {}
         try:
+            if tier == "storage" and request.spare_slot == NO_SLOT:
+                request = dataclasses.replace(request, spare_slot=_take_slot(context, request, choice))
+            if tier == "arena" and usable[step] == request.spare_slot:
+                raise catalog.Damaged(f"the slot of step {step} was taken for a checkpoint that turned out corrupt")
             if tier == "arena":
                 opaque = _from_arena(context, request, usable[step], progress)
             else:
@@ -134,6 +140,15 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")
 
 
+def _take_slot(context: Context, request: Request, choice: Mapping[str, Any]) -> int:
+    """A slot of this pod to load into, where every one holds a whole snapshot: rather one that not all pods hold, then the oldest."""
+    step = min(request.arena, key=lambda each: (each in choice["arena"], each))
+    for segment in context.segments.values():
+        # Before the first byte: whoever finds the arena after a crash takes it for free.
+        segment.write_state(request.arena[step], arena.SlotState.FREE)
+    return request.arena[step]
+
+
 def _from_storage(context: Context, request: Request, path: str, step: int, progress: Progress) -> dict[str, Any]:
     def watched(event: Mapping[str, Any]) -> None:
         context.watch.moved()
@@ -150,12 +165,20 @@ def _from_storage(context: Context, request: Request, path: str, step: int, prog
 
 
 def _choose(context: Context, request: Request, phase: str, refused: Mapping[str, str]) -> dict[str, Any]:
-    choice: dict[str, Any] = {"step": None, "tier": "", "path": "", "refused": dict(refused), "error": None}
+    choice: dict[str, Any] = {
+        "step": None,
+        "tier": "",
+        "path": "",
+        "refused": dict(refused),
+        "error": None,
+        "arena": [],
+    }
     try:
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
         for offer in offers.values():
             choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
         arena_steps = set.intersection(*(set(map(int, offer["arena"])) for offer in offers.values()))
+        choice["arena"] = sorted(arena_steps)
         committed = _committed(context)
         choice["refused"] |= missing(commit.remembered(context.root), arena_steps, committed)
         found = pick(
