@@ -93,12 +93,19 @@ def kube(cluster: clusters.Cluster, release: Release) -> Iterator[Kube]:
         yield found
 
 
+def _is_bound(kube: Kube, claim: str) -> bool:
+    found = kube.get("persistentvolumeclaim", claim)
+    return found is not None and found.get("status", {}).get("phase") == "Bound"
+
+
 @pytest.fixture
 def training(cluster: clusters.Cluster, kube: Kube) -> Iterator[Training]:
     """A fresh namespace with a shared volume, its claim `checkpoints`, and the trainer's script."""
     folder = cluster.volume(kube.namespace)
     volume, claim = jobs.claim(kube.namespace, folder)
     kube.apply(volume, claim, jobs.script())
+    # A pod that comes before its claim is bound may be looked at again by the scheduler only after five minutes.
+    kube.until(lambda: _is_bound(kube, claim["metadata"]["name"]), Deadline.API, "the claim to be bound")
     yield Training(kube, folder)
     kube.delete("persistentvolume", volume["metadata"]["name"])
     shutil.rmtree(folder, ignore_errors=True)

@@ -29,7 +29,8 @@ from pillion_sidecar.storage import directio
 
 RETRY_AFTER_S: Final = (1.0, 4.0, 15.0)
 """Pauses before a save that storage refused is written again: most errors of network storage pass within seconds. 20 s in all, for
-which what is behind waits in its slot; then it has failed, and the next save finds out for itself."""
+which what is behind waits in its slot; then it has failed, and the saves behind it try once each, until one is committed: where training waits
+for a slot, it is not held up by a storage that is known to be down."""
 
 
 def metadata_of(context: Context, request: Request, phase: str, plan: planning.Plan) -> bytes:
@@ -93,14 +94,17 @@ def _outcome(
         outcome: dict[str, Any] = {"failures": remote_failures.documents(remote_failures.collect(documents))}
         if failed:
             errnos = {number for document in failed.values() for number in document.get("errnos", ())}
-            if all("errnos" in document for document in failed.values()) and attempt < len(RETRY_AFTER_S):
+            refused = all("errnos" in document for document in failed.values())
+            if refused and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
                 _make_room(context, request, errnos)
                 return outcome | {"again_s": RETRY_AFTER_S[attempt]}
+            context.storage_refuses = context.storage_refuses or refused
             _discard(context, request, directory)
             return outcome
         _check_generations(context, request, documents)
         context.watch.storage(f"commit {directory}")
         _commit(context, request, plan, directory, documents, metadata.result())
+        context.storage_refuses = False
         return outcome | {"size_bytes": sum(int(d["size_bytes"]) for d in documents.values())}
     except BarrierTimeout as err:
         missing = remote_failures.documents(remote_failures.of_missing(err))
@@ -109,7 +113,7 @@ def _outcome(
         raise
     except Exception as err:  # a boundary: the peers wait for the outcome
         outcome = {"failures": remote_failures.documents({0: remote_failures.of_exception(err)}), "kind": "CommitError"}
-        if isinstance(err, OSError) and attempt < len(RETRY_AFTER_S):
+        if isinstance(err, OSError) and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
             _make_room(context, request, {err.errno})
             outcome["again_s"] = RETRY_AFTER_S[attempt]
         return outcome

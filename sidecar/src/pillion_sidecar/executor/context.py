@@ -67,6 +67,8 @@ class Context:
     """Rescues that ended well, likewise."""
     last_choice: tuple[str, dict[str, Any]] | None = None
     """Coordinator: what the last rescue decided, and under which phase: a pod may not have heard it."""
+    storage_refuses: bool = False
+    """Coordinator: the last save was given up after all its tries; the next one gets one."""
     store_lost: bool = False
     """The pods meet on storage."""
 
