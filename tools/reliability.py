@@ -16,7 +16,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "reliability.md"
-BARS: Final = "▁▂▃▄▅▆▇█"
+BARS: Final = "0123456789"
 sys.path[:0] = [str(ROOT / each) for each in ("tests", "client/src", "sidecar/src")]
 
 
@@ -104,10 +104,10 @@ def campaign(lines: list[dict[str, Any]]) -> str:
 
 
 def soak(lines: list[dict[str, Any]]) -> str:
-    """A row for each thing that was counted: a few of its values, first to last, and all of them drawn from zero to the largest."""
+    """A row for each thing that was counted: a few of its values, first to last, and all of them as shares of the largest."""
     shown = [lines[index * (len(lines) - 1) // 5] for index in range(6)] if len(lines) > 6 else lines
     rounds = [str(line["round"]) for line in shown]
-    table = ["| | " + " | ".join([*rounds, "drawn from 0"]) + " |", "|---" * (len(rounds) + 2) + "|"]
+    table = ["| | " + " | ".join([*rounds, "all, in ninths of the largest"]) + " |", "|---" * (len(rounds) + 2) + "|"]
     for key in (each for each in lines[0] if each != "round"):
         values = [float(line[key]) for line in lines]
         bars = "".join(BARS[round(value / (max(values) or 1.0) * (len(BARS) - 1))] for value in values)

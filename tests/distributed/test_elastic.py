@@ -27,6 +27,11 @@ root, pods = pathlib.Path(sys.argv[1]), sys.argv[2]
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 store, rank, world = next(dist.rendezvous("env://"))
 dist.init_process_group("gloo", store=dist.PrefixStore(attempt, store), rank=rank, world_size=world)
+
+def prefixes():
+    keys = [key for key in store.list_keys() if "pillion/" in key]
+    return sorted({"/".join(key.split("pillion/")[1].split("/")[:2]) for key in keys})
+
 if pods == "two":
     os.environ["PILLION_POD"] = f"pod{rank}"
 checkpointer = pillion.Checkpointer(root)
@@ -40,14 +45,13 @@ for step in range(start + 1, 5):
     checkpointer.save(now, step).result(60)
     dist.barrier()
     if step == 2 and attempt == "0":
-        (root / f"ready{rank}").touch()
+        (root / f"ready{rank}").write_text(" ".join(prefixes()))
         dist.barrier()
         import signal
         signal.pause()
-keys = [key for key in store.list_keys() if "pillion/" in key]
 dist.barrier()
 checkpointer.close()
-told = {"rank": rank, "start": start, "tier": tier, "prefixes": sorted({"/".join(key.split("pillion/")[1].split("/")[:2]) for key in keys})}
+told = {"rank": rank, "start": start, "tier": tier, "prefixes": prefixes()}
 (root / f"told{rank}").write_text(json.dumps(told))
 dist.destroy_process_group()
 """
@@ -58,7 +62,7 @@ def test_a_restarted_attempt_goes_on_saving_in_a_generation_of_its_own(
     processes: Processes, ranks: Ranks, tmp_path: Path, rendezvous: str, pods: str
 ) -> None:
     """SIGKILL of rank 1 under torchrun: both ranks resume the newest step from the arena, and what they save bears a new
-    generation in its file names and a new prefix in the store."""
+    generation in its file names and, alone, a new prefix in the store."""
     root = tmp_path / "root"
     root.mkdir()
     script = tmp_path / "train.py"
@@ -91,4 +95,6 @@ def test_a_restarted_attempt_goes_on_saving_in_a_generation_of_its_own(
     assert generations[3] == generations[4]
     assert generations[1] != generations[3]
     if pods == "two":
-        assert len(told[0]["prefixes"]) == 2
+        before = (root / "ready0").read_text().split()
+        assert len(before) == len(told[0]["prefixes"]) == 1, "the first attempt's keys have left the store with it"
+        assert before != told[0]["prefixes"]
