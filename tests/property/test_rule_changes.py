@@ -173,10 +173,11 @@ TestRanksUnderChangingRules.settings = settings(max_examples=100, stateful_step_
 def test_with_a_lead_that_suffices_all_ranks_change_at_one_step(
     num_ranks: int, changes: list[tuple[int, Rule]], first: Rule, step_s: int, lead_s: int, data: st.DataObject
 ) -> None:
-    """When messages take less than the lead, all answers are equal at every step, and the last rule holds in the end."""
+    """When messages take less than the lead, and come in their order, all answers are equal, and the last rule holds in the end."""
     ranks = [cadence.Cadence(first, decides=rank == 0, lead_s=float(lead_s)) for rank in range(num_ranks)]
     on_the_way: list[tuple[float, int, int, Rule]] = []
     asked = dict(changes)
+    newest_s = [0.0] * num_ranks
     for step in range(1, 200):
         now_s = float(step * step_s)
         for arrives_s, rank, target, about in [each for each in on_the_way if each[0] <= now_s]:
@@ -188,7 +189,9 @@ def test_with_a_lead_that_suffices_all_ranks_change_at_one_step(
         change = ranks[0].change_proposal(step, now_s)
         if change is not None:
             delays_s = data.draw(st.lists(st.floats(0, lead_s), min_size=num_ranks, max_size=num_ranks))
-            on_the_way += [(now_s + delay_s, rank, *change) for rank, delay_s in enumerate(delays_s)]
+            # The channel keeps their order (`executor.signals`): one that is told again does not come behind its successor.
+            newest_s = [max(before_s, now_s + delay_s) for before_s, delay_s in zip(newest_s, delays_s, strict=True)]
+            on_the_way += [(arrives_s, rank, *change) for rank, arrives_s in enumerate(newest_s)]
     wanted = asked[max(asked)] if asked else first
     assert {each._rules.newest for each in ranks} == {wanted}
 
