@@ -147,7 +147,7 @@ def scene(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path) -> Itera
     env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, [fault])}
     with contextlib.ExitStack() as stack:
         made = None
-        if cell.needs_a_network:
+        if cell.who is Who.NETWORK:
             if absent := network.missing():
                 pytest.skip(absent)
             made = Network(PODS)
@@ -157,7 +157,7 @@ def scene(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path) -> Itera
         stack.callback(store.end)
         stack.callback(faults.release, folder)
         namespaces = made.pods if made else None
-        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store, namespaces=namespaces)  # type: ignore[arg-type]
+        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store, namespaces=namespaces)
         yield Scene(cell, ranks, root, folder, store, job, made)
 
 
@@ -283,7 +283,7 @@ def restart(scene: Scene, told: list[Any]) -> Outcome:
     try:
         # As the first attempt's, without faults: what restarts does not break again.
         env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
-        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)  # type: ignore[arg-type]
+        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)
         loaded = scene.all("load")
         assert loaded in ([1, 1], [2, 2]), loaded
         if lost_pods:

@@ -101,7 +101,7 @@ def test_a_power_cut_leaves_the_newest_commit_or_the_one_before(
     env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, plan)}
     store = StoreHost()
     try:
-        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store)  # type: ignore[arg-type]
+        job = ranks.start(train, num_ranks=len(PODS), pods=PODS, env=env, store=store)
         for command, step in (("save", 1), ("result", 1), ("save", 2)):
             job.say((command, step))
             job.hear()

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from pillion import checkpointer
 from support import deadlines, leaks, network
 from support.deadlines import Deadline
+from support.store_host import StoreHost
 
 _TAIL_CHARS: Final = 6000
 State = dict[str, Any]
@@ -215,7 +216,7 @@ class Ranks:
         num_ranks: int = 1,
         pods: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,
-        store: "dist.TCPStore | None" = None,
+        store: "dist.TCPStore | StoreHost | None" = None,
         attempt: int = 0,
         namespaces: Mapping[str, str] | None = None,
     ) -> Job:
@@ -226,7 +227,7 @@ class Ranks:
         Args:
           pods: name of each rank's pod; ranks of one name share a sidecar. None: all share one.
           env: laid over this process's environment.
-          store: the store of an earlier job, as after an elastic restart.
+          store: one that lives elsewhere, or that of an earlier job, as after an elastic restart.
           attempt: torchrun's restart count.
           namespaces: of the network of each pod (`support.network`). None: all live in this process's.
         """
@@ -245,7 +246,7 @@ class Ranks:
             raise deadlines.DeadlinePassed(
                 f"{num_ranks} ranks did not join in {JOIN_TRIES} tries: {trainers[0].tail()}"
             )
-        return Job(trainers, store)
+        return Job(trainers, store if isinstance(store, dist.TCPStore) else None)
 
     def _fork_all(
         self,
@@ -253,7 +254,7 @@ class Ranks:
         num_ranks: int,
         pods: Sequence[str] | None,
         env: Mapping[str, str] | None,
-        store: "dist.TCPStore | None",
+        store: "dist.TCPStore | StoreHost | None",
         attempt: int,
         turn: int,
         namespaces: Mapping[str, str],

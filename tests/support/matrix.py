@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from pillion.phases import Phase
 from pillion_sidecar.faults import Kind
@@ -112,11 +112,6 @@ class Cell:
         return frozenset({Outcome.COMMITTED, Outcome.ABSENT})
 
     @property
-    def needs_a_network(self) -> bool:
-        """Whether each pod needs a network of its own."""
-        return self.who is Who.NETWORK
-
-    @property
     def kills_a_trainer(self) -> bool:
         own = self.who is Who.TRAINER and self.kind in (Kind.SIGKILL, Kind.SIGSEGV)
         return own or (self.who is Who.TRAINER and self.deed is Deed.KILL)
@@ -186,18 +181,18 @@ def _executor(phase: Phase, where: Where) -> Iterator[Cell]:
 
 
 def _deeds(phase: Phase, where: Where) -> Iterator[Cell]:
-    held = {"phase": phase, "where": where, "kind": Kind.HOLD}
+    held: dict[str, Any] = {"phase": phase, "where": where, "kind": Kind.HOLD}
     if phase is not Phase.LOAD:
         for of in Where:
-            yield Cell(who=Who.TRAINER, deed=Deed.KILL, of=of, **held)  # type: ignore[arg-type]
+            yield Cell(who=Who.TRAINER, deed=Deed.KILL, of=of, **held)
     for of in Where:
-        yield Cell(who=Who.SUPERVISOR, deed=Deed.KILL, of=of, **held)  # type: ignore[arg-type]
+        yield Cell(who=Who.SUPERVISOR, deed=Deed.KILL, of=of, **held)
     other = Where.PEER if where is Where.COORDINATOR else Where.COORDINATOR
-    yield Cell(who=Who.EXECUTOR, deed=Deed.KILL, of=other, **held)  # type: ignore[arg-type]
+    yield Cell(who=Who.EXECUTOR, deed=Deed.KILL, of=other, **held)
     if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD):
-        yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)  # type: ignore[arg-type]
-        yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)  # type: ignore[arg-type]
+        yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)
+        yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)
     if where is Where.COORDINATOR:
         for of in Where:
-            yield Cell(who=Who.NETWORK, deed=Deed.CUT, of=of, **held)  # type: ignore[arg-type]
-            yield Cell(who=Who.NETWORK, deed=Deed.INTERRUPT, of=of, **held)  # type: ignore[arg-type]
+            yield Cell(who=Who.NETWORK, deed=Deed.CUT, of=of, **held)
+            yield Cell(who=Who.NETWORK, deed=Deed.INTERRUPT, of=of, **held)

@@ -58,9 +58,32 @@ def load(
         LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`.
         SidecarUnavailable: it went away, and did not come back in time, or died each time.
     """
+    started = time.perf_counter()
+    wanted = leaves_module.materialize(state_dict)
+    leaves = collector.collect(wanted)
+    of = leaves.layout
+    request: messages.Message = {"type": "load", "step": step, "path": path, "layout": of.encoded.decode()}
+    answer, opaque = _fill_anew(session, leaves, request)
+    found = messages.optional_field(answer, "step", int)
+    if found is not None:
+        _assign(state_dict, wanted, of, opaque)
+    return LoadReport(
+        step=found,
+        tier=messages.field(answer, "tier", str),
+        path=messages.field(answer, "path", str, ""),
+        elapsed_s=time.perf_counter() - started,
+        size_bytes=of.tensors_bytes,
+        refused={str(k): str(v) for k, v in messages.field(answer, "refused", dict, {}).items()},
+    )
+
+
+def _fill_anew(
+    session: Session, leaves: leaves_module.Leaves, request: messages.Message
+) -> tuple[messages.Message, list[bytes]]:
+    """`_fill`, with the sidecar's successor where it dies meanwhile."""
     for attempt in range(1, TRIES + 1):
         try:
-            return _load(session, collector, state_dict, step, path=path)
+            return _fill(session, leaves, request)
         except SidecarUnavailable as err:
             if attempt == TRIES or not session.returned(RETURN_S):
                 raise
@@ -68,23 +91,16 @@ def load(
     raise AssertionError("the last try returns or raises")
 
 
-def _load(
-    session: Session,
-    collector: leaves_module.Collector,
-    state_dict: dict[str, Any],
-    step: int | None,
-    *,
-    path: str | None,
-) -> LoadReport:
-    started = time.perf_counter()
+def _fill(
+    session: Session, leaves: leaves_module.Leaves, request: messages.Message
+) -> tuple[messages.Message, list[bytes]]:
+    """Ask, and copy what is announced; the last answer, and the opaque leaves in the order of the layout."""
     mapping = session.mapping
     if mapping is None:
         raise LoadError("the session has no arena")
-    wanted = leaves_module.materialize(state_dict)
-    leaves = collector.collect(wanted)
     of = leaves.layout
-    request: messages.Message = {"type": "load", "step": step, "path": path, "layout": of.encoded.decode()}
     copied = slot = 0
+    opaque: list[bytes] = []
     try:
         with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
             for answer in answers:
@@ -98,22 +114,13 @@ def _load(
                     copied = upto
                 elif answer["type"] == "loaded":
                     break
-            found = messages.optional_field(answer, "step", int)
-            if found is not None:
+            if messages.optional_field(answer, "step", int) is not None:
                 mapping.copy_out(slot, leaves, copied, len(of.items))
                 opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
-                _assign(state_dict, wanted, of, opaque)
     finally:
-        # Also after an error (a class that cannot be unpickled): slots that nobody reads any more must not stay lent.
+        # Also after an error: slots that nobody reads any more must not stay lent.
         session.send({"type": "load_done"})
-    return LoadReport(
-        step=found,
-        tier=messages.field(answer, "tier", str),
-        path=messages.field(answer, "path", str, ""),
-        elapsed_s=time.perf_counter() - started,
-        size_bytes=of.tensors_bytes,
-        refused={str(k): str(v) for k, v in messages.field(answer, "refused", dict, {}).items()},
-    )
+    return answer, opaque
 
 
 def _with_dtypes(leaves: leaves_module.Leaves, dtypes: Mapping[str, Any]) -> leaves_module.Leaves:

@@ -92,7 +92,7 @@ class Loads:
         slot = event.get("slot")
         pod = self._supervisor.pod
         if event["type"] == "load_begin" and event["tier"] == "storage" and pod and isinstance(slot, int):
-            # It took one by itself, when none was lent.
+            # The slot that was lent, or one that it took by itself where none was.
             self._lent = slot
             pod.table.take(slot)
         entry = self._running.get(int(event.get("rank", -1)))

@@ -9,6 +9,7 @@ What is watched moves on with every block, phase and answer, so that the bound i
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ class Watched:
         while True:
             piece_s = min(left_s, LOOK_S)
             try:
-                return self._watched(phase, piece_s, lambda piece_s=piece_s: call(piece_s))  # type: ignore[misc]
+                return self._watched(phase, piece_s, functools.partial(call, piece_s))
             except BarrierTimeout as err:
                 if self._have_moved():
                     raise exchange.StoreLost(f"other pods do not meet in the job's store any more: {err}") from err
