@@ -160,6 +160,8 @@ class Run:
                 del self._agents[pod]
                 if status != 0:
                     self._restart_agents()
+                    # The others that were looked at are gone with it.
+                    break
         return not self._agents
 
     def _restart_agents(self) -> None:

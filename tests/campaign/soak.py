@@ -1,5 +1,5 @@
 """
-The whole of: `make soak`: thousands of saves and restores on two pods, with retention and elastic restarts, and what grows meanwhile.
+The whole of: `make soak`: thousands of saves and restores, with retention and elastic restarts (one pod to three), and what grows meanwhile.
 
 Called from: the Makefile. Prints a line a sample, and ends with status 1 when something that must be flat is not.
 Must never: count what belongs to the trainers; they are torch's.
@@ -16,6 +16,9 @@ from typing import Any, Final
 
 import psutil
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from campaign.__main__ import warm
 from pillion import checkpointer
@@ -27,7 +30,11 @@ from support.deadlines import Deadline
 ROUNDS_AN_ATTEMPT: Final = 250
 ROUNDS_A_LOAD: Final = 25
 ROUNDS_A_SAMPLE: Final = 125
+WORLDS: Final = (2, 1, 2, 3)
+"""Pods of the attempts in turn, a rank each: every restart finds another world than the one that saved."""
+PODS: Final = ("a", "b", "c")
 NUMEL: Final = 500_000
+"""Of the whole state; does not divide by three."""
 SETTLED_SHARE: Final = 0.25
 """The first quarter warms up: allocators, plans, page tables."""
 MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0, "store_keys": 4}
@@ -35,29 +42,37 @@ MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0, "store_ke
 sample falls between two phases, whose keys are there or not."""
 
 
-GLOO_KEYS: Final = 2
-"""Keys that torch's gloo leaves in the store for each start of two ranks; without Pillion as well."""
+def values(step: int) -> torch.Tensor:
+    """The whole state after a step, in any world."""
+    return torch.arange(NUMEL, dtype=torch.float32) + step * 3
 
 
-def values(step: int, rank: int) -> torch.Tensor:
-    return torch.arange(NUMEL, dtype=torch.float32) + step * 3 + rank * 7
+def shard(step: int, peer: Peer) -> torch.Tensor:
+    """A rank's part of it."""
+    return values(step).chunk(peer.world_size)[peer.rank]
 
 
 def train(peer: Peer) -> None:
     """Rounds of one attempt: a save each, a load now and then, checked."""
-    name = f"weights{peer.rank}"
-    policy = {"retention": {"keepLast": 2}}
-    with checkpointer.Checkpointer(os.environ["SOAK_ROOT"], policy=policy) as opened:
-        state: dict[str, Any] = {name: torch.zeros(NUMEL), "step": 0}
-        begin = opened.load(state) or 0
+    local = torch.zeros_like(shard(0, peer))
+    weights = local
+    if peer.world_size > 1:
+        mesh = init_device_mesh("cpu", (peer.world_size,))
+        weights = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size([NUMEL]), stride=(1,))
+    begin = int(os.environ["SOAK_BEGIN"])
+    with checkpointer.Checkpointer(os.environ["SOAK_ROOT"], policy={"retention": {"keepLast": 2}}) as opened:
+        state: dict[str, Any] = {"weights": weights, "step": 0}
+        loaded = opened.load(state) or 0
+        assert loaded == begin, f"step {begin} was told to be committed, and {loaded} was loaded"
+        assert begin == 0 or torch.equal(local, shard(begin, peer))
         for step in range(begin + 1, begin + ROUNDS_AN_ATTEMPT + 1):
-            state[name].copy_(values(step, peer.rank))
+            local.copy_(shard(step, peer))
             state["step"] = step
             opened.save(state, step).result(Deadline.COMMITTED.s)
             if step % ROUNDS_A_LOAD == 0:
-                state[name].zero_()
+                local.zero_()
                 assert opened.load(state) == step
-                assert torch.equal(state[name], values(step, peer.rank))
+                assert torch.equal(local, shard(step, peer))
             if step % ROUNDS_A_SAMPLE == 0:
                 status = processes.status(opened)
                 peer.tell((step, status["pid"], status["executor_pid"], opened._session.runtime_dir))
@@ -79,14 +94,14 @@ def main() -> int:
         output = Path(folder) / "output"
         output.mkdir()
         group = Ranks(output, mark)
-        store = None
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
             for attempt in range(-(-of.rounds // ROUNDS_AN_ATTEMPT)):
-                env = {"SOAK_ROOT": str(root)}
-                job = group.start(train, num_ranks=2, pods=("a", "b"), env=env, store=store, attempt=attempt)
-                store = job.store
+                env = {"SOAK_ROOT": str(root), "SOAK_BEGIN": str(attempt * ROUNDS_AN_ATTEMPT)}
+                pods = PODS[: WORLDS[attempt % len(WORLDS)]]
+                job = group.start(train, num_ranks=len(pods), pods=pods, env=env, store=store, attempt=attempt)
                 for _ in range(ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE):
-                    samples.append(sample(job, root, attempt))
+                    samples.append(sample(job, store, root))
                     print(json.dumps(samples[-1]), flush=True)
                     job.say()
                 for trainer in job.trainers:
@@ -98,10 +113,10 @@ def main() -> int:
     return judge(samples)
 
 
-def sample(job: Job, root: Path, attempt: int) -> dict[str, Any]:
+def sample(job: Job, store: dist.TCPStore, root: Path) -> dict[str, Any]:
     """What is there now, of the coordinator's pod."""
-    (step, supervisor, executor, runtime_dir), _ = job.hear()
-    found: dict[str, Any] = {"round": step}
+    (step, supervisor, executor, runtime_dir), *_ = job.hear()
+    found: dict[str, Any] = {"round": step, "pods": len(job.trainers)}
     for name, pid in (("supervisor", supervisor), ("executor", executor)):
         process = psutil.Process(pid)
         with process.oneshot():
@@ -110,22 +125,21 @@ def sample(job: Job, root: Path, attempt: int) -> dict[str, Any]:
             found[f"{name}_threads"] = process.num_threads()
     blocks = sum(path.stat().st_blocks for path in Path(runtime_dir).iterdir())
     found["arena_mib"] = round(blocks * 512 / 2**20, 1)
-    assert job.store is not None
-    found["store_keys"] = job.store.num_keys() - GLOO_KEYS * (attempt + 1)
+    # gloo's stay behind at each start of the ranks; without Pillion as well.
+    found["store_keys"] = sum("pillion" in key for key in store.list_keys())
     found["files"] = sum(1 for path in root.rglob("*") if path.is_file())
     return found
 
 
 def judge(samples: list[dict[str, Any]]) -> int:
-    """0 when all is flat."""
+    """0 when all is flat: each world by itself, as more pods have more keys and files."""
     settled = samples[int(len(samples) * SETTLED_SHARE) :]
-    first, last = settled[0], settled[-1]
     grown = {}
-    for key in first:
-        if key == "round":
-            continue
-        if last[key] - first[key] > MAY_GROW.get(key, 0.0):
-            grown[key] = (first[key], last[key])
+    for pods in sorted(set(WORLDS)):
+        alike = [each for each in settled if each["pods"] == pods]
+        for key in alike[0] if alike else ():
+            if key != "round" and alike[-1][key] - alike[0][key] > MAY_GROW.get(key, 0.0):
+                grown[f"{pods} pods: {key}"] = (alike[0][key], alike[-1][key])
     print(json.dumps({"grown": grown, "attempts": len(samples) * ROUNDS_A_SAMPLE // ROUNDS_AN_ATTEMPT}))
     return 1 if grown else 0
 

@@ -4,7 +4,6 @@ The story: a pod is evicted, or its node is drained, and what it had in memory i
 Called from: pytest.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -53,7 +52,7 @@ def test_an_evicted_pods_newest_snapshot_is_loaded_by_the_next(training: Trainin
     assert jobs.newest(training.volume) == -1
 
     begun = time.monotonic()
-    evict(kube, first)
+    kube.evict(first["metadata"]["name"])
     kube.until(lambda: jobs.newest(training.volume) >= before, Deadline.DRAINED, "the newest snapshot to be committed")
     record_property("evicted_committed_s", round(time.monotonic() - begun, 1))
     kube.until(lambda: gone(kube, first), Deadline.POD_GONE, "the pod to be gone")
@@ -89,7 +88,7 @@ def test_the_snapshot_of_a_trainer_that_hangs_is_committed_while_it_ignores_its_
     assert jobs.newest(training.volume) == -1
 
     begun = time.monotonic()
-    evict(kube, pod)
+    kube.evict(pod["metadata"]["name"])
     kube.until(lambda: jobs.newest(training.volume) >= 0, Deadline.DRAINED, "the newest snapshot to be committed")
     record_property("hung_committed_s", round(time.monotonic() - begun, 1))
     evicted = kube.get("pod", pod["metadata"]["name"])
@@ -118,14 +117,6 @@ def replacement(kube: Kube) -> Json:
     """The pod that follows one that is gone."""
     (pod,) = kube.until(lambda: kube.pods("train"), Deadline.POD_STARTED, "a replacement")
     return pod
-
-
-def evict(kube: Kube, pod: Json) -> None:
-    """Ask the API server for an eviction, as a drain, a scheduler or a rebalancer does."""
-    name = pod["metadata"]["name"]
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name, "namespace": kube.namespace}}
-    path = f"/api/v1/namespaces/{kube.namespace}/pods/{name}/eviction"
-    kube.run("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
 
 
 def gone(kube: Kube, pod: Json) -> bool:

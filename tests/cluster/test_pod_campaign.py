@@ -1,5 +1,5 @@
 """
-The story: pods of a job are deleted and their containers killed at random, and each time the job goes on from where it is promised.
+The story: pods of a job are deleted and evicted and their containers killed at random, and each time the job goes on from where it is promised.
 
 Called from: pytest. PILLION_CAMPAIGN_SEED chooses another order of faults, PILLION_CAMPAIGN_ROUNDS more of them.
 """
@@ -39,6 +39,7 @@ class Fault(enum.Enum):
 
     DELETE = "delete pod"
     VANISH = "delete pod without grace"
+    EVICT = "evict pod"
     KILL_TRAINER = "kill trainer"
     KILL_SIDECAR = "kill sidecar"
 
@@ -111,7 +112,7 @@ def end(kube: Kube) -> None:
 def allowed(pod: Json, fault: Fault) -> Fault:
     """The fault, or a new pod in its place where the kubelet's back-off would be what is measured."""
     restarts = max(container_status(pod, name)["restartCount"] for name in (jobs.CONTAINER, "pillion-sidecar"))
-    return fault if restarts < RESTARTS_MOST or fault is Fault.VANISH else Fault.DELETE
+    return fault if restarts < RESTARTS_MOST or fault in (Fault.VANISH, Fault.EVICT) else Fault.DELETE
 
 
 def trained(kube: Kube) -> int:
@@ -123,7 +124,9 @@ def trained(kube: Kube) -> int:
 def inject(kube: Kube, cluster: Cluster, pod: Json, fault: Fault) -> None:
     """Do it."""
     name = pod["metadata"]["name"]
-    if fault in (Fault.DELETE, Fault.VANISH):
+    if fault is Fault.EVICT:
+        kube.evict(name)
+    elif fault in (Fault.DELETE, Fault.VANISH):
         kube.delete("pod", name, *(("--force", "--grace-period=0") if fault is Fault.VANISH else ()))
     else:
         container = jobs.CONTAINER if fault is Fault.KILL_TRAINER else "pillion-sidecar"

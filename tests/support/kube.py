@@ -71,6 +71,13 @@ class Kube:
         """Ask for an object to be deleted, without waiting for it."""
         self.run("delete", kind, name, "--wait=false", *options)
 
+    def evict(self, pod: str) -> None:
+        """Ask the API server for a pod's eviction, as a drain, a scheduler or a rebalancer does."""
+        metadata = {"name": pod, "namespace": self.namespace}
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
+        self.run("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
+
     def logs(self, pod: str, container: str, *options: str) -> str:
         """What a container has printed."""
         return self.run("logs", pod, "-c", container, *options)
@@ -115,7 +122,7 @@ class Kube:
             raise AssertionError(f"{err}\n{self.describe()}") from None
 
     def describe(self) -> str:
-        """What a person would look at: pods, their states, events, and the ends of their logs."""
+        """What a person would look at: pods, their states, events, and the ends of their logs; more of those that failed."""
         lines = []
         for command in (("get", "pods,jobs,checkpoints,checkpointpolicies", "-o", "wide"), ("get", "events")):
             try:
@@ -126,8 +133,10 @@ class Kube:
             for pod in self.all("pods"):
                 for container in _containers(pod):
                     name = pod["metadata"]["name"]
+                    # torchrun's own summary is longer than the end of a log, and the trainer's error stands before it.
+                    tail = f"--tail={_FAILED_LINES if _exit_code(pod, container) else _LINES}"
                     try:
-                        lines.append(f"--- {name} {container}\n{self.logs(name, container, '--tail=15')}")
+                        lines.append(f"--- {name} {container}\n{self.logs(name, container, tail)}")
                     except KubectlFailed as err:
                         lines.append(f"--- {name} {container}: {err}")
         except KubectlFailed as err:
@@ -136,6 +145,10 @@ class Kube:
 
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
+_LINES = 15
+"""Of a container's log in a description."""
+_FAILED_LINES = 120
+"""Of one that ended with an error: that is what is looked for."""
 
 
 def _list(documents: tuple[Json, ...]) -> str:
@@ -145,6 +158,11 @@ def _list(documents: tuple[Json, ...]) -> str:
 def _containers(pod: Json) -> list[str]:
     spec = pod["spec"]
     return [each["name"] for each in [*spec.get("initContainers", []), *spec["containers"]]]
+
+
+def _exit_code(pod: Json, container: str) -> int:
+    state = container_status(pod, container).get("state") or {}
+    return int((state.get("terminated") or {}).get("exitCode", 0))
 
 
 def condition(document: Json | None, kind: str) -> Json:

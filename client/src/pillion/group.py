@@ -7,6 +7,8 @@ runs on the caller's process group: afterwards the sidecars know one another thr
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import socket
 import uuid
@@ -35,6 +37,8 @@ class Group:
     world_size: int
     pods: tuple[tuple[int, ...], ...]
     """Ranks of each pod, by the pod's first rank; the coordinator is the pod of rank 0."""
+    placement: str = ""
+    """Digest of which pod has which ranks, 32 hex digits: where it changes, memory holds shards that their pod cannot use any more."""
     run_id: str
     session: str
     """Drawn by rank 0 at every start of the trainers: 32 hex digits."""
@@ -142,6 +146,9 @@ def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:
         rank=rank,
         world_size=len(entries),
         pods=tuple(sorted(tuple(ranks) for ranks in pods.values())),
+        placement=hashlib.sha256(
+            json.dumps(sorted((str(pod), ranks) for pod, ranks in pods.items())).encode()
+        ).hexdigest()[:32],
         run_id=str(first["run"]),
         session=str(first["session"]),
         store=StoreAddress(str(store[0]), int(store[1])) if isinstance(store, (list, tuple)) else None,

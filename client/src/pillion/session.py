@@ -179,6 +179,7 @@ class Session:
                 "rank": group.rank,
                 "world_size": group.world_size,
                 "pods": group.pods,
+                "placement": group.placement,
                 "pid": os.getpid(),
                 "client": os.path.dirname(__file__),
                 "root": self.root,

@@ -129,7 +129,7 @@ class Loads:
             )
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
                 # Before any rank can save again, so that it comes first in every pod.
-                supervisor.persisting.rescue_in_turn()
+                supervisor.persisting.rescue_in_turn(pod, supervisor.operations.loads)
             self._answer(asked, result)
         except PillionError as err:
             self._fail(asked, ErrorDocument.from_exception(err))

@@ -16,6 +16,7 @@ from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionErro
 from pillion.wire import messages, policy
 from pillion_sidecar import session_record, settings
 from pillion_sidecar.arena.slots import Save
+from pillion_sidecar.executor import rescue
 from pillion_sidecar.executor.exchange import PEERS
 from pillion_sidecar.executor.parent import Executor, ExecutorDied, ExecutorHung
 from pillion_sidecar.metrics import Metrics
@@ -242,15 +243,26 @@ class Operations:
             raise LoadError(str(err)) from err
         return result
 
-    async def rescue(self, pod: Pod, held: list[int], persisted: list[int]) -> int | None:
+    @property
+    def loads(self) -> int:
+        """Loads of the session that were begun; the same number in every pod."""
+        return self._record.counts.loads if self._record is not None else 0
+
+    async def rescue(self, pod: Pod, held: list[int], persisted: list[int], calls: list[str]) -> rescue.Agreed:
         """
-        Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`.
+        Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`. When the executor dies with it, once
+        more by its successor.
 
         Raises:
-            PillionError: some pod did not come, or the executor died.
+            PillionError: some pod did not come, or two executors in a row died.
         """
-        result = await self._run(pod, {"type": "rescue", "held": held, "persisted": persisted})
-        return messages.optional_field(result, "step", int)
+        message = {"type": "rescue", "held": held, "persisted": persisted, "calls": calls}
+        try:
+            agreed = await self._run(pod, message)
+        except ExecutorDied as err:
+            _log.warning("the rescue goes to the executor's successor: %s", err)
+            agreed = await self._run(pod, message)
+        return rescue.Agreed.from_document(agreed)
 
     async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
         """Tell the other pods that this one has no part in `step`."""

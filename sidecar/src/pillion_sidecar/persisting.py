@@ -53,8 +53,8 @@ class Persisting:
         self._operations = operations
         self._on_release = on_release
         self._withdrawn: list[tuple[int, bool, ErrorDocument]] = []
-        self._rescues = 0
-        """Calls of other pods or of this one that are not answered yet."""
+        self._calls: dict[str, None] = {}
+        """To a rescue, by other pods or by this one, that are not answered yet; in their order."""
         self._calling = 0
         self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
         self._at_work = self._agreeing = False
@@ -111,41 +111,47 @@ class Persisting:
 
     async def _call_rescue(self, pod: Pod) -> None:
         call = uuid.uuid4().hex
-        self._answered.append(call)
         try:
             if not self._operations.store_lost:
                 # Without the store every pod finds out by itself.
                 await self._operations.signal(pod, {"type": "rescue", "id": call})
         finally:
             self._calling -= 1
-            self._rescues += self._trainers.pod is pod
+            if self._trainers.pod is pod:
+                self.rescue_called(call)
             self.wake()
 
     def rescue_called(self, call: str) -> None:
-        """Another pod cannot make another snapshot; `call` is that call's name."""
+        """A pod cannot make another snapshot; `call` is that call's name. One that a rescue has answered already is over."""
         if call not in self._answered and self._trainers.pod is not None:
-            self._answered.append(call)
-            self._rescues += 1
+            self._calls[call] = None
             self.wake()
 
-    def rescue_in_turn(self) -> None:
-        """Every pod does the same at the same point of its queue: agree on the newest snapshot, and persist it unless it is."""
-        self._rescues += 1
-        self.wake()
+    def rescue_in_turn(self, pod: Pod, load: int) -> None:
+        """Behind load number `load` every pod does the same: agree on the newest snapshot, and persist it unless it is."""
+        self.rescue_called(f"{pod.identity.session}/load/{load}")
+
+    def forget_calls(self) -> None:
+        """Of a session that is over."""
+        self._calls.clear()
 
     async def _rescue(self, pod: Pod) -> None:
         """Agree with the other pods on the newest snapshot that all of them hold, and persist it."""
         pinned = pod.table.pin()
+        calls = list(self._calls)
         self._agreeing = True
         async with self._quiet:
             self._quiet.notify_all()
         try:
             ours = [save for save in pinned if save.destination is None and not save.hopeless]
             held = sorted(ours, key=lambda save: save.order)
-            step = await self._operations.rescue(
-                pod, [save.step for save in held], [save.step for save in held if save.persisted]
+            agreed = await self._operations.rescue(
+                pod, [save.step for save in held], [save.step for save in held if save.persisted], calls
             )
             self._agreeing = False
+            # What any pod was called by is answered: whoever hears that call later would wait for the others in vain.
+            calls += agreed.calls
+            step = agreed.step
             save = pod.table.saves.get(step) if step is not None else None
             if step is None or save is None:
                 return
@@ -156,6 +162,9 @@ class Persisting:
             _log.error("the newest snapshot stays in memory: %s", err)
         finally:
             self._agreeing = False
+            for call in calls:
+                self._calls.pop(call, None)
+                self._answered.append(call)
             pod.table.unpin(pinned)
 
     def busy(self) -> bool:
@@ -163,7 +172,7 @@ class Persisting:
         if pod is None:
             return False
         phases = {save.phase for save in pod.table.saves.values() if not save.failures}
-        waiting = bool(self._withdrawn) or self._rescues > 0 or self._calling > 0 or self._at_work
+        waiting = bool(self._withdrawn) or bool(self._calls) or self._calling > 0 or self._at_work
         return waiting or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
 
     async def quiet(self, timeout_s: float) -> bool:
@@ -181,7 +190,6 @@ class Persisting:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._quiet:
                 await self._quiet.wait_for(lambda: not self.busy() or self._only_agreeing())
-        self._rescues = 0
 
     def _only_agreeing(self) -> bool:
         pod = self._trainers.pod
@@ -216,8 +224,7 @@ class Persisting:
             if save.phase is Phase.COMPLETE and not save.failures:
                 pod.table.start_persist(save)
                 return self._persist(pod, save)
-        if self._rescues:
-            self._rescues -= 1
+        if self._calls:
             return self._rescue(pod)
         return None
 

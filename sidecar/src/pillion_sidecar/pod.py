@@ -42,9 +42,16 @@ class Identity:
     world_size: int
     pods: tuple[tuple[int, ...], ...]
     local_ranks: tuple[int, ...]
+    placement: str = ""
+    """Which pod has which ranks, as a digest; empty: the client does not say."""
     root: str
     store_mode: str | None
     store: tuple[str, int] | None
+
+    def moved_from(self, before: Identity) -> bool:
+        """Whether some rank of the job, in this pod or another, is not where it was: every pod that was there before says the same."""
+        ours = (self.placement, self.world_size, self.pods, self.local_ranks)
+        return ours != (before.placement, before.world_size, before.pods, before.local_ranks)
 
     @classmethod
     def from_hello(cls, message: messages.Message, *, root: str) -> Identity:
@@ -69,6 +76,9 @@ class Identity:
         session = messages.field(message, "session", str)
         if len(session) != 32 or not set(session) <= set("0123456789abcdef"):
             raise messages.BadFrame("hello: the session must be 32 hex digits")
+        placement = messages.field(message, "placement", str, "")
+        if placement and (len(placement) != 32 or not set(placement) <= set("0123456789abcdef")):
+            raise messages.BadFrame("hello: the placement must be 32 hex digits")
         store = messages.optional_field(message, "store", list)
         if store and not (len(store) == 2 and isinstance(store[0], str) and isinstance(store[1], int)):
             raise messages.BadFrame("hello: the store must be an address and a port")
@@ -79,6 +89,7 @@ class Identity:
             world_size=world_size,
             pods=parsed,
             local_ranks=local,
+            placement=placement,
             root=root,
             store_mode=messages.optional_field(message, "store_mode", str),
             store=(str(store[0]), int(store[1])) if store else None,
@@ -274,6 +285,7 @@ class Pod:
             "rank": identity.local_ranks[0],
             "world_size": identity.world_size,
             "pods": [list(pod) for pod in identity.pods],
+            "placement": identity.placement,
             "store_mode": identity.store_mode,
             "store": list(identity.store) if identity.store else None,
         }

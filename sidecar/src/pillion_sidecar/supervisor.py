@@ -151,11 +151,14 @@ class Supervisor:
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
-        # What the session before left is finished first: the newest snapshot must be where the new one looks for it. Several pods look
-        # for it in memory, and what they were writing together may never end, as others have gone on: it is persisted after the load.
-        alone = trainers.pod is None or len(trainers.pod.identity.pods) == 1
-        bound_s = self.settings.peer_timeout_s * SETTLE_SHARE
-        await self.persisting.settled(self.settings.persist_timeout_s if alone else bound_s)
+        # What the session before left is finished first: the newest snapshot must be where the new one looks for it. Several pods that
+        # come back as they were look for it in memory, and what they were writing together may never end, as others have gone on: it
+        # is persisted after the load. Where a rank has moved to another pod, its snapshot can reach it through storage only.
+        if trainers.pod is None or len(trainers.pod.identity.pods) == 1 or identity.moved_from(trainers.pod.identity):
+            await self.persisting.quiet(self.settings.persist_timeout_s)
+        else:
+            await self.persisting.settled(self.settings.peer_timeout_s * SETTLE_SHARE)
+        self.persisting.forget_calls()
         if trainers.pod is not None:
             trainers.pod.close()
         trainers.pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)

@@ -31,6 +31,15 @@ def test_pods_and_local_ranks_follow_from_what_the_ranks_said() -> None:
     assert {each.attempt for each in members} == {2}
 
 
+def test_the_placement_tells_which_pod_has_which_ranks() -> None:
+    """The same for every rank and in every attempt; another one where two pods of equal size have changed places."""
+    (placement,) = {group._group(rank, entries("abab")).placement for rank in range(4)}
+    again = [entry | {"session": "f" * 32, "attempt": "3"} for entry in entries("abab")]
+    assert group._group(0, again).placement == placement
+    others = {group._group(0, entries(pods)).placement for pods in ("baba", "abac", "aabb", "ab", "ababc")}
+    assert len(others | {placement}) == 6
+
+
 @pytest.mark.parametrize("port", ["", "0", "65536", "-1", "29500x", "29 500"])
 def test_a_malformed_port_is_named_with_what_is_allowed(port: str) -> None:
     """MASTER_PORT that is no port is a ValueError with its value; a missing MASTER_ADDR is told first."""

@@ -1,20 +1,26 @@
 """
-Which snapshot the pods of a job persist when a trainer is dead: the newest that all of them hold whole. Called from: `executor.worker`.
+Which snapshot the pods of a job persist when a trainer is dead: the newest that all of them hold whole. Called from: `executor.worker`;
+what it answers is read by `operation`.
 
 A trainer that dies takes what it was staging with it, and often the job's store as well; the pods then hold different steps. They
 agree on one here, on storage when it must be (`context.with_failover`), and each persists it like any other save.
 
-    every pod:    post the steps that it holds, oldest first, and which of them are on storage already
-    coordinator:  the newest of its own that every pod holds -> publish
+    every pod:    post the steps that it holds, oldest first, which of them are on storage already, and the calls that it heard
+    coordinator:  the newest of its own that every pod holds, and all the calls -> publish
+
+A call reaches the pods at different times. All that any of them has heard are answered together, so that none waits for a rescue by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor.context import Context
+
+if TYPE_CHECKING:
+    from pillion_sidecar.executor.context import Context
 
 PEERS_S: Final = 20.0
 """Bound for every pod to come to a rescue. All are called by one message, or by the loss of the store, which each notices within
@@ -24,13 +30,29 @@ PEERS_SHARE: Final = 1 / 4
 """Of the bound for peers in general: a pod that has gone on to the next session is waited for in vain here, while it waits there."""
 
 
-def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> int | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """What every pod does next."""
+
+    step: int | None
+    """To persist. None: nothing is left to do."""
+    calls: list[str]
+    """Names of the calls that are answered with it."""
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Agreed:
+        step = document["step"]
+        return cls(step=None if step is None else int(step), calls=[str(call) for call in document["calls"]])
+
+
+def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls: Sequence[str]) -> Agreed:
     """
-    The step to persist; None: nothing is left to do.
+    Agree with the other pods.
 
     Args:
         held: steps that this pod holds whole, oldest first.
         persisted: those of them that are committed.
+        calls: names of the calls that it heard.
 
     Blocks: twice the bound.
 
@@ -40,24 +62,24 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int]) -> in
     """
     phase = f"rescue/{context.rescues}"
     bound_s = min(PEERS_S, context.peer_timeout_s * PEERS_SHARE)
-    context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted)})
+    context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted), "calls": list(calls)})
     if context.coordinator:
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
-            decision: dict[str, Any] = {"step": pick(held, offers), "missing": []}
+            heard = sorted({call for offer in offers.values() for call in offer["calls"]})
+            decision: dict[str, Any] = {"step": pick(held, offers), "calls": heard, "missing": []}
             # Every pod is here, so that every pod has left the rescue before.
             before = f"rescue/{context.rescues - 1}"
             context.exchange.forget([f"{before}/offer", f"{before}/choice"])
         except BarrierTimeout as err:
-            decision = {"step": None, "missing": list(err.missing), "waited_s": err.waited_s}
+            decision = {"step": None, "calls": [], "missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)
         context.last_choice = (f"{phase}/choice", decision)
     decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
     context.rescues += 1
-    step = decision["step"]
-    return None if step is None else int(step)
+    return Agreed.from_document(decision)
 
 
 def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | None:

@@ -162,7 +162,8 @@ class Worker:
         """A session is over: close what it had, and take its keys out of a store that goes on, as torchrun's agent's does."""
         for segment in context.segments.values():
             segment.close()
-        is_restart = successor["session"] != context.session and successor["store"] == self._store
+        # Trainers that come back in one pod use no store, and the one that they leave may go on.
+        is_restart = successor["session"] != context.session and successor["store"] in (None, self._store)
         if is_restart and self._store is not None and context.coordinator and not context.store_lost:
             # torch's errors of a store are RuntimeErrors. What stays then are some two dozen small keys.
             with contextlib.suppress(RuntimeError, PillionError):
@@ -208,8 +209,8 @@ class Worker:
 
     def _rescue(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
-        held, persisted = request["held"], request["persisted"]
-        return {"step": with_failover(context, lambda: rescue.agree(context, held, persisted))}
+        held, persisted, calls = request["held"], request["persisted"], request["calls"]
+        return dataclasses.asdict(with_failover(context, lambda: rescue.agree(context, held, persisted, calls)))
 
     def _load(self, request: messages.Message) -> dict[str, Any]:
         def progress(event: Mapping[str, Any]) -> None:

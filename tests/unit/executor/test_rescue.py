@@ -1,0 +1,55 @@
+"""
+The whole of: how the pods of a job agree on a rescue, and that none is left to wait for one by itself.
+
+Called from: pytest.
+"""
+
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from pillion.errors import BarrierTimeout
+from pillion_sidecar.executor import rescue, storage_exchange
+from support.deadlines import Deadline
+
+if TYPE_CHECKING:
+    from pillion_sidecar.executor.context import Context
+
+PODS = ((0, 1), (2, 3))
+
+
+def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -> Any:
+    """A pod that meets the other one on storage."""
+    exchange = storage_exchange.StorageExchange(str(root), "a" * 32, PODS, first_rank)
+    return types.SimpleNamespace(
+        exchange=exchange,
+        rescues=0,
+        coordinator=first_rank == 0,
+        last_choice=None,
+        peer_timeout_s=bound_s / rescue.PEERS_SHARE,
+    )
+
+
+def agree(of: Any, held: list[int], calls: list[str]) -> rescue.Agreed:
+    return rescue.agree(cast("Context", of), held, [], calls)
+
+
+def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
+    """Two pods whose trainers die at once call each other: each has heard its own call, and none waits for a second rescue."""
+    pods = [context(tmp_path, 0), context(tmp_path, 2)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(agree, pods, [[5, 6, 7], [5, 6]], [["b"], ["a", "c"]]))
+    assert found == [rescue.Agreed(step=6, calls=["a", "b", "c"])] * 2
+    assert [pod.rescues for pod in pods] == [1, 1]
+
+
+def test_a_pod_that_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
+    """And the rescue is not counted: whoever comes later meets under the same number."""
+    pod = context(tmp_path, 0, bound_s=0.05)
+    with pytest.raises(BarrierTimeout) as caught:
+        agree(pod, [5], ["a"])
+    assert list(caught.value.missing) == [2, 3]
+    assert pod.rescues == 0
