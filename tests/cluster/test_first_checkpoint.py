@@ -51,7 +51,9 @@ def test_kubectl_tells_the_story(training: Training) -> None:
         lines = kube.run("get", "checkpoints").splitlines()
         assert lines
         assert lines[0].split()[:5] == ["NAME", "JOB", "STEP", "SIZE", "READY"]
-        found = [line for line in lines[1:] if line.split()[1] == "train" and line.split()[4] == "True"]
+        # A checkpoint is created and then told its state: in between its line ends before READY.
+        rows = [line.split() for line in lines[1:]]
+        found = [" ".join(row) for row in rows if row[1] == "train" and row[4:5] == ["True"]]
         assert len(found) == 3
         return found
 
