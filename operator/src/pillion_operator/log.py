@@ -1,18 +1,15 @@
 """
-The operator's log: one JSON object a line on stderr, with field names from one list.
+The operator's log: lines of `wire.log` on stderr, with field names from one list.
 
 Called from: `__main__` (set-up) and everywhere through `logging`. Must never: hold a token, a key or a whole object.
 """
 
-import json
 import logging
-import sys
-import time
 from enum import StrEnum
 from typing import Final
 
-TEXT_LIMIT: Final = 2000
-"""Longest message, characters: a refusal may carry what an API server answered."""
+from pillion.wire import log
+
 _OURS: Final = "pillion_operator"
 
 
@@ -36,23 +33,6 @@ class Field(StrEnum):
     ELAPSED = "elapsed_s"
 
 
-class JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage()[:TEXT_LIMIT],
-        }
-        for name in Field:
-            value = getattr(record, name, None)
-            if value is not None:
-                entry[name] = value
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)[-TEXT_LIMIT:]
-        return json.dumps(entry, default=str)
-
-
 def configure(level: str, *others: str) -> None:
     """
     Send every log of this process to stderr.
@@ -61,10 +41,8 @@ def configure(level: str, *others: str) -> None:
         level: of our own, and of the loggers named in `others`; what else is there says its warnings.
         others: loggers of libraries whose words matter as much as ours.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
-    root.handlers = [handler]
+    root.handlers = [log.to_stderr(Field)]
     root.setLevel(logging.WARNING)
     for name in (_OURS, *others):
         logging.getLogger(name).setLevel(level)
