@@ -5,6 +5,10 @@ Called from: pytest.
 Must never: save to storage before the crash; what the next world finds there was brought there by the sidecars of the dead.
 """
 
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from pillion import checkpointer
+from pillion.phases import Phase
+from pillion_sidecar import faults
+from process import ranks as processes
 from process.ranks import Peer, Ranks
+from support import deadlines
 from support.deadlines import Deadline
 
 NUMEL = 100_001
@@ -78,3 +86,48 @@ def test_the_newest_snapshot_reaches_another_world(
     second = ranks.start(resume, num_ranks=len(after), pods=after, env=env, store=store, attempt=1)
     found = second.finish(Deadline.LOADED)
     assert {(loaded, equal) for loaded, _, equal in found} == {(NEWEST, True)}, found
+
+
+def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_than_the_drain(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its part of that save will never come: who waits for it gives it the drain time that a pod has, and then goes on without."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    folder, root = tmp_path / "faults", tmp_path / "runs"
+    folder.mkdir()
+    policy = {"trigger": {"periodSteps": 1}, "drain": {"timeoutSeconds": 4}}
+    stuck = faults.fail_at(rank=1, phase=Phase.WRITE, fault=faults.Kind.HOLD, step=2)
+    env = {"PILLION_LINGER_S": "60"} | faults.to_environment(folder, [stuck])
+
+    def train(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer(root, policy=policy)
+        local = shard(1, peer).clone()
+        state = {"weights": distributed(local, peer), "step": 1}
+        opened.save(state, 1).result(Deadline.COMMITTED.s)
+        local.copy_(shard(2, peer))
+        opened.save(state | {"step": 2}, 2)
+        status = processes.status(opened)
+        peer.tell((status["pid"], status["executor_pid"], opened._session.runtime_dir))
+        peer.hear()
+
+    def resume(peer: Peer) -> tuple[int | None, bool, float]:
+        begun = time.monotonic()
+        with checkpointer.Checkpointer(root, policy=policy) as opened:
+            local = torch.zeros_like(shard(0, peer))
+            state = {"weights": distributed(local, peer), "step": 0}
+            loaded = opened.load(state)
+            return loaded, torch.equal(local, shard(1, peer)), time.monotonic() - begun
+
+    first = ranks.start(train, num_ranks=2, pods=("a", "b"), env=env, store=store)
+    (_, lost) = first.hear(Deadline.COMMITTED)
+    deadlines.eventually(lambda: faults.hits(folder), Deadline.COMMITTED, "the second pod writes step 2")
+    first.kill()
+    for pid in lost[:2]:
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(lost[2])
+    second = ranks.start(resume, num_ranks=2, pods=("a", "c"), env=env, store=store, attempt=1)
+    found = second.finish(Deadline.LOADED)
+    assert {(loaded, equal) for loaded, equal, _ in found} == {(1, True)}, found
+    log = (root / ".pillion" / "sidecar-0.log").read_text()
+    assert "step 2 was of the session before" in log
+    assert "internal error" not in log

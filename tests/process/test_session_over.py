@@ -22,6 +22,7 @@ from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.operation import Operations, SessionOver
 from pillion_sidecar.pod import Identity, Pod
 from support.deadlines import Deadline, soon
+from support.store_host import StoreHost
 
 
 @pytest.fixture
@@ -61,6 +62,41 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
             await operations.stop()
             over.close()
             lasting.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_executor_that_is_still_starting_goes_on_for_the_next_session(silent: socket.socket, tmp_path: Path) -> None:
+    """
+    Trainers that die again and again, faster than torch is imported beside them, do not have it begun anew each time: the pod
+    would never be there for its peers.
+    """
+
+    async def scenario() -> None:
+        operations = Operations(
+            settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
+        )
+        store = StoreHost()
+        address = (store.host, store.port)
+        stores_of = [silent.getsockname(), silent.getsockname(), address]
+        pods = [
+            Pod(str(tmp_path), _identity(letter * 32, tmp_path, of), policy.parse({}, embedded=True))
+            for letter, of in zip("abc", stores_of, strict=True)
+        ]
+        try:
+            await operations.prestart()
+            first = operations.executor_pid
+            for pod in pods:
+                operations.session(pod)
+                await asyncio.sleep(0)  # as far as it goes at once: it asks the executor to start
+                await soon(operations._lock.locked, Deadline.REPLY, "the executor is asked")
+            await soon(lambda: operations.opened == "c" * 32, Deadline.TORCH_START, "the last session is open")
+            assert operations.executor_pid == first
+        finally:
+            await operations.stop()
+            for pod in pods:
+                pod.close()
+            store.end()
 
     asyncio.run(scenario())
 

@@ -172,8 +172,16 @@ class Operations:
             return self._opening
         document = pod.session_document(self._settings)
         document |= {"generation": record.generation, "signals": record.signals, **dataclasses.asdict(record.counts)}
+        modules = _modules(pod, record)
         try:
+            if modules:
+                # Not in the session's name: what ends the session before it is open would end the import with it, each time anew.
+                await executor.request({"type": "warm", "modules": modules})
+            if self._pod is not pod:
+                raise SessionOver(f"session {session} is over")
             self._opening = await self._request(executor, session, {"type": "open", "session": document})
+        except SessionOver:
+            raise
         except PillionError:
             # Half open is not open: the next save starts from a fresh process.
             await executor.stop()
@@ -315,3 +323,13 @@ class Operations:
             task.cancel()
         if self._executor is not None:
             await self._executor.stop()
+
+
+def _modules(pod: Pod, record: Record) -> list[str]:
+    """Of `executor`, those that import torch, 3 s and more: ahead of the first save, and only what this session needs."""
+    modules = []
+    if pod.identity.store_mode is not None and not record.counts.store_lost:
+        modules.append("stores")
+    if pod.policy.storage.writer is not None:
+        modules.append("plugin")
+    return modules

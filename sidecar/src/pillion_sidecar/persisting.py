@@ -259,6 +259,12 @@ class Persisting:
                 failure = RemoteFailure(type(err).__name__, str(err))
                 error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 break
+        if self._trainers.pod is not pod:
+            # Its trainers are gone, others are there, and its segments are closed: nobody waits for it.
+            if outcome is not None and save.persist:
+                self._journal.committed(save.step, outcome)
+            _log.warning("step %d was of the session before: %s", save.step, error or "done", extra={"step": save.step})
+            return
         persisted = outcome is not None and wanted
         pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
         save.hopeless = outcome is None and (error is None or failures.is_hopeless(error))

@@ -37,6 +37,9 @@ storage as it is: they may hang."""
 POLL_S: Final = 0.1
 SETTLE_SHARE: Final = 1 / 4
 """Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
+MOVED_SHARE: Final = 3 / 4
+"""The same where a rank has moved to another pod, if the drain's bound is not shorter: the pods that are new wait for us in the load that
+comes next, for all of the bound for peers."""
 POLICY_REPEAT_S: Final = 60.0
 """How often a policy that changed is told again, to pods and ranks that missed it: their sidecar or executor was being replaced."""
 
@@ -151,21 +154,35 @@ class Supervisor:
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
-        # What the session before left is finished first: the newest snapshot must be where the new one looks for it. Several pods that
-        # come back as they were look for it in memory, and what they were writing together may never end, as others have gone on: it
-        # is persisted after the load. Where a rank has moved to another pod, its snapshot can reach it through storage only.
-        if trainers.pod is None or len(trainers.pod.identity.pods) == 1 or identity.moved_from(trainers.pod.identity):
-            await self.persisting.quiet(self.settings.persist_timeout_s)
-        else:
-            await self.persisting.settled(self.settings.peer_timeout_s * SETTLE_SHARE)
-        self.persisting.forget_calls()
         if trainers.pod is not None:
+            await self._finish(trainers.pod, identity)
             trainers.pod.close()
         trainers.pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
         trainers.crashed = False
         self.operations.session(trainers.pod)
         self.persisting.wake()
         return trainers.pod
+
+    async def _finish(self, before: Pod, successor: Identity) -> None:
+        """
+        What the session before left comes first: the newest snapshot must be where its successor looks for it.
+
+        Several pods that come back as they were look for it in memory, and what they were writing together may never end, as others
+        have gone on: it is persisted after the load. Where a rank has moved to another pod, its snapshot can reach it through storage
+        only; but a pod that is not there any more may be lost, and its part will never come.
+        """
+        if len(before.identity.pods) == 1:
+            await self.persisting.quiet(self.settings.persist_timeout_s)
+        elif successor.moved_from(before.identity):
+            bound_s = min(before.policy.drain.timeout_seconds, self.settings.peer_timeout_s * MOVED_SHARE)
+            if not await self.persisting.quiet(bound_s):
+                _log.error(
+                    "ranks are in other pods than before, and after %.0f s not all that was saved there is on storage: going on without",
+                    bound_s,
+                )
+        else:
+            await self.persisting.settled(self.settings.peer_timeout_s * SETTLE_SHARE)
+        self.persisting.forget_calls()
 
     async def message(self, client: Client, message: messages.Message) -> None:
         kind = message["type"]

@@ -3,7 +3,7 @@ The executor's child process: one thread answers pings and takes requests, one r
 
     supervisor                            |  this process
     ------------------------------------- | -----------------------------------------------
-    open, persist, digest, load, ping --> |  reader (main thread) --> queue --> runner thread
+    warm, open, persist, load, ping   --> |  reader (main thread) --> queue --> runner thread
     done, failed, events, pong        <-- |  <-----------------------------------+
     EOF                               --> |  ends at once: its supervisor is gone
 
@@ -59,6 +59,7 @@ class Worker:
         self._writer: Mapping[str, Any] | None = None
         """The policy's storage.writer, for saves that name no destination."""
         self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
+            "warm": self._warm,
             "open": self._open,
             "persist": self._persist,
             "digest": self._digest,
@@ -129,6 +130,12 @@ class Worker:
 
     # --- operations (runner thread) ------------------------------------------------------------------------------------
 
+    def _warm(self, request: messages.Message) -> dict[str, Any]:
+        """Import what the session needs of torch: it takes seconds, and serves whichever session comes next as well."""
+        for module in request["modules"]:
+            importlib.import_module(f"{__package__}.{module}")
+        return {}
+
     def _open(self, request: messages.Message) -> dict[str, Any]:
         if self._signals is not None:
             self._signals.close()
@@ -139,9 +146,6 @@ class Worker:
         self._store = request["session"]["store"]
         named = policy.parse(request["session"]["policy"], embedded=True).storage.writer
         self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
-        if named is not None:
-            # Ahead of the first save: it takes seconds.
-            importlib.import_module("pillion_sidecar.executor.plugin")
         if self._context.signal_store is not None:
             heard = request["session"]["signals"]
             self._signals = signals.Signals(
