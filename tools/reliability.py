@@ -104,11 +104,18 @@ def campaign(lines: list[dict[str, Any]]) -> str:
 
 
 def soak(lines: list[dict[str, Any]]) -> str:
+    """A table for each number of pods, as what is counted differs between them by design."""
+    worlds = sorted({line["pods"] for line in lines})
+    return "\n".join(_soak_of(pods, [line for line in lines if line["pods"] == pods]) for pods in worlds)
+
+
+def _soak_of(pods: int, lines: list[dict[str, Any]]) -> str:
     """A row for each thing that was counted: a few of its values, first to last, and all of them as shares of the largest."""
     shown = [lines[index * (len(lines) - 1) // 5] for index in range(6)] if len(lines) > 6 else lines
-    rounds = [str(line["round"]) for line in shown]
-    table = ["| | " + " | ".join([*rounds, "all, in ninths of the largest"]) + " |", "|---" * (len(rounds) + 2) + "|"]
-    for key in (each for each in lines[0] if each != "round"):
+    rounds = [f"round {line['round']}" for line in shown]
+    head = [f"{pods} pod{'s' if pods > 1 else ''}", *rounds, "all, in ninths of the largest"]
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for key in (each for each in lines[0] if each not in ("round", "pods")):
         values = [float(line[key]) for line in lines]
         bars = "".join(BARS[round(value / (max(values) or 1.0) * (len(BARS) - 1))] for value in values)
         table.append(f"| {key} | " + " | ".join([*(str(line[key]) for line in shown), bars]) + " |")

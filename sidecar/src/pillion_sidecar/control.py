@@ -148,6 +148,9 @@ class Server:
             client.send({"type": "failed", "id": 0, "error": ErrorDocument("SidecarError", str(err)).to_document()})
         except (ConnectionError, TimeoutError):
             pass
+        except asyncio.CancelledError:
+            # The loop ends, and this task with it either way. Python 3.11's streams log a traceback for one that says so.
+            pass
         finally:
             self._clients.discard(writer)
             if greeted:

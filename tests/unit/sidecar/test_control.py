@@ -1,0 +1,63 @@
+"""
+The whole of: what the control socket does at its end.
+
+Called from: pytest.
+"""
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillion.wire import messages
+from pillion_sidecar.control import Client, Server
+from support.deadlines import Deadline, soon
+
+
+class Waiting:
+    """A handler whose hello waits, as for the saves of the session before."""
+
+    def __init__(self) -> None:
+        self.greeted = 0
+
+    async def hello(self, client: Client, message: messages.Message) -> None:
+        self.greeted += 1
+        await asyncio.get_running_loop().create_future()
+
+    async def message(self, client: Client, message: messages.Message) -> None:
+        raise AssertionError("no hello was answered")
+
+    def observed(self, client: Client, message: messages.Message) -> None:
+        raise AssertionError("nobody but a trainer is here")
+
+    async def lost(self, client: Client) -> None:
+        raise AssertionError("no hello was answered")
+
+
+@pytest.mark.parametrize("says_hello", [True, False], ids=["in its hello", "before it"])
+def test_a_sidecar_that_ends_while_a_trainer_waits_logs_no_traceback(tmp_path: Path, says_hello: bool) -> None:
+    """Every pod ends so: its log would end with a traceback for each trainer that is connected."""
+    complaints: list[dict[str, Any]] = []
+
+    path = str(tmp_path / "control")
+    trainer = socket.socket(socket.AF_UNIX)
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        handler = Waiting()
+        server = Server(path, handler)
+        await server.start()
+        trainer.connect(path)
+        if says_hello:
+            trainer.sendall(messages.encode({"type": "hello", "id": 1}))
+            await soon(lambda: handler.greeted, Deadline.REPLY, "the trainer is heard")
+        else:
+            await soon(lambda: server.num_connections, Deadline.REPLY, "the trainer is there")
+        server.stop_listening()
+        # And the loop ends here, as the sidecar's does, and cancels what still runs.
+
+    with trainer:
+        asyncio.run(scenario())
+    assert complaints == []
