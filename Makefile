@@ -73,8 +73,8 @@ campaign: $(STAMP)  ## RUNS (100) jobs under torchrun, struck at random by their
 	rm -f $(REPORT).campaign
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign --runs $(or $(RUNS),100) --seed $(or $(SEED),1) --report $(abspath $(REPORT)).campaign $(ARGS)
 
-soak: $(STAMP)  ## RUNS (2000) saves and restores in one job; memory, descriptors, threads and keys stay flat
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign.soak --rounds $(or $(RUNS),2000) --report $(abspath $(REPORT)).soak $(ARGS)
+soak: $(STAMP)  ## RUNS (3000) saves and restores in one job; memory, descriptors, threads and keys stay flat
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign.soak --rounds $(or $(RUNS),3000) --report $(abspath $(REPORT)).soak $(ARGS)
 
 demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
 	$(BIN)/python examples/charlm/demo.py $(ARGS)

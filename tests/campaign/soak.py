@@ -35,8 +35,8 @@ WORLDS: Final = (2, 1, 2, 3)
 PODS: Final = ("a", "b", "c")
 NUMEL: Final = 500_000
 """Of the whole state; does not divide by three."""
-SETTLED_SHARE: Final = 0.25
-"""The first quarter warms up: allocators, plans, page tables."""
+SETTLED: Final = len(WORLDS) * ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE
+"""Samples until every world was there once: allocators, plans and page tables are warm then, and the third pod's sidecar has its log."""
 MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0, "store_keys": 4}
 """Between the first settled sample and the last; beyond it something is kept. A new executor after a restart differs by a few MiB, and a
 sample falls between two phases, whose keys are there or not."""
@@ -83,9 +83,12 @@ def train(peer: Peer) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--report", type=Path)
     of = parser.parse_args()
+    least = (2 * len(WORLDS)) * ROUNDS_AN_ATTEMPT
+    if of.rounds < least:
+        parser.error(f"--rounds {of.rounds}: at least {least} are allowed, so that every world comes twice")
     warm()
     os.environ[leaks.MARK_VARIABLE] = mark = f"soak-{uuid.uuid4().hex}"
     samples: list[dict[str, Any]] = []
@@ -133,7 +136,7 @@ def sample(job: Job, store: dist.TCPStore, root: Path) -> dict[str, Any]:
 
 def judge(samples: list[dict[str, Any]]) -> int:
     """0 when all is flat: each world by itself, as more pods have more keys and files."""
-    settled = samples[int(len(samples) * SETTLED_SHARE) :]
+    settled = samples[SETTLED:]
     grown = {}
     for pods in sorted(set(WORLDS)):
         alike = [each for each in settled if each["pods"] == pods]
