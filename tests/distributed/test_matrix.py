@@ -6,7 +6,8 @@ Must never: pass a cell whose fault did not strike.
 
 Each cell: step 1 is committed; step 2 meets the fault; training goes on unless the trainer itself was killed; step 2 is committed or
 absent, as the cell allows, within the bounds; then step 3 is committed, by the same trainers or, when one was killed, by their successors,
-which first load the newest. Last, stock DCP loads whatever is committed, bit for bit, and nothing is left behind.
+which first load the newest. In a rescue all trainers are killed before, and steps 1 and 2 are in memory only: step 2 is committed without
+them, unless a supervisor is killed as well. Last, stock DCP loads whatever is committed, bit for bit, and nothing is left behind.
 """
 
 import contextlib
@@ -64,7 +65,8 @@ def train(peer: Peer) -> None:
     """A trainer that does what the test says, and says what came of it."""
     faults.arm()
     name = f"weights{peer.rank}"
-    with checkpointer.Checkpointer(os.environ["MATRIX_ROOT"], policy={"retention": {"keepLast": 2}}) as opened:
+    policy = {"retention": {"keepLast": 2}, "trigger": json.loads(os.environ.get("MATRIX_TRIGGER", "{}"))}
+    with checkpointer.Checkpointer(os.environ["MATRIX_ROOT"], policy=policy) as opened:
         handles = {}
         while True:
             command, step = peer.hear()
@@ -140,11 +142,13 @@ def scene(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path) -> Itera
         rank=cell.rank,
         phase=cell.phase,
         fault=cell.kind,
-        step=2 if cell.phase is not Phase.LOAD else None,
+        step=2 if cell.phase not in (Phase.LOAD, Phase.RESCUE) else None,
         times=cell.times,
         seconds=cell.seconds,
     )
     env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, [fault])}
+    if cell.phase is Phase.RESCUE:
+        env["MATRIX_TRIGGER"] = json.dumps({"periodSteps": 1000, "snapshotSteps": 1})
     with contextlib.ExitStack() as stack:
         made = None
         if cell.who is Who.NETWORK:
@@ -172,8 +176,8 @@ def test_a_fault_at_a_phase_loses_nothing_and_stops_nothing(scene: Scene) -> Non
     assert scene.all("save", 1) == ["trains on"] * 2
     assert scene.all("result", 1) == [1, 1]
     before = scene.all("pids")
-    break_it = load_under_the_fault if cell.phase is Phase.LOAD else save_under_the_fault
-    outcome = break_it(scene, before)
+    break_it = {Phase.LOAD: load_under_the_fault, Phase.RESCUE: rescue_under_the_fault}
+    outcome = break_it.get(cell.phase, save_under_the_fault)(scene, before)
     assert outcome in cell.allowed, f"{cell.name}: {outcome}"
     check_storage(scene.root, outcome)
     report(cell, outcome, time.monotonic() - begun)
@@ -222,6 +226,34 @@ def load_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome
         assert again == [1, 1], (told, again)
     assert goes_on(scene), told
     return Outcome.COMMITTED if told == [1, 1] else Outcome.ABSENT
+
+
+def rescue_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome:
+    cell = scene.cell
+    assert scene.all("save", 2) == ["trains on"] * 2
+    assert scene.all("result", 2) == [2, 2]
+    assert processes.committed(scene.root) == []
+    scene.job.kill()
+    scene.hit()
+    if cell.deed is not Deed.NONE:
+        do_deed(scene, before)
+        faults.release(scene.folder)
+    if cell.who is not Who.SUPERVISOR:
+        # Nobody but trainers starts a supervisor here; in a pod it is the kubelet.
+        deadlines.eventually(lambda: is_committed(scene.root, 2), Deadline.DRAINED, "the sidecars persist step 2")
+    if cell.who is Who.NETWORK:
+        # Its successors would need it.
+        return Outcome.COMMITTED
+    store = StoreHost()
+    try:
+        env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
+        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)
+        assert scene.all("load") == [2, 2]
+        deadlines.eventually(lambda: is_committed(scene.root, 2), Deadline.DRAINED, "step 2 is on storage")
+        assert goes_on(scene)
+    finally:
+        store.end()
+    return Outcome.COMMITTED
 
 
 def victim_rank(cell: Cell) -> int:

@@ -20,6 +20,7 @@ LEFT_OUT: Final = {
     "commit, publish, retain x peers": "the coordinator alone gets there",
     "claim x executor": "it has no part in it",
     "OOM kill": "is SIGKILL to the process; for real, by a cgroup, on the cluster (tests/cluster/test_oom.py)",
+    "load, rescue x trainer": "it waits for the one, and is dead in the other",
     "torn, cut, flip x other phases": "only data files are large enough to be torn; small files are replaced by rename",
 }
 
@@ -106,6 +107,8 @@ class Cell:
     def allowed(self) -> frozenset[Outcome]:
         if self.kind in (Kind.CUT, Kind.FLIP):
             return frozenset({Outcome.REFUSED})
+        if self.phase is Phase.RESCUE:
+            return frozenset({Outcome.COMMITTED})
         if self.phase in (Phase.PUBLISH, Phase.RETAIN) and self.kind is not Kind.STUCK:
             # Every part is durable: whoever comes commits it.
             return frozenset({Outcome.COMMITTED})
@@ -144,6 +147,9 @@ def cells() -> Iterator[Cell]:
     for phase in COORDINATORS:
         yield from _executor(phase, Where.COORDINATOR)
         yield from _deeds(phase, Where.COORDINATOR)
+    for where in Where:
+        yield from _executor(Phase.RESCUE, where)
+        yield from _deeds(Phase.RESCUE, where)
 
 
 def sample() -> Iterator[Cell]:
@@ -182,14 +188,14 @@ def _executor(phase: Phase, where: Where) -> Iterator[Cell]:
 
 def _deeds(phase: Phase, where: Where) -> Iterator[Cell]:
     held: dict[str, Any] = {"phase": phase, "where": where, "kind": Kind.HOLD}
-    if phase is not Phase.LOAD:
+    if phase not in (Phase.LOAD, Phase.RESCUE):
         for of in Where:
             yield Cell(who=Who.TRAINER, deed=Deed.KILL, of=of, **held)
     for of in Where:
         yield Cell(who=Who.SUPERVISOR, deed=Deed.KILL, of=of, **held)
     other = Where.PEER if where is Where.COORDINATOR else Where.COORDINATOR
     yield Cell(who=Who.EXECUTOR, deed=Deed.KILL, of=other, **held)
-    if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD):
+    if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD, Phase.RESCUE):
         yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)
         yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)
     if where is Where.COORDINATOR:

@@ -7,7 +7,7 @@ Must never: do anything by itself.
 
     trainer      claim (asks)   stage   seal
     supervisor   claim (grants)
-    executor     plan   write   fsync   report   load
+    executor     plan   write   fsync   report   load   rescue
     coordinator  commit   publish   retain
 """
 
@@ -23,7 +23,7 @@ from pillion.wire import names
 
 
 class Phase(StrEnum):
-    """See the module. In the order of a save; `LOAD` is of a load."""
+    """See the module. In the order of a save; `LOAD` is of a load, `RESCUE` of what follows a trainer's death."""
 
     CLAIM = "claim"
     """A rank asks for a slot."""
@@ -47,6 +47,8 @@ class Phase(StrEnum):
     """Committed; older checkpoints go."""
     LOAD = "load"
     """The pods agree on what to load; it is not read yet."""
+    RESCUE = "rescue"
+    """A trainer is dead; the pods are about to agree on the snapshot that all of them persist."""
 
 
 Observer = Callable[[Phase, int | None, int | None, str], None]

@@ -18,7 +18,7 @@ from pillion_sidecar import session_record, settings
 from pillion_sidecar.arena.slots import Save
 from pillion_sidecar.executor import rescue
 from pillion_sidecar.executor.exchange import PEERS
-from pillion_sidecar.executor.parent import Executor, ExecutorDied, ExecutorHung
+from pillion_sidecar.executor.parent import Executor, ExecutorDied
 from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.pod import Pod
 from pillion_sidecar.session_record import Counts, Record
@@ -123,6 +123,10 @@ class Operations:
 
     def _revive(self) -> None:
         """The executor ended by itself: its successor is ready before the next save needs it."""
+        hung = self._executor is not None and self._executor.hung_for == PEERS
+        if hung and self._record is not None and self._record.session in (self._working_for, self.opened):
+            # The store took a question and does not answer: its process is stopped, or the network between is cut.
+            self.store_is_lost()
         if self._pod is not None:
             self.session(self._pod)
 
@@ -258,19 +262,13 @@ class Operations:
 
     async def rescue(self, pod: Pod, held: list[int], persisted: list[int], calls: list[str]) -> rescue.Agreed:
         """
-        Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`. When the executor dies with it, once
-        more by its successor.
+        Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`.
 
         Raises:
-            PillionError: some pod did not come, or two executors in a row died.
+            PillionError: some pod did not come, this one came too late, or the executor died.
         """
         message = {"type": "rescue", "held": held, "persisted": persisted, "calls": calls}
-        try:
-            agreed = await self._run(pod, message)
-        except ExecutorDied as err:
-            _log.warning("the rescue goes to the executor's successor: %s", err)
-            agreed = await self._run(pod, message)
-        return rescue.Agreed.from_document(agreed)
+        return rescue.Agreed.from_document(await self._run(pod, message))
 
     async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
         """Tell the other pods that this one has no part in `step`."""
@@ -304,11 +302,6 @@ class Operations:
         self._working_for = session
         try:
             return await executor.request(message)
-        except ExecutorHung as err:
-            if err.kind == PEERS:
-                # The store took a question and does not answer: its process is stopped, or the network between is cut.
-                self.store_is_lost()
-            raise
         finally:
             self._working_for = None
             state = executor.session_state
@@ -319,8 +312,11 @@ class Operations:
 
     async def stop(self) -> None:
         self._pod = None
-        for task in list(self._background):
+        background = list(self._background)
+        for task in background:
             task.cancel()
+        # One may be in the middle of starting a process, which it ends.
+        await asyncio.gather(*background, return_exceptions=True)
         if self._executor is not None:
             await self._executor.stop()
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from pillion.errors import ErrorDocument, PersistError, PillionError, RemoteFailure, SaveError
+from pillion.errors import BarrierTimeout, ErrorDocument, PersistError, PillionError, RemoteFailure, SaveError
 from pillion.wire import arena, policy
 from pillion_sidecar import background, failures
 from pillion_sidecar.arena.slots import Phase, Save
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 PERSIST_ATTEMPTS: Final = 2
 """How often one snapshot is handed to an executor that dies with it: a snapshot that kills two would kill a third."""
+RESCUES_REPEATED: Final = 3
+"""How often in a session a pod that others waited for in vain calls them again: an executor that dies each time dies of the rescue."""
 REMEMBERED_RESCUES: Final = 64
 """Calls to a rescue that were answered: each is heard by whoever made it, too."""
 
@@ -57,6 +59,8 @@ class Persisting:
         """To a rescue, by other pods or by this one, that are not answered yet; in their order."""
         self._calling = 0
         self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
+        self._repeated = 0
+        """Rescues of this session that this pod called for again."""
         self._at_work = self._agreeing = False
         self._tasks: background.Tasks | None = None
         trainers.on_rescue = self.rescue_called
@@ -134,6 +138,7 @@ class Persisting:
     def forget_calls(self) -> None:
         """Of a session that is over."""
         self._calls.clear()
+        self._repeated = 0
 
     async def _rescue(self, pod: Pod) -> None:
         """Agree with the other pods on the newest snapshot that all of them hold, and persist it."""
@@ -159,13 +164,23 @@ class Persisting:
             pod.table.start_persist(save)
             await self._persist(pod, save)
         except PillionError as err:
-            _log.error("the newest snapshot stays in memory: %s", err)
+            if self._missed_by_others(pod, err) and self._repeated < RESCUES_REPEATED:
+                _log.warning("the other pods are called to a rescue once more: %s", err)
+                self._repeated += 1
+                self.rescue()
+            else:
+                _log.error("the newest snapshot stays in memory: %s", err)
         finally:
             self._agreeing = False
             for call in calls:
                 self._calls.pop(call, None)
                 self._answered.append(call)
             pod.table.unpin(pinned)
+
+    def _missed_by_others(self, pod: Pod, err: PillionError) -> bool:
+        """Whether it was this pod that a rescue failed by: the others do not know that it can be met now."""
+        late = isinstance(err, BarrierTimeout) and not set(err.missing).isdisjoint(pod.identity.local_ranks)
+        return self._trainers.pod is pod and (late or isinstance(err, ExecutorDied))
 
     def busy(self) -> bool:
         pod = self._trainers.pod

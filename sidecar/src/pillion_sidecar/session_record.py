@@ -30,7 +30,7 @@ class Counts:
     epoch: int = 0
     """Loads that ended well."""
     rescues: int = 0
-    """Rescues that ended well."""
+    """Rescues that were decided."""
     store_lost: bool = False
     """The pods meet on storage."""
 

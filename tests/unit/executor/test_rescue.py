@@ -27,8 +27,10 @@ def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -
     return types.SimpleNamespace(
         exchange=exchange,
         rescues=0,
+        rescues_forgotten=0,
         coordinator=first_rank == 0,
         last_choice=None,
+        store_lost=False,
         peer_timeout_s=bound_s / rescue.PEERS_SHARE,
     )
 
@@ -47,9 +49,38 @@ def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
 
 
 def test_a_pod_that_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
-    """And the rescue is not counted: whoever comes later meets under the same number."""
+    """Nothing can be persisted without it."""
     pod = context(tmp_path, 0, bound_s=0.05)
     with pytest.raises(BarrierTimeout) as caught:
         agree(pod, [5], ["a"])
     assert list(caught.value.missing) == [2, 3]
-    assert pod.rescues == 0
+
+
+def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: Path) -> None:
+    """It learns that it was missed, at once, and not from what is left of that rescue what the next one decides."""
+    pods = [context(tmp_path, 0, bound_s=0.05), context(tmp_path, 2, bound_s=0.05)]
+    for pod in pods:
+        with pytest.raises(BarrierTimeout) as caught:
+            agree(pod, [5], ["a"])
+        assert list(caught.value.missing) == [2, 3]
+    for pod in pods:
+        pod.peer_timeout_s = Deadline.REPLY.s / rescue.PEERS_SHARE
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(agree, pods, [[5, 6], [5]], [["b"], ["b"]]))
+    assert found == [rescue.Agreed(step=5, calls=["b"])] * 2
+    assert [pod.rescues for pod in pods] == [2, 2]
+
+
+def test_keys_of_a_rescue_go_when_every_pod_has_left_it(tmp_path: Path) -> None:
+    """Also those of one that a pod was missing from: it has read them when it comes to a later one."""
+    pods = [context(tmp_path, 0, bound_s=0.05), context(tmp_path, 2, bound_s=0.05)]
+    for pod in pods:
+        with pytest.raises(BarrierTimeout):
+            agree(pod, [5], ["a"])
+    for _ in range(2):
+        for pod in pods:
+            pod.peer_timeout_s = Deadline.REPLY.s / rescue.PEERS_SHARE
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(agree, pods, [[5], [5]], [["b"], ["b"]]))
+    (folder,) = (tmp_path / ".pillion" / storage_exchange.MEETINGS).iterdir()
+    assert {path.name.split(".")[1] for path in folder.iterdir()} == {"2"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,7 +64,9 @@ class Context:
     epoch: int = 0
     """Loads that ended well: the pods agreed on each, so this is the same in every pod even after a load that one never joined."""
     rescues: int = 0
-    """Rescues that ended well, likewise."""
+    """Rescues that were decided, also those that some pod was missing from: the number to meet under in the next one."""
+    rescues_forgotten: int = 0
+    """Coordinator: of these, the first ones whose keys are gone from the exchange."""
     last_choice: tuple[str, dict[str, Any]] | None = None
     """Coordinator: what the last rescue decided, and under which phase: a pod may not have heard it."""
     storage_refuses: bool = False
@@ -88,7 +90,9 @@ class Context:
             *(f"plan/{each}" for each in self.plans),
         ]
         rescues = [
-            f"rescue/{number}/{part}" for number in (self.rescues - 1, self.rescues) for part in ("offer", "choice")
+            f"rescue/{number}/{part}"
+            for number in range(self.rescues_forgotten, self.rescues + 1)
+            for part in ("offer", "choice")
         ]
         return [*self.finished_phases, *self.finished_loads, *published, *rescues]
 
@@ -96,15 +100,17 @@ class Context:
         return os.path.join(self.root, names.step_directory(step))
 
 
-def open_context(document: Mapping[str, Any]) -> Context:
+def open_context(document: Mapping[str, Any], watch: Watch) -> Context:
     """
     Open a session from the supervisor's document.
+
+    The successor of an executor that had opened it meets the other pods on storage when the job's store does not answer any more.
 
     Blocks: up to stores.CONNECT_TIMEOUT_S for the job's store, and the peer timeout for the coordinator's generation.
 
     Raises:
         OSError: a segment or the root is not there.
-        torch.distributed.DistError: the store does not answer.
+        RuntimeError: the store does not answer (torch.distributed.DistError).
         BarrierTimeout: the coordinator's pod did not come.
     """
     pods = tuple(tuple(int(rank) for rank in pod) for pod in document["pods"])
@@ -113,28 +119,22 @@ def open_context(document: Mapping[str, Any]) -> Context:
     store = document["store"]
     address = None
     signal_store = None
-    between: exchange.Exchange
     root, session = str(document["root"]), str(document["session"])
-    watch = Watch(
-        storage_timeout_s=float(document["storage_timeout_s"]), store_timeout_s=float(document["store_timeout_s"])
-    )
     lost = bool(document.get("store_lost")) and bool(root)
+    between: exchange.Exchange | None = None
     if store is None:
         between = exchange.LocalExchange(local_ranks[0])
-    elif lost:
+    elif not lost:
+        is_successor = document.get("generation") is not None
+        try:
+            between, signal_store, address = _meet_in_store(store, prefix, pods, local_ranks[0], is_successor, watch)
+        except RuntimeError as err:
+            if not is_successor or not root:
+                raise
+            _log.warning("the pods meet on storage from now on: %s", str(err).splitlines()[0])
+            lost = True
+    if between is None:
         between = storage_exchange.StorageExchange(root, session, pods, local_ranks[0])
-    else:
-        from pillion_sidecar.executor import stores  # torch: 3 s and 300 MB that a single pod does not pay
-
-        if store["mode"] == "own" and local_ranks[0] == 0:
-            keep, view = stores.host(str(store["host"]), prefix)
-            address = (str(store["host"]), keep.port)
-            between = stores.StoreExchange(view, keep, pods, local_ranks[0])
-            _, signal_store = stores.connect(*address, prefix)
-        else:
-            keep_client, view = stores.connect(str(store["host"]), int(store["port"]), prefix)
-            between = stores.StoreExchange(view, keep_client, pods, local_ranks[0])
-            _, signal_store = stores.connect(str(store["host"]), int(store["port"]), prefix)
     segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
     of = policy.parse(document["policy"], embedded=True)
     context = Context(
@@ -164,6 +164,32 @@ def open_context(document: Mapping[str, Any]) -> Context:
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
     context.generation = _agree_on_generation(context, known=document.get("generation"))
     return context
+
+
+def _meet_in_store(
+    store: Mapping[str, Any],
+    prefix: str,
+    pods: Sequence[Sequence[int]],
+    first_rank: int,
+    is_successor: bool,
+    watch: Watch,
+) -> tuple[exchange.Exchange, Any, tuple[str, int] | None]:
+    """The exchange, the client of messages to all pods, and where our own store listens."""
+    from pillion_sidecar.executor import stores  # torch: 3 s and 300 MB that a single pod does not pay
+
+    # A new session's store may still be on its way; one that was there answers, or is lost.
+    timeout_s = min(stores.CONNECT_TIMEOUT_S, watch.store_timeout_s) if is_successor else stores.CONNECT_TIMEOUT_S
+    # torch's own bound does not hold when the store's process is stopped: the kernel takes the connection, and nobody greets.
+    watch.store("connect to the job's store", timeout_s)
+    if store["mode"] == "own" and first_rank == 0:
+        keep, view = stores.host(str(store["host"]), prefix)
+        address = (str(store["host"]), keep.port)
+        _, signal_store = stores.connect(*address, prefix)
+        return stores.StoreExchange(view, keep, pods, first_rank), signal_store, address
+    where = (str(store["host"]), int(store["port"]))
+    keep_client, view = stores.connect(*where, prefix, timeout_s=timeout_s)
+    _, signal_store = stores.connect(*where, prefix, timeout_s=timeout_s)
+    return stores.StoreExchange(view, keep_client, pods, first_rank), signal_store, None
 
 
 def _agree_on_generation(context: Context, *, known: Any) -> int:

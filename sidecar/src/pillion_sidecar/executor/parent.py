@@ -90,6 +90,11 @@ class Executor:
         process = self._process
         return process.pid if process is not None and process.returncode is None and not self._ended else None
 
+    @property
+    def hung_for(self) -> str | None:
+        """What it waited for when it was ended for that: see `ExecutorHung.kind`."""
+        return str(self._hung["kind"]) if self._hung is not None else None
+
     async def start(self) -> None:
         """
         Start the child. It is ready when it answers; requests may be sent at once.

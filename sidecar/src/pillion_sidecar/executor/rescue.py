@@ -9,6 +9,9 @@ agree on one here, on storage when it must be (`context.with_failover`), and eac
     coordinator:  the newest of its own that every pod holds, and all the calls -> publish
 
 A call reaches the pods at different times. All that any of them has heard are answered together, so that none waits for a rescue by itself.
+
+A rescue counts once it is decided, also when some pod was missing: that pod finds the decision when it comes, and meets the others under
+the next number if it calls them again (`persisting`).
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pillion import phases
 from pillion.errors import BarrierTimeout
+from pillion_sidecar.executor.watch import LOOK_S
 
 if TYPE_CHECKING:
     from pillion_sidecar.executor.context import Context
@@ -57,28 +62,33 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
     Blocks: twice the bound.
 
     Raises:
-        BarrierTimeout: some pod did not come; nothing can be persisted without it.
+        BarrierTimeout: some pod did not come; nothing can be persisted without it. It names this one when it came too late.
         exchange.StoreLost: see `context.with_failover`.
     """
+    phases.reach(phases.Phase.RESCUE)
     phase = f"rescue/{context.rescues}"
     bound_s = min(PEERS_S, context.peer_timeout_s * PEERS_SHARE)
+    if context.store_lost:
+        # Nobody could be called: who waited for a store that is silent notices it this much later than who asked it something.
+        bound_s += LOOK_S
     context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted), "calls": list(calls)})
     if context.coordinator:
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
             heard = sorted({call for offer in offers.values() for call in offer["calls"]})
             decision: dict[str, Any] = {"step": pick(held, offers), "calls": heard, "missing": []}
-            # Every pod is here, so that every pod has left the rescue before.
-            before = f"rescue/{context.rescues - 1}"
-            context.exchange.forget([f"{before}/offer", f"{before}/choice"])
+            # Every pod is here, so that every pod has left the rescues before.
+            before = range(context.rescues_forgotten, context.rescues)
+            context.exchange.forget([f"rescue/{number}/{part}" for number in before for part in ("offer", "choice")])
+            context.rescues_forgotten = context.rescues
         except BarrierTimeout as err:
             decision = {"step": None, "calls": [], "missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)
         context.last_choice = (f"{phase}/choice", decision)
     decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
+    context.rescues += 1
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
-    context.rescues += 1
     return Agreed.from_document(decision)
 
 

@@ -24,9 +24,11 @@ MULTI_CHUNK: Final = 1024
 """Keys of one multi_get: bounds one frame of the store."""
 
 
-def connect(host: str, port: int, prefix: str) -> tuple[dist.Store, dist.Store]:
+def connect(
+    host: str, port: int, prefix: str, *, timeout_s: float = CONNECT_TIMEOUT_S
+) -> tuple[dist.Store, dist.Store]:
     """
-    A client of the job's store, and its prefixed view. No port is opened.
+    A client of the job's store, and its prefixed view. No port is opened. Blocks: up to `timeout_s`.
 
     Raises:
         torch.distributed.DistError: nobody answers there.
@@ -38,7 +40,7 @@ def connect(host: str, port: int, prefix: str) -> tuple[dist.Store, dist.Store]:
         port,
         is_master=False,
         wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S),
+        timeout=datetime.timedelta(seconds=timeout_s),
         use_libuv=False,
     )
     return store, dist.PrefixStore(prefix, store)

@@ -50,6 +50,10 @@ class Watch:
         """From now on this thread waits for storage, which has to make `size_bytes` durable."""
         self.begins(exchange.STORAGE, what, self.storage_timeout_s + size_bytes / SLOWEST_BYTES_PER_S)
 
+    def store(self, what: str, timeout_s: float = 0.0) -> None:
+        """From now on this thread waits for the job's store, which may take `timeout_s` itself."""
+        self.begins(exchange.PEERS, what, timeout_s + self.store_timeout_s)
+
     def moved(self) -> None:
         """Storage has answered: whoever waits for it begins anew."""
         for thread, (kind, what, _, bound_s) in list(self._now.items()):
@@ -126,7 +130,7 @@ class Watched:
             self._watch.idle()
 
     def _watched(self, phase: str, timeout_s: float, call: Callable[[], T]) -> T:
-        self._watch.begins(exchange.PEERS, phase, timeout_s + self._watch.store_timeout_s)
+        self._watch.store(phase, timeout_s)
         try:
             return call()
         finally:

@@ -1,5 +1,5 @@
 """
-The executor's child process: one thread answers pings and takes requests, one runs them, one at a time.
+The executor's child process: one thread answers pings and takes requests, one runs them, one at a time, and one sends messages to all pods.
 
     supervisor                            |  this process
     ------------------------------------- | -----------------------------------------------
@@ -35,6 +35,7 @@ from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import images, load, persist, rescue, signals
 from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
+from pillion_sidecar.executor.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ class Worker:
         self._broken = broken
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
+        self._outgoing: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._context: context_module.Context | None = None
+        self._watch: Watch | None = None
+        """Of the session that is open, or being opened."""
         self._signals: signals.Signals | None = None
         self._store: Any = None
         """Where the session of `_context` meets."""
@@ -71,6 +75,8 @@ class Worker:
     def serve(self) -> None:
         """Serve until the supervisor closes the channel. Blocks: for the life of the process."""
         threading.Thread(target=self._run, name="pillion-run", daemon=True).start()
+        # Not behind the running save, as an announcement is about the next one, nor in this thread: the store may not answer.
+        threading.Thread(target=self._tell, name="pillion-tell", daemon=True).start()
         decoder = messages.Decoder()
         with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
@@ -78,7 +84,7 @@ class Worker:
                     if message["type"] == "ping":
                         self._send({"type": "done", "id": message["id"], "result": {"waits": self._waits()}})
                     elif message["type"] == "signal":
-                        self._signal(message)
+                        self._outgoing.put_nowait(message)
                     else:
                         self._requests.put_nowait(message)
 
@@ -100,15 +106,15 @@ class Worker:
                 state = self._session_state()
                 self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document(), **state})
             finally:
-                if self._context is not None:
-                    self._context.watch.idle()
+                if self._watch is not None:
+                    self._watch.idle()
 
     def _store_lost(self, session: str) -> None:
         self._send({"type": "store_lost", "event": True, "session": session})
 
     def _waits(self) -> dict[str, Any] | None:
-        context = self._context
-        return context.watch.report() if context is not None else None
+        watch = self._watch
+        return watch.report() if watch is not None else None
 
     def _session_state(self) -> dict[str, Any]:
         """What a successor of this process has to go on with."""
@@ -118,15 +124,21 @@ class Worker:
         counts = {"loads": context.loads, "epoch": context.epoch, "rescues": context.rescues}
         return {"session_state": counts | {"store_lost": context.store_lost}}
 
-    def _signal(self, message: messages.Message) -> None:
-        # Not behind the running save: an announcement is about the next one.
-        try:
-            if self._signals is None:
-                raise InternalError("the executor has no session with other pods")
-            self._signals.send(message["message"])
-            self._send({"type": "done", "id": message["id"], "result": {}})
-        except (RuntimeError, PillionError) as err:
-            self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
+    def _tell(self) -> None:
+        while True:
+            message = self._outgoing.get()
+            context, between = self._context, self._signals
+            try:
+                if context is None or between is None:
+                    raise InternalError("the executor has no session with other pods")
+                context.watch.store("a message to all pods")
+                try:
+                    between.send(message["message"])
+                finally:
+                    context.watch.idle()
+                self._send({"type": "done", "id": message["id"], "result": {}})
+            except (RuntimeError, PillionError) as err:
+                self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
 
     # --- operations (runner thread) ------------------------------------------------------------------------------------
 
@@ -142,12 +154,17 @@ class Worker:
         if self._context is not None:
             self._leave(self._context, request["session"])
         self._context = self._signals = None
-        self._context = context_module.open_context(request["session"])
-        self._store = request["session"]["store"]
+        document = request["session"]
+        self._watch = Watch(
+            storage_timeout_s=float(document["storage_timeout_s"]), store_timeout_s=float(document["store_timeout_s"])
+        )
+        self._context = context_module.open_context(document, self._watch)
+        self._store = document["store"]
         named = policy.parse(request["session"]["policy"], embedded=True).storage.writer
         self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
         if self._context.signal_store is not None:
             heard = request["session"]["signals"]
+            self._context.watch.store("messages to all pods")
             self._signals = signals.Signals(
                 self._context.signal_store,
                 lambda number, message: self._send({**message, "event": True, "number": number}),
@@ -173,6 +190,7 @@ class Worker:
             with contextlib.suppress(RuntimeError, PillionError):
                 context.exchange.forget(context.phases_left())
                 if self._signals is not None:
+                    context.watch.store("forget messages to all pods")
                     self._signals.forget()
 
     def _opened(self) -> context_module.Context:
