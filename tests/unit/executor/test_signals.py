@@ -82,3 +82,13 @@ def test_a_successor_goes_on_where_the_executor_before_it_ended(ends: Ends) -> N
     other.send({"n": "c"})
     deadlines.eventually(lambda: after == [(2, "b"), (3, "c")], Deadline.REPLY, "the successor has heard the rest")
     deadlines.eventually(lambda: fresh == [(3, "c")], Deadline.REPLY, "the other one what is new")
+
+
+def test_a_pod_that_still_listens_leaves_no_key_of_a_session_that_is_over(ends: Ends) -> None:
+    """It may listen for as long as it lingers, in a store that outlives many sessions; it notices, and stops."""
+    coordinator, other = ends.open(0, []), ends.open(2, [])
+    coordinator.send({"n": 1})
+    coordinator.close()
+    coordinator.forget()
+    deadlines.eventually(lambda: not other._thread.is_alive(), Deadline.REPLY, "the other one has stopped to listen")
+    assert not any("signals" in key or "listening" in key for key in ends._keep.list_keys())
