@@ -106,6 +106,8 @@ class Run:
         self._store: StoreHost | None = None
         self._waking: list[tuple[float, int]] = []
         self._environment: dict[str, str] = {}
+        self._trained: dict[int, float] = {}
+        """When rank 0 made each step last, by its clock; 0: when it began."""
         self.result = Result(
             seed=plan.seed, pods=plan.pods, strikes=[act.strike.value for act in plan.acts], inside=plan.inside.value
         )
@@ -309,7 +311,8 @@ class Run:
 
     def _check(self) -> None:
         self._check_journals()
-        self._check_storage()
+        newest = self._check_storage()
+        self._check_end(newest)
         final = torch.load(self.job.folder / "final.pt")
         for name, tensor in self._reference[jobs.STEPS][1].items():
             if not torch.equal(final[name], tensor):
@@ -319,6 +322,8 @@ class Run:
         for rank in range(jobs.WORLD):
             furthest, attempts = 0, 0
             trained: dict[int, float] = {}
+            if rank == 0:
+                self._trained = trained
             for line in jobs.journal(self.job, rank):
                 if line["event"] == "started":
                     attempts += 1
@@ -341,20 +346,40 @@ class Run:
         lost = furthest - loaded
         self.result.lost_steps.append(lost)
         self.result.lost_s.append(round(lost_s, 2))
-        troubled = self._plan.inside is not plans.Inside.NONE
-        bound = LOST_ON_STORAGE + (jobs.PERIOD_STEPS if troubled else 0)
-        if not self.result.memory_lost and not troubled:
-            bound = LOST_IN_MEMORY
-        away = any(each in AWAY for each in self.result.struck)
-        if lost > bound and not (away and lost_s <= AWAY_S):
+        in_memory = not self.result.memory_lost and not self._troubled
+        bound = LOST_IN_MEMORY if in_memory else self._bound_on_storage
+        if lost > bound and not (self._away and lost_s <= AWAY_S):
             self._judge("lost", f"{lost} steps were lost ({furthest} to {loaded}, {tier}); the bound is {bound}")
 
-    def _check_storage(self) -> None:
+    def _check_end(self, newest: int) -> None:
+        """What is committed when the job has ended is as near to its last step as a loss of memory may leave it."""
+        lost_s = self._trained.get(jobs.STEPS, 0.0) - self._trained.get(newest, 0.0)
+        if jobs.STEPS - newest > self._bound_on_storage and not (self._away and lost_s <= AWAY_S):
+            self._judge(
+                "lost", f"step {newest} is the newest committed at the end; the bound is {self._bound_on_storage} steps"
+            )
+
+    @property
+    def _troubled(self) -> bool:
+        return self._plan.inside is not plans.Inside.NONE
+
+    @property
+    def _bound_on_storage(self) -> int:
+        return LOST_ON_STORAGE + (jobs.PERIOD_STEPS if self._troubled else 0)
+
+    @property
+    def _away(self) -> bool:
+        return any(each in AWAY for each in self.result.struck)
+
+    def _check_storage(self) -> int:
+        """The newest committed step; 0 when there is none."""
+        newest = 0
         for path in sorted(self.job.root.glob("step-*")):
             if not (path / ".metadata").exists():
                 continue
             self.result.committed += 1
             step = int(path.name.removeprefix("step-"))
+            newest = max(newest, step)
             state: dict[str, Any] = {"model": {name: torch.zeros(jobs.NUMEL) for name in self._reference[0][1]}}
             try:
                 stock.load(state, checkpoint_id=path, no_dist=True)
@@ -364,8 +389,7 @@ class Run:
             for name, tensor in self._reference[step][1].items():
                 if not torch.equal(state["model"][name], tensor):
                     self._judge("torn", f"{path.name}: {name} is not that of step {step}")
-        if self.result.committed == 0:
-            self._judge("lost", "nothing is committed at the end")
+        return newest
 
 
 def _is_sidecar(process: psutil.Process) -> bool:

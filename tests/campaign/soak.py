@@ -37,9 +37,9 @@ NUMEL: Final = 500_000
 """Of the whole state; does not divide by three."""
 SETTLED: Final = len(WORLDS) * ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE
 """Samples until every world was there once: allocators, plans and page tables are warm then, and the third pod's sidecar has its log."""
-MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0, "store_keys": 2}
+MAY_GROW: Final = {"supervisor_rss_mib": 3.0, "executor_rss_mib": 8.0, "store_keys": 2, "supervisor_threads": 3}
 """Between the first settled sample and the last; beyond it something is kept. A new executor after a restart differs by a few MiB, and a
-sample falls between two phases, whose keys are there or not."""
+sample falls between two phases, whose keys are there or not. The supervisor's pool makes a thread when all it has are busy, six at most."""
 
 
 def values(step: int) -> torch.Tensor:
