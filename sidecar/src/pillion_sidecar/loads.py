@@ -128,6 +128,7 @@ class Loads:
                 },
             )
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
+                pod.heard(int(result["step"]), persisted=False)
                 # Before any rank can save again, so that it comes first in every pod.
                 supervisor.persisting.rescue_in_turn(pod, supervisor.operations.loads)
             self._answer(asked, result)

@@ -156,6 +156,9 @@ class Persisting:
             self._agreeing = False
             # What any pod was called by is answered: whoever hears that call later would wait for the others in vain.
             calls += agreed.calls
+            if self._trainers.pod is pod:
+                for each in agreed.persisted:
+                    pod.heard(each, persisted=True)
             step = agreed.step
             save = pod.table.saves.get(step) if step is not None else None
             if step is None or save is None:

@@ -240,6 +240,18 @@ class Pod:
         for rank in self.segments:
             self._reset(rank, slot)
 
+    def heard(self, step: int, *, persisted: bool) -> None:
+        """
+        Every pod holds `step` whole, as a load from memory or a rescue has shown; `persisted`: and it is committed. A pod that was
+        stopped before it could hear the one or the other would keep an older snapshot for its peers, and have no slot for the next.
+        """
+        save = self.table.saves.get(step)
+        if save is None or save.phase is not Phase.DONE:
+            return
+        save.concluded = True
+        save.persisted = save.persisted or persisted
+        self.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
+
     def mark(self, save: Save, state: arena.SlotState, *, persisted: bool = False, concluded: bool = False) -> None:
         """Write a save's state into its slots, for whoever finds the arena after us."""
         for segment in self.segments.values():

@@ -5,6 +5,7 @@ Called from: pytest.
 """
 
 import types
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,8 +36,16 @@ def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -
     )
 
 
-def agree(of: Any, held: list[int], calls: list[str]) -> rescue.Agreed:
-    return rescue.agree(cast("Context", of), held, [], calls)
+def agree(of: Any, held: list[int], calls: list[str], persisted: Sequence[int] = ()) -> rescue.Agreed:
+    return rescue.agree(cast("Context", of), held, persisted, calls)
+
+
+def test_a_pod_hears_which_of_its_snapshots_are_committed(tmp_path: Path) -> None:
+    """One whose sidecar was stopped before it knew would keep the snapshot before for its peers, and have no slot for the next save."""
+    pods = [context(tmp_path, 0), context(tmp_path, 2)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(agree, pods, [[18, 20], [18, 20]], [["a"], ["a"]], [[], [10, 20]]))
+    assert found == [rescue.Agreed(step=None, persisted=[20], calls=["a"])] * 2
 
 
 def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
@@ -44,7 +53,7 @@ def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
     pods = [context(tmp_path, 0), context(tmp_path, 2)]
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[5, 6, 7], [5, 6]], [["b"], ["a", "c"]]))
-    assert found == [rescue.Agreed(step=6, calls=["a", "b", "c"])] * 2
+    assert found == [rescue.Agreed(step=6, persisted=[], calls=["a", "b", "c"])] * 2
     assert [pod.rescues for pod in pods] == [1, 1]
 
 
@@ -67,7 +76,7 @@ def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: 
         pod.peer_timeout_s = Deadline.REPLY.s / rescue.PEERS_SHARE
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[5, 6], [5]], [["b"], ["b"]]))
-    assert found == [rescue.Agreed(step=5, calls=["b"])] * 2
+    assert found == [rescue.Agreed(step=5, persisted=[], calls=["b"])] * 2
     assert [pod.rescues for pod in pods] == [2, 2]
 
 

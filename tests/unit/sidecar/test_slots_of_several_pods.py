@@ -4,8 +4,15 @@ The whole of: what the pods of a job keep in their slots when a load comes, wher
 Called from: pytest.
 """
 
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pillion.wire import arena, policy
 from pillion.wire.policy import Overlap
-from pillion_sidecar.arena.slots import Granted, SlotTable
+from pillion_sidecar.arena.slots import Granted, MustWait, SlotTable
+from pillion_sidecar.pod import Identity, Pod
 
 
 def pod(*, heard: bool) -> SlotTable:
@@ -40,3 +47,52 @@ def test_a_slot_that_a_load_takes_is_lent_until_it_is_given_back() -> None:
     assert not table.crowded()
     table.give_back(slot)
     assert isinstance(table.claim(76, 0, persist=False), Granted)
+
+
+def restarted(folder: Path) -> Pod:
+    """A pod of two whose trainers came back; its two slots have snapshot 18, which all pods hold, and 20, whose persist was cut short."""
+    before = Pod(str(folder), identity("a" * 32, folder), policy.parse({}, embedded=True))
+    for slot, step, flags in ((0, 18, arena.Flag.SNAPSHOT | arena.Flag.CONCLUDED), (1, 20, arena.Flag.NONE)):
+        state = arena.SlotState.SEALED if step == 18 else arena.SlotState.PERSISTING
+        header = before.segments[0].read_header(slot)
+        sealed = dataclasses.replace(
+            header, state=state, step=step, rank=0, world_size=2, session=bytes.fromhex("a" * 32), flags=flags
+        )
+        before.segments[0].write_header(slot, dataclasses.replace(sealed, sealed_ns=step))
+    before.close()
+    return Pod(str(folder), identity("b" * 32, folder), policy.parse({}, embedded=True))
+
+
+def identity(session: str, folder: Path) -> Identity:
+    return Identity(
+        session=session,
+        run_id="test",
+        attempt=0,
+        world_size=2,
+        pods=((0,), (1,)),
+        local_ranks=(0,),
+        root=str(folder / "runs"),
+        store_mode="prefix",
+        store=("127.0.0.1", 1),
+    )
+
+
+@pytest.mark.parametrize("persisted", [False, True], ids=["by a load from memory", "by a rescue"])
+def test_a_snapshot_that_all_pods_are_found_to_hold_makes_room_for_the_next_save(
+    tmp_path: Path, persisted: bool
+) -> None:
+    """
+    The pod was stopped before it could hear that 20 is whole everywhere, or committed: it would keep 18 for its peers for ever, and
+    training would wait for a slot (campaign, seed 40263).
+    """
+    pod = restarted(tmp_path)
+    assert sorted(pod.table.restorable()) == [18, 20]
+    assert isinstance(pod.table.claim(22, 0, persist=False), MustWait)
+    pod.heard(20, persisted=persisted)
+    granted = pod.table.claim(22, 0, persist=False)
+    assert isinstance(granted, Granted)
+    assert sorted(pod.table.restorable()) == [20]
+    flags = pod.segments[0].read_header(pod.table.saves[20].slot).flags
+    assert arena.Flag.CONCLUDED in flags
+    assert (arena.Flag.PERSISTED in flags) is persisted
+    pod.close()

@@ -41,13 +41,19 @@ class Agreed:
 
     step: int | None
     """To persist. None: nothing is left to do."""
+    persisted: list[int]
+    """Steps that all pods hold and some pod knows to be committed."""
     calls: list[str]
     """Names of the calls that are answered with it."""
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Agreed:
         step = document["step"]
-        return cls(step=None if step is None else int(step), calls=[str(call) for call in document["calls"]])
+        return cls(
+            step=None if step is None else int(step),
+            persisted=[int(each) for each in document["persisted"]],
+            calls=[str(call) for call in document["calls"]],
+        )
 
 
 def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls: Sequence[str]) -> Agreed:
@@ -76,13 +82,24 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
             heard = sorted({call for offer in offers.values() for call in offer["calls"]})
-            decision: dict[str, Any] = {"step": pick(held, offers), "calls": heard, "missing": []}
+            decision: dict[str, Any] = {
+                "step": pick(held, offers),
+                "persisted": on_storage(offers),
+                "calls": heard,
+                "missing": [],
+            }
             # Every pod is here, so that every pod has left the rescues before.
             before = range(context.rescues_forgotten, context.rescues)
             context.exchange.forget([f"rescue/{number}/{part}" for number in before for part in ("offer", "choice")])
             context.rescues_forgotten = context.rescues
         except BarrierTimeout as err:
-            decision = {"step": None, "calls": [], "missing": list(err.missing), "waited_s": err.waited_s}
+            decision = {
+                "step": None,
+                "persisted": [],
+                "calls": [],
+                "missing": list(err.missing),
+                "waited_s": err.waited_s,
+            }
         context.exchange.publish(f"{phase}/choice", decision)
         context.last_choice = (f"{phase}/choice", decision)
     decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
@@ -90,6 +107,12 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
     return Agreed.from_document(decision)
+
+
+def on_storage(offers: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Steps that every pod holds and one, at least, knows to be committed. Pure."""
+    everywhere = set.intersection(*(set(offer["held"]) for offer in offers.values()))
+    return sorted(everywhere & {step for offer in offers.values() for step in offer["persisted"]})
 
 
 def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | None:
