@@ -106,8 +106,6 @@ class Run:
         self._store: StoreHost | None = None
         self._waking: list[tuple[float, int]] = []
         self._environment: dict[str, str] = {}
-        self._trained: dict[int, float] = {}
-        """When rank 0 made each step last, by its clock; 0: when it began."""
         self.result = Result(
             seed=plan.seed, pods=plan.pods, strikes=[act.strike.value for act in plan.acts], inside=plan.inside.value
         )
@@ -310,25 +308,24 @@ class Run:
         return "\n".join(found)
 
     def _check(self) -> None:
-        self._check_journals()
-        newest = self._check_storage()
-        self._check_end(newest)
+        trained = self._check_journals()
+        self._check_end(self._check_storage(), trained)
         final = torch.load(self.job.folder / "final.pt")
         for name, tensor in self._reference[jobs.STEPS][1].items():
             if not torch.equal(final[name], tensor):
                 self._judge("wrong", f"{name} at the end differs from the uninterrupted run's")
 
-    def _check_journals(self) -> None:
+    def _check_journals(self) -> dict[int, float]:
+        """When each step was made last, by the last rank's clock; 0: when it began."""
+        trained: dict[int, float] = {}
         for rank in range(jobs.WORLD):
             furthest, attempts = 0, 0
-            trained: dict[int, float] = {}
-            if rank == 0:
-                self._trained = trained
+            trained = {}
             for line in jobs.journal(self.job, rank):
                 if line["event"] == "started":
                     attempts += 1
+                    trained.setdefault(0, line["time"])
                     if rank == 0:
-                        trained.setdefault(0, line["time"])
                         self.result.tiers.append(line["tier"] or "fresh")
                         if attempts > 1:
                             lost_s = trained[furthest] - trained[line["loaded"]]
@@ -341,6 +338,7 @@ class Run:
             self.result.attempts = max(self.result.attempts, attempts)
             if furthest != jobs.STEPS:
                 self._judge("wrong", f"rank {rank} ended at step {furthest}")
+        return trained
 
     def _check_lost(self, furthest: int, loaded: int, tier: str, lost_s: float) -> None:
         lost = furthest - loaded
@@ -351,9 +349,9 @@ class Run:
         if lost > bound and not (self._away and lost_s <= AWAY_S):
             self._judge("lost", f"{lost} steps were lost ({furthest} to {loaded}, {tier}); the bound is {bound}")
 
-    def _check_end(self, newest: int) -> None:
+    def _check_end(self, newest: int, trained: dict[int, float]) -> None:
         """What is committed when the job has ended is as near to its last step as a loss of memory may leave it."""
-        lost_s = self._trained.get(jobs.STEPS, 0.0) - self._trained.get(newest, 0.0)
+        lost_s = trained.get(jobs.STEPS, 0.0) - trained.get(newest, 0.0)
         if jobs.STEPS - newest > self._bound_on_storage and not (self._away and lost_s <= AWAY_S):
             self._judge(
                 "lost", f"step {newest} is the newest committed at the end; the bound is {self._bound_on_storage} steps"

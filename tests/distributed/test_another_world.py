@@ -2,14 +2,15 @@
 The whole of: a job whose trainers are killed comes back as another world: its pods in another order, fewer of them, more of them.
 
 Called from: pytest.
-Must never: save to storage before the crash; what the next world finds there was brought there by the sidecars of the dead.
+Must never: save to storage what the next world has to find there; the sidecars of the dead brought it.
 """
 
+import functools
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def distributed(local: torch.Tensor, peer: Peer) -> torch.Tensor:
     return DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size([NUMEL]), stride=(1,))
 
 
+def loaded(peer: Peer, root: Path, policy: dict[str, Any], expected: int) -> tuple[int | None, str, bool]:
+    """What a rank of the next world loads: the step, from where, and whether its part is that of the expected step."""
+    with checkpointer.Checkpointer(root, policy=policy) as opened:
+        local = torch.zeros_like(shard(0, peer))
+        step = opened.load({"weights": distributed(local, peer), "step": 0})
+        report = opened.last_load
+        return step, str(report.tier if report is not None else None), torch.equal(local, shard(expected, peer))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -72,20 +82,13 @@ def test_the_newest_snapshot_reaches_another_world(
         peer.tell(step)
         peer.hear()
 
-    def resume(peer: Peer) -> tuple[int | None, str, bool]:
-        with checkpointer.Checkpointer(tmp_path, policy=POLICY) as opened:
-            local = torch.zeros_like(shard(0, peer))
-            state = {"weights": distributed(local, peer), "step": 0}
-            loaded = opened.load(state)
-            report = opened.last_load
-            return loaded, str(report.tier if report is not None else None), torch.equal(local, shard(NEWEST, peer))
-
     first = ranks.start(train, num_ranks=len(before), pods=before, env=env, store=store)
     first.hear(Deadline.COMMITTED)
     first.kill()
+    resume = functools.partial(loaded, root=tmp_path, policy=POLICY, expected=NEWEST)
     second = ranks.start(resume, num_ranks=len(after), pods=after, env=env, store=store, attempt=1)
     found = second.finish(Deadline.LOADED)
-    assert {(loaded, equal) for loaded, _, equal in found} == {(NEWEST, True)}, found
+    assert {(step, equal) for step, _, equal in found} == {(NEWEST, True)}, found
 
 
 def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_than_the_drain(
@@ -96,8 +99,8 @@ def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_t
     folder, root = tmp_path / "faults", tmp_path / "runs"
     folder.mkdir()
     policy = {"trigger": {"periodSteps": 1}, "drain": {"timeoutSeconds": 4}}
-    stuck = faults.fail_at(rank=1, phase=Phase.WRITE, fault=faults.Kind.HOLD, step=2)
-    env = {"PILLION_LINGER_S": "60"} | faults.to_environment(folder, [stuck])
+    held = faults.fail_at(rank=1, phase=Phase.WRITE, fault=faults.Kind.HOLD, step=2)
+    env = {"PILLION_LINGER_S": "60"} | faults.to_environment(folder, [held])
 
     def train(peer: Peer) -> None:
         opened = checkpointer.Checkpointer(root, policy=policy)
@@ -110,14 +113,6 @@ def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_t
         peer.tell((status["pid"], status["executor_pid"], opened._session.runtime_dir))
         peer.hear()
 
-    def resume(peer: Peer) -> tuple[int | None, bool, float]:
-        begun = time.monotonic()
-        with checkpointer.Checkpointer(root, policy=policy) as opened:
-            local = torch.zeros_like(shard(0, peer))
-            state = {"weights": distributed(local, peer), "step": 0}
-            loaded = opened.load(state)
-            return loaded, torch.equal(local, shard(1, peer)), time.monotonic() - begun
-
     first = ranks.start(train, num_ranks=2, pods=("a", "b"), env=env, store=store)
     (_, lost) = first.hear(Deadline.COMMITTED)
     deadlines.eventually(lambda: faults.hits(folder), Deadline.COMMITTED, "the second pod writes step 2")
@@ -125,9 +120,10 @@ def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_t
     for pid in lost[:2]:
         os.kill(pid, signal.SIGKILL)
     shutil.rmtree(lost[2])
+    resume = functools.partial(loaded, root=root, policy=policy, expected=1)
     second = ranks.start(resume, num_ranks=2, pods=("a", "c"), env=env, store=store, attempt=1)
     found = second.finish(Deadline.LOADED)
-    assert {(loaded, equal) for loaded, equal, _ in found} == {(1, True)}, found
+    assert {(step, equal) for step, _, equal in found} == {(1, True)}, found
     log = (root / ".pillion" / "sidecar-0.log").read_text()
     assert "step 2 was of the session before" in log
     assert "internal error" not in log

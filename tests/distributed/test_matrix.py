@@ -244,15 +244,10 @@ def rescue_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outco
     if cell.who is Who.NETWORK:
         # Its successors would need it.
         return Outcome.COMMITTED
-    store = StoreHost()
-    try:
-        env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
-        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)
+    with successors(scene):
         assert scene.all("load") == [2, 2]
         deadlines.eventually(lambda: is_committed(scene.root, 2), Deadline.DRAINED, "step 2 is on storage")
         assert goes_on(scene)
-    finally:
-        store.end()
     return Outcome.COMMITTED
 
 
@@ -311,11 +306,7 @@ def restart(scene: Scene, told: list[Any]) -> Outcome:
             trainer.kill()
     if lost_pods:
         lose_pods(scene)
-    store = StoreHost()
-    try:
-        # As the first attempt's, without faults: what restarts does not break again.
-        env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
-        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)
+    with successors(scene):
         loaded = scene.all("load")
         assert loaded in ([1, 1], [2, 2]), loaded
         if lost_pods:
@@ -327,6 +318,16 @@ def restart(scene: Scene, told: list[Any]) -> Outcome:
         committed = is_committed(scene.root, 2)
         assert goes_on(scene)
         return Outcome.COMMITTED if committed else Outcome.ABSENT
+
+
+@contextlib.contextmanager
+def successors(scene: Scene) -> Iterator[None]:
+    """The trainers of the next attempt, with a store of their own, without faults: what restarts does not break again."""
+    store = StoreHost()
+    try:
+        env = {"MATRIX_ROOT": str(scene.root), **BOUNDS, names.ENV_FAULTS: ""}
+        scene.job = scene.ranks.start(train, num_ranks=2, pods=PODS, env=env, store=store, attempt=1)
+        yield
     finally:
         store.end()
 

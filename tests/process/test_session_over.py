@@ -7,7 +7,6 @@ Must never: take less than the store's own bounds as proof; what is tested is th
 
 import asyncio
 import contextlib
-import dataclasses
 import socket
 import time
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from pillion_sidecar import settings
 from pillion_sidecar.executor import stores
 from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.operation import Operations, SessionOver
-from pillion_sidecar.pod import Identity, Pod
+from pillion_sidecar.pod import Pod
 from support.deadlines import Deadline, soon
+from support.identities import identity
 from support.store_host import StoreHost
 
 
@@ -42,8 +42,8 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
         operations = Operations(
             settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
         )
-        over = Pod(str(tmp_path), _identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True))
-        lasting = Pod(str(tmp_path), _identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
+        over = Pod(str(tmp_path), identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True))
+        lasting = Pod(str(tmp_path), identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
         try:
             operations.session(over)
             accepted, _ = await asyncio.wait_for(
@@ -80,7 +80,7 @@ def test_an_executor_that_is_still_starting_goes_on_for_the_next_session(silent:
         address = (store.host, store.port)
         stores_of = [silent.getsockname(), silent.getsockname(), address]
         pods = [
-            Pod(str(tmp_path), _identity(letter * 32, tmp_path, of), policy.parse({}, embedded=True))
+            Pod(str(tmp_path), identity(letter * 32, tmp_path, of), policy.parse({}, embedded=True))
             for letter, of in zip("abc", stores_of, strict=True)
         ]
         try:
@@ -99,21 +99,3 @@ def test_an_executor_that_is_still_starting_goes_on_for_the_next_session(silent:
             store.end()
 
     asyncio.run(scenario())
-
-
-def _identity(session: str, root: Path, store: tuple[str, int] | None) -> Identity:
-    alone = Identity(
-        session=session,
-        run_id="test",
-        attempt=0,
-        world_size=1,
-        pods=((0,),),
-        local_ranks=(0,),
-        root=str(root / "runs"),
-        store_mode=None,
-        store=None,
-    )
-    if store is None:
-        return alone
-    pods = ((0,), (1,))
-    return dataclasses.replace(alone, world_size=2, pods=pods, store_mode="prefix", store=store)

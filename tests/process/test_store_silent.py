@@ -17,8 +17,9 @@ from pillion.wire import policy
 from pillion_sidecar import settings
 from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.operation import Operations
-from pillion_sidecar.pod import Identity, Pod
+from pillion_sidecar.pod import Pod
 from support.deadlines import Deadline, soon
+from support.identities import identity
 from support.store_host import StoreHost
 
 STORE_TIMEOUT_S = 1.0
@@ -36,23 +37,12 @@ def with_an_open_session(
     folder: Path, store: StoreHost, scenario: Callable[[Operations, Pod], Coroutine[Any, Any, None]]
 ) -> None:
     """The coordinator's pod of two; it has opened its session in `store`."""
-    identity = Identity(
-        session=SESSION,
-        run_id="test",
-        attempt=0,
-        world_size=2,
-        pods=((0,), (1,)),
-        local_ranks=(0,),
-        root=str(folder / "runs"),
-        store_mode="prefix",
-        store=(store.host, store.port),
-    )
 
     async def run() -> None:
         arguments = ["--runtime-dir", str(folder)]
         of = settings.from_arguments(arguments, {"PILLION_STORE_TIMEOUT_S": str(STORE_TIMEOUT_S)})
         operations = Operations(of, Metrics(), on_event=lambda _: None)
-        pod = Pod(str(folder), identity, policy.parse({}, embedded=True))
+        pod = Pod(str(folder), identity(SESSION, folder, (store.host, store.port)), policy.parse({}, embedded=True))
         try:
             operations.session(pod)
             await soon(lambda: operations.opened == SESSION, Deadline.TORCH_START, "the session is open")

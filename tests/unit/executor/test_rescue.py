@@ -4,40 +4,46 @@ The whole of: how the pods of a job agree on a rescue, and that none is left to 
 Called from: pytest.
 """
 
-import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor import rescue, storage_exchange
+from pillion.wire import policy
+from pillion_sidecar.executor import rescue, storage_exchange, watch
+from pillion_sidecar.executor.context import Context
 from support.deadlines import Deadline
-
-if TYPE_CHECKING:
-    from pillion_sidecar.executor.context import Context
 
 PODS = ((0, 1), (2, 3))
 
 
-def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -> Any:
+def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -> Context:
     """A pod that meets the other one on storage."""
-    exchange = storage_exchange.StorageExchange(str(root), "a" * 32, PODS, first_rank)
-    return types.SimpleNamespace(
-        exchange=exchange,
-        rescues=0,
-        rescues_forgotten=0,
-        coordinator=first_rank == 0,
-        last_choice=None,
-        store_lost=False,
+    watched = watch.Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s)
+    of = policy.parse({}, embedded=True)
+    return Context(
+        session="a" * 32,
+        run_id="test",
+        world_size=4,
+        pods=PODS,
+        local_ranks=(first_rank, first_rank + 1),
+        root=str(root),
+        segments={},
+        exchange=storage_exchange.StorageExchange(str(root), "a" * 32, PODS, first_rank),
+        generation=1,
+        retention=of.retention,
+        restore=of.restore,
         peer_timeout_s=bound_s / rescue.PEERS_SHARE,
+        persist_timeout_s=bound_s,
+        write_threads=1,
+        watch=watched,
     )
 
 
-def agree(of: Any, held: list[int], calls: list[str], persisted: Sequence[int] = ()) -> rescue.Agreed:
-    return rescue.agree(cast("Context", of), held, persisted, calls)
+def agree(of: Context, held: list[int], calls: list[str], persisted: Sequence[int] = ()) -> rescue.Agreed:
+    return rescue.agree(of, held, persisted, calls)
 
 
 def test_a_pod_hears_which_of_its_snapshots_are_committed(tmp_path: Path) -> None:
@@ -65,15 +71,20 @@ def test_a_pod_that_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
     assert list(caught.value.missing) == [2, 3]
 
 
-def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: Path) -> None:
-    """It learns that it was missed, at once, and not from what is left of that rescue what the next one decides."""
-    pods = [context(tmp_path, 0, bound_s=0.05), context(tmp_path, 2, bound_s=0.05)]
+def one_too_late(folder: Path) -> list[Context]:
+    """Two pods after a rescue that the second one was missing from; it has come since, and found so."""
+    pods = [context(folder, 0, bound_s=0.05), context(folder, 2, bound_s=0.05)]
     for pod in pods:
         with pytest.raises(BarrierTimeout) as caught:
             agree(pod, [5], ["a"])
         assert list(caught.value.missing) == [2, 3]
-    for pod in pods:
         pod.peer_timeout_s = Deadline.REPLY.s / rescue.PEERS_SHARE
+    return pods
+
+
+def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: Path) -> None:
+    """It learns that it was missed, at once, and not from what is left of that rescue what the next one decides."""
+    pods = one_too_late(tmp_path)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[5, 6], [5]], [["b"], ["b"]]))
     assert found == [rescue.Agreed(step=5, persisted=[], calls=["b"])] * 2
@@ -82,13 +93,8 @@ def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: 
 
 def test_keys_of_a_rescue_go_when_every_pod_has_left_it(tmp_path: Path) -> None:
     """Also those of one that a pod was missing from: it has read them when it comes to a later one."""
-    pods = [context(tmp_path, 0, bound_s=0.05), context(tmp_path, 2, bound_s=0.05)]
-    for pod in pods:
-        with pytest.raises(BarrierTimeout):
-            agree(pod, [5], ["a"])
+    pods = one_too_late(tmp_path)
     for _ in range(2):
-        for pod in pods:
-            pod.peer_timeout_s = Deadline.REPLY.s / rescue.PEERS_SHARE
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(agree, pods, [[5], [5]], [["b"], ["b"]]))
     (folder,) = (tmp_path / ".pillion" / storage_exchange.MEETINGS).iterdir()

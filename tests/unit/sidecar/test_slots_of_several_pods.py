@@ -12,7 +12,11 @@ import pytest
 from pillion.wire import arena, policy
 from pillion.wire.policy import Overlap
 from pillion_sidecar.arena.slots import Granted, MustWait, SlotTable
-from pillion_sidecar.pod import Identity, Pod
+from pillion_sidecar.pod import Pod
+from support.identities import identity
+
+STORE = ("127.0.0.1", 1)
+"""Nobody asks it."""
 
 
 def pod(*, heard: bool) -> SlotTable:
@@ -51,30 +55,14 @@ def test_a_slot_that_a_load_takes_is_lent_until_it_is_given_back() -> None:
 
 def restarted(folder: Path) -> Pod:
     """A pod of two whose trainers came back; its two slots have snapshot 18, which all pods hold, and 20, whose persist was cut short."""
-    before = Pod(str(folder), identity("a" * 32, folder), policy.parse({}, embedded=True))
+    before = Pod(str(folder), identity("a" * 32, folder, STORE), policy.parse({}, embedded=True))
     for slot, step, flags in ((0, 18, arena.Flag.SNAPSHOT | arena.Flag.CONCLUDED), (1, 20, arena.Flag.NONE)):
         state = arena.SlotState.SEALED if step == 18 else arena.SlotState.PERSISTING
         header = before.segments[0].read_header(slot)
-        sealed = dataclasses.replace(
-            header, state=state, step=step, rank=0, world_size=2, session=bytes.fromhex("a" * 32), flags=flags
-        )
-        before.segments[0].write_header(slot, dataclasses.replace(sealed, sealed_ns=step))
+        sealed = dataclasses.replace(header, state=state, flags=flags, step=step, sealed_ns=step, world_size=2)
+        before.segments[0].write_header(slot, dataclasses.replace(sealed, session=bytes.fromhex("a" * 32)))
     before.close()
-    return Pod(str(folder), identity("b" * 32, folder), policy.parse({}, embedded=True))
-
-
-def identity(session: str, folder: Path) -> Identity:
-    return Identity(
-        session=session,
-        run_id="test",
-        attempt=0,
-        world_size=2,
-        pods=((0,), (1,)),
-        local_ranks=(0,),
-        root=str(folder / "runs"),
-        store_mode="prefix",
-        store=("127.0.0.1", 1),
-    )
+    return Pod(str(folder), identity("b" * 32, folder, STORE), policy.parse({}, embedded=True))
 
 
 @pytest.mark.parametrize("persisted", [False, True], ids=["by a load from memory", "by a rescue"])

@@ -89,12 +89,12 @@ class Context:
             *(f"layout/{each}" for each in self.layouts),
             *(f"plan/{each}" for each in self.plans),
         ]
-        rescues = [
-            f"rescue/{number}/{part}"
-            for number in range(self.rescues_forgotten, self.rescues + 1)
-            for part in ("offer", "choice")
-        ]
-        return [*self.finished_phases, *self.finished_loads, *published, *rescues]
+        return [*self.finished_phases, *self.finished_loads, *published, *self.rescue_phases(self.rescues + 1)]
+
+    def rescue_phases(self, end: int) -> list[str]:
+        """(coordinator) Those of the rescues before number `end` whose keys are still there."""
+        numbers = range(self.rescues_forgotten, end)
+        return [f"rescue/{number}/{part}" for number in numbers for part in ("offer", "choice")]
 
     def step_path(self, step: int) -> str:
         return os.path.join(self.root, names.step_directory(step))
@@ -181,15 +181,16 @@ def _meet_in_store(
     timeout_s = min(stores.CONNECT_TIMEOUT_S, watch.store_timeout_s) if is_successor else stores.CONNECT_TIMEOUT_S
     # torch's own bound does not hold when the store's process is stopped: the kernel takes the connection, and nobody greets.
     watch.store("connect to the job's store", timeout_s)
-    if store["mode"] == "own" and first_rank == 0:
-        keep, view = stores.host(str(store["host"]), prefix)
-        address = (str(store["host"]), keep.port)
-        _, signal_store = stores.connect(*address, prefix)
-        return stores.StoreExchange(view, keep, pods, first_rank), signal_store, address
     where = (str(store["host"]), int(store["port"]))
-    keep_client, view = stores.connect(*where, prefix, timeout_s=timeout_s)
+    own = store["mode"] == "own" and first_rank == 0
+    keep: Any
+    if own:
+        keep, view = stores.host(where[0], prefix)
+        where = (where[0], keep.port)
+    else:
+        keep, view = stores.connect(*where, prefix, timeout_s=timeout_s)
     _, signal_store = stores.connect(*where, prefix, timeout_s=timeout_s)
-    return stores.StoreExchange(view, keep_client, pods, first_rank), signal_store, None
+    return stores.StoreExchange(view, keep, pods, first_rank), signal_store, where if own else None
 
 
 def _agree_on_generation(context: Context, *, known: Any) -> int:

@@ -89,17 +89,10 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
                 "missing": [],
             }
             # Every pod is here, so that every pod has left the rescues before.
-            before = range(context.rescues_forgotten, context.rescues)
-            context.exchange.forget([f"rescue/{number}/{part}" for number in before for part in ("offer", "choice")])
+            context.exchange.forget(context.rescue_phases(context.rescues))
             context.rescues_forgotten = context.rescues
         except BarrierTimeout as err:
-            decision = {
-                "step": None,
-                "persisted": [],
-                "calls": [],
-                "missing": list(err.missing),
-                "waited_s": err.waited_s,
-            }
+            decision = {"missing": list(err.missing), "waited_s": err.waited_s}
         context.exchange.publish(f"{phase}/choice", decision)
         context.last_choice = (f"{phase}/choice", decision)
     decision = context.exchange.receive(f"{phase}/choice", bound_s * 2)
@@ -111,15 +104,19 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
 
 def on_storage(offers: Mapping[int, Mapping[str, Any]]) -> list[int]:
     """Steps that every pod holds and one, at least, knows to be committed. Pure."""
-    everywhere = set.intersection(*(set(offer["held"]) for offer in offers.values()))
-    return sorted(everywhere & {step for offer in offers.values() for step in offer["persisted"]})
+    return sorted(_everywhere(offers) & {step for offer in offers.values() for step in offer["persisted"]})
 
 
 def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | None:
     """The newest step, in the coordinator's order, that every pod holds; None when it is on storage already. Pure."""
-    everywhere = set(held).intersection(*(set(offer["held"]) for offer in offers.values()))
+    everywhere = _everywhere(offers)
     for step in reversed(held):
         if step in everywhere:
             # One pod that knows of the commit is enough: the others have not heard of it.
             return None if any(step in offer["persisted"] for offer in offers.values()) else step
     return None
+
+
+def _everywhere(offers: Mapping[int, Mapping[str, Any]]) -> set[int]:
+    """Steps that every pod holds; the coordinator's own offer is among them."""
+    return set.intersection(*(set(offer["held"]) for offer in offers.values()))

@@ -160,10 +160,10 @@ class Worker:
         )
         self._context = context_module.open_context(document, self._watch)
         self._store = document["store"]
-        named = policy.parse(request["session"]["policy"], embedded=True).storage.writer
+        named = policy.parse(document["policy"], embedded=True).storage.writer
         self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
         if self._context.signal_store is not None:
-            heard = request["session"]["signals"]
+            heard = document["signals"]
             self._context.watch.store("messages to all pods")
             self._signals = signals.Signals(
                 self._context.signal_store,
