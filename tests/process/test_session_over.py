@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pillion.errors import PillionError
 from pillion.wire import policy
 from pillion_sidecar import settings
 from pillion_sidecar.executor import stores
@@ -62,6 +63,44 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
             await operations.stop()
             over.close()
             lasting.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_executor_leaves_the_pods_that_it_waits_for_and_serves_the_next_session(tmp_path: Path) -> None:
+    """Trainers that come back while the pods agree on a rescue do not pay for a fresh process, which has torch to import."""
+
+    async def scenario() -> None:
+        operations = Operations(
+            settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
+        )
+        store = StoreHost()
+        over, lasting = (
+            Pod(
+                str(tmp_path),
+                identity(letter * 32, tmp_path, (store.host, store.port)),
+                policy.parse({}, embedded=True),
+            )
+            for letter in "ab"
+        )
+        try:
+            operations.session(over)
+            await soon(lambda: operations.opened == "a" * 32, Deadline.TORCH_START, "the first session is open")
+            first = operations.executor_pid
+            rescue = asyncio.create_task(operations.rescue(over, [5], [], ["call"]))
+            await soon(
+                lambda: operations._working_for == "a" * 32, Deadline.REPLY, "the executor waits for the other pod"
+            )
+            operations.session(lasting)
+            await soon(lambda: operations.opened == "b" * 32, Deadline.REPLY, "the next session is open")
+            with pytest.raises(PillionError, match="nobody waits for"):
+                await rescue
+            assert operations.executor_pid == first
+        finally:
+            await operations.stop()
+            over.close()
+            lasting.close()
+            store.end()
 
     asyncio.run(scenario())
 

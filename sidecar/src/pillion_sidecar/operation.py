@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
@@ -24,6 +24,11 @@ from pillion_sidecar.pod import Pod
 from pillion_sidecar.session_record import Counts, Record
 
 _log = logging.getLogger(__name__)
+
+
+LEAVE_TIMEOUT_S: Final = 3.0
+"""Bound for an executor to leave what it does for a session that is over: waits for other pods are made in pieces of a second
+(`exchange.PIECE_S`); a connection to a store that never answers, or a write, is not left."""
 
 
 class SessionOver(PillionError):
@@ -102,8 +107,9 @@ class Operations:
         """
         A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save.
 
-        What the executor still does for the session before ends here, with the executor: its trainers are gone, and their
-        store with them, so that it may be waiting for peers who do the same, while those wait for this pod.
+        What the executor still does for the session before ends here: its trainers are gone, and their store with them, so that it
+        may be waiting for peers who do the same, while those wait for this pod. It leaves such a wait when it is told; where it does
+        not, it is replaced, and its successor has torch to import.
 
         Args:
             record: how far a session has come that a sidecar before this one served; None: it begins.
@@ -115,11 +121,27 @@ class Operations:
             self._record = pod.record()
             session_record.write(self._settings.runtime_dir, self._record)
         if self._executor is not None and self._working_for not in (None, pod.identity.session):
-            _log.warning("the executor is at work for a session that is over: it is replaced")
-            self._executor.kill()
-        task = asyncio.create_task(self._open_ahead(pod))
+            self._in_background(self._leave(self._executor, self._working_for))
+        self._in_background(self._open_ahead(pod))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _leave(self, executor: Executor, session: str) -> None:
+        """What the executor does for a session that is over ends, or else the executor."""
+        told = asyncio.create_task(executor.request({"type": "over", "session": session}))
+        try:
+            await asyncio.sleep(LEAVE_TIMEOUT_S)
+            if self._executor is executor and self._working_for == session:
+                _log.warning(
+                    "the executor is at work for a session that is over, and does not leave it: it is replaced"
+                )
+                executor.kill()
+        finally:
+            told.cancel()
+            await asyncio.gather(told, return_exceptions=True)
 
     def _revive(self) -> None:
         """The executor ended by itself: its successor is ready before the next save needs it."""
@@ -186,7 +208,10 @@ class Operations:
             self._opening = await self._request(executor, session, {"type": "open", "session": document})
         except SessionOver:
             raise
-        except PillionError:
+        except PillionError as err:
+            if self._pod is not pod:
+                # It was left, and the next session takes its place in the executor.
+                raise SessionOver(f"session {session} is over: {err}") from err
             # Half open is not open: the next save starts from a fresh process.
             await executor.stop()
             raise

@@ -167,7 +167,9 @@ class Persisting:
             pod.table.start_persist(save)
             await self._persist(pod, save)
         except PillionError as err:
-            if self._missed_by_others(pod, err) and self._repeated < RESCUES_REPEATED:
+            if self._trainers.pod is not pod:
+                _log.info("a rescue of the session before was left: %s", err)
+            elif self._missed_by_others(pod, err) and self._repeated < RESCUES_REPEATED:
                 _log.warning("the other pods are called to a rescue once more: %s", err)
                 self._repeated += 1
                 self.rescue()
@@ -183,7 +185,7 @@ class Persisting:
     def _missed_by_others(self, pod: Pod, err: PillionError) -> bool:
         """Whether it was this pod that a rescue failed by: the others do not know that it can be met now."""
         late = isinstance(err, BarrierTimeout) and not set(err.missing).isdisjoint(pod.identity.local_ranks)
-        return self._trainers.pod is pod and (late or isinstance(err, ExecutorDied))
+        return late or isinstance(err, ExecutorDied)
 
     def busy(self) -> bool:
         pod = self._trainers.pod

@@ -5,13 +5,18 @@ Called from: pytest.
 Must never: use a store that is no TCPStore; what differs between stores is what matters.
 """
 
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor import exchange, stores
+from pillion_sidecar.executor import exchange, storage_exchange, stores
+from pillion_sidecar.executor.watch import SessionLeft, Watch, Watched
+from support.deadlines import Deadline
 
 
 def local() -> exchange.Exchange:
@@ -51,6 +56,35 @@ def test_what_never_comes_ends_at_the_bound_with_phase_and_ranks(make: Callable[
         between.collect("old", 0.05)
 
 
+def two_over_a_store(_: Path) -> exchange.Exchange:
+    """The coordinator's end of a job of two pods."""
+    keep, view = stores.host("127.0.0.1", "pillion/test")
+    return stores.StoreExchange(view, keep, [[0], [1]], 0)
+
+
+def two_over_storage(root: Path) -> exchange.Exchange:
+    """As before, after the store was lost."""
+    return storage_exchange.StorageExchange(str(root), "a" * 32, [[0], [1]], 0)
+
+
+@pytest.mark.parametrize("make", [two_over_a_store, two_over_storage])
+@pytest.mark.parametrize("wait", ["collect", "receive"])
+def test_a_wait_for_others_is_left_when_its_session_is_over(
+    make: Callable[[Path], exchange.Exchange], wait: str, tmp_path: Path
+) -> None:
+    """Within a piece of it, though its bound is far; as no Exception, which some boundary would tell the peers as a failure."""
+    over = threading.Event()
+    watch = Watch(storage_timeout_s=1.0, store_timeout_s=1.0, is_over=over.is_set)
+    between = Watched(make(tmp_path), watch)
+    threading.Timer(0.05, over.set).start()
+    begun = time.monotonic()
+    with pytest.raises(SessionLeft) as caught:
+        getattr(between, wait)("never", Deadline.REPLY.s)
+    assert time.monotonic() - begun < Deadline.REPLY.s / 2
+    assert not isinstance(caught.value, Exception)
+    assert watch.report() is None
+
+
 def test_the_ranks_of_a_pod_that_is_missing_are_all_named() -> None:
     """Of three pods two posted: the error names every rank of the third, and no other; no key of ours lies outside the
     prefix."""
@@ -79,11 +113,10 @@ def test_a_stranger_in_our_prefix_is_an_error_and_no_document() -> None:
             exchange.decode(data)
 
 
-def test_a_store_that_is_not_there_is_an_error_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_not_there_is_an_error_at_the_bound() -> None:
     """Nobody listens: connect raises within its own bound."""
-    monkeypatch.setattr(stores, "CONNECT_TIMEOUT_S", 0.2)
     keep, _ = stores.host("127.0.0.1", "x")
     port = keep.port
     del keep, _
     with pytest.raises(dist.DistError):
-        stores.connect("127.0.0.1", port, "x")
+        stores.connect("127.0.0.1", port, "x", timeout_s=0.2)

@@ -15,7 +15,7 @@ Posting twice overwrites: an executor that died is repeated by its successor fro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from pillion.errors import BarrierTimeout, SidecarError
@@ -28,6 +28,15 @@ PEERS: Final = "peers"
 """Kinds of what an executor waits for: see `executor.watch`."""
 
 
+PIECE_S: Final = 1.0
+"""How long a wait for others goes on before it asks whether it is to go on (`Exchange`, `look`): a store that does not answer is noticed
+this long, and its bound, after the question; a session that ended is left within it."""
+
+
+def nothing() -> None:
+    """For a wait that nobody interrupts."""
+
+
 class StoreLost(SidecarError):
     """The store that the pods meet in is gone, for all of them: it lived in a process that ended."""
 
@@ -35,19 +44,19 @@ class StoreLost(SidecarError):
 class Exchange(Protocol):
     """
     See the module. All waits are bounded by `timeout_s` and end in `BarrierTimeout`, which names the missing ranks; any call
-    may raise `StoreLost`.
+    may raise `StoreLost`. A wait calls `look` each PIECE_S or more often; what that raises ends it.
     """
 
     def post(self, phase: str, document: Document) -> None:
         """(every pod) Say this pod's part."""
 
-    def collect(self, phase: str, timeout_s: float) -> dict[int, Document]:
+    def collect(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> dict[int, Document]:
         """(coordinator) Wait for all pods' parts, by the pod's first rank."""
 
     def publish(self, phase: str, document: Document) -> None:
         """(coordinator; a layout: the pod that has it) Say what everybody may read."""
 
-    def receive(self, phase: str, timeout_s: float) -> Document:
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> Document:
         """(every pod) Wait for the decision."""
 
     def forget(self, phases: Sequence[str]) -> None:
@@ -65,7 +74,7 @@ class LocalExchange:
     def post(self, phase: str, document: Document) -> None:
         self._posted[phase] = document
 
-    def collect(self, phase: str, timeout_s: float) -> dict[int, Document]:
+    def collect(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> dict[int, Document]:
         if phase not in self._posted:
             raise BarrierTimeout(phase=phase, missing=[self._first_rank], waited_s=0.0)
         return {self._first_rank: self._posted[phase]}
@@ -73,7 +82,7 @@ class LocalExchange:
     def publish(self, phase: str, document: Document) -> None:
         self._published[phase] = document
 
-    def receive(self, phase: str, timeout_s: float) -> Document:
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> Document:
         if phase not in self._published:
             raise BarrierTimeout(phase=phase, missing=[0], waited_s=0.0)
         return self._published[phase]

@@ -16,7 +16,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from pillion.errors import BarrierTimeout, SidecarError
@@ -52,15 +52,17 @@ class StorageExchange:
     def post(self, phase: str, document: exchange.Document) -> None:
         self._write(phase, str(self._first_rank), document)
 
-    def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
-        self._wait(phase, {str(first): ranks for first, ranks in self._pods.items()}, timeout_s)
+    def collect(
+        self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing
+    ) -> dict[int, exchange.Document]:
+        self._wait(phase, {str(first): ranks for first, ranks in self._pods.items()}, timeout_s, look)
         return {first: self._read(phase, str(first)) for first in sorted(self._pods)}
 
     def publish(self, phase: str, document: exchange.Document) -> None:
         self._write(phase, DECISION, document)
 
-    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-        self._wait(phase, {DECISION: self._pods.get(0, [0])}, timeout_s)
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing) -> exchange.Document:
+        self._wait(phase, {DECISION: self._pods.get(0, [0])}, timeout_s, look)
         return self._read(phase, DECISION)
 
     def forget(self, phases: Sequence[str]) -> None:
@@ -82,7 +84,7 @@ class StorageExchange:
         with open(self._path(phase, who), "rb") as file:
             return exchange.decode(file.read())
 
-    def _wait(self, phase: str, awaited: dict[str, list[int]], timeout_s: float) -> None:
+    def _wait(self, phase: str, awaited: dict[str, list[int]], timeout_s: float, look: Callable[[], None]) -> None:
         started = time.monotonic()
         pause_s = POLL_FIRST_S
         while True:
@@ -100,6 +102,7 @@ class StorageExchange:
                 ranks = sorted(rank for each in missing.values() for rank in each)
                 raise BarrierTimeout(phase=phase, missing=ranks, waited_s=waited_s)
             time.sleep(min(pause_s, timeout_s - waited_s))
+            look()
             pause_s = min(pause_s * 2, POLL_MOST_S)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from pillion_sidecar.executor import exchange
 
 CONNECT_TIMEOUT_S: Final = 60.0
 """Bound for the connection to the job's store: it is there before the trainers' process group is."""
+SHORTEST_S: Final = 0.001
+"""Of a wait in the store: torch counts in milliseconds, and none of them is for ever (`kNoTimeout`)."""
 MULTI_CHUNK: Final = 1024
 """Keys of one multi_get: bounds one frame of the store."""
 
@@ -82,37 +84,48 @@ class StoreExchange:
             # `set` is not acknowledged; a round trip tells whether the store still lives (research/torch.md, 1.5).
             self._store.check([f"{phase}/{self._first_rank}"])
 
-    def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
+    def collect(
+        self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing
+    ) -> dict[int, exchange.Document]:
         firsts = sorted(self._pods)
         keys = [f"{phase}/{first}" for first in firsts]
-        self._wait(phase, keys, firsts, timeout_s)
+        self._wait(phase, keys, firsts, timeout_s, look)
         values: list[Any] = []
         with _alive():
             for start in range(0, len(keys), MULTI_CHUNK):
                 values += self._store.multi_get(keys[start : start + MULTI_CHUNK])
         return {first: exchange.decode(bytes(value)) for first, value in zip(firsts, values, strict=True)}
 
-    def _wait(self, phase: str, keys: Sequence[str], firsts: Sequence[int], timeout_s: float) -> None:
+    def _wait(
+        self, phase: str, keys: Sequence[str], firsts: Sequence[int], timeout_s: float, look: Callable[[], None]
+    ) -> None:
         started = time.monotonic()
         with _alive():
-            try:
-                self._store.wait(list(keys), datetime.timedelta(seconds=timeout_s))
-            except dist.DistStoreError as err:
-                missing = [
-                    rank
-                    for first, key in zip(firsts, keys, strict=True)
-                    if not self._store.check([key])
-                    for rank in self._pods.get(first, [first])
-                ]
-                raise BarrierTimeout(phase=phase, missing=missing, waited_s=time.monotonic() - started) from err
+            while True:
+                left_s = timeout_s - (time.monotonic() - started)
+                piece_s = min(max(left_s, SHORTEST_S), exchange.PIECE_S)
+                try:
+                    self._store.wait(list(keys), datetime.timedelta(seconds=piece_s))
+                    return
+                except dist.DistStoreError as err:
+                    if left_s <= exchange.PIECE_S:
+                        missing = self._missing(keys, firsts)
+                        waited_s = time.monotonic() - started
+                        raise BarrierTimeout(phase=phase, missing=missing, waited_s=waited_s) from err
+                look()
+
+    def _missing(self, keys: Sequence[str], firsts: Sequence[int]) -> list[int]:
+        """One question for each pod: not between the pieces of a wait."""
+        absent = [first for first, key in zip(firsts, keys, strict=True) if not self._store.check([key])]
+        return [rank for first in absent for rank in self._pods.get(first, [first])]
 
     def publish(self, phase: str, document: exchange.Document) -> None:
         with _alive():
             self._store.set(f"{phase}/decision", exchange.encode(document).decode())
             self._store.check([f"{phase}/decision"])
 
-    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-        self._wait(phase, [f"{phase}/decision"], [0], timeout_s)
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing) -> exchange.Document:
+        self._wait(phase, [f"{phase}/decision"], [0], timeout_s, look)
         with _alive():
             return exchange.decode(bytes(self._store.get(f"{phase}/decision")))
 

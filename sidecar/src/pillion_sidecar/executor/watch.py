@@ -9,7 +9,6 @@ What is watched moves on with every block, phase and answer, so that the bound i
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,14 @@ T = TypeVar("T")
 SLOWEST_BYTES_PER_S: Final = 10e6
 """A sync may take the storage's bound, and this rate for what it has to write out: a tenth of the slowest network disk."""
 LOOK_S: Final = 5.0
-"""How long one who waits for others waits at a time: between two waits it looks whether they meet elsewhere by now, and a store that
-does not answer is noticed this long, and its bound, after the question. A thousand pods look 200 times a second."""
+"""How often one who waits for others looks whether they meet elsewhere by now. A thousand pods look at storage 200 times a second."""
+
+
+class SessionLeft(BaseException):
+    """
+    The trainers that this is done for are gone, and others wait. Like `asyncio.CancelledError` no `Exception`: no boundary on the way
+    takes it for a failure, which peers were to be told.
+    """
 
 
 class Watch:
@@ -34,11 +39,15 @@ class Watch:
     Args:
         storage_timeout_s: how long storage may stand still.
         store_timeout_s: how long the job's store may take for one answer.
+        is_over: whether the session has ended, so that whoever waits for its other pods leaves.
     """
 
-    def __init__(self, *, storage_timeout_s: float, store_timeout_s: float) -> None:
+    def __init__(
+        self, *, storage_timeout_s: float, store_timeout_s: float, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         self.storage_timeout_s = storage_timeout_s
         self.store_timeout_s = store_timeout_s
+        self.is_over = is_over
         # By thread: the coordinator makes `.metadata` beside its writing, and asks its peers for it.
         self._now: dict[int, tuple[str, str, float, float]] = {}
 
@@ -77,10 +86,14 @@ class Watch:
 
 class Watched:
     """
-    An exchange whose calls are watched. A wait for others is made in pieces, each of which the store has to end in time.
+    An exchange whose calls are watched. A wait for others is made in pieces (`exchange.PIECE_S`), each of which the store has to end
+    in time.
 
     Args:
         moved: whether other pods meet elsewhere by now; asked when somebody has not come yet.
+
+    Raises:
+        SessionLeft: any wait; the session ended meanwhile.
     """
 
     def __init__(self, inner: exchange.Exchange, watch: Watch, moved: Callable[[], bool] = lambda: False) -> None:
@@ -89,49 +102,53 @@ class Watched:
         self._moved = moved
 
     def post(self, phase: str, document: exchange.Document) -> None:
-        self._watched(phase, 0.0, lambda: self._inner.post(phase, document))
+        self._watched(phase, lambda: self._inner.post(phase, document))
 
-    def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
-        return self._wait(phase, timeout_s, lambda piece_s: self._inner.collect(phase, piece_s))
+    def collect(
+        self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing
+    ) -> dict[int, exchange.Document]:
+        return self._wait(phase, look, lambda ours: self._inner.collect(phase, timeout_s, ours))
 
     def publish(self, phase: str, document: exchange.Document) -> None:
-        self._watched(phase, 0.0, lambda: self._inner.publish(phase, document))
+        self._watched(phase, lambda: self._inner.publish(phase, document))
 
-    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
-        return self._wait(phase, timeout_s, lambda piece_s: self._inner.receive(phase, piece_s))
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing) -> exchange.Document:
+        return self._wait(phase, look, lambda ours: self._inner.receive(phase, timeout_s, ours))
 
     def forget(self, phases: Sequence[str]) -> None:
-        self._watched("forget", 0.0, lambda: self._inner.forget(phases))
+        self._watched("forget", lambda: self._inner.forget(phases))
 
-    def _wait(self, phase: str, timeout_s: float, call: Callable[[float], T]) -> T:
-        started = begun = time.monotonic()
-        left_s = timeout_s
-        while True:
-            piece_s = min(left_s, LOOK_S)
-            try:
-                return self._watched(phase, piece_s, functools.partial(call, piece_s))
-            except BarrierTimeout as err:
-                if self._have_moved():
-                    raise exchange.StoreLost(f"other pods do not meet in the job's store any more: {err}") from err
-                now = time.monotonic()
-                # Who gave up at once knows that nobody will come.
-                gave_up = now - begun < piece_s / 2
-                begun, waited_s = now, now - started
-                left_s = timeout_s - waited_s
-                if left_s <= 0 or gave_up:
-                    raise BarrierTimeout(phase=phase, missing=err.missing, waited_s=waited_s) from err
+    def _wait(self, phase: str, look: Callable[[], None], call: Callable[[Callable[[], None]], T]) -> T:
+        looked = time.monotonic()
 
-    def _have_moved(self) -> bool:
-        # A look at storage, which may hang as well as a write.
-        self._watch.storage("look whether other pods meet there")
+        def ours() -> None:
+            nonlocal looked
+            look()
+            if self._watch.is_over():
+                raise SessionLeft(f"nobody waits for {phase!r} any more")
+            if time.monotonic() - looked >= LOOK_S:
+                self._raise_if_moved(phase)
+                looked = time.monotonic()
+            self._watch.store(phase, exchange.PIECE_S)
+
         try:
-            return self._moved()
+            ours()
+            return call(ours)
+        except BarrierTimeout as err:
+            self._raise_if_moved(phase, err)
+            raise
         finally:
             self._watch.idle()
 
-    def _watched(self, phase: str, timeout_s: float, call: Callable[[], T]) -> T:
-        self._watch.store(phase, timeout_s)
+    def _raise_if_moved(self, phase: str, cause: BarrierTimeout | None = None) -> None:
+        # A look at storage, which may hang as well as a write.
+        self._watch.storage("look whether other pods meet there")
+        if self._moved():
+            raise exchange.StoreLost(f"{cause or phase}: other pods do not meet in the job's store any more") from cause
+
+    def _watched(self, phase: str, call: Callable[[], None]) -> None:
+        self._watch.store(phase)
         try:
-            return call()
+            call()
         finally:
             self._watch.idle()

@@ -3,7 +3,8 @@ The executor's child process: one thread answers pings and takes requests, one r
 
     supervisor                            |  this process
     ------------------------------------- | -----------------------------------------------
-    warm, open, persist, load, ping   --> |  reader (main thread) --> queue --> runner thread
+    warm, open, persist, load, ping,  --> |  reader (main thread) --> queue --> runner thread
+      over                                |
     done, failed, events, pong        <-- |  <-----------------------------------+
     EOF                               --> |  ends at once: its supervisor is gone
 
@@ -35,7 +36,7 @@ from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import images, load, persist, rescue, signals
 from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.watch import Watch
+from pillion_sidecar.executor.watch import SessionLeft, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Worker:
         self._context: context_module.Context | None = None
         self._watch: Watch | None = None
         """Of the session that is open, or being opened."""
+        self._over = ""
+        """The session that ended last: what is done for it leaves its waits for other pods."""
         self._signals: signals.Signals | None = None
         self._store: Any = None
         """Where the session of `_context` meets."""
@@ -83,6 +86,9 @@ class Worker:
                 for message in messages.receive(self._sock, decoder):
                     if message["type"] == "ping":
                         self._send({"type": "done", "id": message["id"], "result": {"waits": self._waits()}})
+                    elif message["type"] == "over":
+                        self._over = message["session"]
+                        self._send({"type": "done", "id": message["id"], "result": {}})
                     elif message["type"] == "signal":
                         self._outgoing.put_nowait(message)
                     else:
@@ -101,8 +107,9 @@ class Worker:
                     raise self._broken
                 answer = self._operations[request["type"]](request)
                 self._send({"type": "done", "id": request["id"], "result": answer, **self._session_state()})
-            except Exception as err:  # a boundary: any failure is an answer, and the loop goes on
-                _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
+            except (Exception, SessionLeft) as err:  # a boundary: any failure is an answer, and the loop goes on
+                expected = isinstance(err, PillionError | SessionLeft)
+                _log.warning("%s failed: %s", request["type"], err, exc_info=not expected)
                 state = self._session_state()
                 self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document(), **state})
             finally:
@@ -156,7 +163,9 @@ class Worker:
         self._context = self._signals = None
         document = request["session"]
         self._watch = Watch(
-            storage_timeout_s=float(document["storage_timeout_s"]), store_timeout_s=float(document["store_timeout_s"])
+            storage_timeout_s=float(document["storage_timeout_s"]),
+            store_timeout_s=float(document["store_timeout_s"]),
+            is_over=lambda: self._over == document["session"],
         )
         self._context = context_module.open_context(document, self._watch)
         self._store = document["store"]
@@ -244,9 +253,11 @@ class Worker:
         return with_failover(context, lambda: load.load(context, wanted, progress))
 
 
-def _document(err: Exception) -> ErrorDocument:
+def _document(err: Exception | SessionLeft) -> ErrorDocument:
     if isinstance(err, PillionError):
         return ErrorDocument.from_exception(err)
+    if isinstance(err, SessionLeft):
+        return ErrorDocument("SidecarError", str(err))
     text = "".join(traceback.format_exception(err))
     failure = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text)
     return ErrorDocument("SaveError", "the executor failed", {-1: failure})
