@@ -76,14 +76,17 @@ def main() -> int:
     if args.keep is not None:
         args.keep.mkdir(parents=True)
     folder = args.keep or Path(tempfile.mkdtemp(prefix="pillion-demo-"))
+    kept = args.keep is not None
     try:
         for parallel in ("fsdp", "ddp") if args.parallel == "both" else (args.parallel,):
             tell_one(parallel, folder / parallel, args)
     except DemoFailed as err:
-        print(f"\nFAILED: {err}", file=sys.stderr)
+        # What a rank said first is further up in its log than the end shown here.
+        kept = True
+        print(f"\nFAILED: {err}\n\nLogs, losses and checkpoints are left in {folder}", file=sys.stderr)
         return 1
     finally:
-        if args.keep is None:
+        if not kept:
             shutil.rmtree(folder, ignore_errors=True)
     print("\nEverything is equal, bit for bit.")
     return 0
