@@ -6,8 +6,9 @@ Called from: the trainer. A handle never raises by itself: `result` does, when t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
 from pillion.errors import PillionError
@@ -75,20 +76,23 @@ class SaveHandle:
         """
         return self.committed.result(timeout_s)
 
+    # The thread that stages and the one that listens to the sidecar may both end a handle, at once when the sidecar dies: the first
+    # end stays. A look before would leave a moment between look and end.
+
     def resolve_staged(self) -> None:
-        if not self.staged.done():
+        with contextlib.suppress(InvalidStateError):
             self.staged.set_result(None)
 
     def resolve(self, checkpoint: Checkpoint) -> None:
         self.resolve_staged()
-        if not self.committed.done():
+        with contextlib.suppress(InvalidStateError):
             self.committed.set_result(checkpoint)
 
     def fail(self, error: PillionError) -> None:
         """The save is lost, whatever phase it was in."""
-        if not self.staged.done():
+        with contextlib.suppress(InvalidStateError):
             self.staged.set_exception(error)
-        if not self.committed.done():
+        with contextlib.suppress(InvalidStateError):
             self.committed.set_exception(error)
 
     def __repr__(self) -> str:

@@ -1,0 +1,52 @@
+"""
+The whole of: how a handle ends, when the thread that stages and the one that listens to the sidecar both end it.
+
+Called from: pytest.
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from pillion.errors import SidecarUnavailable
+from pillion.handle import Checkpoint, SaveHandle
+
+CHECKPOINT = Checkpoint(step=1, path="runs/step-1", size_bytes=1, persist_s=0.0, commit_s=0.0)
+
+
+class EndedMeanwhile(Future[Any]):
+    """The other thread ends it as soon as this one has looked whether it has ended."""
+
+    def done(self) -> bool:
+        was = super().done()
+        if not was:
+            self.set_result(None)
+        return was
+
+
+@pytest.mark.parametrize("which", ["staged", "committed"])
+@pytest.mark.parametrize(
+    "end",
+    [lambda handle: handle.fail(SidecarUnavailable("gone")), lambda handle: handle.resolve(CHECKPOINT)],
+    ids=["fails", "is committed"],
+)
+def test_a_handle_that_two_threads_end_at_once_raises_in_neither_of_them(which: str, end: Any) -> None:
+    """Else the listening thread dies of it, before it has begun to look for the sidecar's successor: nothing is saved any more."""
+    handle = SaveHandle(1)
+    setattr(handle, which, EndedMeanwhile())
+    end(handle)
+    assert handle.staged.done()
+    assert handle.committed.done()
+
+
+def test_what_ended_a_handle_first_stays() -> None:
+    """A commit that was told is no failure afterwards, and a failure no commit."""
+    committed, failed = SaveHandle(1), SaveHandle(1)
+    committed.resolve(CHECKPOINT)
+    committed.fail(SidecarUnavailable("gone"))
+    failed.fail(SidecarUnavailable("gone"))
+    failed.resolve(CHECKPOINT)
+    assert committed.result(0) is CHECKPOINT
+    with pytest.raises(SidecarUnavailable):
+        failed.result(0)
