@@ -256,7 +256,8 @@ def run(command: Sequence[str], log: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # A rank that dies of a signal then says in its log where.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         )
         try:
             status = process.wait(timeout=RUN_LIMIT_S)

@@ -30,7 +30,10 @@ def connect(
     host: str, port: int, prefix: str, *, timeout_s: float = CONNECT_TIMEOUT_S
 ) -> tuple[dist.Store, dist.Store]:
     """
-    A client of the job's store, and its prefixed view. No port is opened. Blocks: up to `timeout_s`.
+    A client of the job's store, and its prefixed view. No port is opened.
+
+    Blocks: up to twice `timeout_s`, as torch tries twice (measured with torch 2.15: 10.4 s for 5 s); for ever when the store's process
+    is stopped and the kernel takes the connection. The watch bounds both.
 
     Raises:
         torch.distributed.DistError: nobody answers there.
