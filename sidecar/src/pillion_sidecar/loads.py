@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
 from pillion.wire import messages
+from pillion_sidecar import background
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
 
@@ -35,7 +36,7 @@ class Loads:
         self._lent: int | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._slot_free = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = background.Tasks()
 
     async def ask(self, client: Client, message: messages.Message) -> None:
         """
@@ -60,9 +61,7 @@ class Loads:
             self._timer.cancel()
             self._timer = None
             ready, self._asked = self._asked, {}
-            task = asyncio.create_task(self._run(ready))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._run(ready), "loading")
 
     def _timeout(self) -> None:
         self._timer = None

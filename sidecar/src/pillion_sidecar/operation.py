@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
-from pillion_sidecar import session_record, settings
+from pillion_sidecar import background, session_record, settings
 from pillion_sidecar.arena.slots import Save
 from pillion_sidecar.executor import rescue
 from pillion_sidecar.executor.exchange import PEERS
@@ -24,7 +24,6 @@ from pillion_sidecar.pod import Pod
 from pillion_sidecar.session_record import Counts, Record
 
 _log = logging.getLogger(__name__)
-
 
 LEAVE_TIMEOUT_S: Final = 3.0
 """Bound for an executor to leave what it does for a session that is over: waits for other pods are made in pieces of a second
@@ -66,7 +65,7 @@ class Operations:
         self._record: Record | None = None
         """How far the session has come: the executor's successor goes on there, or it would never meet its peers."""
         self._lock = asyncio.Lock()
-        self._background: set[asyncio.Task[None]] = set()
+        self._tasks = background.Tasks()
 
     @property
     def executor_pid(self) -> int | None:
@@ -121,13 +120,8 @@ class Operations:
             self._record = pod.record()
             session_record.write(self._settings.runtime_dir, self._record)
         if self._executor is not None and self._working_for not in (None, pod.identity.session):
-            self._in_background(self._leave(self._executor, self._working_for))
-        self._in_background(self._open_ahead(pod))
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+            self._tasks.start(self._leave(self._executor, self._working_for), "leaving a session")
+        self._tasks.start(self._open_ahead(pod), "opening a session")
 
     async def _leave(self, executor: Executor, session: str) -> None:
         """What the executor does for a session that is over ends, or else the executor."""
@@ -337,11 +331,8 @@ class Operations:
 
     async def stop(self) -> None:
         self._pod = None
-        background = list(self._background)
-        for task in background:
-            task.cancel()
         # One may be in the middle of starting a process, which it ends.
-        await asyncio.gather(*background, return_exceptions=True)
+        await self._tasks.stop()
         if self._executor is not None:
             await self._executor.stop()
 

@@ -56,13 +56,13 @@ def test_what_never_comes_ends_at_the_bound_with_phase_and_ranks(make: Callable[
         between.collect("old", 0.05)
 
 
-def two_over_a_store(_: Path) -> exchange.Exchange:
+def two_over_a_store(_: Path) -> exchange.InPieces:
     """The coordinator's end of a job of two pods."""
     keep, view = stores.host("127.0.0.1", "pillion/test")
     return stores.StoreExchange(view, keep, [[0], [1]], 0)
 
 
-def two_over_storage(root: Path) -> exchange.Exchange:
+def two_over_storage(root: Path) -> exchange.InPieces:
     """As before, after the store was lost."""
     return storage_exchange.StorageExchange(str(root), "a" * 32, [[0], [1]], 0)
 
@@ -70,7 +70,7 @@ def two_over_storage(root: Path) -> exchange.Exchange:
 @pytest.mark.parametrize("make", [two_over_a_store, two_over_storage])
 @pytest.mark.parametrize("wait", ["collect", "receive"])
 def test_a_wait_for_others_is_left_when_its_session_is_over(
-    make: Callable[[Path], exchange.Exchange], wait: str, tmp_path: Path
+    make: Callable[[Path], exchange.InPieces], wait: str, tmp_path: Path
 ) -> None:
     """Within a piece of it, though its bound is far; as no Exception, which some boundary would tell the peers as a failure."""
     over = threading.Event()
@@ -114,7 +114,7 @@ def test_a_stranger_in_our_prefix_is_an_error_and_no_document() -> None:
 
 
 def test_a_store_that_is_not_there_is_an_error_at_the_bound() -> None:
-    """Nobody listens: connect raises within its own bound."""
+    """Nobody listens: connect raises, and says so."""
     keep, _ = stores.host("127.0.0.1", "x")
     port = keep.port
     del keep, _

@@ -121,7 +121,7 @@ def open_context(document: Mapping[str, Any], watch: Watch) -> Context:
     signal_store = None
     root, session = str(document["root"]), str(document["session"])
     lost = bool(document.get("store_lost")) and bool(root)
-    between: exchange.Exchange | None = None
+    between: exchange.InPieces | None = None
     if store is None:
         between = exchange.LocalExchange(local_ranks[0])
     elif not lost:
@@ -173,7 +173,7 @@ def _meet_in_store(
     first_rank: int,
     is_successor: bool,
     watch: Watch,
-) -> tuple[exchange.Exchange, Any, tuple[str, int] | None]:
+) -> tuple[exchange.InPieces, Any, tuple[str, int] | None]:
     """The exchange, the client of messages to all pods, and where our own store listens."""
     from pillion_sidecar.executor import stores  # torch: 3 s and 300 MB that a single pod does not pay
 

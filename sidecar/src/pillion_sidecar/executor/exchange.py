@@ -26,10 +26,8 @@ Document = dict[str, Any]
 STORAGE: Final = "storage"
 PEERS: Final = "peers"
 """Kinds of what an executor waits for: see `executor.watch`."""
-
-
 PIECE_S: Final = 1.0
-"""How long a wait for others goes on before it asks whether it is to go on (`Exchange`, `look`): a store that does not answer is noticed
+"""How long a wait for others goes on before it asks whether it is to go on (`InPieces`): a store that does not answer is noticed
 this long, and its bound, after the question; a session that ended is left within it."""
 
 
@@ -44,23 +42,31 @@ class StoreLost(SidecarError):
 class Exchange(Protocol):
     """
     See the module. All waits are bounded by `timeout_s` and end in `BarrierTimeout`, which names the missing ranks; any call
-    may raise `StoreLost`. A wait calls `look` each PIECE_S or more often; what that raises ends it.
+    may raise `StoreLost`.
     """
 
     def post(self, phase: str, document: Document) -> None:
         """(every pod) Say this pod's part."""
 
-    def collect(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> dict[int, Document]:
+    def collect(self, phase: str, timeout_s: float) -> dict[int, Document]:
         """(coordinator) Wait for all pods' parts, by the pod's first rank."""
 
     def publish(self, phase: str, document: Document) -> None:
         """(coordinator; a layout: the pod that has it) Say what everybody may read."""
 
-    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> Document:
+    def receive(self, phase: str, timeout_s: float) -> Document:
         """(every pod) Wait for the decision."""
 
     def forget(self, phases: Sequence[str]) -> None:
         """(coordinator) Delete the keys of phases that every pod has left."""
+
+
+class InPieces(Exchange, Protocol):
+    """An exchange whose waits call `look` each PIECE_S or more often; what that raises ends them. All three are."""
+
+    def collect(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> dict[int, Document]: ...
+
+    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> Document: ...
 
 
 class LocalExchange:

@@ -96,7 +96,7 @@ class Watched:
         SessionLeft: any wait; the session ended meanwhile.
     """
 
-    def __init__(self, inner: exchange.Exchange, watch: Watch, moved: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, inner: exchange.InPieces, watch: Watch, moved: Callable[[], bool] = lambda: False) -> None:
         self._inner = inner
         self._watch = watch
         self._moved = moved
@@ -104,26 +104,23 @@ class Watched:
     def post(self, phase: str, document: exchange.Document) -> None:
         self._watched(phase, lambda: self._inner.post(phase, document))
 
-    def collect(
-        self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing
-    ) -> dict[int, exchange.Document]:
-        return self._wait(phase, look, lambda ours: self._inner.collect(phase, timeout_s, ours))
+    def collect(self, phase: str, timeout_s: float) -> dict[int, exchange.Document]:
+        return self._wait(phase, lambda look: self._inner.collect(phase, timeout_s, look))
 
     def publish(self, phase: str, document: exchange.Document) -> None:
         self._watched(phase, lambda: self._inner.publish(phase, document))
 
-    def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing) -> exchange.Document:
-        return self._wait(phase, look, lambda ours: self._inner.receive(phase, timeout_s, ours))
+    def receive(self, phase: str, timeout_s: float) -> exchange.Document:
+        return self._wait(phase, lambda look: self._inner.receive(phase, timeout_s, look))
 
     def forget(self, phases: Sequence[str]) -> None:
         self._watched("forget", lambda: self._inner.forget(phases))
 
-    def _wait(self, phase: str, look: Callable[[], None], call: Callable[[Callable[[], None]], T]) -> T:
+    def _wait(self, phase: str, call: Callable[[Callable[[], None]], T]) -> T:
         looked = time.monotonic()
 
-        def ours() -> None:
+        def look() -> None:
             nonlocal looked
-            look()
             if self._watch.is_over():
                 raise SessionLeft(f"nobody waits for {phase!r} any more")
             if time.monotonic() - looked >= LOOK_S:
@@ -132,8 +129,8 @@ class Watched:
             self._watch.store(phase, exchange.PIECE_S)
 
         try:
-            ours()
-            return call(ours)
+            look()
+            return call(look)
         except BarrierTimeout as err:
             self._raise_if_moved(phase, err)
             raise

@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure
+from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, policy
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
@@ -85,10 +85,10 @@ class Worker:
             while True:
                 for message in messages.receive(self._sock, decoder):
                     if message["type"] == "ping":
-                        self._send({"type": "done", "id": message["id"], "result": {"waits": self._waits()}})
+                        self._done(message, {"waits": self._waits()})
                     elif message["type"] == "over":
                         self._over = message["session"]
-                        self._send({"type": "done", "id": message["id"], "result": {}})
+                        self._done(message, {})
                     elif message["type"] == "signal":
                         self._outgoing.put_nowait(message)
                     else:
@@ -99,6 +99,9 @@ class Worker:
         with self._send_lock, contextlib.suppress(OSError):
             self._sock.sendall(frame)
 
+    def _done(self, request: messages.Message, result: Mapping[str, Any], **state: Any) -> None:
+        self._send({"type": "done", "id": request["id"], "result": result, **state})
+
     def _run(self) -> None:
         while True:
             request = self._requests.get()
@@ -106,10 +109,10 @@ class Worker:
                 if self._broken is not None:
                     raise self._broken
                 answer = self._operations[request["type"]](request)
-                self._send({"type": "done", "id": request["id"], "result": answer, **self._session_state()})
-            except (Exception, SessionLeft) as err:  # a boundary: any failure is an answer, and the loop goes on
-                expected = isinstance(err, PillionError | SessionLeft)
-                _log.warning("%s failed: %s", request["type"], err, exc_info=not expected)
+                self._done(request, answer, **self._session_state())
+            except (Exception, SessionLeft) as raised:  # a boundary: any failure is an answer, and the loop goes on
+                err = SidecarError(str(raised)) if isinstance(raised, SessionLeft) else raised
+                _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
                 state = self._session_state()
                 self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document(), **state})
             finally:
@@ -143,7 +146,7 @@ class Worker:
                     between.send(message["message"])
                 finally:
                     context.watch.idle()
-                self._send({"type": "done", "id": message["id"], "result": {}})
+                self._done(message, {})
             except (RuntimeError, PillionError) as err:
                 self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
 
@@ -253,11 +256,9 @@ class Worker:
         return with_failover(context, lambda: load.load(context, wanted, progress))
 
 
-def _document(err: Exception | SessionLeft) -> ErrorDocument:
+def _document(err: Exception) -> ErrorDocument:
     if isinstance(err, PillionError):
         return ErrorDocument.from_exception(err)
-    if isinstance(err, SessionLeft):
-        return ErrorDocument("SidecarError", str(err))
     text = "".join(traceback.format_exception(err))
     failure = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text)
     return ErrorDocument("SaveError", "the executor failed", {-1: failure})
