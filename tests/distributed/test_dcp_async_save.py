@@ -6,6 +6,7 @@ Must never: run a collective in the test process (the ranks are forked from it).
 """
 
 import contextlib
+import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -240,6 +241,7 @@ def test_a_writer_of_its_own_format_that_takes_no_keyword_arguments_plugs_in(
             return dcp.async_save(state(peer, 1.0), checkpoint_id=where, storage_writer=writer)
 
         save("Bare", "bare").result(COMMIT_S)
+        save("Untyped", "untyped").result(COMMIT_S)
         disagreeing = {"w": torch.zeros(2 + peer.rank // 2)}
         writer = dcp.Writer("support.writers:Bare")
         disagree = [
@@ -270,6 +272,8 @@ def test_a_writer_of_its_own_format_that_takes_no_keyword_arguments_plugs_in(
     for name in ("bare", "again"):
         assert (tmp_path / name / "index.json").exists()
         assert not (tmp_path / name / ".metadata").exists()
+    results = json.loads((tmp_path / "untyped" / "results.json").read_text())
+    assert results == [[{"success": True, "rank": rank}] for rank in range(4)]
     parts = [torch.load(tmp_path / "bare" / f"{rank}.pt") for rank in range(4)]
     assert torch.equal(torch.cat([part["model.layers.0.sharded"] for part in parts]), WHOLE + 1.0)
     assert sum("model.replicated" in part for part in parts) == 1

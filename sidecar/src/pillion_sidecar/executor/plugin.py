@@ -23,7 +23,7 @@ import inspect
 import io
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Final, TypeVar
 
@@ -403,7 +403,9 @@ class _Save:
             plan = plans.get(of.rank) or self._told_plan(of)
             written = of.writer.write_data(of.planner.finish_plan(plan), of.planner)
             written.wait()
-            return list(written.value())
+            # As it is: only the writer's own `finish` knows what it holds.
+            returned: list[WriteResult] = written.value()
+            return returned
 
         self._own_results, failures = self._each(write, self._context.persist_timeout_s)
         told: dict[str, Any] = {}
@@ -444,8 +446,7 @@ class _Save:
         if self._retained and not failures:
             commit.remember(context.root, self._step, str(context.generation))
             _retain(context, self._step)
-        size_bytes = sum(result.size_in_bytes for each in results.values() for result in each)
-        return {"failures": remote_failures.documents(failures), "size_bytes": size_bytes}
+        return {"failures": remote_failures.documents(failures), "size_bytes": count_bytes(results.values())}
 
     def _concluded(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A decision of the coordinator; the peers wait for it, so that a failure of it is one too."""
@@ -460,6 +461,18 @@ class _Save:
             }
         except Exception as err:  # a boundary: see above
             return {"failures": remote_failures.documents({0: remote_failures.of_exception(err)})}
+
+
+def count_bytes(results: Iterable[object]) -> int:
+    """
+    Bytes that the ranks' write results name. Pure.
+
+    DCP types them as lists of `WriteResult` and never looks into them, so that a writer may return anything; what names no
+    size counts as 0.
+    """
+    of_ranks = (each for each in results if isinstance(each, Iterable))
+    sizes = (getattr(result, "size_in_bytes", 0) for each in of_ranks for result in each)
+    return sum(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def _retain(context: Context, current: int) -> None:
