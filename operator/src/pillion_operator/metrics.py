@@ -176,8 +176,8 @@ _JOB_COUNTERS: Final = {
     "loads_storage": ("loads", "", ("source", "storage")),
     "checkpoints_refused": ("checkpoints_refused", "Checkpoints that a load passed over as corrupt.", None),
     "executor_restarts": ("executor_restarts", "Executors that had to be started anew.", None),
-    "persisted_bytes": ("persisted_bytes", "Bytes written to storage by the coordinator's pod.", None),
-    "persist_seconds": ("persist_seconds", "Time that took.", None),
+    "persisted_bytes": ("persisted_bytes", "Bytes committed, of all ranks.", None),
+    "persist_seconds": ("persist_seconds", "From the seal in the coordinator's pod to its last durable byte.", None),
     "commit_seconds": ("commit_seconds", "Time that commits took.", None),
 }
 

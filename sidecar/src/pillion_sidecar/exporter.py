@@ -47,6 +47,7 @@ class Exporter(Collector):
                 metrics.stage_seconds,
             ),
             ("stall", "How long a save held up its slowest rank's training.", metrics.stalls, metrics.stall_seconds),
+            ("queue", "From the seal until the executor took it up.", metrics.saves_committed, metrics.queue_seconds),
             ("persist", "From the seal to the last durable byte.", metrics.saves_committed, metrics.persist_seconds),
             ("commit", "From there until it was visible.", metrics.saves_committed, metrics.commit_seconds),
         ):

@@ -41,6 +41,10 @@ class Entry:
     began_ns: int
     cause: home.Cause
     stall_s: float = 0.0
+    ready_s: float | None = None
+    """When its last local rank had sealed it, or a rescue had called for it."""
+    queued_s: float = 0.0
+    """From then until the executor took it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,9 @@ class Journal:
         entry = self._saves.get(step)
         if entry is None:
             return
+        entry.ready_s = self._clock()
         self.metrics.stages += 1
-        self.metrics.stage_seconds += self._clock() - entry.began_s
+        self.metrics.stage_seconds += entry.ready_s - entry.began_s
         if entry.stall_s:
             self.metrics.stalls += 1
             self.metrics.stall_seconds += entry.stall_s
@@ -112,6 +117,18 @@ class Journal:
         """A snapshot goes to storage, as its trainer cannot make another."""
         entry = self._saves.setdefault(step, Entry(self._clock(), 0, home.Cause.ON_TERMINATION))
         entry.cause = home.Cause.ON_TERMINATION
+        entry.ready_s = self._clock()
+
+    def taken_up(self, step: int) -> None:
+        """The executor begins with a save; one that it begins again has waited for as long as until the last time."""
+        entry = self._saves.get(step)
+        if entry is not None and entry.ready_s is not None:
+            entry.queued_s = self._clock() - entry.ready_s
+
+    def since_ready(self, step: int, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """The executor's outcome with a `persist_s` that begins at the seal: the executor knows only its own part."""
+        entry = self._saves.get(step)
+        return {**outcome, "persist_s": float(outcome["persist_s"]) + (entry.queued_s if entry is not None else 0.0)}
 
     def about(self, step: int) -> dict[str, Any]:
         """What a save's manifest says of it besides what is in it."""
@@ -121,11 +138,13 @@ class Journal:
         return {"started_ns": entry.began_ns, "cause": entry.cause.value}
 
     def committed(self, step: int, outcome: Mapping[str, Any]) -> None:
-        """A save is on storage, and visible."""
+        """A save is on storage, and visible; `outcome` is that of `since_ready`."""
         metrics, now_s = self.metrics, self._wall()
         metrics.saves_committed += 1
         metrics.persisted_bytes += int(outcome["size_bytes"])
         metrics.persist_seconds += float(outcome["persist_s"])
+        if step in self._saves:
+            metrics.queue_seconds += self._saves[step].queued_s
         metrics.commit_seconds += float(outcome["commit_s"])
         metrics.last_committed_step = max(metrics.last_committed_step, step)
         metrics.last_committed_timestamp = now_s

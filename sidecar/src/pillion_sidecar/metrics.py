@@ -34,7 +34,10 @@ class Metrics:
     stalls: int = 0
     stall_seconds: float = 0.0
     """What a save held up its slowest rank of this pod, as the trainer measured it; overlapped saves are not in it."""
+    queue_seconds: float = 0.0
+    """Of committed saves: from the last seal in this pod until the executor took them up."""
     persist_seconds: float = 0.0
+    """Of committed saves: from the last seal in this pod until the last byte was durable; the time in the queue is in it."""
     commit_seconds: float = 0.0
     last_committed_step: int = -1
     last_committed_timestamp: float = 0.0

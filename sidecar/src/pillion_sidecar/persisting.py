@@ -256,7 +256,9 @@ class Persisting:
         for attempt in range(PERSIST_ATTEMPTS):
             try:
                 repeated = attempt > 0 or save.adopted
+                self._journal.taken_up(save.step)
                 outcome = await self._operations.persist(pod, save, self._journal.about(save.step), repeated=repeated)
+                outcome = self._journal.since_ready(save.step, outcome)
                 error = None
                 break
             except ExecutorHung as err:

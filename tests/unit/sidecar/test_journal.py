@@ -68,6 +68,36 @@ def test_a_commit_is_counted_and_told_and_clears_what_storage_had() -> None:
     assert len(news) == 2
 
 
+def test_the_time_to_durable_begins_at_the_seal_and_says_how_much_of_it_was_the_queue() -> None:
+    """Three seconds behind another save and two of writing are five; an executor's successor counts up to its own begin."""
+    of, clock, _ = a_journal()
+    of.began(1, persist=True)
+    clock.now_s += 10.0
+    of.complete(1)
+    clock.now_s += 1.0
+    of.taken_up(1)
+    clock.now_s += 2.0
+    of.taken_up(1)
+    outcome = of.since_ready(1, OUTCOME)
+    of.committed(1, outcome)
+    assert outcome == {**OUTCOME, "persist_s": 5.0}
+    assert (of.metrics.queue_seconds, of.metrics.persist_seconds, of.metrics.commit_seconds) == (3.0, 5.0, 0.5)
+
+
+def test_a_snapshot_that_a_rescue_calls_for_waits_from_the_call_on() -> None:
+    """It lay in memory by the policy's wish until then, which is no time in a queue; an unknown save has no time at all."""
+    of, clock, _ = a_journal()
+    of.began(1, persist=False)
+    of.complete(1)
+    clock.now_s += 600.0
+    of.rescued(1)
+    clock.now_s += 1.0
+    of.taken_up(1)
+    assert of.since_ready(1, OUTCOME)["persist_s"] == 3.0
+    of.taken_up(99)
+    assert of.since_ready(99, OUTCOME) == OUTCOME
+
+
 def test_only_what_storage_did_is_its_problem() -> None:
     """A rank that did not come is a failure of the save, and says nothing about storage."""
     of, _, _ = a_journal()
