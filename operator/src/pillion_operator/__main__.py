@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
+from importlib import metadata
 from typing import Any, Final
 
 import yaml
@@ -47,6 +48,9 @@ _PROCESSES: Final = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; the exit status."""
     parser = argparse.ArgumentParser(prog="pillion-operator", description="The operator of Pillion.")
+    parser.add_argument(
+        "--version", action="version", version=f"pillion-operator {metadata.version('pillion-operator')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "inject",
@@ -117,6 +121,9 @@ def _inject(given: argparse.Namespace) -> int:
         print(f"pillion-operator: {text}", file=sys.stderr)
     if any(isinstance(outcome.decision, decide.Deny) for outcome in outcomes):
         return Exit.DENIED
+    for where in offline.made_elsewhere(documents):
+        text = "its pods come from a training runtime, not from this file: the webhook injects them"
+        print(f"pillion-operator: {where}: {text} (or inject its pods, or the JobSet that it makes)", file=sys.stderr)
     if not outcomes:
         print("pillion-operator: there is no pod, and no pod template of a kind that is known", file=sys.stderr)
     _print(documents, result, as_diff=given.diff)

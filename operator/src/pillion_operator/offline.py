@@ -31,6 +31,9 @@ By kind: where its pod templates are. A kind that makes several jobs out of one 
 here: the job's id is in the pod, and differs between them.
 """
 
+_MADE_ELSEWHERE: Final = ("TrainJob",)
+"""Kinds of training jobs whose documents hold no pod template."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -70,6 +73,12 @@ def remove(documents: Sequence[Json]) -> list[Json]:
 def is_policy(document: Mapping[str, Any]) -> bool:
     """Whether a document is a CheckpointPolicy object."""
     return document.get("kind") == policy.KIND and document.get("apiVersion") == policy.API_VERSION
+
+
+def made_elsewhere(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``Kind/name`` of the training jobs whose pods no document here describes."""
+    kinds = [document for document in documents if document.get("kind") in _MADE_ELSEWHERE]
+    return [f"{each['kind']}/{(each.get('metadata') or {}).get('name') or ''}" for each in kinds]
 
 
 def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | None]]:

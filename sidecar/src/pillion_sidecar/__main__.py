@@ -24,6 +24,8 @@ commands:
   client   lay the client library out for trainers: client --to DIR
   notify   tell the sidecar in PILLION_RUNTIME_DIR that its pod is terminating, and return at once
   ping     whether the sidecar in PILLION_RUNTIME_DIR answers (exit status 0)
+
+`pillion-sidecar --version` prints which release this is.
 """
 EX_USAGE: Final = 2
 EX_UNAVAILABLE: Final = 69
@@ -38,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if given else EX_USAGE
+    if given[0] == "--version":
+        from importlib import metadata
+
+        print(f"pillion-sidecar {metadata.version('pillion-sidecar')}")
+        return 0
     command = {"run": _run, "client": _client, "notify": _notify, "ping": _ping}.get(given[0])
     if command is None:
         print(f"pillion-sidecar: unknown command {given[0]!r}\n{USAGE}", file=sys.stderr, end="")
@@ -47,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     import asyncio
+    import logging
 
     from pillion_sidecar import app, log, settings
 
@@ -57,7 +65,11 @@ def _run(arguments: Sequence[str]) -> int:
             print(f"pillion-sidecar: {problem}", file=sys.stderr)
         return app.Exit.BAD_SETTINGS
     log.configure(found.log_level)
-    return asyncio.run(app.run(found))
+    try:
+        return asyncio.run(app.run(found))
+    except Exception:  # a boundary: whoever started this process reads its status, and its log
+        logging.getLogger("pillion_sidecar").exception("the sidecar ends by an internal error")
+        return app.Exit.INTERNAL
 
 
 def _client(arguments: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """
 The sidecar's settings: one frozen value, read from flags and environment in one place.
 
-Called from: `__main__`. A flag wins over its environment variable, which wins over the default. Every bound of the sidecar is
-here with its unit and its reason; all problems are reported together.
+Called from: `__main__`. A flag wins over its environment variable, which wins over the default. The bounds that a
+deployment may have to change are here, each with its unit and its reason; all problems are reported together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import yaml
@@ -22,56 +22,165 @@ from pillion.wire import names, policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one sidecar runs with."""
+    """
+    What one sidecar runs with.
 
-    runtime_dir: str = field(metadata={"env": names.ENV_RUNTIME_DIR})
-    """Folder of the arena and of the control socket; a tmpfs shared with the trainer."""
-    root: str = field(default="", metadata={"env": names.ENV_ROOT})
-    """Where checkpoints go. Empty: the trainer's hello says it (a run without a cluster)."""
-    policy: str = field(default="", metadata={"env": names.ENV_POLICY})
-    """The CheckpointPolicy: a JSON document, or the path of a YAML or JSON file. Empty: the hello's, or the defaults."""
-    embedded: bool = field(default=False, metadata={"env": "PILLION_EMBEDDED"})
-    """Started by the trainer: ends by itself when the trainer is gone for `linger_s`, and then removes its arena."""
-    peer_timeout_s: float = field(default=120.0, metadata={"env": names.ENV_PEER_TIMEOUT_S})
-    """Bound for every rank to arrive at a phase (seal, plan, outcome). Ranks of one step are seconds apart; a pod that is gone
-    is noticed by the job itself within its own collective timeout."""
-    persist_timeout_s: float = field(default=1800.0, metadata={"env": "PILLION_PERSIST_TIMEOUT_S"})
-    """Bound for one pod to write its part: 96 GiB at 50 MB/s."""
-    store_timeout_s: float = field(default=30.0, metadata={"env": "PILLION_STORE_TIMEOUT_S"})
-    """Bound for the job's store to answer one question, beyond any wait that the question asks for; it does in less than a
-    millisecond while its process runs. Then the pods meet on storage."""
-    storage_timeout_s: float = field(default=300.0, metadata={"env": "PILLION_STORAGE_TIMEOUT_S"})
-    """Bound for storage to take one block, or to answer one call: the executor that waits longer is replaced, and the save fails.
-    Network file systems come back from a failover within two or three minutes."""
-    ping_timeout_s: float = field(default=30.0, metadata={"env": "PILLION_PING_TIMEOUT_S"})
-    """An executor that answers no ping for this long hangs, and is replaced. It answers from a thread of its own, so that only a
-    stopped or thrashing process is late."""
-    linger_s: float = field(default=120.0, metadata={"env": names.ENV_LINGER_S})
-    """How long an embedded sidecar keeps the arena for trainers that died: torchrun restarts its workers in seconds."""
-    write_threads: int = field(default=2, metadata={"env": "PILLION_WRITE_THREADS"})
-    """Direct writes in flight for each file; two keep an NVMe disk busy (docs/performance.md)."""
-    log_level: str = field(default="INFO", metadata={"env": names.ENV_LOG_LEVEL})
-    """DEBUG, INFO, WARNING or ERROR."""
-    metrics_port: int = field(default=0, metadata={"env": names.ENV_METRICS_PORT, "least": 0})
-    """Port of the Prometheus endpoint; 0: none."""
-    home_url: str = field(default="", metadata={"env": names.ENV_HOME_URL})
-    """Where the sidecar calls home, https://...; empty: it does not."""
-    home_ca: str = field(default="", metadata={"env": names.ENV_HOME_CA})
-    """Certificates, PEM, that the server there is trusted by. Empty: those of the system."""
-    token_file: str = field(default="", metadata={"env": names.ENV_TOKEN_FILE})
-    """The token to call home with; read for each call, as the kubelet renews it."""
-    pod_name: str = field(default="", metadata={"env": names.ENV_POD_NAME})
-    pod_namespace: str = field(default="", metadata={"env": names.ENV_POD_NAMESPACE})
-    pod_uid: str = field(default="", metadata={"env": names.ENV_POD})
-    """Who reports: name, namespace and UID of this pod."""
-    completion_index: str = field(default="", metadata={"env": names.ENV_COMPLETION_INDEX})
-    """Index of this pod in an Indexed Job; empty: it has none."""
-    policy_name: str = field(default="", metadata={"env": names.ENV_POLICY_NAME})
-    """Name of the CheckpointPolicy that `policy` was read from."""
-    job_kind: str = field(default="", metadata={"env": names.ENV_JOB_KIND})
-    job_name: str = field(default="", metadata={"env": names.ENV_JOB_NAME})
-    job_id: str = field(default="", metadata={"env": names.ENV_RUN_ID})
-    """Which job this pod belongs to: kind and name of what the user made, and the id that names its checkpoints."""
+    Each field's metadata: ``env``, its variable; ``text``, what it means, for `run --help` and docs/reference/settings.md; ``unit``
+    where it is a quantity; ``least`` where 1 is not the least.
+    """
+
+    runtime_dir: str = field(
+        metadata={
+            "env": names.ENV_RUNTIME_DIR,
+            "text": "Folder of the arena and of the control socket: on a tmpfs that is shared with the trainer. Must be given.",
+        }
+    )
+    root: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_ROOT,
+            "text": "Where checkpoints go. Empty: the trainer says it (a run without a cluster).",
+        },
+    )
+    policy: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_POLICY,
+            "text": "The CheckpointPolicy: a JSON document, or the path of a YAML or JSON file. Empty: the trainer's, or the defaults.",
+        },
+    )
+    embedded: bool = field(
+        default=False,
+        metadata={
+            "env": "PILLION_EMBEDDED",
+            "text": "Started by a trainer: ends by itself, and removes its arena, when the trainers have parted or are gone for linger_s.",
+        },
+    )
+    peer_timeout_s: float = field(
+        default=120.0,
+        metadata={
+            "env": names.ENV_PEER_TIMEOUT_S,
+            "unit": "s",
+            "text": "Bound for every rank to arrive at a phase (seal, plan, outcome). Ranks of one step are seconds apart; a pod that is"
+            " gone is noticed by the job itself within its own collective timeout.",
+        },
+    )
+    persist_timeout_s: float = field(
+        default=1800.0,
+        metadata={
+            "env": "PILLION_PERSIST_TIMEOUT_S",
+            "unit": "s",
+            "text": "Bound for one pod to write its part: 96 GiB at 50 MB/s.",
+        },
+    )
+    store_timeout_s: float = field(
+        default=30.0,
+        metadata={
+            "env": "PILLION_STORE_TIMEOUT_S",
+            "unit": "s",
+            "text": "Bound for the job's store to answer one question, beyond any wait that the question asks for; it does in less than"
+            " a millisecond while its process runs. Then the pods meet on storage.",
+        },
+    )
+    storage_timeout_s: float = field(
+        default=300.0,
+        metadata={
+            "env": "PILLION_STORAGE_TIMEOUT_S",
+            "unit": "s",
+            "text": "Bound for storage to take one block, or to answer one call: the executor that waits longer is replaced, and the save"
+            " fails. Network file systems come back from a failover within two or three minutes.",
+        },
+    )
+    ping_timeout_s: float = field(
+        default=30.0,
+        metadata={
+            "env": "PILLION_PING_TIMEOUT_S",
+            "unit": "s",
+            "text": "An executor that answers no ping for this long hangs, and is replaced. It answers from a thread of its own, so that"
+            " only a stopped or thrashing process is late.",
+        },
+    )
+    linger_s: float = field(
+        default=120.0,
+        metadata={
+            "env": names.ENV_LINGER_S,
+            "unit": "s",
+            "text": "How long an embedded sidecar keeps the arena for trainers that died: torchrun restarts its workers in seconds.",
+        },
+    )
+    write_threads: int = field(
+        default=2,
+        metadata={
+            "env": "PILLION_WRITE_THREADS",
+            "text": "Direct writes in flight for each file; two keep an NVMe disk busy.",
+        },
+    )
+    log_level: str = field(
+        default="INFO", metadata={"env": names.ENV_LOG_LEVEL, "text": "DEBUG, INFO, WARNING or ERROR."}
+    )
+    metrics_port: int = field(
+        default=0,
+        metadata={
+            "env": names.ENV_METRICS_PORT,
+            "least": 0,
+            "text": "Port of the Prometheus endpoint; 0: none.",
+        },
+    )
+    home_url: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_HOME_URL,
+            "text": "Where the sidecar calls home, https://...; empty: it does not.",
+        },
+    )
+    home_ca: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_HOME_CA,
+            "text": "Certificates, PEM, that the server there is trusted by. Empty: those of the system.",
+        },
+    )
+    token_file: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_TOKEN_FILE,
+            "text": "File of the token to call home with; read for each call, as the kubelet renews it.",
+        },
+    )
+    pod_name: str = field(default="", metadata={"env": names.ENV_POD_NAME, "text": "Who reports: the pod's name."})
+    pod_namespace: str = field(
+        default="", metadata={"env": names.ENV_POD_NAMESPACE, "text": "Who reports: the pod's namespace."}
+    )
+    pod_uid: str = field(default="", metadata={"env": names.ENV_POD, "text": "Who reports: the pod's UID."})
+    completion_index: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_COMPLETION_INDEX,
+            "text": "Index of the pod in an Indexed Job; empty: it has none.",
+        },
+    )
+    policy_name: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_POLICY_NAME,
+            "text": "Name of the CheckpointPolicy object that the policy was read from.",
+        },
+    )
+    job_kind: str = field(
+        default="", metadata={"env": names.ENV_JOB_KIND, "text": "Kind of what the user made, a Job say."}
+    )
+    job_name: str = field(default="", metadata={"env": names.ENV_JOB_NAME, "text": "Its name."})
+    job_id: str = field(
+        default="", metadata={"env": names.ENV_RUN_ID, "text": "The id that names the job's checkpoints."}
+    )
+
+
+def default_text(of: Field[Any]) -> str:
+    """A setting's default as help and documentation show it: empty where there is none."""
+    if of.default is MISSING or of.default == "":
+        return ""
+    unit = f" {of.metadata['unit']}" if "unit" in of.metadata else ""
+    return f"{str(of.default).lower() if of.type == 'bool' else f'{of.default:g}' if unit else of.default}{unit}"
 
 
 def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -82,10 +191,17 @@ def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Sett
         SettingsError: everything that is wrong, at once.
         SystemExit: a flag that does not exist, or --help (argparse's own words).
     """
-    parser = argparse.ArgumentParser(prog="pillion-sidecar run", description="Run the sidecar of one pod.")
+    parser = argparse.ArgumentParser(
+        prog="pillion-sidecar run",
+        description="Run the sidecar of one pod. A flag wins over its environment variable, which wins over the default.",
+    )
     for each in fields(Settings):
         flag = "--" + each.name.replace("_", "-")
-        help_text = f"environment: {each.metadata['env']}"
+        default = default_text(each)
+        meaning = (
+            f"{each.metadata['text']}{f' Default: {default}.' if default else ''} Environment: {each.metadata['env']}"
+        )
+        help_text = meaning.replace("%", "%%")
         if each.type == "bool":
             parser.add_argument(flag, action="store_const", const="true", help=help_text)
         else:

@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: need a cluster.
 """
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,6 +122,25 @@ def test_the_exit_status_is_the_decision(
     captured = capsys.readouterr()
     assert reason in captured.err
     assert (captured.out == "") is (expected == __main__.Exit.DENIED)
+
+
+def test_a_training_job_without_pods_in_its_document_says_where_they_are(
+    tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A TrainJob's pods come from its runtime: nothing is injected, and the text says what to do instead."""
+    job = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {"name": "llama"}}
+    assert __main__.main(["inject", "-f", write(tmp_path, job), "-p", policy_file]) == __main__.Exit.SKIPPED
+    told = capsys.readouterr().err
+    assert "TrainJob/llama: its pods come from a training runtime" in told
+    assert "inject its pods" in told
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` names the program and its release."""
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"pillion-operator {metadata.version('pillion-operator')}\n"
 
 
 def test_what_cannot_be_read_has_a_status_of_its_own(
