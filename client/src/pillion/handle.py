@@ -71,7 +71,8 @@ class SaveHandle:
         Blocks: up to `timeout_s`; for ever when it is None (every phase behind it has a bound of its own).
 
         Raises:
-            SaveError: the save failed; `.failures` says on which ranks.
+            PillionError: there is no checkpoint. Mostly a `SaveError`, whose `.failures` say on which ranks and why; what ended
+                the save on this rank alone is what it is: `SidecarUnavailable`, `ArenaExhausted`, `UnsupportedLeaf`, `UsageError`.
             TimeoutError: not within `timeout_s`.
         """
         return self.committed.result(timeout_s)

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from pillion.wire import policy
 
-LIVE: Final = ("trigger", "retention", "drain", "suspend")
-"""Fields of a policy that a running job takes up."""
-LATER: Final = ("staging", "store", "storage", "restore", "sidecar")
+LIVE: Final = ("trigger", "retention", "restore", "drain", "suspend")
+"""Fields of a policy that a running job takes up; `restore` at the next start of its trainers, also within the pod."""
+LATER: Final = ("staging", "store", "storage", "sidecar")
 """Fields that the next pod takes up. `failurePolicy` is about the injection itself."""
 
 
@@ -37,7 +37,12 @@ class Governing:
         if told is None:
             return started_with
         return dataclasses.replace(
-            started_with, trigger=told.trigger, retention=told.retention, drain=told.drain, suspend=told.suspend
+            started_with,
+            trigger=told.trigger,
+            retention=told.retention,
+            restore=told.restore,
+            drain=told.drain,
+            suspend=told.suspend,
         )
 
     def take(self, told: policy.Policy, generation: int, started_with: policy.Policy) -> bool:

@@ -19,12 +19,13 @@ def told(**spec: object) -> policy.Policy:
     return policy.parse({**policy.dump(STARTED_WITH), **spec}, embedded=True)
 
 
-def test_trigger_retention_drain_and_suspend_are_taken_up_and_nothing_else() -> None:
+def test_trigger_retention_restore_drain_and_suspend_are_taken_up_and_nothing_else() -> None:
     """The rest stays as the pod was started."""
     of = governing.Governing()
     now = told(
         trigger={"periodSeconds": 9, "onTermination": "Skip"},
         retention={"keepLast": 1},
+        restore={"mode": "Step", "step": 400},
         drain={"timeoutSeconds": 5},
         suspend=True,
         staging={"slots": 4},
@@ -35,7 +36,12 @@ def test_trigger_retention_drain_and_suspend_are_taken_up_and_nothing_else() -> 
     assert of.take(now, 7, STARTED_WITH)
     assert (of.generation, of.changed) == (7, True)
     assert of.over(STARTED_WITH) == dataclasses.replace(
-        STARTED_WITH, trigger=now.trigger, retention=now.retention, drain=now.drain, suspend=True
+        STARTED_WITH,
+        trigger=now.trigger,
+        retention=now.retention,
+        restore=policy.Restore(mode=policy.RestoreMode.STEP, step=400),
+        drain=now.drain,
+        suspend=True,
     )
     assert not of.take(now, 8, STARTED_WITH)
     assert of.generation == 8
