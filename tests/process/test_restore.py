@@ -172,6 +172,47 @@ def test_a_bit_flipped_in_any_stored_file_is_found_and_the_older_checkpoint_is_l
         damaged.write_bytes(intact)
 
 
+class Spy:
+    """A Stateful that writes down what it is asked for."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.full((5,), value)
+        self.calls: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        self.calls.append("state_dict")
+        return {"value": self.value.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls.append("load_state_dict")
+        self.value = state["value"]
+
+
+def test_a_load_that_falls_back_begins_again_from_what_was_asked(ranks: Ranks, tmp_path: Path) -> None:
+    """The newest checkpoint is of another dtype, and damaged; the one before is copied in its own dtype. Each Stateful is asked once
+    for its state and given the loaded one once, at a fresh start asked once: a data loader makes its iterator when it is asked."""
+    opened = ranks.open(tmp_path, **POLICY)
+    spy = Spy(3.0)
+    state: dict[str, Any] = {"a": torch.arange(4096.0), "b": torch.arange(4096.0) * 3, "spy": spy}
+    assert opened.load(state) is None
+    assert spy.calls == ["state_dict"]
+    opened.save(state, 1).result(Deadline.COMMITTED.s)
+    narrow = {"a": state["a"].bfloat16(), "b": state["b"].bfloat16(), "spy": {"value": spy.value}}
+    opened.save(narrow, 2).result(Deadline.COMMITTED.s)
+    opened.close()
+    ranks.alone()
+    [data] = (tmp_path / "step-2").glob("*.distcp")
+    processes.flip(data, data.stat().st_size // 2)
+    opened = ranks.open(tmp_path, **POLICY)
+    spy = Spy(0.0)
+    found: dict[str, Any] = {"a": torch.zeros(4096), "b": torch.zeros(4096), "spy": spy}
+    assert opened.load(found) == 1
+    assert torch.equal(found["a"], state["a"])
+    assert torch.equal(found["b"], state["b"])
+    assert spy.calls == ["state_dict", "load_state_dict"]
+    assert torch.equal(spy.value, torch.full((5,), 3.0))
+
+
 def test_checkpoints_that_are_all_corrupt_are_an_error_and_never_a_fresh_start(ranks: Ranks, tmp_path: Path) -> None:
     """With every checkpoint damaged, load raises CorruptCheckpoint with a reason for each, and leaves the state alone."""
     opened = ranks.open(tmp_path, **POLICY)

@@ -189,7 +189,7 @@ class Checkpointer:
         if not isinstance(state_dict, dict):
             raise UsageError(f"load fills a dict in place, not a {type(state_dict).__name__}")
         self._saver.wait_staged()
-        report = loading.load(self._session, self._collector, state_dict, step, path=None)
+        report, leaves = loading.load(self._session, self._collector, state_dict, step, path=None)
         self.last_load = report
         for where, why in report.refused.items():
             _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
@@ -197,12 +197,11 @@ class Checkpointer:
         self._last_step = -1 if report.step is None else report.step - 1
         if report.step is not None:
             self._cadence.saved(report.step, time.monotonic())
-        self._prepare(state_dict)
+        self._prepare(leaves)
         return report.step
 
-    def _prepare(self, state_dict: dict[str, Any]) -> None:
-        """Have the arena ready before the first save, beside whatever the trainer does until then."""
-        leaves = self._collector.collect(leaves_module.materialize(state_dict))
+    def _prepare(self, leaves: leaves_module.Leaves) -> None:
+        """Have the arena ready before the first save, which is like `leaves`, beside whatever the trainer does until then."""
 
         def prepare() -> None:
             try:

@@ -110,7 +110,11 @@ class Connection:
             try:
                 self._sock.sendall(frame)
             except OSError as err:
-                raise SidecarUnavailable(f"the sidecar does not take messages: {err}") from err
+                text = f"the sidecar does not take messages: {err}"
+                if isinstance(err, (BrokenPipeError, ConnectionResetError)):
+                    # The reader sees the end a moment later: who asks meanwhile learns already that this connection is over.
+                    self._lost = text
+                raise SidecarUnavailable(text) from err
 
     def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
         """

@@ -16,10 +16,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from pillion import flatten
 from pillion import leaves as leaves_module
@@ -46,9 +45,12 @@ def load(
     step: int | None,
     *,
     path: str | None,
-) -> LoadReport:
+) -> tuple[LoadReport, leaves_module.Leaves]:
     """
-    Fill `state_dict` in place.
+    Fill `state_dict` in place. Each `Stateful` in it is asked for its state once, and is given the loaded one once.
+
+    Returns:
+        The report, and the leaves that were asked for: what the next save is like.
 
     Ranks: all, in the same order.
 
@@ -67,7 +69,7 @@ def load(
     found = messages.optional_field(answer, "step", int)
     if found is not None:
         _assign(state_dict, wanted, of, opaque)
-    return LoadReport(
+    report = LoadReport(
         step=found,
         tier=messages.field(answer, "tier", str),
         path=messages.field(answer, "path", str, ""),
@@ -75,6 +77,7 @@ def load(
         size_bytes=of.tensors_bytes,
         refused={str(k): str(v) for k, v in messages.field(answer, "refused", dict, {}).items()},
     )
+    return report, leaves
 
 
 def _fill_anew(
@@ -82,10 +85,12 @@ def _fill_anew(
 ) -> tuple[messages.Message, list[bytes]]:
     """`_fill`, with the sidecar's successor where it dies meanwhile."""
     for attempt in range(1, TRIES + 1):
+        greeted = session.welcome
         try:
             return _fill(session, leaves, request)
         except SidecarUnavailable as err:
-            if attempt == TRIES or not session.returned(RETURN_S):
+            # The successor may have greeted already: then nothing is lost any more.
+            if attempt == TRIES or not (session.returned(RETURN_S) or session.welcome is not greeted):
                 raise
             _log.warning("pillion: the load begins anew with the sidecar's successor: %s", err)
     raise AssertionError("the last try returns or raises")
@@ -99,6 +104,7 @@ def _fill(
     if mapping is None:
         raise LoadError("the session has no arena")
     of = leaves.layout
+    stored = leaves
     copied = slot = 0
     opaque: list[bytes] = []
     try:
@@ -107,15 +113,16 @@ def _fill(
                 if answer["type"] == "load_begin":
                     # Another round: an earlier one met a corrupt item. Everything is copied again.
                     copied, slot = 0, messages.field(answer, "slot", int)
-                    leaves = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
+                    # From the leaves as they were asked for: the dtypes are those of this round's checkpoint alone.
+                    stored = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
                 elif answer["type"] == "load_progress":
                     upto = messages.field(answer, "upto", int)
-                    mapping.copy_out(slot, leaves, copied, upto)
+                    mapping.copy_out(slot, stored, copied, upto)
                     copied = upto
                 elif answer["type"] == "loaded":
                     break
             if messages.optional_field(answer, "step", int) is not None:
-                mapping.copy_out(slot, leaves, copied, len(of.items))
+                mapping.copy_out(slot, stored, copied, len(of.items))
                 opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
     finally:
         # Also after an error: slots that nobody reads any more must not stay lent.
@@ -142,7 +149,17 @@ def _read_opaque(where: Mapping[str, Any], of: layout.Layout) -> list[bytes]:
     if not isinstance(path, str) or not isinstance(starts, list) or not isinstance(lengths, list):
         raise LoadError("the sidecar did not say where the opaque leaves are")
     with open(path, "rb") as file:
-        return [os.pread(file.fileno(), length, start) for start, length in zip(starts, lengths, strict=True)]
+        return [_read_piece(file, start, length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _read_piece(file: BinaryIO, start: int, length: int) -> bytes:
+    """Raises: LoadError: the file ends before."""
+    file.seek(start)
+    # read(2) moves at most 0x7ffff000 bytes a call; a buffered file calls it until all is there.
+    data = file.read(length)
+    if len(data) != length:
+        raise LoadError(f"the opaque leaves in {file.name} end at {start + len(data)}, and not at {start + length}")
+    return data
 
 
 def _assign(state_dict: dict[str, Any], wanted: dict[str, Any], of: layout.Layout, opaque: list[bytes]) -> None:

@@ -7,14 +7,15 @@ read by a restricted unpickler that knows DCP's own classes only (docs/decisions
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
 from pillion_sidecar import commit
-from pillion_sidecar.storage import dcp_metadata, digest
+from pillion_sidecar.storage import dcp_metadata, digest, directio, reading
 
 
 class Damaged(ValueError):
@@ -80,29 +81,40 @@ def read(path: str, step: int) -> Stored:
 
     Raises:
         Damaged: manifest, a part or `.metadata` is missing or does not match its digest.
+        LoadError: the storage does not answer: see `storage.reading`.
     """
+    with damage(path):
+        return _read_any(path, step)
+
+
+@contextlib.contextmanager
+def damage(path: str) -> Iterator[None]:
+    """What a file says of itself by its absence, its length or its content, as `Damaged`."""
     try:
-        metadata = _read(os.path.join(path, names.COMMIT_MARKER))
-        try:
-            encoded = _read(os.path.join(path, names.MANIFEST))
-        except FileNotFoundError:
-            if not any(names.parse_part_file(name) for name in os.listdir(path)):
-                return _read_stock(path, step, metadata)
-            # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
-            if commit.finish(path) is None:
-                raise Damaged(f"{path}/{names.MANIFEST}: is missing, and the parts do not make it again") from None
-            encoded, metadata = (
-                _read(os.path.join(path, names.MANIFEST)),
-                _read(os.path.join(path, names.COMMIT_MARKER)),
-            )
-        return _read_native(path, encoded, metadata)
-    except (OSError, manifest.ManifestError, CommitError) as err:
+        yield
+    except (FileNotFoundError, directio.TruncatedFile, manifest.ManifestError, CommitError) as err:
         raise Damaged(f"{path}: {err}") from err
 
 
+def _read_any(path: str, step: int) -> Stored:
+    metadata = _read(os.path.join(path, names.COMMIT_MARKER))
+    try:
+        encoded = _read(os.path.join(path, names.MANIFEST))
+    except FileNotFoundError:
+        if not any(names.parse_part_file(name) for name in reading.retried(path, lambda: os.listdir(path))):
+            return _read_stock(path, step, metadata)
+        # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
+        if reading.retried(path, lambda: commit.finish(path)) is None:
+            raise Damaged(f"{path}/{names.MANIFEST}: is missing, and the parts do not make it again") from None
+        encoded, metadata = (
+            _read(os.path.join(path, names.MANIFEST)),
+            _read(os.path.join(path, names.COMMIT_MARKER)),
+        )
+    return _read_native(path, encoded, metadata)
+
+
 def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+    return reading.read_whole(path)
 
 
 def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
@@ -113,7 +125,7 @@ def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
     if of.digest_algorithm != digest.ALGORITHM:
         raise Damaged(f"{path}: digests are {of.digest_algorithm}, this release knows {digest.ALGORITHM}")
     if digest.digest(metadata) != of.metadata_digest:
-        finished = commit.finish(path)
+        finished = reading.retried(path, lambda: commit.finish(path))
         # Of which attempt the two are does not matter: what is committed now is the newest complete one.
         if finished is None:
             raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {of.metadata_digest}, found another")

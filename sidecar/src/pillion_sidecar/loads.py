@@ -75,6 +75,10 @@ class Loads:
 
     def rank_lost(self, rank: int) -> None:
         self._asked.pop(rank, None)
+        if not self._asked and self._timer is not None:
+            # It counts from the first rank that asks; the next load has all of the bound.
+            self._timer.cancel()
+            self._timer = None
         self.done(rank)
 
     def done(self, rank: int) -> None:

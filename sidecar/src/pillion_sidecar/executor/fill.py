@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pillion.errors import IncompatibleCheckpoint
 from pillion.wire import arena, layout, manifest
 from pillion_sidecar import catalog
-from pillion_sidecar.storage import digest, directio
+from pillion_sidecar.storage import digest, directio, reading
 
 if TYPE_CHECKING:
     from pillion_sidecar.executor.context import Context, Progress
@@ -143,10 +143,8 @@ def _read_exact(
             raise catalog.Damaged(f"{path}: {chunk.fqn!r} at offset {chunk.offset} does not match its digest")
         ready.mark(index)
 
-    try:
-        directio.read_file(path, memory, pieces, on_piece=verify)
-    except OSError as err:
-        raise catalog.Damaged(f"{path}: {err}") from err
+    with catalog.damage(path):
+        reading.retried(path, lambda: directio.read_file(path, memory, pieces, on_piece=verify))
 
 
 def _write_opaque(context: Context, stored: catalog.Stored, wanted: Wanted) -> dict[str, Any]:
@@ -165,15 +163,10 @@ def _write_opaque(context: Context, stored: catalog.Stored, wanted: Wanted) -> d
     return {"file": path, "starts": starts, "lengths": lengths}
 
 
-def _read_opaque(stored: catalog.Stored, leaf: manifest.StoredBytes) -> bytes:
+def _read_opaque(stored: catalog.Stored, leaf: manifest.StoredBytes) -> bytearray:
     path = os.path.join(stored.path, leaf.file)
-    try:
-        with open(path, "rb") as file:
-            data = os.pread(file.fileno(), leaf.length, leaf.offset)
-    except OSError as err:
-        raise catalog.Damaged(f"{path}: {err}") from err
-    if len(data) != leaf.length:
-        raise catalog.Damaged(f"{path}: {leaf.fqn!r} ends after {len(data)} of {leaf.length} bytes")
+    with catalog.damage(path):
+        data = reading.read_piece(path, leaf.offset, leaf.length)
     if leaf.digest and digest.digest(data) != leaf.digest:
         raise catalog.Damaged(f"{path}: {leaf.fqn!r} at offset {leaf.offset} does not match its digest")
     return data

@@ -16,7 +16,7 @@ import torch
 from pillion.errors import IncompatibleCheckpoint
 from pillion.wire import layout, manifest
 from pillion_sidecar import catalog
-from pillion_sidecar.storage import digest
+from pillion_sidecar.storage import digest, reading
 
 CACHE_BYTES: Final = 256 * 1024**2
 """Stored chunks kept between two wanted ones: neighbours of a resharded tensor overlap the same stored chunk."""
@@ -35,6 +35,7 @@ class Source:
     def __init__(self, stored: catalog.Stored) -> None:
         self._stored = stored
         self._cache: dict[tuple[str, int], torch.Tensor] = {}
+        self._cached_bytes = 0
 
     def assemble(self, target: layout.Layout, index: int, memory: memoryview) -> None:
         """
@@ -73,27 +74,15 @@ class Source:
         if known is not None:
             return known
         path = os.path.join(self._stored.path, chunk.file)
-        data = bytearray(chunk.length)
-        try:
-            with open(path, "rb") as file:
-                found = os.preadv(file.fileno(), [data], chunk.offset)
-        except OSError as err:
-            raise catalog.Damaged(f"{path}: {err}") from err
-        while 0 < found < chunk.length:
-            # One read returns at most 2 GiB.
-            with open(path, "rb") as file:
-                more = os.preadv(file.fileno(), [memoryview(data)[found:]], chunk.offset + found)
-            if more == 0:
-                break
-            found += more
-        if found != chunk.length:
-            raise catalog.Damaged(f"{path}: {chunk.fqn!r} ends after {found} of {chunk.length} bytes")
+        with catalog.damage(path):
+            data = reading.read_piece(path, chunk.offset, chunk.length)
         if chunk.digest and digest.digest(data) != chunk.digest:
             raise catalog.Damaged(f"{path}: {chunk.fqn!r} at offset {chunk.offset} does not match its digest")
         tensor = self._parse(chunk, data, path)
-        while self._cache and sum(t.numel() * t.element_size() for t in self._cache.values()) > CACHE_BYTES:
-            del self._cache[next(iter(self._cache))]
+        while self._cache and self._cached_bytes > CACHE_BYTES:
+            self._cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes
         self._cache[key] = tensor
+        self._cached_bytes += tensor.nbytes
         return tensor
 
     def _parse(self, chunk: manifest.StoredChunk, data: bytearray, path: str) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""
+The whole of: loads of one pod, from the ranks that ask to the answer.
+
+Called from: pytest.
+"""
+
+import asyncio
+import contextlib
+import types
+from typing import Any, cast
+
+from pillion_sidecar import loads
+from pillion_sidecar.control import Client
+from support.deadlines import Deadline, soon
+
+
+class Asking:
+    """A rank's connection, as far as a load needs it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.refused: list[str] = []
+
+    def refuse(self, _message: object, error: object) -> None:
+        self.refused.append(str(error))
+
+
+def test_each_load_has_all_of_its_bound(monkeypatch: Any) -> None:
+    """A load that ended with its trainers leaves no timer that refuses the next one early."""
+
+    async def story() -> None:
+        table = types.SimpleNamespace(unpin=lambda _: None, give_back=lambda _: None)
+        pod = types.SimpleNamespace(segments={0: None, 1: None}, table=table)
+        settings = types.SimpleNamespace(peer_timeout_s=Deadline.REPLY.s)
+        of = loads.Loads(cast("Any", types.SimpleNamespace(pod=pod, settings=settings)))
+        await of.ask(cast("Client", Asking(0)), {"type": "load", "step": None})
+        first = of._timer
+        of.rank_lost(0)
+        settings.peer_timeout_s = 0.01
+        again = Asking(0)
+        await of.ask(cast("Client", again), {"type": "load", "step": None})
+        assert first is not None
+        assert first.cancelled()
+        await soon(lambda: again.refused, Deadline.SETTLE, "the second load is refused at its own bound")
+        assert "ranks [1] did not ask to load" in again.refused[0]
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(story())
