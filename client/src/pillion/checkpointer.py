@@ -82,6 +82,7 @@ class Checkpointer:
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
         self._prepared: threading.Thread | None = None
+        self._session.listen()
         ending.drain_at_exit(self)
 
     # --- saving ----------------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ class Checkpointer:
 
         The answer is the same on all ranks at the same step, and costs no communication.
         """
+        self._session.check_process()
         now_s = time.monotonic()
         answer = self._cadence.due(step, now_s)
         proposal = self._cadence.proposal(step, now_s)
@@ -136,6 +138,10 @@ class Checkpointer:
         return handle
 
     def _refuse_save(self, step: int) -> UsageError | None:
+        try:
+            self._session.check_process()
+        except UsageError as err:
+            return err
         if self._closed:
             return UsageError("the Checkpointer is closed")
         if type(step) is not int or step < 0:
@@ -153,6 +159,7 @@ class Checkpointer:
         Raises:
             TimeoutError: some are still in flight; names their steps.
         """
+        self._session.check_process()
         deadline = time.monotonic() + timeout_s
         self._saver.wait_staged()
         for handle in self._session.pending():
@@ -184,6 +191,7 @@ class Checkpointer:
             LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`, or other ranks did not come.
             SidecarUnavailable: it went away, and did not come back.
         """
+        self._session.check_process()
         if self._closed:
             raise UsageError("the Checkpointer is closed")
         if not isinstance(state_dict, dict):
@@ -241,7 +249,7 @@ class Checkpointer:
         return self._session.pending()
 
     def _close(self, timeout_s: float | None, *, clean: bool) -> None:
-        if self._closed:
+        if self._closed or self._session.inherited:
             return
         self._closed = True
         ending.closed(self)

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import os
 import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from typing import Final
 
 from pillion.errors import ErrorDocument, SidecarUnavailable
 from pillion.wire import messages
+
+_log = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S: Final = 30.0
 """Bound of one send. The supervisor's loop reads at once; this long means that it is stopped or gone."""
@@ -24,6 +29,19 @@ JOIN_TIMEOUT_S: Final = 5.0
 """Bound for the reader thread to end once its socket is shut down."""
 
 _LOST: Final[messages.Message] = {"type": "_lost"}
+
+_made: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""All of this process, for its forked children to close."""
+
+
+def _let_go_in_child() -> None:
+    for link in list(_made):
+        link.let_go()
+    _made.clear()
+
+
+# A data loader's worker that outlives its killed trainer would keep the connection open: the sidecar would not see the death.
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def ask(path: str, message: messages.Message, timeout_s: float) -> messages.Message:
@@ -73,7 +91,12 @@ class Connection:
         on_event: Callable[[messages.Message], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._pid = os.getpid()
+        try:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as err:
+            raise SidecarUnavailable(f"no socket to reach the sidecar at {path} with: {err}") from err
+        _made.add(self)
         self._sock.settimeout(connect_timeout_s)
         try:
             self._sock.connect(path)
@@ -90,7 +113,11 @@ class Connection:
         self._lost: str | None = None
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="pillion-control", daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError as err:
+            self._sock.close()
+            raise SidecarUnavailable(f"no thread to listen to the sidecar with: {err}") from err
 
     @property
     def lost(self) -> bool:
@@ -110,11 +137,11 @@ class Connection:
             try:
                 self._sock.sendall(frame)
             except OSError as err:
-                text = f"the sidecar does not take messages: {err}"
-                if isinstance(err, (BrokenPipeError, ConnectionResetError)):
-                    # The reader sees the end a moment later: who asks meanwhile learns already that this connection is over.
-                    self._lost = text
-                raise SidecarUnavailable(text) from err
+                # Half a frame may be out. Whoever asks from here on is answered at once, also before the reader has seen the end.
+                self._lost = f"the sidecar does not take messages: {err}"
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+                raise SidecarUnavailable(self._lost) from err
 
     def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
         """
@@ -151,8 +178,22 @@ class Connection:
         finally:
             self._waiting.pop(request_id, None)
 
+    def let_go(self) -> None:
+        """
+        Close what a forked child has inherited, and nothing more: a shutdown would end the connection of its parent.
+
+        Called from: the child, which has no thread but its own; the lock may be held by one that exists in the parent alone.
+        """
+        self._lock = threading.Lock()
+        self._closing = True
+        self._lost = "the connection is that of this process's parent"
+        self._sock.close()
+
     def close(self) -> None:
         """Shut the connection; pending requests fail. Blocks: up to JOIN_TIMEOUT_S. Idempotent."""
+        if os.getpid() != self._pid:
+            self.let_go()
+            return
         self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -175,8 +216,15 @@ class Connection:
             pass
         except (OSError, messages.BadFrame) as err:
             reason = f"the control channel broke: {err}"
+        except (
+            BaseException
+        ) as err:  # a boundary: a session that nobody listens to would never look for another sidecar
+            reason = f"the control channel broke: {type(err).__name__}: {err}"
+            _log.exception("pillion: a message of the sidecar was not understood; the connection is made again")
         with self._lock:
-            self._lost = reason
+            reason = self._lost = self._lost or reason
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         for waiting in list(self._waiting.values()):
             waiting.put(_LOST)
         if not self._closing:

@@ -235,7 +235,11 @@ class _Saves:
         self._session = session
         self._saver = saving.Saver(session)
         self._calls = 0
+        session.listen()
         ending.drain_at_exit(self)
+
+    def check_process(self) -> None:
+        self._session.check_process()
 
     def save(self, state_dict: Mapping[str, Any], destination: Mapping[str, Any]) -> futures.Future[Checkpoint]:
         step = self._calls
@@ -260,6 +264,8 @@ class _Saves:
         return self._session.pending()
 
     def close(self, timeout_s: float | None = None) -> None:
+        if self._session.inherited:
+            return
         ending.closed(self)
         self._saver.close()
         drain_s = self._session.policy.drain.timeout_seconds if timeout_s is None else timeout_s
@@ -277,6 +283,7 @@ def _saves_of(process_group: dist.ProcessGroup | None, *, distributed: bool) -> 
     key = (process_group or dist.group.WORLD) if distributed else None
     if key not in _open:
         _open[key] = _Saves(_open_session(process_group, distributed=distributed))
+    _open[key].check_process()
     return _open[key]
 
 

@@ -31,13 +31,14 @@ class Saving(Protocol):
         """Drain them; idempotent. Afterwards each is done. Blocks: up to the policy's drain.timeoutSeconds."""
 
 
-_open: weakref.WeakSet[Saving] = weakref.WeakSet()
+_open: weakref.WeakKeyDictionary[Saving, int] = weakref.WeakKeyDictionary()
+"""Who has to be closed, and the process that has to: a forked child runs this hook too, at its own end."""
 _registered = threading.Event()
 
 
 def drain_at_exit(saving: Saving) -> None:
     """Have `saving` closed when the interpreter ends without having closed it. Whoever registers keeps it alive."""
-    _open.add(saving)
+    _open[saving] = os.getpid()
     if not _registered.is_set():
         _registered.set()
         atexit.register(_drain_open)
@@ -45,7 +46,7 @@ def drain_at_exit(saving: Saving) -> None:
 
 def closed(saving: Saving) -> None:
     """It was closed: nothing is left to do for it at the end."""
-    _open.discard(saving)
+    _open.pop(saving, None)
 
 
 def by_exception() -> bool:
@@ -55,7 +56,7 @@ def by_exception() -> bool:
 
 def _drain_open() -> None:
     lost: list[str] = []
-    for saving in list(_open):
+    for saving in [each for each, pid in list(_open.items()) if pid == os.getpid()]:
         handles = saving.in_flight()
         saving.close()
         for handle in handles:

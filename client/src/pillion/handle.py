@@ -7,11 +7,12 @@ Called from: the trainer. A handle never raises by itself: `result` does, when t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
-from pillion.errors import PillionError
+from pillion.errors import PillionError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class SaveHandle:
     """
 
     def __init__(self, step: int) -> None:
+        self._pid = os.getpid()
         self.step = step
         self.staged: Future[None] = Future()
         self.committed: Future[Checkpoint] = Future()
@@ -73,8 +75,14 @@ class SaveHandle:
         Raises:
             PillionError: there is no checkpoint. Mostly a `SaveError`, whose `.failures` say on which ranks and why; what ended
                 the save on this rank alone is what it is: `SidecarUnavailable`, `ArenaExhausted`, `UnsupportedLeaf`, `UsageError`.
+            UsageError: this process is a forked child of the one that saves.
             TimeoutError: not within `timeout_s`.
         """
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"process {os.getpid()} is a forked child: what became of the save of step {self.step} is known in the trainer,"
+                f" process {self._pid}, alone"
+            )
         return self.committed.result(timeout_s)
 
     # The thread that stages and the one that listens to the sidecar may both end a handle, at once when the sidecar dies: the first

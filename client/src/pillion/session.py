@@ -11,6 +11,7 @@ Called from: `Checkpointer`, `pillion.dcp`. Owns: the connection, the mapping of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion import connection, embedded, staging, wire
-from pillion.errors import ErrorDocument, PillionError, SaveSkipped, SidecarUnavailable
+from pillion.errors import ErrorDocument, PillionError, SaveSkipped, SidecarUnavailable, UsageError
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle
 from pillion.wire import messages, names, policy
@@ -41,11 +42,14 @@ OVERLAP_WAIT_S: Final = 1800.0
 """Bound for `overlap: Wait`: a save that storage did not take in half an hour is reported, not waited for."""
 OWED_MOST: Final = 64
 """Steps given up while no sidecar was there, to be told to its successor; more than are on their way at once."""
-RECONNECT_ATTEMPTS: Final = 20
 RECONNECT_PAUSE_S: Final = 0.05
 """Pause before the first reconnect, doubled from then on: until the sidecar is back nothing is saved."""
 RECONNECT_PAUSE_MOST_S: Final = 8.0
-"""With the attempts two minutes: a restarted container is back in seconds, one that crashes again and again later."""
+"""A restarted container is back in seconds, one that crashes again and again later."""
+RECONNECT_SLOW_AFTER: Final = 20
+RECONNECT_PAUSE_SLOW_S: Final = 30.0
+"""After that many attempts, two minutes, the pause is this long, for as long as the session is open: a job of weeks whose sidecar comes
+back after an hour must not go on without checkpoints."""
 
 
 def injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -110,6 +114,7 @@ class Session:
         on_event: Callable[[messages.Message], None],
         environ: Mapping[str, str],
     ) -> None:
+        self._pid = os.getpid()
         self.group = group
         self.root = root
         self._policy_document = policy_document
@@ -123,9 +128,12 @@ class Session:
         self._owed: deque[messages.Message] = deque(maxlen=OWED_MOST)
         self._closed = threading.Event()
         self._greeted = False
+        self._held_back: list[messages.Message] | None = []
+        """Events that came before `listen`; None from then on."""
         self.mapping: staging.SegmentMapping | None = None
         self.welcome: messages.Message = {}
-        self._connection = self._greet(CONNECT_TIMEOUT_S)
+        self._connection = self._used = self._greet(CONNECT_TIMEOUT_S)
+        """`_used`: the one that the newest request of several answers went to."""
         told = group.policy or messages.field(self.welcome, "policy", dict)
         self.policy = policy.parse(told, embedded=True)
 
@@ -139,7 +147,8 @@ class Session:
                 self._hello(link)
                 with self._lock:
                     if not link.lost:
-                        self._greeted = True
+                        # Both at once: a loss from here on starts a search, which begins by closing this one.
+                        self._greeted, self._connection = True, link
                         return link
             except SidecarUnavailable:
                 # One that was at its end (the run before has just closed) took the connection with it: its successor answers.
@@ -214,35 +223,55 @@ class Session:
         )
         _log.warning("pillion: %s", error)
         self._fail_all(error)
-        if not self._closed.is_set():
+        if self._closed.is_set():
+            return
+        try:
             threading.Thread(target=self._reconnect, name="pillion-reconnect", daemon=True).start()
+        except RuntimeError:  # no more threads: the one that listened has nothing else to do any more
+            self._reconnect()
 
     def _reconnect(self) -> None:
+        """Look for the sidecar's successor, for as long as the session is open: without one nothing is saved."""
         pause_s = RECONNECT_PAUSE_S
-        for attempt in range(RECONNECT_ATTEMPTS):
+        for attempt in itertools.count(1):
             if self._closed.wait(pause_s):
                 return
-            pause_s = min(pause_s * 2, RECONNECT_PAUSE_MOST_S)
-            self._connection.close()
+            pause_s = (
+                min(pause_s * 2, RECONNECT_PAUSE_MOST_S) if attempt < RECONNECT_SLOW_AFTER else RECONNECT_PAUSE_SLOW_S
+            )
             try:
-                self._connection = self._greet(CONNECT_TIMEOUT_S)
+                self._connection.close()
+                link = self._greet(CONNECT_TIMEOUT_S)
                 if self._closed.is_set():
-                    self._connection.close()
+                    link.close()
                     return
-                _log.warning("pillion: the sidecar is back (attempt %d)", attempt + 1)
+                _log.warning("pillion: the sidecar is back (attempt %d)", attempt)
                 while self._owed:
                     self.send(self._owed.popleft())
                 return
-            except PillionError as err:
-                _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt + 1, err)
-        _log.error("pillion: gave the sidecar up after %d attempts; saves fail from here on", RECONNECT_ATTEMPTS)
+            except (
+                Exception
+            ) as err:  # a boundary: of descriptors, processes or memory there may be enough again in a moment
+                self._log_absence(attempt, err)
+
+    @staticmethod
+    def _log_absence(attempt: int, err: Exception) -> None:
+        if attempt < RECONNECT_SLOW_AFTER:
+            _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt, err)
+        elif attempt == RECONNECT_SLOW_AFTER:
+            _log.error(
+                "pillion: no sidecar after %d attempts: %s; saves fail until one is back, which is looked for every %.0f s from here on",
+                attempt,
+                err,
+                RECONNECT_PAUSE_SLOW_S,
+            )
 
     def returned(self, timeout_s: float) -> bool:
         """
-        Whether a sidecar that was lost is back. Blocks: up to `timeout_s`; not at all when it was not lost.
+        Whether the sidecar that was asked last was lost and another is there. Blocks: up to `timeout_s`; not at all when it was not lost.
         """
         deadline = time.monotonic() + timeout_s
-        was_lost = self._connection.lost
+        was_lost = self._used.lost
         while self._connection.lost:
             if time.monotonic() > deadline or self._closed.wait(embedded.POLL_S):
                 return False
@@ -279,7 +308,26 @@ class Session:
         elif message["type"] == "notice":
             _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
         else:
+            with self._lock:
+                if self._held_back is not None:
+                    self._held_back.append(message)
+                    return
             self._on_other_event(message)
+
+    def listen(self) -> None:
+        """
+        Take events from here on; first those that came meanwhile, in their order.
+
+        Called from: whoever opened the session, once it can take them.
+        """
+        while True:
+            with self._lock:
+                if not self._held_back:
+                    self._held_back = None
+                    return
+                held, self._held_back = self._held_back, []
+            for message in held:
+                self._on_other_event(message)
 
     def _take(self, step: int) -> SaveHandle | None:
         with self._lock:
@@ -301,6 +349,29 @@ class Session:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a forked child of the one whose session it is."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """
+        Every use of a session begins here.
+
+        Raises:
+            UsageError: it is that of this process's parent.
+        """
+        if self.inherited:
+            raise UsageError(
+                f"process {os.getpid()} is a forked child: the Checkpointer belongs to the trainer, process {self._pid},"
+                " which alone can save and load with it"
+            )
+
+    @property
+    def _link(self) -> connection.Connection:
+        self.check_process()
+        return self._connection
+
     def reserve(self, room_bytes: int) -> list[int]:
         """
         Have every slot of this rank hold at least `room_bytes`, allocated and touched; the capacities.
@@ -308,7 +379,7 @@ class Session:
         Raises:
             ArenaExhausted: the policy's limit, or the tmpfs, has no room.
         """
-        answer = self._connection.request({"type": "reserve", "room_bytes": room_bytes}, RESERVE_TIMEOUT_S)
+        answer = self._link.request({"type": "reserve", "room_bytes": room_bytes}, RESERVE_TIMEOUT_S)
         return [int(capacity) for capacity in messages.field(answer, "capacities", list)]
 
     def claim(self, step: int, *, room_bytes: int, persist: bool, destination: Mapping[str, Any] | None) -> Grant:
@@ -332,7 +403,7 @@ class Session:
         # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
         each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
         deadline = time.monotonic() + OVERLAP_WAIT_S
-        with contextlib.closing(self._connection.stream(claim, each_s)) as answers:
+        with contextlib.closing(self._link.stream(claim, each_s)) as answers:
             for answer in answers:
                 if answer["type"] != "waiting":
                     break
@@ -342,7 +413,7 @@ class Session:
 
     def sealed(self, step: int, *, stall_s: float) -> None:
         """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
-        self._connection.send({"type": "sealed", "step": step, "stall_s": stall_s})
+        self._link.send({"type": "sealed", "step": step, "stall_s": stall_s})
 
     def abandon(self, step: int, error: ErrorDocument, *, persist: bool) -> None:
         """
@@ -350,6 +421,8 @@ class Session:
 
         Never raises: it is called where a save failed already.
         """
+        if self.inherited:
+            return
         message = {"type": "abandon", "step": step, "persist": persist, "error": error.to_document()}
         try:
             self._connection.send(message)
@@ -359,13 +432,14 @@ class Session:
     def send(self, message: messages.Message) -> None:
         """Tell the sidecar something that needs no answer; lost when it is gone."""
         with contextlib.suppress(SidecarUnavailable):
-            self._connection.send(message)
+            self._link.send(message)
 
     def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
-        return self._connection.request(message, timeout_s)
+        return self._link.request(message, timeout_s)
 
     def stream(self, message: messages.Message, timeout_s: float) -> Generator[messages.Message]:
-        return self._connection.stream(message, timeout_s)
+        self._used = self._link
+        return self._used.stream(message, timeout_s)
 
     def close(self, *, drain_s: float, clean: bool) -> None:
         """
@@ -375,12 +449,13 @@ class Session:
             drain_s: how long it may take.
             clean: False when an exception ends the trainer: an embedded sidecar then keeps the arena for a restart.
 
-        Blocks: up to `drain_s` plus the connection's own bounds. Handles that are still pending afterwards fail.
+        Blocks: up to `drain_s` plus the connection's own bounds. Handles that are still pending afterwards fail. In a forked child it
+            does nothing: the child has no part in its parent's session.
 
         Raises:
             SidecarUnavailable: the sidecar did not finish within the bound.
         """
-        if self._closed.is_set():
+        if self.inherited or self._closed.is_set():
             return
         self._closed.set()
         try:

@@ -12,12 +12,12 @@ import itertools
 import logging
 import os
 import socket
-import struct
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, SidecarError
 from pillion.wire import messages
+from pillion_sidecar.peer import Peer
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +39,29 @@ class Client:
         self.number = next(self._numbers)
         self.rank = -1
         self.said_goodbye = False
-        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.pid, self.uid, _ = struct.unpack("iII", credentials)
+        self._socket = writer.get_extra_info("socket")
+        self._peer = Peer(self._socket)
+        self.pid, self.uid = self._peer.pid, self._peer.uid
+        self.ended = asyncio.Event()
+        """Nothing comes from it any more, and the supervisor knows."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended, whoever else holds its socket."""
+        return self._peer.gone
+
+    def watch(self) -> None:
+        """Have the connection end when the trainer's process does, as if nobody else held its socket."""
+        self._peer.watch(self._cut)
+
+    def _cut(self) -> None:
+        # What the trainer has said until its death is read first, then comes the end; and what forked children of it hold says nothing.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        self._peer.close()
+        self.ended.set()
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Queue a message; a client that takes none is dropped."""
@@ -125,6 +146,7 @@ class Server:
             return
         self._clients.add(writer)
         client = Client(writer)
+        client.watch()
         greeted = False
         decoder = messages.Decoder()
         try:
@@ -153,9 +175,12 @@ class Server:
             pass
         finally:
             self._clients.discard(writer)
-            if greeted:
-                await self._handler.lost(client)
-            writer.close()
+            try:
+                if greeted:
+                    await self._handler.lost(client)
+            finally:
+                client.close()
+                writer.close()
 
     async def _greet(self, client: Client, message: messages.Message) -> None:
         try:
@@ -164,6 +189,9 @@ class Server:
             client.refuse(message, SidecarError(str(err)))
         except PillionError as err:
             client.refuse(message, err)
+        except Exception as err:  # a boundary: a trainer that is not told why would come again at once, for a minute
+            _log.exception("the hello of pid %d failed", client.pid)
+            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))
 
     async def _dispatch(self, client: Client, message: messages.Message) -> None:
         try:

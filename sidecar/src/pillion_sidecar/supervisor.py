@@ -9,6 +9,7 @@ arena, who is connected, announcements), `operation` (the executor).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -35,6 +36,8 @@ LAST_SAVE_S: Final = 10.0
 """How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
 storage as it is: they may hang."""
 POLL_S: Final = 0.1
+PARTING_S: Final = 10.0
+"""How long a hello waits for what a dead trainer had said last to be read: a few messages."""
 SETTLE_SHARE: Final = 1 / 4
 """Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
 MOVED_SHARE: Final = 3 / 4
@@ -107,7 +110,8 @@ class Supervisor:
         if theirs != wire.PROTOCOL_VERSION:
             raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
         async with self._hello_lock:
-            pod = await self._session(message)
+            await self._part_from_the_dead()
+            pod = await self._session(client, message)
         rank = messages.field(message, "rank", int)
         if rank not in pod.segments:
             raise messages.BadFrame(f"hello: rank {rank} is not of this pod, whose ranks are {sorted(pod.segments)}")
@@ -138,15 +142,30 @@ class Supervisor:
             extra={"rank": rank, "pid": client.pid},
         )
 
-    async def _session(self, message: messages.Message) -> Pod:
+    async def _part_from_the_dead(self) -> None:
+        """Trainers whose processes have ended are no trainers of another job: the ends of their connections are waited for."""
+        for client in [each for each in self.trainers.clients.values() if each.gone]:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PARTING_S):
+                    await client.ended.wait()
+
+    def _taken(self, client: Client) -> UsageError:
+        """Why `client` cannot open another session now."""
+        if client.pid > 0 and client.pid in {other.pid for other in self.trainers.clients.values()}:
+            return UsageError(
+                f"this process (pid {client.pid}) has this root open with another Checkpointer: close() that one first"
+            )
+        return UsageError(
+            f"another job (ranks {sorted(self.trainers.clients)}) uses this root's sidecar now: one job a root at a time"
+        )
+
+    async def _session(self, client: Client, message: messages.Message) -> Pod:
         trainers = self.trainers
         session = messages.field(message, "session", str)
         if trainers.pod is not None and trainers.pod.identity.session == session:
             return trainers.pod
         if trainers.clients:
-            raise UsageError(
-                f"another job (ranks {sorted(trainers.clients)}) uses this root's sidecar now: one job a root at a time"
-            )
+            raise self._taken(client)
         root = self.settings.root or messages.field(message, "root", str, "")
         source: Any = message.get("policy") if self.settings.policy == "" else self.settings.policy
         self._started_with = settings.read_policy(source)
