@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pillion import checkpointer
 from pillion.errors import SaveError, UnsupportedLeaf
@@ -201,45 +202,69 @@ def test_every_placement_is_saved_once_and_loaded_under_every_other(ranks: Ranks
         assert torch.equal(tensor, wanted[f".{name}"]), name
 
 
-def test_a_partial_placement_is_refused_by_name_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
-    """A sum that was not taken fails the save with its name; the ranks go on, and the next save is committed."""
+def test_a_dtensor_that_cannot_be_written_is_refused_by_name_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """A sum that was not taken, and shards that wrap other tensors, fail save and load with their name; the next save is committed."""
 
     def save(peer: Peer) -> list[str]:
         mesh = init_device_mesh("cpu", (2,))
-        partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+        wrapper = TwoTensor(torch.ones(2, 4), torch.ones(2, 4))
+        refused = {
+            "sum": DTensor.from_local(torch.ones(3), mesh, [Partial()]),
+            "low": DTensor.from_local(wrapper, mesh, [Shard(0)], run_check=False),
+        }
+        found = []
         with checkpointer.Checkpointer(tmp_path) as opened:
-            error = opened.save({"model": {"sum": partial}}, 1).committed.exception(Deadline.COMMITTED.s)
-            opened.save({"model": {"one": torch.ones(3)}}, 2).result(Deadline.COMMITTED.s)
-        assert isinstance(error, UnsupportedLeaf)
-        return [error.fqn]
+            for step, (name, tensor) in enumerate(refused.items(), 1):
+                error = opened.save({"model": {name: tensor}}, step).committed.exception(Deadline.COMMITTED.s)
+                assert isinstance(error, UnsupportedLeaf)
+                found.append(error.fqn)
+            opened.save({"model": {"one": torch.ones(3)}}, 3).result(Deadline.COMMITTED.s)
+            with pytest.raises(UnsupportedLeaf, match=r"'model\.low'"):
+                opened.load({"model": {"low": refused["low"]}})
+        return found
 
-    assert ranks.start(save, num_ranks=2).finish() == [["model.sum"], ["model.sum"]]
+    assert ranks.start(save, num_ranks=2).finish() == [["model.sum", "model.low"]] * 2
 
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 def test_a_sharded_tensor_of_the_old_kind_is_saved_and_loaded(ranks: Ranks, tmp_path: Path) -> None:
-    """ShardedTensor (FSDP1's) goes through us and comes back through us and through stock."""
+    """ShardedTensors with one, two and no local shards on a rank go through us and come back through us and through stock."""
     from torch.distributed import _shard
-    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+    from torch.distributed._shard.metadata import ShardMetadata
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec, EnumerableShardingSpec
 
     def make(factor: float) -> dict[str, Any]:
-        rank = dist.get_rank()
-        spec = ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"])
-        sharded = _shard.sharded_tensor.empty(spec, 6, 5)
-        sharded.local_shards()[0].tensor.copy_((torch.arange(15).view(3, 5) + 15 * rank) * factor)
-        return {"sharded": sharded}
+        even = ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"])
+        owners = {0: 1, 2: 1, 4: 0}
+        tables = [ShardMetadata([row, 0], [2, 5], f"rank:{owner}/cpu") for row, owner in owners.items()]
+        one_sided = [ShardMetadata([row, 0], [2, 5], "rank:1/cpu") for row in (0, 2, 4)]
+        made = {
+            "even": _shard.sharded_tensor.empty(even, 6, 5),
+            "tables": _shard.sharded_tensor.empty(EnumerableShardingSpec(tables), 6, 5),
+            "one sided": _shard.sharded_tensor.empty(EnumerableShardingSpec(one_sided), 6, 5),
+        }
+        for sharded in made.values():
+            for shard in sharded.local_shards():
+                first, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+                shard.tensor.copy_(torch.arange(30.0).view(6, 5)[first : first + rows] * factor)
+        return made
 
-    def save(peer: Peer) -> list[list[float]]:
+    def shards(state: dict[str, Any]) -> dict[str, list[list[float]]]:
+        return {
+            name: [shard.tensor.flatten().tolist() for shard in sharded.local_shards()]
+            for name, sharded in state.items()
+        }
+
+    def save(peer: Peer) -> list[int]:
         with checkpointer.Checkpointer(tmp_path) as opened:
             opened.save(make(1.0), 1).result(Deadline.COMMITTED.s)
             ours, stock = make(0.0), make(0.0)
             assert opened.load(ours) == 1
         dcp.load(stock, checkpoint_id=tmp_path / "step-1")
-        shards = [state["sharded"].local_shards()[0].tensor.flatten().tolist() for state in (ours, stock)]
-        return shards
+        assert shards(ours) == shards(stock) == shards(make(1.0))
+        return [len(sharded.local_shards()) for sharded in ours.values()]
 
-    for rank, shards in enumerate(ranks.start(save, num_ranks=2).finish()):
-        assert shards == [[float(15 * rank + i) for i in range(15)]] * 2
+    assert ranks.start(save, num_ranks=2).finish() == [[1, 1, 0], [1, 2, 3]]
 
 
 def test_keys_and_their_order_may_differ_from_rank_to_rank(ranks: Ranks, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf, UsageError
 from process.ranks import Ranks
@@ -24,6 +25,10 @@ DTYPES = [
     torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.uint16, torch.uint32, torch.uint64,
 ]  # fmt: skip
+
+
+class Named(torch.Tensor):
+    """A Tensor subclass that keeps all it has in its memory."""
 
 
 class Counter:
@@ -133,6 +138,48 @@ def test_every_kind_of_object_is_saved_and_loaded_by_us_and_by_stock(ranks: Rank
         assert found.pop("counter") is counter
         assert (counter.seen, counter.window.tolist()) == (3, [3.0] * 5)
         assert_same(found, objects(3))
+
+
+def test_tensors_of_every_kind_are_filled_in_place(ranks: Ranks, tmp_path: Path) -> None:
+    """Subclasses, sparse tensors and packed dtypes keep their object, also within inference mode; stock reads what it can."""
+    packed = torch.full((8,), 0x21, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+    def make(value: float) -> dict[str, Any]:
+        return {
+            "role": type("Role", (torch.nn.Parameter,), {})(torch.full((3,), value)),
+            "packed": packed.clone() if value else torch.zeros_like(packed.view(torch.uint8)).view(packed.dtype),
+            "conjugated": torch.full((4,), complex(0, value)).conj(),
+            "named": torch.full((5,), value).as_subclass(Named),
+            "two": TwoTensor(torch.full((2,), value), torch.full((2,), value + 1)),
+            "sparse": torch.eye(3).mul(value + 1).to_sparse(),
+        }
+
+    def plain(state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "role": state["role"].tolist(),
+            "packed": state["packed"].view(torch.uint8).tolist(),
+            "conjugated": state["conjugated"].tolist(),
+            "named": state["named"].tolist(),
+            "two": (state["two"].a.tolist(), state["two"].b.tolist()),
+            "sparse": state["sparse"].to_dense().tolist(),
+        }
+
+    opened = ranks.open(tmp_path)
+    with torch.inference_mode():
+        where = opened.save(make(7.0), 1).result(Deadline.COMMITTED.s).path
+        inside = make(0.0)
+    outside = make(0.0)
+    for found in (inside, outside):
+        kept = dict(found)
+        assert opened.load(found) == 1
+        assert all(found[name] is kept[name] for name in kept)
+        assert plain(found) == plain(make(7.0))
+    opened.save(make(8.0), 2).result(Deadline.COMMITTED.s)
+    stock = {name: value for name, value in make(0.0).items() if name in ("role", "packed", "conjugated")}
+    dcp.load(stock, checkpoint_id=where)
+    assert stock["role"].tolist() == [7.0] * 3
+    assert stock["packed"].view(torch.uint8).tolist() == [0x21] * 8
+    assert stock["conjugated"].tolist() == make(7.0)["conjugated"].tolist()
 
 
 def test_what_stock_saved_is_loaded(ranks: Ranks, tmp_path: Path) -> None:

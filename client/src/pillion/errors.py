@@ -82,11 +82,11 @@ class SettingsError(UsageError):
 
 
 class UnsupportedLeaf(UsageError):
-    """A value of the state dict cannot be staged."""
+    """A value of the state dict can neither be saved nor be the target of a load."""
 
     def __init__(self, *, fqn: str, type_name: str, why: str) -> None:
         self.fqn, self.type_name, self.why = fqn, type_name, why
-        super().__init__(f"cannot save {fqn!r} of type {type_name}: {why}")
+        super().__init__(f"cannot save or fill {fqn!r} of type {type_name}: {why}")
 
 
 class SidecarError(PillionError):

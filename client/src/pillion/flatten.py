@@ -8,11 +8,16 @@ Source: `torch.distributed.checkpoint`, flattening of nested state dicts since 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Final
 
 from pillion.errors import UsageError
 
 Path = tuple[str | int, ...]
+
+MAX_DIGITS: Final = 100
+"""Keys of more digits are searched for: int() of a text takes time that is quadratic in its length."""
 
 
 def flatten(
@@ -40,15 +45,30 @@ def flatten(
         else:
             fqn = ".".join(map(str, path))
             if fqn in leaves:
-                raise UsageError(
-                    f"two values of the state dict have the name {fqn!r}: rename one of {paths[fqn]}, {path}"
-                )
+                own = ", ".join(repr(list(keys)) for keys in _own_paths(state_dict, fqn, is_tensor))
+                raise UsageError(f"two values of the state dict have the name {fqn!r}: rename one of the keys {own}")
             leaves[fqn] = value
             paths[fqn] = path
 
     for key, value in state_dict.items():
         visit((str(key),), value)
     return leaves, paths
+
+
+def _own_paths(
+    container: object, fqn: str, is_tensor: Callable[[object], bool], above: tuple[object, ...] = ()
+) -> Iterator[tuple[object, ...]]:
+    """The paths of all leaves with this name, in the keys that the containers have."""
+    if isinstance(container, Mapping):
+        children: Iterable[tuple[object, object]] = container.items()
+    elif isinstance(container, list) and _holds_leaves(container, is_tensor):
+        children = enumerate(container)
+    else:
+        if ".".join(map(str, above)) == fqn:
+            yield above
+        return
+    for key, child in children:
+        yield from _own_paths(child, fqn, is_tensor, (*above, key))
 
 
 def _holds_leaves(values: list[object], is_tensor: Callable[[object], bool]) -> bool:
@@ -60,6 +80,43 @@ def _holds_leaves(values: list[object], is_tensor: Callable[[object], bool]) -> 
     return False
 
 
+def check_assignable(state_dict: object, paths: Iterable[Path]) -> None:
+    """
+    Refuse a state dict into which `assign` could not put values at these paths, before anything of it is changed.
+
+    Raises:
+        UsageError: names every path that leads to something read-only.
+    """
+    refused: dict[int, str | None] = {}
+    problems = []
+    for path in paths:
+        container = _container(state_dict, path)
+        why = refused.get(id(container), "")
+        if why == "":
+            why = refused[id(container)] = _read_only(container, path[-1])
+        if why is not None:
+            problems.append(f"{'.'.join(map(str, path))!r} ({why})")
+    if problems:
+        raise UsageError(f"a load cannot put values into this state dict at {', '.join(problems)}: use dicts and lists")
+
+
+def _read_only(container: object, key: str | int) -> str | None:
+    """Why a container takes no values; None when it does. One of a type that is not ours to know is asked to take its own."""
+    if type(container) in (dict, OrderedDict, list):
+        return None
+    try:
+        if isinstance(container, list) and isinstance(key, int):
+            container[key] = container[key]
+        elif isinstance(container, MutableMapping):
+            own = _own_key(container, key)
+            container[own] = container[own]
+        else:
+            return f"{type(container).__name__} is not assignable"
+    except Exception as err:  # the mapping is the user's own class
+        return f"{type(container).__name__} takes no value: {type(err).__name__}: {err}"
+    return None
+
+
 def assign(state_dict: object, path: Path, value: object) -> None:
     """
     Put `value` at `path` of a nested state dict, in place.
@@ -67,16 +124,21 @@ def assign(state_dict: object, path: Path, value: object) -> None:
     Raises:
         UsageError: the path leads through something that cannot be assigned to (a tuple).
     """
-    container = state_dict
-    for key in path[:-1]:
-        container = _child(container, key)
+    container = _container(state_dict, path)
     last = path[-1]
     if isinstance(container, list) and isinstance(last, int):
         container[last] = value
-    elif isinstance(container, dict):
+    elif isinstance(container, MutableMapping):
         container[_own_key(container, last)] = value
     else:
         raise UsageError(f"cannot put the loaded value at {path}: {type(container).__name__} is not assignable")
+
+
+def _container(state_dict: object, path: Path) -> object:
+    container = state_dict
+    for key in path[:-1]:
+        container = _child(container, key)
+    return container
 
 
 def _child(container: object, key: str | int) -> object:
@@ -91,7 +153,15 @@ def _own_key(container: Mapping[object, object], key: str | int) -> object:
     """FQNs know keys as text only; a mapping with int keys (an optimizer's `state`) gets its own key back."""
     if key in container:
         return key
+    if isinstance(key, str) and _is_number(key) and int(key) in container:
+        return int(key)  # an optimizer has thousands of them: no search
     for own in container:
         if str(own) == key:
             return own
     return key
+
+
+def _is_number(text: str) -> bool:
+    """Whether the text is what str() makes of an int."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < MAX_DIGITS and str(int(text)) == text

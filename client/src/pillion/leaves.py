@@ -7,13 +7,16 @@ view of the user's own memory.
 A tensor leaf becomes one item for each chunk that this rank holds, whatever it is made of: a plain tensor, a DTensor, a
 ShardedTensor, or any tensor that speaks DCP's chunk protocol (`__create_chunk_list__`, `__get_tensor_shard__`). What is no
 dense tensor of a known dtype (sparse, quantized, foreign subclasses, any other Python object) becomes opaque bytes that only a
-trainer unpickles.
+trainer unpickles (`pillion.opaque`).
+
+A shard is bytes in memory, or it is refused: an opaque leaf is written once for all ranks that have its name, so that a shard
+cannot be one.
 """
 
 from __future__ import annotations
 
 import functools
-import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from pillion import flatten
+from pillion import flatten, modes
 from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf, UsageError
 from pillion.wire import layout
 
@@ -33,7 +36,7 @@ DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
 }
 DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} if hasattr(torch.nn, "Buffer") else ())
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,20 @@ class Collector:
         if self._seen is None:
             self._seen = leaves.seen
 
+    @modes.off()
     def collect(self, state_dict: Mapping[str, Any]) -> Leaves:
         """
         Flatten a materialized state dict.
 
-        Blocks: never (no device synchronisation, no collective).
+        Blocks: for a collective that an asynchronous redistribute of a DTensor has begun; else never (no device synchronisation).
 
         Raises:
-            UnsupportedLeaf: a leaf that cannot be staged (meta or fake tensors, DTensors with a Partial placement).
+            UnsupportedLeaf: a leaf that cannot be staged (meta or fake tensors, DTensors with a Partial placement or with
+                shards that are no dense tensors).
             UsageError: two leaves of one name.
         """
-        seen = self._seen
+        transforming = _transforming()
+        seen = self._seen if not transforming else None
         values = seen.shape.leaves(state_dict) if seen is not None else None
         if seen is not None and values is not None:
             known = seen.plain.of(values) if seen.plain is not None else None
@@ -111,15 +117,13 @@ class Collector:
         for fqn, leaf in flat.items():
             if isinstance(leaf, torch.Tensor) and type(leaf) in _PLAIN:
                 dtype = DTYPE_NAMES.get(leaf.dtype)
-                if dtype is not None and leaf.layout is torch.strided and not leaf.is_quantized:
-                    shape = leaf.shape
-                    if len(shape) <= MAX_DIMS:
-                        if leaf.is_meta:
-                            raise UnsupportedLeaf(fqn=fqn, type_name="meta Tensor", why="it has no data yet")
-                        if not hasattr(leaf, "global_offsets"):
-                            signature.append((fqn, dtype, shape))
-                            tensors.append(leaf)
-                            continue
+                if dtype is not None and _is_dense(leaf) and leaf.dim() <= MAX_DIMS:
+                    if leaf.is_meta or transforming:
+                        _check_data(fqn, leaf)
+                    if not hasattr(leaf, "global_offsets"):
+                        signature.append((fqn, dtype, leaf.shape))
+                        tensors.append(leaf)
+                        continue
             elif not _is_tensor(leaf):
                 signature.append(fqn)
                 opaque.append(leaf)
@@ -141,9 +145,9 @@ class Collector:
         else:
             items = [_item(entry) for entry in signature if not isinstance(entry, str)]
             of = layout.Layout(tuple(items), tuple(opaque_names), paths)
-        plain = _PlainTensors(list(flat.values())) if not chunked else None
-        if plain is not None and plain.num_tensors != len(tensors):
-            plain = None
+        values = list(flat.values())
+        all_plain = not chunked and sum(isinstance(value, torch.Tensor) for value in values) == len(tensors)
+        plain = _PlainTensors(values) if all_plain else None
         self._seen = Seen(signature, of, structure, paths, plain)
         return Leaves(of, tensors, opaque, seen=self._seen)
 
@@ -220,15 +224,12 @@ class _PlainTensors:
         self._shapes = [tensor.shape for tensor in tensors]
         self._dtypes = [tensor.dtype for tensor in tensors]
 
-    @property
-    def num_tensors(self) -> int:
-        return len(self._tensors)
-
     def of(self, values: list[object]) -> tuple[list[torch.Tensor], list[object]] | None:
         """Tensors and opaque leaves, of types that were the same before; None when a tensor is of another kind now."""
         tensors = cast("list[torch.Tensor]", [values[index] for index in self._tensors])
         same = (
-            [tensor.shape for tensor in tensors] == self._shapes
+            not any(tensor.is_nested for tensor in tensors)  # which have no shape
+            and [tensor.shape for tensor in tensors] == self._shapes
             and [tensor.dtype for tensor in tensors] == self._dtypes
             and all(tensor.layout is torch.strided for tensor in tensors)
             and not any(tensor.is_meta for tensor in tensors)
@@ -251,38 +252,41 @@ def _is_tensor(value: object) -> bool:
 
 def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | None:
     """The chunks of a leaf that this rank holds; None when it has to be opaque."""
-    if _is_fake(leaf) or getattr(leaf, "is_meta", False):
-        raise UnsupportedLeaf(fqn=fqn, type_name=f"meta {type(leaf).__name__}", why="it has no data yet")
-    dtype = DTYPE_NAMES.get(leaf.dtype)
-    if dtype is None:
-        return None
     if hasattr(leaf, "placements") and hasattr(leaf, "device_mesh"):
-        return _dtensor_chunks(fqn, leaf, dtype)
+        return _dtensor_chunks(fqn, leaf)
     if hasattr(leaf, "local_shards") and not isinstance(leaf, torch.nn.Parameter):
         shards = leaf.local_shards()
+        # Any number of them, also none: then other ranks have the data.
         if all(hasattr(shard, "metadata") for shard in shards):
-            size = tuple(leaf.size())
             found = [
                 (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor)
                 for shard in shards
             ]
-            return _items(fqn, dtype, size, found)
+            return _items(fqn, leaf, tuple(leaf.size()), found)
     if hasattr(leaf, "__create_chunk_list__"):
-        return _protocol_chunks(fqn, leaf, dtype, tuple(leaf.size()))
-    if hasattr(leaf, "global_offsets") and hasattr(leaf, "local_sizes"):
+        return _protocol_chunks(fqn, leaf, tuple(leaf.size()))
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    _check_data(fqn, leaf)
+    slices: Any = leaf
+    if hasattr(slices, "global_offsets") and hasattr(slices, "local_sizes"):
         # torch.distributed.checkpoint.CheckpointableTensor (2.14): slices of a plain tensor, named by global offset.
         found = []
-        for offsets, local, sizes in zip(leaf.global_offsets, leaf.local_offsets, leaf.local_sizes, strict=True):
+        for offsets, local, sizes in zip(slices.global_offsets, slices.local_offsets, slices.local_sizes, strict=True):
             view = torch.Tensor.__getitem__(leaf, tuple(slice(o, o + n) for o, n in zip(local, sizes, strict=True)))
             found.append((tuple(offsets), tuple(sizes), view))
-        return _items(fqn, dtype, tuple(leaf.global_shape), found)
-    if type(leaf) not in _PLAIN or leaf.layout is not torch.strided or leaf.is_quantized or leaf.dim() > MAX_DIMS:
+        return _items(fqn, leaf, tuple(slices.global_shape), found)
+    # A subclass of Parameter is memory with a role. One of Tensor is kept with its type and its attributes.
+    if type(leaf) not in _PLAIN and not isinstance(leaf, torch.nn.Parameter):
+        return None
+    plain = _dense(leaf)
+    if plain is None or leaf.dtype not in DTYPE_NAMES or leaf.dim() > MAX_DIMS:
         return None
     size = tuple(leaf.shape)
-    return [(layout.Item(fqn, dtype, size, (0,) * len(size), size), leaf)]
+    return [(layout.Item(fqn, DTYPE_NAMES[leaf.dtype], size, (0,) * len(size), size), plain)]
 
 
-def _dtensor_chunks(fqn: str, leaf: Any, dtype: str) -> list[tuple[layout.Item, torch.Tensor]]:
+def _dtensor_chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]]:
     if any(placement.is_partial() for placement in leaf.placements):
         raise UnsupportedLeaf(
             fqn=fqn,
@@ -294,9 +298,9 @@ def _dtensor_chunks(fqn: str, leaf: Any, dtype: str) -> list[tuple[layout.Item, 
     local = leaf.to_local()
     size = tuple(leaf.size())
     if hasattr(local, "__create_chunk_list__"):
-        return _protocol_chunks(fqn, leaf, dtype, size)
+        return _protocol_chunks(fqn, leaf, size)
     offsets, sizes = _dtensor_extent(size, leaf.device_mesh, tuple(leaf.placements))
-    return _items(fqn, dtype, size, [(offsets, sizes, local)])
+    return _items(fqn, leaf, size, [(offsets, sizes, local)])
 
 
 @functools.lru_cache(maxsize=65536)
@@ -310,79 +314,140 @@ def _dtensor_extent(
     return tuple(offsets), tuple(sizes)
 
 
-def _protocol_chunks(fqn: str, leaf: Any, dtype: str, size: tuple[int, ...]) -> list[tuple[layout.Item, torch.Tensor]]:
+def _protocol_chunks(fqn: str, leaf: Any, size: tuple[int, ...]) -> list[tuple[layout.Item, torch.Tensor]]:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     found = []
     for index, chunk in enumerate(leaf.__create_chunk_list__()):
         tensor = leaf.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, index))
         found.append((tuple(chunk.offsets), tuple(chunk.sizes), tensor))
-    return _items(fqn, dtype, size, found)
+    return _items(fqn, leaf, size, found)
 
 
 def _items(
-    fqn: str, dtype: str, size: tuple[int, ...], found: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
+    fqn: str, leaf: Any, size: tuple[int, ...], found: Sequence[tuple[tuple[int, ...], tuple[int, ...], Any]]
 ) -> list[tuple[layout.Item, torch.Tensor]]:
+    dtype = DTYPE_NAMES.get(leaf.dtype)
+    if dtype is None:
+        raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"shards of {leaf.dtype} cannot be written")
     # An empty shard holds nothing, and its offset lies at the tensor's end: another rank has the data. A tensor that is
     # empty as a whole keeps one empty chunk, or it would be missing from the checkpoint.
     whole_is_empty = 0 in size
     return [
-        (layout.Item(fqn, dtype, size, offsets if not whole_is_empty else (0,) * len(size), sizes), tensor)
-        for offsets, sizes, tensor in found
+        (
+            layout.Item(fqn, dtype, size, offsets if not whole_is_empty else (0,) * len(size), sizes),
+            _shard(fqn, leaf, shard, sizes),
+        )
+        for offsets, sizes, shard in found
         if whole_is_empty or 0 not in sizes
     ]
 
 
-def _is_fake(leaf: object) -> bool:
-    return type(leaf).__name__ == "FakeTensor"
+def _shard(fqn: str, leaf: Any, shard: Any, sizes: tuple[int, ...]) -> torch.Tensor:
+    """The memory of one shard."""
+    if hasattr(shard, "trigger_wait"):
+        shard = shard.trigger_wait()  # an AsyncCollectiveTensor: its collective may still write to it
+    _check_data(fqn, shard)
+    plain = _dense(shard)
+    if plain is None or plain.dtype != leaf.dtype:
+        kind = type(shard).__name__
+        raise UnsupportedLeaf(
+            fqn=fqn,
+            type_name=f"{type(leaf).__name__} of {kind}",
+            why=f"its shards are no dense tensors of {leaf.dtype}, and a {kind} can be saved only whole. Put the inner tensors"
+            f" of its to_local() (the names that {kind}.__tensor_flatten__() gives) into the state dict instead, under a key"
+            " for each rank; or a dequantized copy",
+        )
+    if tuple(plain.shape) != sizes:
+        raise UnsupportedLeaf(
+            fqn=fqn, type_name=type(leaf).__name__, why=f"a shard of shape {tuple(plain.shape)} where it says {sizes}"
+        )
+    return plain
 
 
-# --- opaque leaves ---------------------------------------------------------------------------------------------------
+# --- what a tensor is -------------------------------------------------------------------------------------------------
 
 
-def pickled(leaf: object, fqn: str) -> bytes:
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor without a dispatch of its own is what its strides say, over memory of its own dtype."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor as torch's own class, over the same memory; None for a wrapper around other tensors, or another layout."""
+    if type(tensor) in _PLAIN:
+        return tensor if _is_dense(tensor) else None
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor) if _is_dense(tensor) else None
+
+
+def _check_data(fqn: str, leaf: Any) -> None:
     """
-    A `torch.save` archive of any Python object, as stock DCP writes it.
+    Refuse what has no values.
 
     Raises:
-        UnsupportedLeaf: it cannot be pickled.
+        UnsupportedLeaf: a meta or fake tensor, or a wrapper around one; a parameter of a lazy module; a tensor of a torch.func
+            transform.
     """
-    if leaf is None:
-        return _pickled_primitive("NoneType", None)
-    if isinstance(leaf, (int, bool, str)) and type(leaf) in (int, bool, str):
-        return _pickled_primitive(type(leaf).__name__, leaf)
-    if type(leaf) is float:
-        return _pickled_primitive("float", leaf.hex())
-    buffer = io.BytesIO()
-    try:
-        torch.save(leaf, buffer)
-    except Exception as err:  # torch.save raises whatever the object's __reduce__ raises
-        raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"it cannot be pickled ({err})") from err
-    return buffer.getvalue()
+    kind = _lacking(leaf)
+    if kind is not None:
+        raise UnsupportedLeaf(fqn=fqn, type_name=f"{kind} {type(leaf).__name__}", why="it has no data yet")
 
 
-@functools.lru_cache(maxsize=4096)
-def _pickled_primitive(kind: str, value: Any) -> bytes:
-    # Hyperparameters are most of the opaque leaves, and rarely change; torch.save takes some 100 us for each. Floats are
-    # keyed by their hex text: -0.0 == 0.0 and nan != nan would give the wrong bytes.
-    buffer = io.BytesIO()
-    torch.save(float.fromhex(value) if kind == "float" else value, buffer)
-    return buffer.getvalue()
+def _lacking(leaf: Any) -> str | None:
+    """What it is that a tensor has no values of its own; None when it has."""
+    if torch.nn.parameter.is_lazy(leaf):
+        return "uninitialized"
+    if type(leaf).__name__ == "FakeTensor":
+        return "fake"
+    if leaf.is_meta:
+        return "meta"
+    if type(leaf) in _PLAIN:
+        return "transformed" if _transforming() and torch._C._functorch.is_functorch_wrapped_tensor(leaf) else None
+    if hasattr(leaf, "__tensor_flatten__"):
+        for name in leaf.__tensor_flatten__()[0]:
+            kind = _lacking(getattr(leaf, name))
+            if kind is not None:
+                return kind
+    return None
 
 
-def aligned_estimate(leaf: object) -> int:
-    """About how many bytes an opaque leaf takes, without pickling it: the arena is reserved with slack."""
-    return 2048 if leaf is None or isinstance(leaf, (int, float, str, bool)) else 16384
+def _transforming() -> bool:
+    """Whether a transform of torch.func (vmap, grad) runs in this thread: then a plain tensor may be none."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def unpickled(data: bytes, fqn: str) -> object:
+# --- before a load ----------------------------------------------------------------------------------------------------
+
+
+def check_fillable(leaves: Leaves) -> None:
     """
-    The object of an opaque leaf. It runs the trainer's own pickle: only the trainer calls this.
+    Refuse targets of a load that cannot hold values of their own, before anything is written.
 
     Raises:
-        IncompatibleCheckpoint: its class cannot be imported or built here.
+        IncompatibleCheckpoint: elements of a tensor share memory (one that was expanded); names all of them.
     """
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-    except Exception as err:  # unpickling runs arbitrary constructors
-        raise IncompatibleCheckpoint(f"cannot restore {fqn!r}: {type(err).__name__}: {err}", fqns=[fqn]) from err
+    shared = [
+        item.fqn for item, tensor in zip(leaves.layout.items, leaves.tensors, strict=True) if _shares_elements(tensor)
+    ]
+    if shared:
+        raise IncompatibleCheckpoint(
+            f"cannot fill {', '.join(map(repr, shared))}: several elements share one place in memory (expand or as_strided);"
+            " give load() a clone() of it",
+            fqns=shared,
+        )
+
+
+def _shares_elements(tensor: torch.Tensor) -> bool:
+    """Whether there are more elements than places within the reach of the strides."""
+    if tensor.is_contiguous():
+        return False
+    strides = [(abs(stride), size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    if not strides or 0 in tensor.shape:
+        return False
+    unit = math.gcd(*(stride for stride, _ in strides))
+    if unit == 0 or any(stride == 0 for stride, _ in strides):
+        return True
+    return math.prod(size for _, size in strides) > 1 + sum(stride // unit * (size - 1) for stride, size in strides)

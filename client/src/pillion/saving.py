@@ -24,6 +24,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
 from pillion import leaves as leaves_module
+from pillion import opaque as opaque_module
 from pillion import phases
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle
@@ -72,6 +73,7 @@ class Saver:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._collector = leaves_module.Collector()
+        self._pickler = opaque_module.Pickler()
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
         self._hook: Any = None
@@ -111,8 +113,7 @@ class Saver:
             self.wait_staged()
             state_dict = leaves_module.materialize(state_dict)
             leaves = self._collector.collect(state_dict)
-            names = leaves.layout.opaque
-            opaque = [leaves_module.pickled(leaf, fqn) for fqn, leaf in zip(names, leaves.opaque, strict=True)]
+            opaque = self._pickler.pickled(dict(zip(leaves.layout.opaque, leaves.opaque, strict=True)))
             if overlap:
                 self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination)
             else:
@@ -245,7 +246,7 @@ class Saver:
         of = layout_of.layout
         self._collector.adopt(layout_of)
         num_leaves = len(of.items) + len(of.opaque)
-        opaque_bytes = sum(leaves_module.aligned_estimate(leaf) for leaf in layout_of.opaque)
+        opaque_bytes = sum(opaque_module.estimated_bytes(leaf) for leaf in layout_of.opaque)
         room = arena.room_bytes(of.tensors_bytes + opaque_bytes, len(of.encoded), OPAQUE_SLACK_BYTES, num_leaves)
         for slot, capacity_bytes in enumerate(self._session.reserve(room)):
             if mapping is not None:

@@ -10,6 +10,9 @@ each copies one in one batched call: the GIL is given up once, not once a tensor
 up to 5 ms (sys.getswitchinterval) to give it back. torch's own threads are not used: they meet after each tensor, and on a
 machine whose cores are busy each meeting waits for the scheduler (measured: 64 tensors beside a spinning thread, 0.10 s
 against 0.18 s).
+
+Tensors over the arena are kept from save to save. They are made and used with the caller's modes off (`pillion.modes`): one
+made in a FakeTensorMode would hold no memory, and one made in inference mode could not be written outside of it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from typing import Any, Final
 import torch
 
 from pillion import leaves as leaves_module
-from pillion.errors import StagingError
+from pillion import modes
+from pillion.errors import IncompatibleCheckpoint, StagingError
 from pillion.wire import arena, layout
 
 _log = logging.getLogger(__name__)
@@ -82,7 +86,8 @@ class SegmentMapping:
                 os.close(fd)
         except (OSError, ValueError) as err:
             raise StagingError(f"cannot map the arena segment {path}: {err}") from err
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        with modes.off():
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._views: dict[tuple[int, str], list[torch.Tensor]] = {}
         self._populated: dict[int, int] = {}
         self._registered: dict[int, list[tuple[int, int]]] = {}
@@ -123,8 +128,14 @@ class SegmentMapping:
             pieces.append((base + start, length))
             start += length
 
+    @modes.off()
     def views(self, slot: int, of: layout.Layout) -> list[torch.Tensor]:
-        """A tensor over the payload of each item, in the arena. Kept: making 10,000 of them takes some 50 ms."""
+        """
+        A tensor over the payload of each item, in the arena. Kept: making 10,000 of them takes some 50 ms.
+
+        Raises:
+            IncompatibleCheckpoint: a dtype that this torch does not have.
+        """
         known = self._views.get((slot, of.digest))
         if known is not None:
             return known
@@ -133,7 +144,11 @@ class SegmentMapping:
         image = self.header.slot_offset(slot) + arena.PAGE_BYTES
         made = []
         for item, start in zip(of.items, of.payload_starts, strict=True):
-            dtype = leaves_module.DTYPES[item.dtype]
+            dtype = leaves_module.DTYPES.get(item.dtype)
+            if dtype is None:
+                raise IncompatibleCheckpoint(
+                    f"{item.fqn!r} is of {item.dtype}, which torch {torch.__version__} does not have", fqns=[item.fqn]
+                )
             if item.payload_bytes == 0:
                 made.append(torch.empty(item.sizes, dtype=dtype))
                 continue
@@ -142,6 +157,7 @@ class SegmentMapping:
         self._views[(slot, of.digest)] = made
         return made
 
+    @modes.off()
     def copy_in(self, slot: int, leaves: leaves_module.Leaves, *, ready: Any = None) -> None:
         """
         Copy the leaves' tensors into the slot.
@@ -152,18 +168,23 @@ class SegmentMapping:
             ready: a CUDA event that the copies wait for; None for the current stream.
 
         Blocks: for the copy; on a GPU until the side stream is done.
+
+        Raises:
+            StagingError: torch cannot copy a tensor, which is named.
         """
         views = self.views(slot, leaves.layout)
         sources = leaves.tensors
-        if all(source.is_cpu for source in sources):
-            self._copy_on_host(views, sources, leaves.layout, 0, len(sources))
-            return
-        with torch.no_grad():
-            host = [(v, s) for v, s in zip(views, sources, strict=True) if s.is_cpu]
-            if host:
-                torch._foreach_copy_([v for v, _ in host], [s for _, s in host])
+        try:
+            if all(source.is_cpu for source in sources):
+                self._copy_on_host(views, sources, leaves.layout, 0, len(sources))
+                return
+            host = [index for index, source in enumerate(sources) if source.is_cpu]
+            _copy_each([views[index] for index in host], [sources[index] for index in host], host)
             device = [(v, s) for v, s in zip(views, sources, strict=True) if not s.is_cpu]
             self._copy_from_device(device, ready)
+        except _CopyFailed as err:
+            fqn = leaves.layout.items[err.index].fqn
+            raise StagingError(f"cannot copy {fqn!r} into the arena: {err}") from err
 
     def _copy_on_host(
         self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], of: layout.Layout, first: int, last: int
@@ -274,21 +295,28 @@ class SegmentMapping:
         state = base + arena.STATE_OFFSET
         ctypes.c_uint32.from_buffer(self._map, state).value = int(arena.SlotState.SEALED)
 
+    @modes.off()
     def copy_out(self, slot: int, leaves: leaves_module.Leaves, first: int, last: int) -> None:
-        """Copy items [first, last) of a slot into the leaves' own tensors (which may be of another dtype)."""
+        """
+        Copy items [first, last) of a slot into the leaves' own tensors (which may be of another dtype).
+
+        Raises:
+            IncompatibleCheckpoint: torch cannot copy into a tensor, which is named.
+        """
         views = self.views(slot, leaves.layout)
         tensors = leaves.tensors
-        if all(tensors[i].is_cpu and tensors[i].dtype == views[i].dtype for i in range(first, last)):
-            self._copy_on_host(tensors, views, leaves.layout, first, last)
-            return
-        with torch.no_grad():
-            pairs = [(tensors[i], views[i]) for i in range(first, last) if views[i].numel()]
-            host = [(t, v) for t, v in pairs if t.device.type == "cpu" and t.dtype == v.dtype]
-            if host:
-                torch._foreach_copy_([t for t, _ in host], [v for _, v in host])
-            for target, view in pairs:
-                if target.device.type != "cpu" or target.dtype != view.dtype:
-                    target.copy_(view)
+        try:
+            if all(tensors[i].is_cpu and tensors[i].dtype == views[i].dtype for i in range(first, last)):
+                self._copy_on_host(tensors, views, leaves.layout, first, last)
+                return
+            batched = [i for i in range(first, last) if tensors[i].is_cpu and tensors[i].dtype == views[i].dtype]
+            _copy_each([tensors[i] for i in batched], [views[i] for i in batched], batched)
+            for i in range(first, last):
+                if not tensors[i].is_cpu or tensors[i].dtype != views[i].dtype:
+                    _copy_one(tensors[i], views[i], i)
+        except _CopyFailed as err:
+            fqn = leaves.layout.items[err.index].fqn
+            raise IncompatibleCheckpoint(f"cannot copy into {fqn!r}: {err}", fqns=[fqn]) from err
 
     def close(self) -> None:
         """Unregister from CUDA (before the mapping goes: checkpoint-engine#67) and drop the mapping."""
@@ -377,17 +405,51 @@ def _stretches(of: layout.Layout, first: int, last: int, num_threads: int) -> tu
     return tuple(stretch for stretch in found if stretch.first < stretch.last or stretch.parts)
 
 
+class _CopyFailed(Exception):
+    """torch could not copy the tensor at `index`."""
+
+    def __init__(self, index: int, why: str) -> None:
+        self.index = index
+        super().__init__(why)
+
+
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stretch: _Stretch) -> None:
-    # no_grad is a property of the thread.
-    with torch.no_grad():
-        if stretch.first < stretch.last:
-            torch._foreach_copy_(
-                list(targets[stretch.first : stretch.last]), list(sources[stretch.first : stretch.last])
-            )
-        for index, start, stop in stretch.parts:
-            target, source = targets[index], sources[index]
-            if target.is_contiguous() and source.is_contiguous():
-                target.view(-1)[start:stop].copy_(source.view(-1)[start:stop])
-            elif start == 0:
-                # Elements of a tensor of another order cannot be told apart cheaply: its first thread copies all of it.
-                target.copy_(source)
+    """
+    Copy a stretch. Called from: the thread that copies, with no mode on.
+
+    Raises:
+        _CopyFailed: one of the tensors cannot be copied.
+    """
+    indexes = range(stretch.first, stretch.last)
+    if indexes:
+        _copy_each(list(targets[stretch.first : stretch.last]), list(sources[stretch.first : stretch.last]), indexes)
+    for index, start, stop in stretch.parts:
+        target, source = targets[index], sources[index]
+        if target.is_contiguous() and source.is_contiguous():
+            # Modes are properties of a thread: inference tensors can be changed, and viewed to be changed, only in this one.
+            with torch.inference_mode():
+                target, source = target.view(-1)[start:stop], source.view(-1)[start:stop]
+            _copy_one(target, source, index)
+        elif start == 0:
+            # Elements of a tensor of another order cannot be told apart cheaply: its first thread copies all of it.
+            _copy_one(target, source, index)
+
+
+@torch.inference_mode()
+def _copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor], indexes: Sequence[int]) -> None:
+    """Copy all in one call; where torch has none for them (conjugated targets), one after the other."""
+    if not targets:
+        return
+    try:
+        torch._foreach_copy_(targets, sources)
+    except RuntimeError:
+        for target, source, index in zip(targets, sources, indexes, strict=True):
+            _copy_one(target, source, index)
+
+
+@torch.inference_mode()
+def _copy_one(target: torch.Tensor, source: torch.Tensor, index: int) -> None:
+    try:
+        target.copy_(source)
+    except RuntimeError as err:
+        raise _CopyFailed(index, str(err)) from err

@@ -1,0 +1,167 @@
+"""
+Leaves that are bytes to everybody but the trainer: how they are written, read, and put into the user's own objects.
+
+Called from: `pillion.saving` (pickled) and `pillion.loading` (unpickled, fill), on the training thread. Only the trainer
+unpickles what it pickled: these bytes run constructors.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Final, cast
+
+import torch
+
+from pillion import modes
+from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf
+
+KEPT_TEXT_CHARS: Final = 256
+"""A text up to this length is kept with its archive. Longer ones change (a log, a prompt): keeping them would fill the trainer's memory."""
+
+
+class Pickler:
+    """
+    Makes archives of opaque leaves, and keeps the last one of each primitive: torch.save takes some 100 us for one.
+
+    Hyperparameters are most of the opaque leaves, and rarely change. Memory: about 1 KiB for each primitive leaf of the last
+    state dict. Not thread-safe; one per Saver.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[type, object, bytes]] = {}
+
+    def pickled(self, leaves: dict[str, object]) -> list[bytes]:
+        """
+        The archive of each leaf, by its FQN.
+
+        Raises:
+            UnsupportedLeaf: one that cannot be pickled.
+        """
+        kept: dict[str, tuple[type, object, bytes]] = {}
+        same: dict[tuple[type, object], bytes] = {}
+        archives = []
+        for fqn, leaf in leaves.items():
+            key = _key(leaf)
+            if key is None:
+                archives.append(pickled(leaf, fqn))
+                continue
+            before = self._kept.get(fqn)
+            known = before[2] if before is not None and before[:2] == key else same.get(key)
+            archive = same[key] = known or pickled(leaf, fqn)
+            kept[fqn] = (*key, archive)
+            archives.append(archive)
+        self._kept = kept
+        return archives
+
+
+def _key(leaf: object) -> tuple[type, object] | None:
+    """What says that two primitives have equal archives; None for a leaf that is not kept."""
+    kind = type(leaf)
+    if isinstance(leaf, float) and kind is float:
+        return kind, leaf.hex()  # -0.0 == 0.0 and nan != nan would give the wrong bytes
+    if leaf is None or kind is bool or kind is int:
+        return kind, leaf
+    if isinstance(leaf, str) and kind is str and len(leaf) <= KEPT_TEXT_CHARS:
+        return kind, leaf
+    return None
+
+
+@modes.off()
+def pickled(leaf: object, fqn: str) -> bytes:
+    """
+    A `torch.save` archive of any Python object, as stock DCP writes it.
+
+    Raises:
+        UnsupportedLeaf: it cannot be pickled.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(leaf, buffer)
+    except Exception as err:  # torch.save raises whatever the object's __reduce__ raises
+        raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"it cannot be pickled ({err})") from err
+    return buffer.getvalue()
+
+
+def estimated_bytes(leaf: object) -> int:
+    """About how many bytes an opaque leaf takes, without pickling it: the arena is reserved with slack."""
+    return 2048 if leaf is None or isinstance(leaf, (int, float, str, bool)) else 16384
+
+
+@modes.off()
+def unpickled(data: bytes, fqn: str) -> object:
+    """
+    The object of an opaque leaf. It runs the trainer's own pickle: only the trainer calls this.
+
+    Raises:
+        IncompatibleCheckpoint: its class cannot be imported or built here.
+    """
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+    except Exception as err:  # unpickling runs arbitrary constructors
+        raise IncompatibleCheckpoint(f"cannot restore {fqn!r}: {type(err).__name__}: {err}", fqns=[fqn]) from err
+
+
+# --- filling the user's own tensors -----------------------------------------------------------------------------------
+
+
+@modes.off()
+def fill(target: object, loaded: object) -> bool:
+    """
+    Put the values of a loaded tensor into the user's own one, which stays the object that it is.
+
+    For tensors that are opaque: sparse and quantized ones, and subclasses. A subclass that names its inner tensors
+    (`__tensor_flatten__`) is filled bit for bit through them; any other by `copy_`, if its attributes are equal.
+
+    Returns:
+        Whether it was filled. False: one of the two is no tensor, or type, shape, dtype or what the subclass says of itself
+        differ, or it cannot be copied to; the caller then puts `loaded` in the place of `target`.
+    """
+    if not isinstance(target, torch.Tensor) or not isinstance(loaded, torch.Tensor):
+        return False
+    # Inference tensors can be changed in inference mode only; ordinary ones in both.
+    with torch.inference_mode():
+        try:
+            pairs = _pairs(target, loaded)
+            if pairs is None:
+                return False
+            for own, found in pairs:
+                own.copy_(found)
+        except Exception:  # copy_ of a foreign subclass runs foreign code; what is half filled is replaced
+            return False
+    return True
+
+
+def _pairs(target: torch.Tensor, loaded: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """The tensors to copy between: the two themselves, or their inner ones; None where they do not agree. Changes nothing."""
+    if type(target) is not type(loaded) or target.dtype != loaded.dtype or target.layout != loaded.layout:
+        return None
+    if target.is_nested != loaded.is_nested or (not target.is_nested and target.shape != loaded.shape):
+        return None
+    if type(target) in (torch.Tensor, torch.nn.Parameter):
+        return [(target, loaded)]
+    own, found = cast("Any", target), cast("Any", loaded)
+    if not hasattr(own, "__tensor_flatten__"):
+        # What else the subclass keeps lies in attributes: copy_ would leave them as they are.
+        return [(target, loaded)] if _equal(vars(own), vars(found)) else None
+    names, context = own.__tensor_flatten__()
+    found_names, found_context = found.__tensor_flatten__()
+    if list(names) != list(found_names) or not _equal(context, found_context):
+        return None
+    pairs = []
+    for name in names:
+        inner = _pairs(getattr(own, name), getattr(found, name))
+        if inner is None:
+            return None
+        pairs += inner
+    return pairs
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two contexts of `__tensor_flatten__` are equal; tensors in them are compared by value."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
