@@ -87,11 +87,18 @@ def test_in_prefix_mode_no_port_is_opened_and_the_jobs_store_does_not_grow(ranks
     assert processes.committed(tmp_path) == list(range(1, 22))
 
 
-def test_with_the_prefix_store_off_the_coordinator_hosts_a_store_on_a_free_port(ranks: Ranks, tmp_path: Path) -> None:
-    """DCP_USE_PREFIX_STORE=0: one process of the first pod listens, no key of ours is in the job's store, saves are committed."""
+@pytest.mark.parametrize("asked_by", ["variable", "policy"])
+def test_with_the_prefix_store_off_the_coordinator_hosts_a_store_on_a_free_port(
+    ranks: Ranks, tmp_path: Path, asked_by: str
+) -> None:
+    """DCP_USE_PREFIX_STORE=0, or `store: Own` in a YAML file that only rank 0 has: one process of the first pod listens, no key of
+    ours is in the job's store, saves are committed."""
+    file = tmp_path / "policy.yaml"
+    file.write_text("store: Own\n")
 
     def train(peer: Peer) -> set[int]:
-        with checkpointer.Checkpointer(tmp_path) as opened:
+        policy = str(file) if asked_by == "policy" and peer.rank == 0 else None
+        with checkpointer.Checkpointer(tmp_path, policy=policy) as opened:
             for step in (1, 2):
                 opened.save(state_of(step, peer.rank), step).result(Deadline.COMMITTED.s)
             ports = ports_of_a_session(opened)
@@ -101,7 +108,9 @@ def test_with_the_prefix_store_off_the_coordinator_hosts_a_store_on_a_free_port(
             peer.hear()
             return ports
 
-    job = ranks.start(train, num_ranks=2, pods=PODS, env={"DCP_USE_PREFIX_STORE": "0"})
+    job = ranks.start(
+        train, num_ranks=2, pods=PODS, env={"DCP_USE_PREFIX_STORE": "0"} if asked_by == "variable" else None
+    )
     job.hear()
     assert job.store is not None
     assert not [key for key in job.store.list_keys() if "pillion" in key]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pillion import checkpointer, leaves
+from pillion import checkpointer, embedded, leaves
 from pillion.wire import arena
 from process import ranks as processes
 from process.ranks import Peer, Ranks
@@ -91,13 +91,13 @@ def test_a_snapshot_that_is_in_the_executors_hands_when_its_trainer_dies_is_pers
         deadlines.eventually(
             lambda: processes.phase_of(opened, 2) == "persisting", Deadline.STAGED, "the executor was given step 2"
         )
-        peer.tell((executor, processes.status(opened)["pid"]))
+        peer.tell((executor, processes.status(opened)["pid"], embedded.log_path(opened._session.runtime_dir)))
         peer.hear()
 
     job = ranks.start(train)
-    executor, sidecar = job[0].hear()
+    executor, sidecar, path = job[0].hear()
     job.kill()
-    log = tmp_path / ".pillion" / "sidecar-0.log"
+    log = Path(path)
     deadlines.eventually(lambda: "gone without a goodbye" in log.read_text(), Deadline.SETTLE, "its death was seen")
     assert processes.committed(tmp_path) == [1]
     processes.go_on(executor)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
-from pillion import cadence, ending, group, loading, rules, saving, storing
+from pillion import cadence, ending, group, loading, policy_source, rules, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
@@ -62,12 +62,14 @@ class Checkpointer:
         self._closed = False
         self.last_load: LoadReport | None = None
         self._last_step = -1
-        self._group = group.join(process_group, environ, ask_policy=session_module.injected_policy)
+        self._group = group.join(
+            process_group, environ, ask_policy=lambda environ: storing.policy_of_all(policy, environ)
+        )
         where = _root(root, environ)
         self._session = storing.open_session(
             self._group,
             root=where,
-            policy_document=_policy_document(policy, environ),
+            policy_document=policy_source.document(policy, environ),
             key=where,
             on_event=self._on_event,
             process_group=process_group,
@@ -331,18 +333,3 @@ def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> st
     if not found:
         raise SettingsError([f"no root: call Checkpointer(root), or set {names.ENV_ROOT}"])
     return os.path.abspath(found)
-
-
-def _policy_document(
-    given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
-) -> Mapping[str, object] | str | None:
-    """The document to send: checked here, so that a wrong one is told before anything is started."""
-    if given is None:
-        return environ.get(names.ENV_POLICY)
-    if isinstance(given, Mapping):
-        try:
-            policy.parse(given, embedded=True)
-        except policy.PolicyError as err:
-            raise SettingsError([str(problem) for problem in err.problems]) from err
-        return dict(given)
-    return os.path.abspath(os.fspath(given))

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -78,9 +79,10 @@ class Connection:
         connect_timeout_s: bound for the connect.
         on_event: called in the reader thread for every message that answers no request. It must not block.
         on_lost: called once, in the reader thread, when the sidecar is gone.
+        peer_uid: the user that must listen there; None: anyone.
 
     Raises:
-        SidecarUnavailable: nobody listens at `path`.
+        SidecarUnavailable: nobody listens at `path`, or another user.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Connection:
         connect_timeout_s: float,
         on_event: Callable[[messages.Message], None],
         on_lost: Callable[[str], None],
+        peer_uid: int | None = None,
     ) -> None:
         self._pid = os.getpid()
         try:
@@ -100,9 +103,15 @@ class Connection:
         self._sock.settimeout(connect_timeout_s)
         try:
             self._sock.connect(path)
+            _, uid, _ = struct.unpack("iII", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         except OSError as err:
             self._sock.close()
             raise SidecarUnavailable(f"no sidecar listens at {path}: {err}") from err
+        if peer_uid is not None and uid != peer_uid:
+            self._sock.close()
+            raise SidecarUnavailable(
+                f"user {uid} listens at {path}, and not user {peer_uid}: it is no sidecar of this run"
+            )
         self._sock.settimeout(None)
         # Only sends are bounded by the socket: the reader waits for as long as the connection lives, and EOF ends it.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
@@ -232,6 +241,4 @@ class Connection:
 
 
 def _timeval(seconds: float) -> bytes:
-    import struct
-
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

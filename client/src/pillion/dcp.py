@@ -43,7 +43,7 @@ except ImportError:  # torch 2.6 has no choice to name; can go with the last rel
         PROCESS = "process"
 
 
-from pillion import ending, group, saving, storing
+from pillion import ending, group, policy_source, saving, storing
 from pillion import session as session_module
 from pillion.errors import PillionError, RemoteFailure, SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, SaveHandle
@@ -76,7 +76,8 @@ class Writer:
     """
     A DCP `StorageWriter` by name: the executor imports it and makes one for each rank and save as ``Class(**arguments)``.
 
-    The sidecar must be able to import the module (PYTHONPATH). The writer object itself cannot be sent: no pickle
+    The sidecar must be able to import the module: without a cluster it looks where the trainer does (`sys.path`, so also beside the
+    script), in a pod where its own image and PYTHONPATH have it. The writer object itself cannot be sent: no pickle
     crosses a process boundary.
 
     Raises:
@@ -167,6 +168,8 @@ def _destination(
     """The destination document of a claim: path, and writer or overwrite."""
     where = None if checkpoint_id is None else os.fspath(checkpoint_id)
     if isinstance(writer, Writer):
+        if names.ENV_RUNTIME_DIR not in os.environ:
+            policy_source.require_module(writer.name)
         path = where if where is None or "://" in where else os.path.abspath(where)
         return {"path": path, "writer": {"name": writer.name, "arguments": dict(writer.arguments)}}
     if writer is not None and type(writer) is not FileSystemWriter:
@@ -294,14 +297,18 @@ def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool)
     Raises:
         CheckpointException: on every rank, with the ranks that could not.
     """
-    members = group.join(process_group, ask_policy=session_module.injected_policy) if distributed else _alone()
+    members = (
+        group.join(process_group, ask_policy=lambda environ: storing.policy_of_all(None, environ))
+        if distributed
+        else _alone()
+    )
     session = None
     mine: dict[str, object] | None = None
     try:
         session = storing.open_session(
             members,
             root="",
-            policy_document=os.environ.get(names.ENV_POLICY),
+            policy_document=policy_source.document(None, os.environ),
             key=members.session,
             on_event=_ignore,
             process_group=process_group,

@@ -4,20 +4,27 @@ The sidecar of a run without a cluster: found by its runtime directory, started 
 Called from: `Checkpointer`. The child runs in a session of its own with no inherited pipes: torchrun ends its workers by
 process group, and the sidecar has to outlive them (it holds the newest snapshot); a pipe it kept open would hang whoever
 captures torchrun's output.
+
+    <tmpfs>/pillion-<uid>-<digest of root and pod>/     of this user alone: 0700, checked before each use of it
+        sidecar.log     what the sidecar and its executor say. It lies here, and not on the root, because a storage that hangs would
+                        hang whoever writes a line; a sidecar that ends cleanly appends it to <root>/.pillion/sidecar-<rank>.log
+        control.sock, sidecar.lock, segment-*.arena
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from typing import Final
+from typing import BinaryIO, Final
 
 from pillion import group
 from pillion.errors import SidecarUnavailable
@@ -29,6 +36,8 @@ ALREADY_RUNNING: Final = 75
 """The sidecar's exit status (EX_TEMPFAIL) when another one owns the runtime directory."""
 RESPAWN_PAUSE_S: Final = 0.2
 """Pause before another try for the lock: a sidecar that ends holds it for some 100 ms more."""
+FOLDER_TRIES: Final = 3
+"""A sidecar that ends removes the folder once; then it stays."""
 POLL_S: Final = 0.02
 """Pause between two looks for the socket while it starts: the first save is far behind it."""
 
@@ -49,7 +58,53 @@ def runtime_directory(key: str, environ: Mapping[str, str]) -> str:
     return os.path.join(base, f"{names.RUNTIME_PREFIX}{os.getuid()}-{digest}")
 
 
-def start(runtime_dir: str, log_path: str) -> int:
+def log_path(runtime_dir: str) -> str:
+    """Where the sidecar of a runtime directory writes its log."""
+    return os.path.join(runtime_dir, names.SIDECAR_LOG)
+
+
+def require_private(runtime_dir: str) -> None:
+    """
+    The runtime directory is this user's alone. Its name can be guessed, and what lies in it is trusted: whoever made it first could
+    have the trainer map memory, and unpickle bytes, of their choice.
+
+    Raises:
+        SidecarUnavailable: it is there, and another user's, open to others, or no folder.
+    """
+    try:
+        found = os.lstat(runtime_dir)
+    except FileNotFoundError:
+        return
+    problem = ""
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is no folder"
+    elif found.st_uid != os.getuid():
+        problem = f"belongs to user {found.st_uid}"
+    elif found.st_mode & 0o077:
+        problem = f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o})"
+    if problem:
+        raise SidecarUnavailable(
+            f"{runtime_dir} {problem}, and a sidecar's folder must be of user {os.getuid()} alone (mode 0700): remove it"
+        )
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """
+    The environment of a sidecar: this process's, without what means something in its working directory only.
+
+    Entries of PYTHONPATH are made absolute; the rest of this process's import path goes along for the executor, which imports
+    a `StorageWriter` by name.
+    """
+    # In PYTHONPATH an empty entry is the working directory, as it is in sys.path.
+    paths = [os.path.abspath(each) for each in environ.get("PYTHONPATH", "").split(os.pathsep)]
+    more = [os.path.abspath(each) for each in sys.path]
+    made = {**environ, names.ENV_IMPORT_PATH: os.pathsep.join(more)}
+    if environ.get("PYTHONPATH"):
+        made["PYTHONPATH"] = os.pathsep.join(paths)
+    return made
+
+
+def start(runtime_dir: str) -> int:
     """
     Start a sidecar for `runtime_dir` and wait until it listens; its process id.
 
@@ -59,11 +114,11 @@ def start(runtime_dir: str, log_path: str) -> int:
     Blocks: up to START_TIMEOUT_S.
 
     Raises:
-        SidecarUnavailable: it is not installed, or ended; the text holds the end of its log.
+        SidecarUnavailable: it is not installed, or ended; the text holds the end of its log. Or see `require_private`.
     """
-    os.makedirs(runtime_dir, mode=0o700, exist_ok=True)
+    log = log_path(runtime_dir)
     command = [sys.executable, "-m", "pillion_sidecar", "run", "--runtime-dir", runtime_dir, "--embedded"]
-    child = _spawn(command, log_path)
+    child = _spawn(command, runtime_dir)
     path = os.path.join(runtime_dir, names.CONTROL_SOCKET)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -76,20 +131,37 @@ def start(runtime_dir: str, log_path: str) -> int:
             # The one that has the lock is about to listen, or about to end: then this one's successor gets it.
             time.sleep(RESPAWN_PAUSE_S)
             if not _listens(path):
-                child = _spawn(command, log_path)
+                child = _spawn(command, runtime_dir)
         elif status is not None:
-            raise SidecarUnavailable(f"the sidecar ended with status {status} before it listened: {_tail(log_path)}")
+            raise SidecarUnavailable(f"the sidecar ended with status {status} before it listened: {_tail(log)}")
         time.sleep(POLL_S)
     child.kill()
     child.wait()
-    raise SidecarUnavailable(f"the sidecar did not listen within {START_TIMEOUT_S:.0f} s: {_tail(log_path)}")
+    raise SidecarUnavailable(f"the sidecar did not listen within {START_TIMEOUT_S:.0f} s: {_tail(log)}")
 
 
-def _spawn(command: list[str], log_path: str) -> subprocess.Popen[bytes]:
-    with open(log_path, "ab") as log:
+def _spawn(command: list[str], runtime_dir: str) -> subprocess.Popen[bytes]:
+    with _log_file(runtime_dir) as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True, cwd="/"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            close_fds=True,
+            cwd="/",
+            env=environment(os.environ),
         )
+
+
+def _log_file(runtime_dir: str) -> BinaryIO:
+    for _ in range(FOLDER_TRIES):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(runtime_dir, mode=0o700)
+        require_private(runtime_dir)
+        with contextlib.suppress(FileNotFoundError):
+            return open(log_path(runtime_dir), "ab")
+    raise SidecarUnavailable(f"{runtime_dir} is removed as often as it is made")
 
 
 def _listens(path: str) -> bool:
@@ -105,6 +177,7 @@ def _listens(path: str) -> bool:
 def _tail(path: str, length: int = 2000) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read()[-length:].decode(errors="replace").strip() or "its log is empty"
+            told = file.read()[-length:].decode(errors="replace").strip()
+            return f"{told} ({path})" if told else f"its log {path} is empty"
     except OSError as err:
         return f"no log: {err}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pillion.errors import UsageError
 from pillion.wire import names
 
 
@@ -48,8 +49,8 @@ class Group:
     attempt: int
     """torchrun's restart count, for people; the session is what tells attempts apart."""
     policy: Mapping[str, Any] | None = None
-    """What the injected sidecar of rank 0 goes by: all ranks begin with it, as their own sidecars may have heard of a change
-    sooner or later. None: a run without a cluster."""
+    """The policy of rank 0, its injected sidecar's or its document's: all ranks begin with it, as their own sidecars may know of a
+    change sooner or later. None: a job of one rank, or it cannot be read; each sidecar then says what it has."""
 
     @property
     def local_ranks(self) -> tuple[int, ...]:
@@ -108,6 +109,9 @@ def join(
     Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
 
     Blocks: one `all_gather_object`, bounded by the process group's own timeout.
+
+    Raises:
+        UsageError: this process is none of the ranks.
     """
     environ = os.environ if environ is None else environ
     distributed = dist.is_available() and dist.is_initialized()
@@ -127,6 +131,10 @@ def join(
     if not distributed:
         mine["store"], mine["problem"] = None, "no process group is initialised"
         return _group(0, [mine])
+    if dist.get_rank(process_group) < 0:
+        raise UsageError(
+            f"rank {dist.get_rank()} is not in the process group: only its members save and load together; call this on them alone"
+        )
     if dist.get_rank(process_group) == 0 and dist.get_world_size(process_group) > 1:
         mine["policy"] = ask_policy(environ)
     entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]

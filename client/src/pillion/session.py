@@ -164,13 +164,20 @@ class Session:
         self._greeted = False
         path = os.path.join(self.runtime_dir, names.CONTROL_SOCKET)
         while True:
+            if not self.injected:
+                embedded.require_private(self.runtime_dir)
             try:
                 return connection.Connection(
-                    path, connect_timeout_s=REQUEST_TIMEOUT_S, on_event=self._on_event, on_lost=self._on_lost
+                    path,
+                    connect_timeout_s=REQUEST_TIMEOUT_S,
+                    on_event=self._on_event,
+                    on_lost=self._on_lost,
+                    # In a pod trainer and sidecar may be different users; the volume is the pod's alone.
+                    peer_uid=None if self.injected else os.getuid(),
                 )
             except SidecarUnavailable:
                 if not self.injected and self.group.local_rank == 0:
-                    embedded.start(self.runtime_dir, self._log_path())
+                    embedded.start(self.runtime_dir)
                 elif time.monotonic() > deadline:
                     raise
                 else:
@@ -203,23 +210,13 @@ class Session:
         if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
             self.mapping = staging.SegmentMapping(theirs)
 
-    def _log_path(self) -> str:
-        folder = os.path.join(self.root, names.INTERNAL_DIR)
-        # Without a root (pillion.dcp) the folder would be made in the working directory.
-        with contextlib.suppress(OSError):
-            if self.root:
-                os.makedirs(folder, exist_ok=True)
-                if os.access(folder, os.W_OK):
-                    return os.path.join(folder, f"sidecar-{self.group.local_ranks[0]}.log")
-        os.makedirs(self.runtime_dir, mode=0o700, exist_ok=True)
-        return os.path.join(self.runtime_dir, names.SIDECAR_LOG)
-
     def _on_lost(self, reason: str) -> None:
         with self._lock:
             if not self._greeted:
                 return  # whoever greets sees it, and tries again
+        log = "" if self.injected else f" (its log: {embedded.log_path(self.runtime_dir)})"
         error = SidecarUnavailable(
-            f"{reason}; what was sealed stays in the arena, and the sidecar's successor persists it"
+            f"{reason}{log}; what was sealed stays in the arena, and the sidecar's successor persists it"
         )
         _log.warning("pillion: %s", error)
         self._fail_all(error)

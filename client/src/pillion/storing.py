@@ -4,21 +4,25 @@ Which store the sidecars of several pods meet in, and opening a session on it.
 Called from: `Checkpointer`, `pillion.dcp` (all ranks, once).
 
     DCP_USE_PREFIX_STORE   pods   store
-    "1"                    any    a prefix of the job's TCPStore; a missing or malformed MASTER_ADDR/PORT is an error
+    "1"                    any    a prefix of the job's TCPStore; with several ranks a missing or malformed MASTER_ADDR/PORT is an error
     any other value        > 1    a store of our own, hosted by the coordinator's sidecar on a free port
     unset                  > 1    the policy's `store` (Prefix by default; our own where the job has no TCPStore)
     any                    1      none: all ranks share one sidecar, which needs no store to agree with itself
+
+torch's own executor takes an unset variable for a store of its own. Here it is the policy's, as a prefix needs no port; and a job of
+one rank never looks at MASTER_ADDR and MASTER_PORT, also where the variable is "1".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-from pillion import group
+from pillion import group, policy_source
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable
 from pillion.wire import messages, names
@@ -42,6 +46,22 @@ def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: st
     return "prefix" if policy_store == "Prefix" and members.store is not None else "own"
 
 
+def policy_of_all(
+    given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Mapping[str, Any] | None:
+    """
+    The policy that all ranks begin with, as rank 0 knows it: the injected sidecar's, else the document's. See `group.join`.
+
+    Blocks: see `session.injected_policy` and `policy_source.read`.
+    """
+    if names.ENV_RUNTIME_DIR in environ:
+        return session_module.injected_policy(environ)
+    try:
+        return policy_source.read(policy_source.document(given, environ))
+    except SettingsError:
+        return None  # the other ranks wait for this one; it is raised when the session is opened
+
+
 def open_session(
     members: group.Group,
     *,
@@ -61,9 +81,7 @@ def open_session(
         SettingsError: the store's address is needed and missing or malformed (on every rank).
         SidecarUnavailable, ProtocolMismatch.
     """
-    known = members.policy or policy_document
-    store = known.get("store", "Prefix") if isinstance(known, Mapping) else "Prefix"
-    mode = choose(members, environ, policy_store=str(store))
+    mode = choose(members, environ, policy_store=str((members.policy or {}).get("store", "Prefix")))
 
     def opened(of: group.Group) -> session_module.Session:
         return session_module.Session(

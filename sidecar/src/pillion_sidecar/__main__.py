@@ -1,7 +1,7 @@
 """
 `pillion-sidecar` and `python -m pillion_sidecar`: the command line.
 
-Subcommands: run, client, notify, ping. Each imports what it needs, when it is chosen: the kubelet starts an interpreter for
+Subcommands: run, client, notify, ping, policy. Each imports what it needs, when it is chosen: the kubelet starts an interpreter for
 `notify` and `ping`.
 """
 
@@ -24,11 +24,13 @@ commands:
   client   lay the client library out for trainers: client --to DIR
   notify   tell the sidecar in PILLION_RUNTIME_DIR that its pod is terminating, and return at once
   ping     whether the sidecar in PILLION_RUNTIME_DIR answers (exit status 0)
+  policy   check a policy for a run without a cluster, and print it whole, as JSON: policy FILE
 
 `pillion-sidecar --version` prints which release this is.
 """
 EX_USAGE: Final = 2
 EX_UNAVAILABLE: Final = 69
+EX_CONFIG: Final = 78
 ANSWER_TIMEOUT_S: Final = 5.0
 """Bound of `ping` and `notify`. The supervisor's loop answers in milliseconds; one that is late by this much hangs, or its node
 does. Below the probe's own timeout (30 s), so that the text says what was wrong."""
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"pillion-sidecar {metadata.version('pillion-sidecar')}")
         return 0
-    command = {"run": _run, "client": _client, "notify": _notify, "ping": _ping}.get(given[0])
+    command = {"run": _run, "client": _client, "notify": _notify, "ping": _ping, "policy": _policy}.get(given[0])
     if command is None:
         print(f"pillion-sidecar: unknown command {given[0]!r}\n{USAGE}", file=sys.stderr, end="")
         return EX_USAGE
@@ -61,9 +63,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         found = settings.from_arguments(arguments, os.environ)
     except SettingsError as err:
-        for problem in err.problems:
-            print(f"pillion-sidecar: {problem}", file=sys.stderr)
-        return app.Exit.BAD_SETTINGS
+        return _refuse(err)
     log.configure(found.log_level)
     try:
         return asyncio.run(app.run(found))
@@ -103,6 +103,31 @@ def _ping(arguments: Sequence[str]) -> int:
         print(f"pillion-sidecar: {err}", file=sys.stderr)
         return EX_UNAVAILABLE
     return 0
+
+
+def _policy(arguments: Sequence[str]) -> int:
+    import json
+
+    from pillion.wire import policy
+    from pillion_sidecar import settings
+
+    parser = argparse.ArgumentParser(
+        prog="pillion-sidecar policy",
+        description="Check a policy for a run without a cluster, and print it whole, as JSON.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a CheckpointPolicy or its spec, YAML or JSON")
+    try:
+        found = settings.read_policy(parser.parse_args(arguments).file)
+    except SettingsError as err:
+        return _refuse(err)
+    print(json.dumps(policy.dump(found)))
+    return 0
+
+
+def _refuse(error: SettingsError) -> int:
+    for problem in error.problems:
+        print(f"pillion-sidecar: {problem}", file=sys.stderr)
+    return EX_CONFIG
 
 
 def _ask(arguments: Sequence[str], message: str, description: str) -> None:

@@ -27,7 +27,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from pillion.wire import names
-from pillion_sidecar import background, control
+from pillion_sidecar import background, control, log
 from pillion_sidecar.settings import Settings
 from pillion_sidecar.supervisor import LAST_SAVE_S, Supervisor
 
@@ -67,6 +67,8 @@ async def run(settings: Settings) -> Exit:
     if lock is None:
         _log.info("another sidecar owns %s", settings.runtime_dir)
         return Exit.ALREADY_RUNNING
+    if settings.embedded:
+        log.tend(settings.runtime_dir)
     with contextlib.suppress(OSError):
         os.nice(NICE)
     supervisor = Supervisor(settings)
@@ -118,6 +120,9 @@ async def run(settings: Settings) -> Exit:
             else:
                 supervisor.pod.close()
         if removable:
+            if supervisor.pod is not None and supervisor.pod.identity.root:
+                identity = supervisor.pod.identity
+                log.keep(settings.runtime_dir, identity.root, identity.local_ranks[0])
             # The lock file goes last, with the folder: whoever comes next makes both anew.
             shutil.rmtree(settings.runtime_dir, ignore_errors=True)
         os.close(lock)
@@ -165,6 +170,7 @@ async def _until_unneeded(supervisor: Supervisor, stop: asyncio.Event) -> None:
         trainers = supervisor.trainers
         if trainers.clients or supervisor.persisting.busy():
             trainers.idle_since = time.monotonic()
+            log.tend(supervisor.settings.runtime_dir)
         elif trainers.parted or time.monotonic() - trainers.idle_since > supervisor.settings.linger_s:
             return
 

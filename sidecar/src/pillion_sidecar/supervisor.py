@@ -14,13 +14,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from pillion import wire
-from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, UsageError
+from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError, UsageError
 from pillion.wire import messages, policy
-from pillion_sidecar import background, catalog, governing, loads, session_record, settings
+from pillion_sidecar import aside, background, catalog, governing, loads, session_record, settings
 from pillion_sidecar.control import Client
 from pillion_sidecar.governing import Governing
 from pillion_sidecar.journal import Journal
@@ -31,6 +31,7 @@ from pillion_sidecar.saves import Saves
 from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LAST_SAVE_S: Final = 10.0
 """How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
@@ -38,6 +39,8 @@ storage as it is: they may hang."""
 POLL_S: Final = 0.1
 PARTING_S: Final = 10.0
 """How long a hello waits for what a dead trainer had said last to be read: a few messages."""
+ROOT_TIMEOUT_S: Final = 60.0
+"""Bound for the storage to show whether it can be used, or what its newest checkpoint is; network file systems under load take seconds."""
 SETTLE_SHARE: Final = 1 / 4
 """Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
 MOVED_SHARE: Final = 3 / 4
@@ -68,6 +71,7 @@ class Supervisor:
         self._policy_told_to = ""
         self._bad_generation = -1
         self._hello_lock = asyncio.Lock()
+        self._aside, self._looking = aside.Aside("root"), asyncio.Lock()
 
     @property
     def pod(self) -> Pod | None:
@@ -85,7 +89,11 @@ class Supervisor:
         if record is None:
             return
         try:
-            self._started_with = settings.read_policy(self.settings.policy or record.policy)
+            self._started_with = settings.read_policy(
+                (record.policy or self.settings.policy)
+                if self.settings.embedded
+                else (self.settings.policy or record.policy)
+            )
             identity = Identity.from_hello(dict(record.hello), root=record.root)
             pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
         except (OSError, ValueError, PillionError) as err:
@@ -99,6 +107,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop working; what is sealed stays in the arena. Blocks: for the executor's ladder."""
+        self._aside.close()
         await self._tasks.stop()
         await self.operations.stop()
 
@@ -167,9 +176,11 @@ class Supervisor:
         if trainers.clients:
             raise self._taken(client)
         root = self.settings.root or messages.field(message, "root", str, "")
-        source: Any = message.get("policy") if self.settings.policy == "" else self.settings.policy
+        # In a pod the injected one holds. Without a cluster the variable is the trainer's own, and its argument wins over it.
+        given: Any = message.get("policy")
+        source = (given or self.settings.policy) if self.settings.embedded else (self.settings.policy or given)
         self._started_with = settings.read_policy(source)
-        problems = check_root(root) if root else []
+        problems = await self._look_at(root, lambda: check_root(root)) if root else []
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
@@ -375,11 +386,22 @@ class Supervisor:
 
     async def _latest(self, client: Client, message: messages.Message) -> None:
         pod = self.trainers.require_pod()
-        found = await asyncio.to_thread(catalog.newest, pod.identity.root)
+        root = pod.identity.root
+        found = await self._look_at(root, lambda: catalog.newest(root))
         answer: dict[str, Any] = {"type": "latest", "step": None}
         if found is not None:
             answer |= {"step": found[0], "path": found[1], "size_bytes": found[2]}
         client.answer(message, answer)
+
+    async def _look_at(self, root: str, call: Callable[[], T]) -> T:
+        """What `call` finds on the root, beside this loop: a storage that hangs must not keep the supervisor from answering."""
+        try:
+            async with self._looking:
+                return await self._aside.run(call, ROOT_TIMEOUT_S)
+        except (TimeoutError, aside.StillBusy):
+            raise SidecarError(
+                f"the storage of {root} has not answered for {ROOT_TIMEOUT_S:.0f} s: it hangs, or is lost"
+            ) from None
 
     def _status(self) -> dict[str, Any]:
         pod = self.pod

@@ -6,6 +6,7 @@ Must never: start a sidecar; the other end is a socket of this test.
 """
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -62,6 +63,25 @@ def test_nobody_listening_is_sidecar_unavailable_with_the_path(tmp_path: Path) -
     for path in (tmp_path / "missing", stale):
         with pytest.raises(SidecarUnavailable, match=str(path)):
             connection.Connection(str(path), connect_timeout_s=1.0, on_event=print, on_lost=print)
+
+
+def test_another_user_that_listens_is_no_sidecar_of_this_run(tmp_path: Path) -> None:
+    """A run without a cluster takes memory and bytes from its own user alone; in a pod the volume guards the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        for uid in (os.getuid(), None):
+            connection.Connection(
+                str(tmp_path / "s"),
+                connect_timeout_s=Deadline.REPLY.s,
+                on_event=print,
+                on_lost=lambda _: None,
+                peer_uid=uid,
+            ).close()
+        with pytest.raises(SidecarUnavailable, match=f"user {os.getuid()} listens .*, and not user {os.getuid() + 1}"):
+            connection.Connection(
+                str(tmp_path / "s"), connect_timeout_s=1.0, on_event=print, on_lost=print, peer_uid=os.getuid() + 1
+            )
 
 
 def test_a_silent_sidecar_ends_a_request_at_its_bound(tmp_path: Path) -> None:

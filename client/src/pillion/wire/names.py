@@ -25,6 +25,8 @@ ENV_RUN_ID: Final = "PILLION_RUN_ID"
 ENV_PEER_TIMEOUT_S: Final = "PILLION_PEER_TIMEOUT_S"
 ENV_LINGER_S: Final = "PILLION_LINGER_S"
 ENV_LOG_LEVEL: Final = "PILLION_LOG_LEVEL"
+ENV_IMPORT_PATH: Final = "PILLION_IMPORT_PATH"
+"""Folders that the executor of an embedded sidecar imports from besides its own: the trainer's import path, as PATH has them."""
 ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
 """torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
-from pillion.wire import messages, policy
+from pillion.wire import messages, names, policy
 from pillion_sidecar import log
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor import images, load, persist, rescue, signals
@@ -272,6 +272,9 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(NICE)
     broken = None
+    # Behind its own: a module of the trainer's must not take the place of one that the executor needs.
+    more = os.environ.get(names.ENV_IMPORT_PATH, "").split(os.pathsep)
+    sys.path += [each for each in more if each and each not in sys.path]
     try:
         for name in filter(None, os.environ.get("PILLION_PRELOAD", "").split(",")):
             importlib.import_module(name)

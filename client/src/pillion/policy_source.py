@@ -1,0 +1,103 @@
+"""
+The whole of: the policy of a run without a cluster: which document holds, what is in it, and whether its writer can be found.
+
+Called from: `Checkpointer`, `pillion.dcp`, before the session is opened. In a pod the injected sidecar's policy holds, and nothing here counts.
+Must never: import YAML: the trainer may lack it. The sidecar's interpreter has it, and is asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pillion import embedded
+from pillion.errors import SettingsError, UsageError
+from pillion.wire import names, policy
+
+READ_TIMEOUT_S: Final = 60.0
+"""Bound for the sidecar's interpreter to read a file: it starts in 0.2 s, on a loaded machine with a cold disk in many."""
+
+
+def document(
+    given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Mapping[str, object] | str | None:
+    """
+    The document that the trainer sends its sidecar: the argument, else ``PILLION_POLICY``; a path is made absolute.
+
+    Raises:
+        SettingsError: a mapping is no policy, or names a writer that cannot be found; lists all problems.
+    """
+    if isinstance(given, Mapping):
+        try:
+            found = policy.parse(given, embedded=True)
+        except policy.PolicyError as err:
+            raise SettingsError([str(problem) for problem in err.problems]) from err
+        if found.storage.writer is not None and names.ENV_RUNTIME_DIR not in environ:
+            try:
+                require_module(found.storage.writer.name)
+            except UsageError as err:
+                raise SettingsError([f"storage.writer.name={found.storage.writer.name!r}: {err}"]) from err
+        return dict(given)
+    text = environ.get(names.ENV_POLICY) if given is None else os.fspath(given)
+    # The sidecar's working directory is another.
+    return text if not text or text.lstrip().startswith("{") else os.path.abspath(text)
+
+
+def read(of: Mapping[str, object] | str | None) -> Mapping[str, Any] | None:
+    """
+    The whole policy of a document, for rank 0 to give to the others: ranks that follow different ones would wait for each other.
+
+    Blocks: for a YAML file, up to READ_TIMEOUT_S.
+
+    Returns:
+        None: there is no document, or it cannot be read. Opening the session says why, on every rank.
+    """
+    if not of:
+        return None
+    try:
+        if isinstance(of, str) and not of.lstrip().startswith("{"):
+            found = json.loads(_read_by_sidecar(of))
+        else:
+            found = json.loads(of) if isinstance(of, str) else of
+        return policy.dump(policy.parse(found, embedded=True)) if isinstance(found, Mapping) else None
+    except (policy.PolicyError, ValueError, RecursionError, OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read_by_sidecar(path: str) -> bytes:
+    command = [sys.executable, "-m", "pillion_sidecar", "policy", path]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=READ_TIMEOUT_S,
+        check=True,
+        cwd="/",
+        env=embedded.environment(os.environ),
+    )
+    return done.stdout
+
+
+def require_module(writer: str) -> None:
+    """
+    Look for the module of ``package.module:Class`` where an embedded sidecar does: on this process's import path.
+
+    Raises:
+        UsageError: it is not there; found out now, and not when the first save is lost.
+    """
+    module = writer.partition(":")[0]
+    if module == "__main__":
+        raise UsageError("the sidecar cannot import a class of the script itself: move it to a module of its own")
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    except Exception:  # a boundary: a package of somebody else's that fails to import says why in the executor
+        return
+    if not found:
+        raise UsageError(f"there is no module {module}: its folder must be on PYTHONPATH, or on sys.path")
