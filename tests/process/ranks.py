@@ -468,8 +468,9 @@ def phase_of(of: checkpointer.Checkpointer, step: int) -> str | None:
 
 def executor_of(of: checkpointer.Checkpointer) -> int:
     """
-    Process id of the sidecar's executor, once it has one.
+    Process id of the sidecar's executor, once it has one and is not at work on retention.
     """
+    deadlines.eventually(lambda: not status(of)["retaining"], Deadline.SETTLE, "retention is done")
     pid = deadlines.eventually(
         lambda: status(of)["executor_pid"], Deadline.PROCESS_START, "the sidecar has an executor"
     )

@@ -45,7 +45,7 @@ def test_an_executor_that_dies_is_replaced_and_its_successor_writes_the_same_sna
     assert processes.executor_of(opened) != first
     assert processes.status(opened)["metrics"]["executor_restarts"] == 1
     files = [path.name for path in tmp_path.glob("step-*/*.distcp")]
-    assert files == ["__0_0.1.distcp"] * 3
+    assert files == ["__0_0.1-1.distcp"] * 3
     state = state_of(0)
     assert opened.load(state, step=2) == 2
     assert torch.equal(state["weight"], state_of(2)["weight"])

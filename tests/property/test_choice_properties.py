@@ -17,24 +17,39 @@ from pillion_sidecar.executor import load
 steps = st.sets(st.integers(0, 60), max_size=8)
 
 
-@given(committed=steps, keep_last=st.none() | st.integers(1, 5), every=st.none() | st.integers(1, 9), data=st.data())
+orders = st.tuples(st.integers(1, 3), st.integers(0, 2))
+
+
+@given(
+    committed=st.dictionaries(st.integers(0, 60), orders, max_size=8),
+    keep_last=st.none() | st.integers(1, 5),
+    every=st.none() | st.integers(1, 9),
+    keep=steps,
+    data=st.data(),
+)
 def test_retention_keeps_what_it_must(
-    committed: set[int], keep_last: int | None, every: int | None, data: st.DataObject
+    committed: dict[int, tuple[int, int]], keep_last: int | None, every: int | None, keep: set[int], data: st.DataObject
 ) -> None:
-    """The newest keepLast, the multiples, the one just committed and all that lie ahead of it stay; the rest goes."""
+    """
+    On the line: the newest keepLast and the multiples. Everywhere: the one just committed, the one committed last, all that lie ahead
+    of the one just committed, and what a load has verified. The rest goes.
+    """
     current = data.draw(st.sampled_from(sorted(committed))) if committed else 5
     policy = Retention(keep_last=keep_last, keep_every_steps=every if keep_last else None)
-    removed = retention.choose(committed, policy, current=current)
-    kept = committed - set(removed)
+    removed = retention.choose(committed, policy, current=current, keep=keep)
     assert removed == sorted(set(removed))
-    assert set(removed) <= committed
-    if keep_last is None:
+    assert set(removed) <= committed.keys()
+    if keep_last is None or not committed:
         assert not removed
         return
-    upto = sorted(step for step in committed if step <= current)
-    must = set(upto[-keep_last:]) | {step for step in committed if step > current or step == current}
-    must |= {step for step in upto if every and step % every == 0}
-    assert kept == must
+    later = {
+        step: {each for each in committed if (committed[each], each) > (committed[step], step)} for step in committed
+    }
+    on_line = sorted(step for step in committed if step <= current and all(each > step for each in later[step]))
+    must = set(on_line[-keep_last:]) | {step for step in committed if step >= current or step in keep}
+    must |= {step for step in on_line if every and step % every == 0}
+    must |= {step for step in committed if not later[step]}
+    assert committed.keys() - set(removed) == must
 
 
 @given(

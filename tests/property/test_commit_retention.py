@@ -29,7 +29,7 @@ from support import file_operations
 WORLD: Final = 2
 ITEMS: Final = 64
 POLICY: Final = Retention(keep_last=2)
-OPERATIONS_MOST: Final = 48
+OPERATIONS_MOST: Final = 96
 """More file operations than fence, commit and retention of one save have."""
 IN_MEMORY: Final = "/dev/shm"
 """Where syncing costs nothing; what it does for durability no test can see without cutting the power."""
@@ -87,17 +87,21 @@ class Storage(RuleBasedStateMachine):
         commit.fence(self.root, generation)
         chunks: list[manifest.StoredChunk] = []
         parts: list[manifest.PartReference] = []
+        files: dict[str, int] = {}
         for rank in range(WORLD):
             name = names.part_file(rank, str(generation))
             data = (self.folder(step) / name).read_bytes()
             parts.append(manifest.PartReference(name, (rank,), digest.digest(data), len(data)))
-            chunks += manifest.decode_part(data).chunks
+            part = manifest.decode_part(data)
+            chunks += part.chunks
+            files |= {**part.files, name: len(data)}
         metadata = commit.build_metadata(chunks, [], {"w": ("w",)})
         made = commit.make_manifest(
             step=step, generation=str(generation), run_id="r", world_size=WORLD, plan_id="p", parts=parts, size_bytes=1,
             metadata=metadata,
         )  # fmt: skip
-        commit.publish(str(self.folder(step)), made, metadata)
+        # A local folder shows every name at once.
+        commit.publish(str(self.folder(step)), made, metadata, files, late_s=0.0)
         commit.remember(self.root, step, str(generation))
         retention.remove_older_files(str(self.folder(step)), str(generation))
         retention.apply(self.root, POLICY, current=step, generation=generation)
@@ -113,8 +117,8 @@ class Storage(RuleBasedStateMachine):
 
     def model_retention(self, current: int, *, surely: bool) -> None:
         """What the policy does not keep goes, or may go."""
-        ordered = sorted(step for step in self.committed if step <= current)
-        for step in ordered[: -POLICY.keep_last] if POLICY.keep_last else []:
+        kept = [step for step in self.line() if step <= current][-(POLICY.keep_last or 0) :]
+        for step in [step for step in self.committed if step <= current and step not in kept and step != self.newest()]:
             if surely:
                 del self.committed[step]
                 self.maybe.discard(step)
@@ -122,6 +126,21 @@ class Storage(RuleBasedStateMachine):
                 self.maybe.add(step)
         for step in [step for step in self.complete if step < current and step not in self.committed]:
             del self.complete[step]
+
+    def committed_at(self, step: int) -> tuple[int, int]:
+        """Of two steps the one with the larger value was committed later."""
+        return max(self.committed[step]), step
+
+    def newest(self) -> int:
+        return max(self.committed, key=self.committed_at)
+
+    def line(self) -> list[int]:
+        """The steps that training did not go back behind."""
+        return [
+            step
+            for step in sorted(self.committed)
+            if all(each > step for each in self.committed if self.committed_at(each) > self.committed_at(step))
+        ]
 
     def model_finish(self) -> None:
         """Whatever is complete and not committed is committed, by the newest attempt that completed it."""
@@ -133,14 +152,14 @@ class Storage(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 4))
     def restart(self, back: int) -> None:
-        """A new attempt: claims its generation, finishes what is complete, goes on from some committed step, or from the start."""
+        """A new attempt: claims its generation, finishes what is complete, goes on from a step of the line, or from the start."""
         self.generation = commit.claim_generation(self.root)
         self.settle()
         finished = catalog.finish_interrupted(self.root)
         known = set(self.committed)
         self.model_finish()
         assert set(finished) == set(self.committed) - known
-        steps = sorted(self.committed)
+        steps = self.line()
         self.position = steps[-1 - back] if back < len(steps) else 0
 
     @rule()
@@ -232,7 +251,7 @@ class Storage(RuleBasedStateMachine):
             self.committed[step] = self.committed.get(step, set()) | {generation}
         # What it had decided to remove, it may remove: of its own time, and never the newest.
         for each, generations in self.committed.items():
-            if each < step and max(generations) <= generation and each != max(self.committed):
+            if each < step and max(generations) <= generation and each != self.newest():
                 self.maybe.add(each)
 
     # --- what holds ------------------------------------------------------------------------------------------------------
@@ -241,7 +260,7 @@ class Storage(RuleBasedStateMachine):
         """Resolve what a crash left open: by what can be read, which has to be one of the two."""
         for step in sorted(self.maybe):
             if step in self.committed and not self.has_marker(step):
-                assert step != max(self.committed), "the newest committed checkpoint was removed"
+                assert step != self.newest(), "the newest committed checkpoint was removed"
                 del self.committed[step]
                 self.complete.pop(step, None)
         self.maybe.clear()
@@ -270,7 +289,7 @@ class Storage(RuleBasedStateMachine):
         """And of the attempt that committed it last; nothing else is committed."""
         on_storage = {step for step, done in catalog.steps(self.root).items() if done}
         assert on_storage - self.maybe == set(self.committed) - self.maybe
-        assert not self.committed or max(self.committed) in on_storage, "the newest committed checkpoint is gone"
+        assert not self.committed or self.newest() in on_storage, "the newest committed checkpoint is gone"
         for step in on_storage:
             assert self.read(step) in self.committed[step]
 
@@ -278,7 +297,7 @@ class Storage(RuleBasedStateMachine):
     @rule()
     def stock_dcp_reads_the_newest(self) -> None:
         """As `torch.distributed.checkpoint.load` without us."""
-        step = max(self.committed)
+        step = self.newest()
         state = {"w": torch.zeros(ITEMS * WORLD, dtype=torch.uint8)}
         dcp.load(state, checkpoint_id=str(self.folder(step)), no_dist=True)
         found = [

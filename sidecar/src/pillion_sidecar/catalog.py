@@ -40,23 +40,65 @@ def steps(root: str) -> dict[int, bool]:
     """Steps that have a directory -> whether they are committed."""
     found: dict[int, bool] = {}
     try:
-        entries = os.listdir(root)
+        with os.scandir(root) as entries:
+            # A file of such a name is nobody's checkpoint.
+            directories = [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return found
-    for name in entries:
+    for name in directories:
         step = names.parse_step_directory(name)
         if step is not None:
             found[step] = os.path.exists(os.path.join(root, name, names.COMMIT_MARKER))
     return found
 
 
-def newest(root: str) -> tuple[int, str, int] | None:
-    """Step, path and size of the newest committed checkpoint, without reading its data."""
-    committed = [step for step, done in steps(root).items() if done]
-    if not committed:
+def committed(root: str) -> dict[int, commit.Order]:
+    """
+    Committed steps -> when each was committed, for comparing.
+
+    What another program wrote has no generation: it counts as committed together with the newest of ours of a smaller step.
+
+    Raises:
+        OSError: the root cannot be listed.
+        LoadError: a manifest cannot be read; one that is damaged counts as none.
+    """
+    known: dict[int, commit.Order | None] = {}
+    for step, done in steps(root).items():
+        if done:
+            generation = _generation(os.path.join(root, names.step_directory(step)))
+            if generation is None and (noted := commit.written(root, step)) is not None:
+                generation = noted[0]
+            known[step] = None if generation is None else commit.order_of(generation)
+    return ordered(known)
+
+
+def _generation(path: str) -> str | None:
+    """Of the manifest in a directory; None where there is none, or a damaged one."""
+    try:
+        return manifest.decode_manifest(reading.retried(path, lambda: commit.read_manifest(path))).generation
+    except (FileNotFoundError, manifest.ManifestError):
         return None
-    path = os.path.join(root, names.step_directory(max(committed)))
-    return max(committed), path, size_bytes(path)
+
+
+def ordered(known: Mapping[int, commit.Order | None]) -> dict[int, commit.Order]:
+    """The order of every step, where some have none of their own. Pure."""
+    found: dict[int, commit.Order] = {}
+    newest_below = commit.OLDEST
+    for step in sorted(known):
+        own = known[step]
+        found[step] = newest_below if own is None else own
+        newest_below = max(newest_below, found[step])
+    return found
+
+
+def newest(root: str) -> tuple[int, str, int] | None:
+    """Step, path and size of the checkpoint that was committed last, without reading its data."""
+    found = committed(root)
+    if not found:
+        return None
+    step = max(found, key=lambda each: (found[each], each))
+    path = os.path.join(root, names.step_directory(step))
+    return step, path, size_bytes(path)
 
 
 def size_bytes(path: str) -> int:
@@ -99,17 +141,15 @@ def damage(path: str) -> Iterator[None]:
 def _read_any(path: str, step: int) -> Stored:
     metadata = _read(os.path.join(path, names.COMMIT_MARKER))
     try:
-        encoded = _read(os.path.join(path, names.MANIFEST))
+        encoded = reading.retried(path, lambda: commit.read_manifest(path))
     except FileNotFoundError:
         if not any(names.parse_part_file(name) for name in reading.retried(path, lambda: os.listdir(path))):
             return _read_stock(path, step, metadata)
         # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
         if reading.retried(path, lambda: commit.finish(path)) is None:
             raise Damaged(f"{path}/{names.MANIFEST}: is missing, and the parts do not make it again") from None
-        encoded, metadata = (
-            _read(os.path.join(path, names.MANIFEST)),
-            _read(os.path.join(path, names.COMMIT_MARKER)),
-        )
+        encoded = reading.retried(path, lambda: commit.read_manifest(path))
+        metadata = _read(os.path.join(path, names.COMMIT_MARKER))
     return _read_native(path, encoded, metadata)
 
 

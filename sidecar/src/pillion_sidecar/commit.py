@@ -1,7 +1,7 @@
 """
 Making a checkpoint visible: `.metadata` from the parts, the manifest, and the publish. Called from: the executor.
 
-The order is the whole point (aesthetics: manifest last): data durable and parts durable on every pod, then `manifest.json`, then
+The order is the whole point (aesthetics: manifest last): data durable and parts durable on every pod, then the manifest, then
 `.metadata`, each by temporary name, fsync, rename, fsync of the directory. A crash between any two leaves either the
 checkpoint before, or a directory without `.metadata` that `finish` completes when every part is there.
 """
@@ -25,6 +25,16 @@ TEMPORARY_SUFFIX: Final = ".commit"
 """Of what `publish` lays down. What a killed attempt leaves is removed by the next commit in that directory, or with it."""
 _DIGITS_MOST: Final = 19
 """Of a generation, which is a count, or a time in nanoseconds. A longer one is none of ours."""
+LATE_NAMES_S: Final = 3.0
+"""How long `publish` looks for a file that a pod has reported and that is not in the directory. A network file system may show another
+client's file late; our own new file in the directory has made the client ask the server before the first look."""
+LATE_NAMES_PAUSE_S: Final = 0.05
+"""Between the first two looks; doubled from then on."""
+
+Order = tuple[int, int]
+"""When a checkpoint was committed, for comparing: (generation, epoch). The generation counts the sessions of a root, the epoch counts the
+loads of a session. Of two checkpoints with one order the larger step is the newer one: within an epoch steps only grow."""
+OLDEST: Final[Order] = (0, 0)
 
 
 def build_metadata(
@@ -54,20 +64,30 @@ def build_metadata(
     )
 
 
-def publish(directory: str, of: manifest.Manifest, metadata: bytes) -> None:
+def publish(
+    directory: str, of: manifest.Manifest, metadata: bytes, files: Mapping[str, int], *, late_s: float = LATE_NAMES_S
+) -> None:
     """
     Commit: from the return on the checkpoint exists, before it did not.
+
+    A commit is looked at, not believed: every file that the manifest names, and every data file of its parts, is in this very directory
+    with its length, before anything is renamed. Pods that write elsewhere, because they do not share the storage, are found here.
 
     An older attempt never commits over a newer one, wherever it was stopped in between, and without a lock. Each attempt first lays
     down what it is about to rename, under names that hold its generation; then looks for a newer one's; then removes what
     older ones have laid down. Whoever is older and was too early to see the newer one's files has lost its own by the time that the
     newer one renames, so that its rename fails.
 
-    Blocks: for four small durable writes.
+    Args:
+        files: name -> length, bytes, of every part and data file.
+        late_s: how long a file may take to appear.
+
+    Blocks: for four small durable writes and a listing; `late_s` more when a file is not there.
 
     Raises:
         OSError: not committed; what was there before is still there.
         CommitError: a newer attempt commits here, or has.
+        FilesMissing: files are not in the directory, or shorter or longer than their pod said.
     """
     ready = {
         name: _lay_down(directory, name, of.generation, data)
@@ -75,6 +95,7 @@ def publish(directory: str, of: manifest.Manifest, metadata: bytes) -> None:
     }
     try:
         _refuse_older(directory, of.generation)
+        _look_for(directory, files, late_s)
         for name, temporary in ready.items():
             if name == names.COMMIT_MARKER:
                 phases.reach(phases.Phase.PUBLISH, path=directory)
@@ -89,6 +110,49 @@ def publish(directory: str, of: manifest.Manifest, metadata: bytes) -> None:
         for temporary in ready.values():
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+class FilesMissing(CommitError):
+    """Files that a save needs are not where its checkpoint would be."""
+
+    def __init__(self, directory: str, found: Mapping[str, str]) -> None:
+        self.directory = directory
+        self.files = dict(found)
+        """Name -> what is wrong with it."""
+        shown = [f"{name} {why}" for name, why in sorted(found.items())[:SHOWN_FILES]]
+        more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+        super().__init__(
+            f"{directory} does not hold what every pod reported: {', '.join(shown)}{more}; all pods of a job need one storage"
+        )
+
+
+SHOWN_FILES: Final = 4
+"""Files named in an error's text."""
+
+
+def _look_for(directory: str, files: Mapping[str, int], late_s: float) -> None:
+    """
+    Raises:
+        FilesMissing: after `late_s`.
+    """
+    deadline = time.monotonic() + late_s
+    pause_s = LATE_NAMES_PAUSE_S
+    while wrong := _wrong(directory, files):
+        if time.monotonic() > deadline:
+            raise FilesMissing(directory, wrong)
+        time.sleep(pause_s)
+        pause_s *= 2
+
+
+def _wrong(directory: str, files: Mapping[str, int]) -> dict[str, str]:
+    """Name -> what is wrong with it. One listing, however many pods there are."""
+    with os.scandir(directory) as entries:
+        found = {entry.name: entry.stat().st_size for entry in entries if entry.name in files}
+    return {
+        name: f"has {found[name]} of {length} bytes" if name in found else "is not there"
+        for name, length in files.items()
+        if found.get(name) != length
+    }
 
 
 def _lay_down(directory: str, name: str, generation: str, data: bytes) -> str:
@@ -109,7 +173,7 @@ def _refuse_older(directory: str, generation: str) -> None:
         CommitError: a newer one has committed here, or is about to.
     """
     ours = generation_order(generation)
-    laid_down = [(name, _laid_down_by(name)) for name in os.listdir(directory)]
+    laid_down = [(name, laid_down_by(name)) for name in os.listdir(directory)]
     seen = [committed_as(directory), *(theirs for _, theirs in laid_down)]
     newer = [theirs for theirs in seen if theirs is not None and generation_order(theirs) > ours]
     if newer:
@@ -120,20 +184,46 @@ def _refuse_older(directory: str, generation: str) -> None:
                 os.unlink(os.path.join(directory, name))
 
 
-def _laid_down_by(name: str) -> str | None:
+_LAID_DOWN: Final = tuple(f".{name}" for name in (names.MANIFEST, names.OLD_MANIFEST, names.COMMIT_MARKER))
+
+
+def laid_down_by(name: str) -> str | None:
     """The generation in the name of a file that is about to be renamed; None: it is no such file."""
     parts = name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 2)
     is_one = name.endswith(TEMPORARY_SUFFIX) and len(parts) == 3
-    return parts[1] if is_one and parts[0] in (f".{names.MANIFEST}", f".{names.COMMIT_MARKER}") else None
+    return parts[1] if is_one and parts[0] in _LAID_DOWN else None
 
 
 def committed_as(directory: str) -> str | None:
-    """Generation that the manifest of a directory names; None where it is not one of ours."""
+    """Generation that the manifest of a directory names; None where Pillion has none there."""
     try:
-        with open(os.path.join(directory, names.MANIFEST), "rb") as file:
-            return manifest.decode_manifest(file.read()).generation
+        return manifest.decode_manifest(read_manifest(directory)).generation
     except (OSError, manifest.ManifestError):
         return None
+
+
+def read_manifest(directory: str) -> bytes:
+    """
+    The manifest of a directory.
+
+    Raises:
+        FileNotFoundError: there is none; a file of its old name that is no manifest does not count.
+        OSError.
+    """
+    try:
+        with open(os.path.join(directory, names.MANIFEST), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        with open(os.path.join(directory, names.OLD_MANIFEST), "rb") as file:
+            data = file.read()
+        if not manifest.is_manifest(data):
+            raise
+        return data
+
+
+def is_committed_as(directory: str, generation: str) -> bool:
+    """Whether this very save is what the directory holds committed."""
+    return committed_as(directory) == generation and os.path.exists(os.path.join(directory, names.COMMIT_MARKER))
 
 
 def make_manifest(
@@ -226,7 +316,8 @@ def finish(directory: str, *, generation: str | None = None) -> manifest.Manifes
             size_bytes=sum(length for p in parts for length in p.files.values()),
             metadata=metadata,
         )
-        publish(directory, made, metadata)
+        files = {name: length for part in parts for name, length in part.files.items()}
+        publish(directory, made, metadata, files | {reference.name: reference.length for _, reference in found[each]})
         return made
     return None
 
@@ -236,6 +327,29 @@ def _length(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return -1
+
+
+def generation_text(generation: int, number: int) -> str:
+    """
+    What every file name of a save carries, so that no name is ever written twice: the session's generation, and the save's own number
+    within it (see `save_number`; 0 is left out).
+    """
+    return f"{generation}-{number}" if number else str(generation)
+
+
+def save_number(epoch: int, *, rescued: bool) -> int:
+    """
+    The number of a save within its session and step. Steps only grow between two loads, so that the loads tell apart what is saved again
+    after a rollback. A snapshot that was rescued may be saved again by its trainers within the same epoch: it has a number of its own,
+    the smaller one, as it comes first.
+    """
+    return 2 * epoch + (0 if rescued else 1)
+
+
+def order_of(generation: str) -> Order:
+    """The order of a checkpoint, from the generation in its manifest. Pure."""
+    first, *rest = generation_order(generation)
+    return max(first, 0), max(rest[0], 0) // 2 if rest else 0
 
 
 def generation_order(generation: str) -> tuple[int, ...]:
@@ -282,7 +396,7 @@ def newest_generation(root: str) -> int:
     return max([0, *map(_number, entries)])
 
 
-NEWEST: str = "newest.json"
+NEWEST: Final = "newest.json"
 """Below names.INTERNAL_DIR: which step was committed last, so that its loss is noticed."""
 
 
@@ -318,3 +432,50 @@ def fence(root: str, generation: int) -> None:
     newest = newest_generation(root)
     if newest > generation:
         raise CommitError(f"generation {generation} is fenced off: generation {newest} has begun on {root}")
+
+
+VERIFIED: Final = "verified.json"
+"""Below names.INTERNAL_DIR: which checkpoint a load has read and verified last."""
+
+
+def note_verified(root: str, step: int) -> None:
+    """
+    Write down that every byte of `step` was read from storage and matched its digest: retention keeps it.
+
+    Raises:
+        OSError.
+    """
+    text = json.dumps({"step": step, "generation": committed_as(os.path.join(root, names.step_directory(step)))})
+    path = os.path.join(root, names.INTERNAL_DIR, VERIFIED)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    directio.replace_file(path, text.encode())
+
+
+def verified(root: str) -> set[int]:
+    """The step that a load has verified last, while it is still the checkpoint that it was then; else none."""
+    try:
+        with open(os.path.join(root, names.INTERNAL_DIR, VERIFIED), "rb") as file:
+            document = json.loads(file.read())
+        step, generation = int(document["step"]), document["generation"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return set()
+    return {step} if committed_as(os.path.join(root, names.step_directory(step))) == generation else set()
+
+
+WRITTEN: Final = "written"
+"""Below names.INTERNAL_DIR: which files a `StorageWriter` by name has left of each step; it leaves no manifest."""
+
+
+def written_record(root: str, step: int) -> str:
+    return os.path.join(root, names.INTERNAL_DIR, WRITTEN, f"{step}.json")
+
+
+def written(root: str, step: int) -> tuple[str, list[str]] | None:
+    """Generation and files of a step that a `StorageWriter` by name has written; None: not noted."""
+    try:
+        with open(written_record(root, step), "rb") as file:
+            document = json.loads(file.read())
+        files = [os.path.basename(str(name)) for name in document["files"]]
+        return str(document["generation"]), [name for name in files if name not in ("", ".", "..")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

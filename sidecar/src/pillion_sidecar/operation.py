@@ -236,6 +236,7 @@ class Operations:
             "persist": save.persist,
             "destination": save.destination,
             "sequence": save.step + 1 if save.destination else 0,
+            "rescued": save.rescued,
             # As the policy is now: it may have changed since the session was opened.
             "retention": policy.dump(pod.policy)["retention"],
             "repeated": repeated,
@@ -289,10 +290,21 @@ class Operations:
         message = {"type": "rescue", "held": held, "persisted": persisted, "calls": calls}
         return rescue.Agreed.from_document(await self._run(pod, message))
 
-    async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool) -> None:
+    async def retain(self, pod: Pod, current: int, slice_s: float) -> bool:
+        """
+        (coordinator) Remove for `slice_s` what the policy does not keep after the commit of `current`; whether something may be left.
+
+        Raises:
+            PillionError: the executor died, or hangs in it; nothing else is lost.
+        """
+        about = {"current": current, "slice_s": slice_s, "retention": policy.dump(pod.policy)["retention"]}
+        return bool((await self._run(pod, {"type": "retain", **about}))["more"])
+
+    async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool, rescued: bool) -> None:
         """Tell the other pods that this one has no part in `step`."""
+        about = {"step": step, "persist": persist, "rescued": rescued, "error": error.to_document()}
         try:
-            await self._run(pod, {"type": "withdraw", "step": step, "persist": persist, "error": error.to_document()})
+            await self._run(pod, {"type": "withdraw", **about})
         except PillionError as err:
             _log.info("step %d was withdrawn: %s", step, err)
 

@@ -35,6 +35,8 @@ PERSIST_ATTEMPTS: Final = 2
 """How often one snapshot is handed to an executor that dies with it: a snapshot that kills two would kill a third."""
 RESCUES_REPEATED: Final = 3
 """How often in a session a pod that others waited for in vain calls them again: an executor that dies each time dies of the rescue."""
+RETENTION_SLICE_S: Final = 1.0
+"""How long retention works before saves and loads get their turn; one file may take longer."""
 REMEMBERED_RESCUES: Final = 64
 """Calls to a rescue that were answered: each is heard by whoever made it, too."""
 
@@ -54,14 +56,16 @@ class Persisting:
         self._trainers = trainers
         self._operations = operations
         self._on_release = on_release
-        self._withdrawn: list[tuple[int, bool, ErrorDocument]] = []
+        self._withdrawn: list[tuple[int, bool, bool, ErrorDocument]] = []
         self._calls: dict[str, None] = {}
         """To a rescue, by other pods or by this one, that are not answered yet; in their order."""
         self._calling = 0
         self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
         self._repeated = 0
         """Rescues of this session that this pod called for again."""
-        self._at_work = self._agreeing = False
+        self._at_work = self._agreeing = self._retaining = False
+        self._retain_after: int | None = None
+        """Retention is owed for the commit of this step; nobody waits for it but the end of the session."""
         self._tasks: background.Tasks | None = None
         trainers.on_rescue = self.rescue_called
         self._wake = asyncio.Event()
@@ -75,11 +79,11 @@ class Persisting:
         """There may be something to do."""
         self._wake.set()
 
-    def withdraw(self, step: int, error: SaveError, *, persist: bool) -> None:
+    def withdraw(self, step: int, error: SaveError, *, persist: bool, rescued: bool = False) -> None:
         """Other pods wait for this one's part of `step`: tell them that it never comes."""
         pod = self._trainers.pod
         if pod is not None and len(pod.identity.pods) > 1:
-            self._withdrawn.append((step, persist, ErrorDocument.from_exception(error)))
+            self._withdrawn.append((step, persist, rescued, ErrorDocument.from_exception(error)))
             self.wake()
 
     def _rescuable(self) -> Save | None:
@@ -192,7 +196,8 @@ class Persisting:
         if pod is None:
             return False
         phases = {save.phase for save in pod.table.saves.values() if not save.failures}
-        waiting = bool(self._withdrawn) or bool(self._calls) or self._calling > 0 or self._at_work
+        at_work = self._at_work and not self._retaining
+        waiting = bool(self._withdrawn) or bool(self._calls) or self._calling > 0 or at_work
         return waiting or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
 
     async def quiet(self, timeout_s: float) -> bool:
@@ -201,6 +206,16 @@ class Persisting:
             async with asyncio.timeout(timeout_s), self._quiet:
                 await self._quiet.wait_for(lambda: not self.busy())
         return not self.busy()
+
+    def retains(self) -> bool:
+        """Whether retention is owed."""
+        return self._retain_after is not None
+
+    async def tidied(self, timeout_s: float) -> None:
+        """Wait until retention is done, too. Blocks: up to timeout_s; what is left then, the next session removes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._quiet:
+                await self._quiet.wait_for(lambda: not self.retains())
 
     async def settled(self, timeout_s: float) -> None:
         """
@@ -238,15 +253,31 @@ class Persisting:
         if pod is None:
             return None
         if self._withdrawn:
-            step, persist, error = self._withdrawn.pop(0)
-            return self._operations.withdraw(pod, step, error, persist=persist)
+            step, persist, rescued, error = self._withdrawn.pop(0)
+            return self._operations.withdraw(pod, step, error, persist=persist, rescued=rescued)
         for save in sorted(pod.table.saves.values(), key=lambda s: s.order):
             if save.phase is Phase.COMPLETE and not save.failures:
                 pod.table.start_persist(save)
                 return self._persist(pod, save)
         if self._calls:
             return self._rescue(pod)
+        if self._retain_after is not None:
+            return self._retain(pod, self._retain_after)
         return None
+
+    async def _retain(self, pod: Pod, step: int) -> None:
+        """One slice of retention. It fails no save: what stays is tried again after the next commit."""
+        self._retaining, more = True, False
+        async with self._quiet:
+            self._quiet.notify_all()
+        try:
+            more = await self._operations.retain(pod, step, RETENTION_SLICE_S)
+        except PillionError as err:
+            _log.warning("retention after step %d was cut short: %s", step, err, extra={"step": step})
+        finally:
+            self._retaining = False
+            if not more and self._retain_after == step:
+                self._retain_after = None
 
     async def _persist(self, pod: Pod, save: Save) -> None:
         pod.mark(save, arena.SlotState.PERSISTING)
@@ -267,7 +298,7 @@ class Persisting:
                 error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 if err.kind == STORAGE:
                     # Not once more: it would stand still again, and what comes after may go to a storage that works.
-                    self.withdraw(save.step, error, persist=wanted)
+                    self.withdraw(save.step, error, persist=wanted, rescued=wanted and save.snapshot)
                     break
             except ExecutorDied as err:
                 failure = RemoteFailure("ExecutorDied", str(err))
@@ -297,11 +328,13 @@ class Persisting:
         elif outcome is None:
             self.report_failed(save, error or SaveError("the save failed", step=save.step))
         else:
-            self._committed(save, outcome)
+            self._committed(pod, save, outcome)
 
-    def _committed(self, save: Save, outcome: Mapping[str, Any]) -> None:
+    def _committed(self, pod: Pod, save: Save, outcome: Mapping[str, Any]) -> None:
         if save.persist:
             self._journal.committed(save.step, outcome)
+            if save.destination is None and pod.identity.local_ranks[0] == 0 and pod.policy.storage.writer is None:
+                self._retain_after = save.step
         else:
             self._journal.snapshot()
         _log.info(

@@ -170,7 +170,7 @@ class Pod:
                 self.segments[rank].write_state(slot, arena.SlotState.SEALED)
             persisted = all(arena.Flag.PERSISTED in headers[rank].flags for rank in ranks)
             snapshot = any(arena.Flag.SNAPSHOT in headers[rank].flags for rank in ranks)
-            save = Save(first.step, slot, 0, persist=not snapshot, destination=None, sealed=set(ranks))
+            save = Save(first.step, slot, 0, not snapshot, None, sealed=set(ranks), snapshot=snapshot)
             # Of trainers that are gone, the other pods may hold other steps: the load agrees on one, and a rescue persists that.
             alone, same = len(self.identity.pods) == 1, first.session.hex() == self.identity.session
             concluded = any(arena.Flag.CONCLUDED in headers[rank].flags for rank in ranks)

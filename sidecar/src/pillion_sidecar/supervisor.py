@@ -36,6 +36,8 @@ T = TypeVar("T")
 LAST_SAVE_S: Final = 10.0
 """How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
 storage as it is: they may hang."""
+TIDY_S: Final = 10.0
+"""How long trainers that say goodbye wait for retention: it is seconds behind the last commit, and what is left then can wait."""
 POLL_S: Final = 0.1
 PARTING_S: Final = 10.0
 """How long a hello waits for what a dead trainer had said last to be read: a few messages."""
@@ -374,6 +376,7 @@ class Supervisor:
         if all(other.said_goodbye for other in trainers.clients.values()):
             self.persisting.rescue()
         drained = await self.persisting.quiet(drain_s)
+        await self.persisting.tidied(min(drain_s, TIDY_S))
         if trainers.clients.get(client.rank) is client:
             del trainers.clients[client.rank]
         trainers.crashed = trainers.crashed or not messages.field(message, "clean", bool, True)
@@ -411,6 +414,7 @@ class Supervisor:
             "executor_pid": self.operations.executor_pid,
             "pid": os.getpid(),
             "draining": self.journal.terminating,
+            "retaining": self.persisting.retains(),
             "policy_generation": self.governing.generation,
             "saves": [
                 {"step": s.step, "slot": s.slot, "phase": s.phase.value, "persisted": s.persisted}

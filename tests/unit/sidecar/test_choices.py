@@ -1,10 +1,12 @@
 """The pure decisions of loading and retention."""
 
+from typing import Final
+
 import pytest
 
 import pillion
 from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar import retention
+from pillion_sidecar import catalog, retention
 from pillion_sidecar.executor import load
 
 
@@ -76,4 +78,40 @@ def test_retention_keeps_what_the_policy_says_and_never_the_future(
     policy: Retention, current: int, removed: list[int]
 ) -> None:
     """A step ahead of the one just committed belongs to somebody else, and stays."""
-    assert retention.choose([10, 20, 30, 40], policy, current=current) == removed
+    committed = dict.fromkeys([10, 20, 30, 40], (1, 0))
+    assert retention.choose(committed, policy, current=current) == removed
+
+
+ROLLED_BACK: Final = {100: (1, 0), 200: (1, 0), 300: (1, 0), 150: (1, 1)}
+"""Training went back from 300 to 100, and has saved 150 since."""
+
+
+def test_the_line_is_what_led_to_the_checkpoint_that_was_committed_last() -> None:
+    """Steps that training went back behind are off it, in this session or one before."""
+    assert retention.line(ROLLED_BACK) == [100, 150]
+    assert retention.line({**ROLLED_BACK, 50: (2, 0)}) == [50]
+    assert retention.line({10: (1, 0), 20: (2, 0), 30: (2, 1)}) == [10, 20, 30]
+    assert retention.line({}) == []
+
+
+@pytest.mark.parametrize(
+    ("later", "keep", "removed"),
+    [
+        ({}, [], []),
+        ({250: (1, 1)}, [], [100, 200]),
+        ({250: (1, 1)}, [100], [200]),
+        ({310: (1, 1), 320: (1, 1)}, [], [100, 150, 200, 300]),
+    ],
+)
+def test_what_a_rollback_left_stays_until_training_has_passed_it_and_never_counts(
+    later: dict[int, tuple[int, int]], keep: list[int], removed: list[int]
+) -> None:
+    """keepLast: 2 counts the checkpoints that led to the newest; one that a load has verified stays besides."""
+    committed = {**ROLLED_BACK, **later}
+    current = max(later, default=150)
+    assert retention.choose(committed, Retention(keep_last=2), current=current, keep=keep) == removed
+
+
+def test_what_another_program_wrote_is_as_old_as_the_newest_of_ours_below_it() -> None:
+    """It has no generation: a larger step is newer, unless Pillion has gone back behind it."""
+    assert catalog.ordered({1: None, 5: (2, 0), 7: None, 9: (1, 0)}) == {1: (0, 0), 5: (2, 0), 7: (2, 0), 9: (1, 0)}

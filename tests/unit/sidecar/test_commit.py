@@ -1,12 +1,15 @@
 """Commits, fences and interrupted commits on a real directory."""
 
+import dataclasses
+import re
+import threading
 from pathlib import Path
 
 import pytest
 
 import pillion
 from pillion.wire import names
-from pillion_sidecar import catalog, commit
+from pillion_sidecar import catalog, commit, retention
 from support.parts import write_part
 
 
@@ -80,3 +83,89 @@ def test_generations_grow_and_an_older_attempt_is_fenced_off(tmp_path: Path) -> 
     commit.fence(str(tmp_path), second)
     with pytest.raises(pillion.CommitError, match="fenced off"):
         commit.fence(str(tmp_path), first)
+
+
+@pytest.mark.parametrize("fault", ["a data file is elsewhere", "a part is elsewhere", "a data file is short"])
+def test_a_commit_is_looked_at_and_not_believed(tmp_path: Path, fault: str) -> None:
+    """What a pod reported and what is not in the directory with its length ends the commit, by name; what was there stays."""
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    for rank in range(2):
+        write_part(folder, rank, world_size=2, generation="1")
+    before = commit.finish(str(folder))
+    for rank in range(2):
+        write_part(folder, rank, world_size=2, generation="2")
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if ".2." in path.name}
+    assert len(files) == 4
+    lost = names.part_file(1, "2") if fault == "a part is elsewhere" else names.data_file(1, 0, "2")
+    if fault == "a data file is short":
+        (folder / lost).write_bytes(b"short")
+    else:
+        (folder / lost).unlink()
+    assert before is not None
+    newer = dataclasses.replace(before, generation="2")
+    with pytest.raises(commit.FilesMissing, match=re.escape(lost)) as raised:
+        commit.publish(str(folder), newer, b"metadata", files, late_s=0.0)
+    assert set(raised.value.files) == {lost}
+    assert commit.committed_as(str(folder)) == "1"
+    assert catalog.read(str(folder), 5).chunks["w"][1].file == names.data_file(1, 0, "1")
+    assert not [path for path in folder.iterdir() if path.name.endswith(commit.TEMPORARY_SUFFIX)]
+
+
+def test_a_file_that_a_network_file_system_shows_late_is_waited_for(tmp_path: Path) -> None:
+    """It appears between two looks."""
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    write_part(folder, 0, world_size=1)
+    made = commit.finish(str(folder))
+    assert made is not None
+    late = folder / names.data_file(9, 0, "1")
+    appears = threading.Timer(commit.LATE_NAMES_PAUSE_S, late.write_bytes, (b"late",))
+    appears.start()
+    commit.publish(str(folder), made, b"metadata", {late.name: 4})
+    appears.join()
+    assert (folder / names.COMMIT_MARKER).read_bytes() == b"metadata"
+
+
+def test_no_two_saves_of_a_step_have_a_name_in_common(tmp_path: Path) -> None:
+    """Not after a load of an older one, not beside the rescue of a snapshot, not in another session; and the later one is the newer."""
+    made = [
+        commit.generation_text(generation, commit.save_number(epoch, rescued=rescued))
+        for generation in (1, 2)
+        for epoch in (0, 1, 2)
+        for rescued in (True, False)
+    ]
+    assert len(set(made)) == len(made)
+    assert made == sorted(made, key=commit.generation_order)
+    assert [commit.order_of(each) for each in made] == [(g, e) for g in (1, 2) for e in (0, 1, 2) for _ in range(2)]
+
+
+def test_a_manifest_of_its_old_name_is_read_and_a_users_file_of_that_name_is_not(tmp_path: Path) -> None:
+    """Checkpoints of releases before stay readable; `manifest.json` is a common name."""
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    write_part(folder, 0, world_size=1)
+    commit.finish(str(folder))
+    (folder / names.MANIFEST).rename(folder / names.OLD_MANIFEST)
+    assert commit.committed_as(str(folder)) == "1"
+    assert catalog.read(str(folder), 5).native
+    (folder / names.OLD_MANIFEST).write_text('{"weights": "mine"}')
+    assert commit.committed_as(str(folder)) is None
+    write_part(folder, 0, world_size=1, generation="2")
+    assert commit.finish(str(folder)) is not None
+    retention.remove_older_files(str(folder), "2")
+    assert (folder / names.OLD_MANIFEST).read_text() == '{"weights": "mine"}'
+
+
+def test_a_file_of_a_steps_name_is_no_checkpoint_and_in_nobodys_way(tmp_path: Path) -> None:
+    """Neither a listing nor the look for interrupted commits fails by it."""
+    (tmp_path / "step-7").write_text("notes")
+    write(tmp_path / "step-5")
+    assert catalog.steps(str(tmp_path)) == {5: False}
+    assert catalog.finish_interrupted(str(tmp_path)) == [5]
+    assert catalog.newest(str(tmp_path)) is not None
+
+
+def write(folder: Path) -> None:
+    folder.mkdir()
+    write_part(folder, 0, world_size=1)

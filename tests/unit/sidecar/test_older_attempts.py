@@ -74,7 +74,9 @@ def test_what_a_newer_attempt_has_written_into_is_put_back(tmp_path: Path) -> No
     for step, generation in ((1, "1"), (2, "2"), (3, "1")):
         write(tmp_path / f"step-{step}", generation)
         commit.finish(str(tmp_path / f"step-{step}"))
-    assert retention.apply(str(tmp_path), Retention(keep_last=1), current=3, generation=1) == [1, 2]
+    assert retention.apply(str(tmp_path), Retention(keep_last=1), current=3, generation=1) == [1]
+    for _ in retention.remove(str(tmp_path / "step-2"), generation=1):
+        pytest.fail("something of a newer attempt was removed")
     assert catalog.steps(str(tmp_path)) == {2: True, 3: True}
     assert catalog.read(str(tmp_path / "step-2"), 2).step == 2
 
@@ -101,7 +103,8 @@ def test_a_full_disk_is_pruned_to_what_the_policy_keeps_after_the_save(
         write(tmp_path / f"step-{step}", "1")
         commit.finish(str(tmp_path / f"step-{step}"))
     write(tmp_path / "step-35", "1", world_size=2)
-    retention.make_room(str(tmp_path), Retention(keep_last=keep_last), current=40, generation=1)
+    for _ in retention.make_room(str(tmp_path), Retention(keep_last=keep_last), current=40, generation=1):
+        pass
     assert {step for step, done in catalog.steps(str(tmp_path)).items() if done} == left
     assert not (tmp_path / "step-35").exists()
 

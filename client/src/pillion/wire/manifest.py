@@ -5,7 +5,7 @@ Producer: the executor (parts: every pod; manifest: the coordinator). Consumer: 
 `pillion-sidecar` tools. JSON, UTF-8. Nothing here is a pickle; `.metadata` beside it is what stock DCP reads.
 
     part-<first rank>.<generation>.json   what the ranks of one pod wrote: every chunk, where it lies, its digest
-    manifest.json                         which parts make the checkpoint; names and digests only, so that a commit costs
+    pillion-manifest.json                 which parts make the checkpoint; names and digests only, so that a commit costs
                                           the same whatever the number of tensors
     .metadata                             the commit marker
 
@@ -223,6 +223,15 @@ class Manifest:
             },
             separators=(",", ":"),
         ).encode()
+
+
+def is_manifest(data: bytes) -> bool:
+    """Whether these bytes are a manifest, of this release or another, or a damaged one; and not somebody's own file of that name."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "generation", "parts"} <= document.keys()
 
 
 def decode_manifest(data: bytes) -> Manifest:

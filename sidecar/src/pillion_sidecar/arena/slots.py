@@ -45,6 +45,8 @@ class Save:
     filling: set[int] = field(default_factory=set)
     sealed: set[int] = field(default_factory=set)
     failures: dict[int, ErrorDocument] = field(default_factory=dict)
+    snapshot: bool = False
+    """Claimed for memory only; `persist` is set all the same when it is rescued."""
     persisted: bool = False
     sealed_ns: int = 0
     """When it was complete, wall clock, for people."""
@@ -56,6 +58,11 @@ class Save:
     """Found in the arena: a sidecar before this one may have begun to persist it."""
     pins: int = 0
     """Loads that read this slot now."""
+
+    @property
+    def rescued(self) -> bool:
+        """A snapshot for memory that goes to storage, as its trainers are gone."""
+        return self.snapshot and self.persist
 
     @property
     def complete(self) -> bool:
@@ -218,7 +225,7 @@ class SlotTable:
                 return Skipped(reason, first=True)
             return MustWait()
         self._order += 1
-        save = Save(step, slot, self._order, persist, destination, filling={rank})
+        save = Save(step, slot, self._order, persist, destination, filling={rank}, snapshot=not persist)
         self.saves[step] = save
         return Replaced(save, victim) if victim is not None else Granted(save)
 

@@ -13,18 +13,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, Final
 
 from pillion import phases
-from pillion.errors import BarrierTimeout, CommitError
+from pillion.errors import BarrierTimeout, CommitError, PillionError, RemoteFailure
 from pillion.wire import manifest, names
 from pillion_sidecar import commit, retention
 from pillion_sidecar.executor import exchange, planning, remote_failures
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.share import RankPlace, generation_text
+from pillion_sidecar.executor.share import RankPlace, generation_of
 from pillion_sidecar.storage import directio
 
 RETRY_AFTER_S: Final = (1.0, 4.0, 15.0)
@@ -37,7 +38,7 @@ def metadata_of(context: Context, request: Request, phase: str, plan: planning.P
     """(coordinator) `.metadata` of this save; the same bytes as long as plan, lengths and generation are."""
     documents = context.exchange.collect(f"{phase}/plan", context.peer_timeout_s)
     ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
-    generation = generation_text(context.generation, request.sequence)
+    generation = generation_of(context, request)
     key = (plan.plan_id, generation, tuple(tuple(ranks[rank][1]) for rank in sorted(ranks)))
     known = context.metadata.get(key)
     if known is not None:
@@ -100,7 +101,7 @@ def _outcome(
                 return outcome | {"again_s": RETRY_AFTER_S[attempt]}
             context.storage_refuses = context.storage_refuses or refused
             _discard(context, request, directory)
-            return outcome
+            return outcome | {"discarded": True}
         _check_generations(context, request, documents)
         context.watch.storage(f"commit {directory}")
         _commit(context, request, plan, directory, documents, metadata.result())
@@ -111,6 +112,10 @@ def _outcome(
         return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
     except exchange.StoreLost:
         raise
+    except commit.FilesMissing as err:
+        _discard(context, request, directory)
+        failures = remote_failures.documents(_of_files(context, err))
+        return {"failures": failures, "kind": "CommitError", "discarded": True}
     except Exception as err:  # a boundary: the peers wait for the outcome
         outcome = {"failures": remote_failures.documents({0: remote_failures.of_exception(err)}), "kind": "CommitError"}
         if isinstance(err, OSError) and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
@@ -126,18 +131,34 @@ def _check_generations(context: Context, request: Request, documents: Mapping[in
     Raises:
         CommitError: a pod wrote under another generation, so that its files have other names than `.metadata` would say.
     """
-    ours = generation_text(context.generation, request.sequence)
+    ours = generation_of(context, request)
     for first, document in documents.items():
         if document["generation"] != ours:
             raise CommitError(f"rank {first} wrote generation {document['generation']}, the coordinator has {ours}")
 
 
+def _of_files(context: Context, err: commit.FilesMissing) -> dict[int, RemoteFailure]:
+    """The ranks whose files are missing failed, each with what is wrong with its own."""
+    failures: dict[int, RemoteFailure] = {}
+    for name, why in sorted(err.files.items()):
+        data, part = names.parse_data_file(name), names.parse_part_file(name)
+        rank = data[0] if data is not None else part[0] if part is not None else 0
+        text = f"{name} {why} in {err.directory}, where rank 0 commits; all pods of a job need one storage"
+        failures.setdefault(rank, RemoteFailure("CommitError", text))
+    return failures
+
+
 def _make_room(context: Context, request: Request, errnos: set[int | None]) -> None:
     """On a full disk: remove now what the policy removes after this save."""
     if errnos & {errno.ENOSPC, errno.EDQUOT} and context.root and request.destination is None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PillionError):
             commit.fence(context.root, context.generation)
-            retention.make_room(context.root, context.retention, current=request.step, generation=context.generation)
+            context.watch.storage("make room")
+            room = retention.make_room(
+                context.root, context.retention, current=request.step, generation=context.generation
+            )
+            for _ in room:
+                context.watch.moved()
 
 
 def _commit(
@@ -151,7 +172,11 @@ def _commit(
     phases.reach(phases.Phase.COMMIT, path=directory)
     if context.root:
         commit.fence(context.root, context.generation)
-    generation = generation_text(context.generation, request.sequence)
+    generation = generation_of(context, request)
+    if request.repeated and commit.is_committed_as(directory, generation):
+        return
+    if request.destination is None:
+        _refuse_strangers(directory)
     pods = {pod[0]: pod for pod in context.pods}
     parts = [
         manifest.PartReference(str(d["part"]), pods[first], str(d["digest"]), int(d["length"]))
@@ -169,26 +194,62 @@ def _commit(
         started_ns=request.started_ns,
         cause=request.cause,
     )
-    commit.publish(directory, made, metadata)
+    files = {str(d["part"]): int(d["length"]) for d in documents.values()}
+    for document in documents.values():
+        files |= {str(name): int(length) for name, length in document["files"].items()}
+    commit.publish(directory, made, metadata, files)
     with contextlib.suppress(OSError):
         directio.fsync_directory(os.path.dirname(directory))
         if context.root and request.destination is None:
             commit.remember(context.root, request.step, generation)
 
 
-def retain(context: Context, request: Request, directory: str) -> None:
-    """(coordinator) Remove what the policy does not keep. After the outcome is told: some file systems take 0.2 s a GiB."""
-    context.watch.storage("retention")
+def _refuse_strangers(directory: str) -> None:
+    """
+    Raises:
+        CommitError: another program has committed a checkpoint in this directory of the root.
+    """
+    if os.path.exists(os.path.join(directory, names.COMMIT_MARKER)) and commit.committed_as(directory) is None:
+        raise CommitError(
+            f"{directory} holds a checkpoint that Pillion did not write: it stays as it is; move it away to save here"
+        )
+
+
+def forget_older(context: Context, request: Request, directory: str) -> None:
+    """(coordinator) Remove the files of older saves from a directory that was written again."""
     with contextlib.suppress(OSError):
-        phases.reach(phases.Phase.RETAIN, path=directory)
-        retention.remove_older_files(directory, generation_text(context.generation, request.sequence))
-        if context.root and request.destination is None:
-            retention.apply(context.root, context.retention, current=request.step, generation=context.generation)
+        retention.remove_older_files(directory, generation_of(context, request))
+
+
+def retain(context: Context, current: int, slice_s: float) -> bool:
+    """
+    (coordinator) Remove what the policy does not keep, for `slice_s`; whether something may be left.
+
+    A request of its own, behind the saves: some file systems take 0.2 s a GiB, and the outcome is known already. Each file
+    moves the watch on, so that slow is never taken for hung.
+
+    Raises:
+        OSError: the root cannot be listed.
+    """
+    context.watch.storage("retention")
+    phases.working_on(current)
+    phases.reach(phases.Phase.RETAIN, path=context.step_path(current))
+    until = time.monotonic() + slice_s
+    try:
+        for _ in retention.tidy(context.root, context.retention, current=current, generation=context.generation):
+            context.watch.moved()
+            if time.monotonic() > until:
+                return True
+        return False
+    finally:
+        context.watch.idle()
 
 
 def _discard(context: Context, request: Request, directory: str) -> None:
-    """A save that failed leaves nothing behind, unless the directory holds a committed checkpoint of before."""
-    generation = generation_text(context.generation, request.sequence)
+    """A save that failed leaves nothing behind. What other saves have written into the directory stays: it has other names."""
+    generation = generation_of(context, request)
+    if commit.is_committed_as(directory, generation):
+        return
     try:
         for name in os.listdir(directory):
             data, part = names.parse_data_file(name), names.parse_part_file(name)

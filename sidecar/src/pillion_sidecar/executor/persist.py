@@ -26,7 +26,7 @@ from pillion_sidecar import catalog, commit
 from pillion_sidecar.executor import conclude, images, planning, remote_failures
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.share import Share, directory_of, generation_text
+from pillion_sidecar.executor.share import Share, directory_of, generation_of
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +48,14 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         exchange.StoreLost: see `context.with_failover`.
     """
     phases.working_on(request.step)
-    phase = phase_of(context, request.step, persist=request.persist)
+    phase = phase_of(context, request.step, persist=request.persist, rescued=request.rescued)
     started = time.monotonic()
-    if request.persist and context.store_lost and (outcome := _found_complete(context, request)) is not None:
-        return outcome
+    # Nobody waits for this pod's part of what is found complete: there are no others, or they look for it as well.
+    alone = len(context.pods) == 1 and request.repeated
+    if request.persist and (context.store_lost or alone):
+        outcome = _found_complete(context, request)
+        if outcome is not None:
+            return outcome
     pictures, failures = read_slots(context, request)
     plan = _agree(context, request, phase, pictures, failures)
     if not request.persist:
@@ -79,10 +83,12 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
             _log.warning("step %d is tried again in %.0f s: %s", request.step, outcome["again_s"], outcome["failures"])
             time.sleep(float(outcome["again_s"]))
             attempt += 1
+    if outcome.get("discarded"):
+        share.discard()
     remote_failures.raise_told(outcome, request.step)
     commit_s = time.monotonic() - durable
     if context.coordinator:
-        conclude.retain(context, request, share.directory)
+        conclude.forget_older(context, request, share.directory)
     return {
         "path": share.directory,
         "size_bytes": int(outcome["size_bytes"]),
@@ -93,33 +99,35 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
 
 def _found_complete(context: Context, request: Request) -> dict[str, Any] | None:
     """
-    The outcome of a save that the lost store left behind whole: committed already, or with every part written.
+    The outcome of a save that the lost store, or an executor that died, left behind whole: committed already, or with every part written.
 
-    Called from: any pod; whoever finds it complete commits it.
+    Called from: any pod; the one that finds it complete commits it.
     """
     directory = directory_of(context, request)
-    ours = generation_text(context.generation, request.sequence)
+    ours = generation_of(context, request)
     try:
-        if commit.committed_as(directory) != ours or not os.path.exists(os.path.join(directory, names.COMMIT_MARKER)):
+        if not commit.is_committed_as(directory, ours):
             if context.root:
                 commit.fence(context.root, context.generation)
             if commit.finish(directory, generation=ours) is None:
                 return None
             _log.warning("step %d was complete without its commit: it is committed now", request.step)
+            if context.root and request.destination is None:
+                commit.remember(context.root, request.step, ours)
         size_bytes = catalog.size_bytes(directory)
     except (OSError, CommitError):
         return None
     return {"path": directory, "size_bytes": size_bytes, "persist_s": 0.0, "commit_s": 0.0}
 
 
-def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool) -> None:
+def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool, rescued: bool = False) -> None:
     """
     This pod has no part in `step`: end it on every pod, without waiting for the bound.
 
     Raises:
         SaveError: always, with the failures that every pod now knows.
     """
-    phase = phase_of(context, step, persist=persist)
+    phase = phase_of(context, step, persist=persist, rescued=rescued)
     local = {rank: RemoteFailure(error.kind, error.message) for rank in context.local_ranks}
     failures = {rank: failure for rank, failure in error.failures.items() if rank in local} or local
     documents = remote_failures.documents(failures)
@@ -149,7 +157,7 @@ def check_destination(context: Context, request: Request) -> None:
         problem = LookupError(f"where step {request.step} was to go went with the sidecar that was told it")
     elif destination is not None and destination.get("overwrite") is False:
         directory = str(destination["path"])
-        ours = generation_text(context.generation, request.sequence)
+        ours = generation_of(context, request)
         # A successor repeats the save of an executor that died, which may have committed it.
         if os.path.exists(os.path.join(directory, names.COMMIT_MARKER)) and commit.committed_as(directory) != ours:
             problem = RuntimeError(f"Checkpoint already exists and overwrite=False: {directory}")
@@ -158,10 +166,11 @@ def check_destination(context: Context, request: Request) -> None:
         withdraw(context, request.step, ErrorDocument("PersistError", str(problem), failures), persist=True)
 
 
-def phase_of(context: Context, step: int, *, persist: bool) -> str:
-    # A step comes again after a load of an older one, and a snapshot comes again when its trainer died: neither may meet
-    # the keys of the time before. Every pod counts the same loads.
-    return f"{'save' if persist else 'snapshot'}/{context.epoch}/{step}"
+def phase_of(context: Context, step: int, *, persist: bool, rescued: bool = False) -> str:
+    # A step comes again after a load of an older one, a snapshot comes again when its trainer died, and its successors save
+    # that step once more: none may meet the keys of the time before. Every pod counts the same loads.
+    kind = "rescued" if rescued else "save" if persist else "snapshot"
+    return f"{kind}/{context.epoch}/{step}"
 
 
 # --- agreeing on the plan --------------------------------------------------------------------------------------------

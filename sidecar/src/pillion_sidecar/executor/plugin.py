@@ -444,7 +444,10 @@ class _Save:
 
         _, failures = self._each(finish, context.persist_timeout_s, [0])
         if self._retained and not failures:
-            commit.remember(context.root, self._step, str(context.generation))
+            number = commit.save_number(context.epoch, rescued=False)
+            generation = commit.generation_text(context.generation, number)
+            commit.remember(context.root, self._step, generation)
+            retention.note_written(context.root, self._step, generation)
             _retain(context, self._step)
         return {"failures": remote_failures.documents(failures), "size_bytes": count_bytes(results.values())}
 
@@ -477,10 +480,13 @@ def count_bytes(results: Iterable[object]) -> int:
 
 def _retain(context: Context, current: int) -> None:
     """Remove what the policy does not keep. A directory without DCP's marker is the writer's business, and stays."""
-    committed = [step for step, done in catalog.steps(context.root).items() if done]
-    for step in retention.choose(committed, context.retention, current=current):
+    chosen = retention.choose(
+        catalog.committed(context.root), context.retention, current=current, keep=commit.verified(context.root)
+    )
+    for step in chosen:
         try:
-            retention.remove(context.step_path(step), generation=context.generation)
+            for _ in retention.remove_written(context.root, step):
+                context.watch.moved()
         except OSError as err:
             _log.warning("retention: step %d stays for now: %s", step, err)
 

@@ -23,6 +23,8 @@ class Request:
     """Distinguishes saves to one directory; 0 where each step has its own."""
     started_ns: int = 0
     """When the save began, wall clock; 0: nobody knows."""
+    rescued: bool = False
+    """It was a snapshot for memory only, and its trainers are gone."""
     repeated: bool = False
     """Another executor may have begun it: peers may be ahead by an attempt."""
     cause: str = ""
@@ -37,6 +39,7 @@ class Request:
             destination=document.get("destination"),
             sequence=int(document.get("sequence", 0)),
             started_ns=int(document.get("started_ns", 0)),
+            rescued=bool(document.get("rescued", False)),
             repeated=bool(document.get("repeated", False)),
             cause=str(document.get("cause", "")),
         )

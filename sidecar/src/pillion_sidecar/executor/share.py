@@ -7,6 +7,7 @@ Called from: `persist` (every pod), `conclude` (the coordinator computes where e
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from concurrent import futures
 from typing import Any, Final
 
 from pillion.wire import layout, manifest, names
+from pillion_sidecar import commit
 from pillion_sidecar.executor import images, planning, remote_failures
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -31,7 +33,10 @@ class Share:
         self.plan = plan
         self.step = request.step
         self.directory = directory_of(context, request)
-        self.generation = generation_text(context.generation, request.sequence)
+        self.generation = generation_of(context, request)
+        self._repeated = request.repeated
+        self._made: set[str] = set()
+        """Files that this object has begun to write: what it may write again, and remove."""
 
     def write(self, pictures: Mapping[int, images.Image]) -> dict[str, Any]:
         """
@@ -49,6 +54,8 @@ class Share:
     def _write(self, pictures: Mapping[int, images.Image]) -> dict[str, Any]:
         watch = self.context.watch
         watch.storage(f"write {self.directory}")
+        if self._repeated and commit.is_committed_as(self.directory, self.generation):
+            return self._written_before()
         os.makedirs(self.directory, exist_ok=True)
         sys.setswitchinterval(SWITCH_S)
         failures: dict[int, Exception] = {}
@@ -70,25 +77,59 @@ class Share:
                 except Exception as err:  # a boundary, as above
                     failures[rank] = err
         if failures:
-            for name in files:
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.directory, name))
+            self.discard()
             return failed(failures)
         part = describing.result()
         name = names.part_file(self.context.first_rank, self.generation)
         watch.storage(f"write {name}", len(part))
+        self._begin(name)
         directio.replace_file(os.path.join(self.directory, name), part)
         watch.idle()
+        return self._result(name, part, files)
+
+    def _result(self, name: str, part: bytes, files: Mapping[str, int]) -> dict[str, Any]:
         return {
             "failures": {},
             "generation": self.generation,
             "part": name,
             "digest": digest.digest(part),
             "length": len(part),
+            "files": dict(files),
             "size_bytes": sum(files.values()) + len(part),
         }
 
+    def _written_before(self) -> dict[str, Any]:
+        """An executor before this one has brought the save to its commit: nothing that is committed is written again."""
+        name = names.part_file(self.context.first_rank, self.generation)
+        with open(os.path.join(self.directory, name), "rb") as file:
+            part = file.read()
+        return self._result(name, part, manifest.decode_part(part).files)
+
+    def _begin(self, name: str) -> None:
+        """
+        A file is about to be written.
+
+        Raises:
+            FileExistsError: somebody else has written it. No save has the name of another, so that it is none of Pillion's.
+        """
+        path = os.path.join(self.directory, name)
+        if name not in self._made and not self._repeated and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "this save has not written it, and leaves it alone", path)
+        self._made.add(name)
+
+    def discard(self) -> None:
+        """Remove what this save has written here, and the directory when nothing else is in it."""
+        if commit.is_committed_as(self.directory, self.generation):
+            return
+        for name in sorted(self._made):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.directory, name))
+        self._made.clear()
+        with contextlib.suppress(OSError):
+            os.rmdir(self.directory)
+
     def _write_file(self, picture: images.Image, place: RankPlace) -> None:
+        self._begin(place.file)
         watch = self.context.watch
         what = f"write {place.file}"
 
@@ -191,8 +232,10 @@ def directory_of(context: Context, request: Request) -> str:
     return str((request.destination or {}).get("path") or context.step_path(request.step))
 
 
-def generation_text(generation: int, sequence: int) -> str:
-    return f"{generation}-{sequence}" if sequence else str(generation)
+def generation_of(context: Context, request: Request) -> str:
+    """What every file name of this save carries: see `commit.generation_text`."""
+    number = request.sequence or commit.save_number(context.epoch, rescued=request.rescued)
+    return commit.generation_text(context.generation, number)
 
 
 def failed(errors: Mapping[int, Exception]) -> dict[str, Any]:

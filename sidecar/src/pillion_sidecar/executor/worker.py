@@ -32,8 +32,8 @@ from typing import Any, Final
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
 from pillion_sidecar import log
+from pillion_sidecar.executor import conclude, images, load, persist, rescue, signals
 from pillion_sidecar.executor import context as context_module
-from pillion_sidecar.executor import images, load, persist, rescue, signals
 from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.executor.watch import SessionLeft, Watch
@@ -73,6 +73,7 @@ class Worker:
             "load": self._load,
             "withdraw": self._withdraw,
             "rescue": self._rescue,
+            "retain": self._retain,
         }
 
     def serve(self) -> None:
@@ -238,13 +239,19 @@ class Worker:
     def _withdraw(self, request: messages.Message) -> dict[str, Any]:
         context, step = self._opened(), int(request["step"])
         error = ErrorDocument.from_document(request["error"])
-        with_failover(context, lambda: persist.withdraw(context, step, error, persist=bool(request["persist"])))
+        kind = {"persist": bool(request["persist"]), "rescued": bool(request.get("rescued", False))}
+        with_failover(context, lambda: persist.withdraw(context, step, error, **kind))
         return {}
 
     def _rescue(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
         held, persisted, calls = request["held"], request["persisted"], request["calls"]
         return dataclasses.asdict(with_failover(context, lambda: rescue.agree(context, held, persisted, calls)))
+
+    def _retain(self, request: messages.Message) -> dict[str, Any]:
+        context = self._opened()
+        context.retention = policy.parse({"retention": request["retention"]}, embedded=True).retention
+        return {"more": conclude.retain(context, int(request["current"]), float(request["slice_s"]))}
 
     def _load(self, request: messages.Message) -> dict[str, Any]:
         def progress(event: Mapping[str, Any]) -> None:

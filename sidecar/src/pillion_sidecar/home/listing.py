@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pillion.wire import home, manifest, names
-from pillion_sidecar import catalog
+from pillion_sidecar import catalog, commit
 from pillion_sidecar.journal import rfc3339
 from pillion_sidecar.pod import check_root
 
@@ -92,8 +92,7 @@ class Listing:
     def _entry(self, step: int, directory: str, path: str, written_s: float) -> home.CommittedCheckpoint:
         shown = os.path.join(self._name, directory)
         try:
-            with open(os.path.join(path, names.MANIFEST), "rb") as file:
-                of = manifest.decode_manifest(file.read())
+            of = manifest.decode_manifest(commit.read_manifest(path))
         except (FileNotFoundError, manifest.ManifestError):
             # Written by stock DCP, or by a release after this one.
             return home.CommittedCheckpoint(
