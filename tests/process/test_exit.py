@@ -7,6 +7,7 @@ Must never: fork; what is tested is the end of a real interpreter.
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from process.ranks import Ranks, committed
@@ -14,7 +15,7 @@ from support.deadlines import Deadline
 from support.processes import Processes
 
 SCRIPT = """
-import os, signal, sys
+import contextlib, os, signal, sys
 import torch
 import pillion
 
@@ -22,30 +23,39 @@ root, mode = sys.argv[1:]
 checkpointer = pillion.Checkpointer(root, policy={"drain": {"timeoutSeconds": 2}})
 checkpointer.save({"w": torch.ones(1000)}, 1).result(60)
 executor = checkpointer._session.request({"type": "status"}, 10)["executor_pid"]
-if mode == "lost":
+if mode in ("lost", "with"):
     os.kill(executor, signal.SIGSTOP)
-for step in (2, 3):
-    checkpointer.save({"w": torch.full((1000,), float(step))}, step)
+torch.set_num_threads(2)
+with checkpointer if mode == "with" else contextlib.nullcontext():
+    for step in (2, 3):
+        checkpointer.save({"w": torch.full((1000,), float(step))}, step, overlap=mode == "overlapped")
 print("the last line")
 if mode == "error":
     raise RuntimeError("the user's own error")
+if mode == "status":
+    sys.exit(1)
 """
 
 
+@pytest.mark.parametrize("mode", ["drained", "overlapped"])
 def test_saves_in_flight_at_the_end_of_the_script_are_drained(
-    processes: Processes, ranks: Ranks, tmp_path: Path
+    processes: Processes, ranks: Ranks, tmp_path: Path, mode: str
 ) -> None:
-    """The interpreter ends with status 0, all saves are committed, and sidecar and arena are gone."""
-    processes.python("-c", SCRIPT, tmp_path, "drained").check(Deadline.SCRIPT)
+    """The interpreter ends with status 0, all saves are committed, also one that is still copied, and sidecar and arena are gone."""
+    processes.python("-c", SCRIPT, tmp_path, mode).check(Deadline.SCRIPT)
     assert committed(tmp_path) == [1, 2, 3]
     ranks.alone()
 
 
+@pytest.mark.parametrize("mode", ["lost", "with"])
 def test_saves_that_are_lost_at_the_end_are_told_by_the_exit_status(
-    processes: Processes, ranks: Ranks, tmp_path: Path
+    processes: Processes, ranks: Ranks, tmp_path: Path, mode: str
 ) -> None:
-    """With an executor that hangs and a short drain the interpreter ends with 74 and names the steps; the one before stays."""
-    run = processes.python("-c", SCRIPT, tmp_path, "lost")
+    """
+    With an executor that hangs and a short drain the interpreter ends with 74 and names the steps, whether a `with` has closed the
+    Checkpointer or nobody has; the one before stays.
+    """
+    run = processes.python("-c", SCRIPT, tmp_path, mode)
     assert run.wait(Deadline.SCRIPT) == 74, run.tail()
     assert run.stdout == "the last line\n"
     assert "saves lost at exit" in run.stderr
@@ -54,13 +64,14 @@ def test_saves_that_are_lost_at_the_end_are_told_by_the_exit_status(
     assert committed(tmp_path) == [1]
 
 
+@pytest.mark.parametrize("mode", ["error", "status"])
 def test_an_error_of_the_user_keeps_its_own_exit_status_and_the_arena(
-    processes: Processes, ranks: Ranks, tmp_path: Path
+    processes: Processes, ranks: Ranks, tmp_path: Path, mode: str
 ) -> None:
-    """An uncaught exception ends with 1; what was in flight is committed, and a restart loads it from the arena."""
-    run = processes.python("-c", SCRIPT, tmp_path, "error")
+    """An uncaught exception or sys.exit(1) ends with 1; what was in flight is committed, and a restart loads it from the arena."""
+    run = processes.python("-c", SCRIPT, tmp_path, mode)
     assert run.wait(Deadline.SCRIPT) == 1, run.tail()
-    assert "the user's own error" in run.stderr
+    assert ("the user's own error" in run.stderr) == (mode == "error")
     assert committed(tmp_path) == [1, 2, 3]
     opened = ranks.open(tmp_path)
     state = {"w": torch.zeros(1000)}

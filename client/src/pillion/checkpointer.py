@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import os
 import threading
 import time
 import types
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex
 
 import torch.distributed as dist
 
@@ -31,6 +32,10 @@ LATEST_TIMEOUT_S: Final = 60.0
 LEAD_LOCAL_S: Final = 0.25
 LEAD_PODS_S: Final = 2.0
 """How far ahead a time-based save is announced, so that it reaches every rank before its step; within a pod, and across."""
+
+
+STEP_MOST: Final = 2**63 - 1
+"""The arena keeps it in 64 bits."""
 
 
 class Checkpointer:
@@ -62,6 +67,10 @@ class Checkpointer:
         self._closed = False
         self.last_load: LoadReport | None = None
         self._last_step = -1
+        self._last: SaveHandle | None = None
+        """The newest save; None behind a load."""
+        self._last_stored: SaveHandle | None = None
+        """The newest save to storage: it must not be lost unseen."""
         self._group = group.join(
             process_group, environ, ask_policy=lambda environ: storing.policy_of_all(policy, environ)
         )
@@ -89,14 +98,14 @@ class Checkpointer:
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
-    def due(self, step: int) -> bool:
+    def due(self, step: SupportsIndex) -> bool:
         """
         Whether the policy wants a save at this step: its cadence, a save asked for from outside, or the pod's end.
 
         The answer is the same on all ranks at the same step, and costs no communication.
         """
         self._session.check_process()
-        now_s = time.monotonic()
+        step, now_s = _whole(step), time.monotonic()
         answer = self._cadence.due(step, now_s)
         proposal = self._cadence.proposal(step, now_s)
         if proposal is not None:
@@ -107,14 +116,15 @@ class Checkpointer:
         return answer is not cadence.Due.NOT_DUE
 
     def save(
-        self, state_dict: Mapping[str, Any], step: int, *, overlap: bool = False, persist: bool | None = None
+        self, state_dict: Mapping[str, Any], step: SupportsIndex, *, overlap: bool = False, persist: bool | None = None
     ) -> SaveHandle:
         """
         Copy the state into the arena and go on training; the sidecar does the rest.
 
         Args:
             state_dict: nested mapping of anything; tensors (also DTensor, ShardedTensor) are copied, the rest is pickled.
-            step: the training step; it may not go backwards within a run.
+            step: the training step, anything with `__index__`; it may not go backwards within a run. The newest one again is no other
+                save: the first one's handle comes back.
             overlap: return at once and copy beside the next forward and backward pass; the next optimizer step waits for it.
             persist: True to storage, False only to the arena, None as the policy's trigger says for this step.
 
@@ -125,34 +135,42 @@ class Checkpointer:
         Raises:
             Nothing: a failure is on the handle, in the log and in the sidecar's counters.
         """
-        problem = self._refuse_save(step)
-        if problem is not None:
-            handle = SaveHandle(step)
-            _log.error("pillion: save of step %s refused: %s", step, problem)
-            handle.fail(problem)
+        try:
+            step, again = self._check_save(step, persist=persist)
+        except UsageError as err:
+            handle = SaveHandle(step)  # type: ignore[arg-type] # as the caller gave it
+            _log.error("pillion: save of step %s refused: %s", step, err)
+            handle.fail(err)
             return handle
+        if again is not None:
+            return again
         if persist is None:
             persist = self._cadence.due(step, time.monotonic()) is not cadence.Due.SNAPSHOT
         self._last_step = step
-        handle = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
+        handle = self._last = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
         if persist:
+            self._last_stored = handle
             self._cadence.saved(step, time.monotonic())
         return handle
 
-    def _refuse_save(self, step: int) -> UsageError | None:
-        try:
-            self._session.check_process()
-        except UsageError as err:
-            return err
+    def _check_save(self, step: SupportsIndex, *, persist: bool | None) -> tuple[int, SaveHandle | None]:
+        """The step, and the handle of the save that has it already."""
+        self._session.check_process()
         if self._closed:
-            return UsageError("the Checkpointer is closed")
-        if type(step) is not int or step < 0:
-            return UsageError(f"step must be a whole number of at least 0, not {step!r}")
+            raise UsageError("the Checkpointer is closed")
+        step = _whole(step)
+        last = self._last
+        if last is not None and step == last.step:
+            if persist and last is not self._last_stored:
+                raise UsageError(
+                    f"step {step} was saved to memory only: persist=True has to come with the first save of a step"
+                )
+            return step, last
         if step <= self._last_step:
-            return UsageError(
+            raise UsageError(
                 f"step {step} comes after step {self._last_step}: steps only grow; load() an older step to go back to it"
             )
-        return None
+        return step, None
 
     def wait(self, timeout_s: float) -> None:
         """
@@ -166,14 +184,15 @@ class Checkpointer:
         self._saver.wait_staged()
         for handle in self._session.pending():
             try:
-                handle.committed.exception(timeout=max(0.0, deadline - time.monotonic()))
+                # At least a moment: 0 s is no wait, which says nothing of one that is on its way.
+                handle.error(max(0.001, deadline - time.monotonic()))
             except TimeoutError:
                 steps = sorted(each.step for each in self._session.pending())
                 raise TimeoutError(f"saves of steps {steps} are still in flight after {timeout_s} s") from None
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
-    def load(self, state_dict: dict[str, Any], step: int | None = None) -> int | None:
+    def load(self, state_dict: dict[str, Any], step: SupportsIndex | None = None) -> int | None:
         """
         Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
 
@@ -199,12 +218,14 @@ class Checkpointer:
         if not isinstance(state_dict, dict):
             raise UsageError(f"load fills a dict in place, not a {type(state_dict).__name__}")
         self._saver.wait_staged()
-        report, leaves = loading.load(self._session, self._collector, state_dict, step, path=None)
+        wanted = None if step is None else _whole(step)
+        report, leaves = loading.load(self._session, self._collector, state_dict, wanted, path=None)
         self.last_load = report
         for where, why in report.refused.items():
             _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
         # The step loaded may be saved again (a loop that starts at it does); an older one may not.
         self._last_step = -1 if report.step is None else report.step - 1
+        self._last = self._last_stored = None
         if report.step is not None:
             self._cadence.saved(report.step, time.monotonic())
         self._prepare(leaves)
@@ -248,13 +269,19 @@ class Checkpointer:
 
     def in_flight(self) -> list[SaveHandle]:
         """The handles of saves whose outcome is not known yet."""
-        return self._session.pending()
+        pending = self._session.pending()
+        # One that still waits for its slot, beside the training loop, is not known to the session.
+        return pending + [
+            each for each in (self._last,) if each is not None and each not in pending and not each.committed.done()
+        ]
 
     def _close(self, timeout_s: float | None, *, clean: bool) -> None:
         if self._closed or self._session.inherited:
             return
         self._closed = True
-        ending.closed(self)
+        owed = self.in_flight()
+        if self._last_stored is not None and self._last_stored not in owed:
+            owed.append(self._last_stored)
         if self._prepared is not None:
             self._prepared.join(session_module.RESERVE_TIMEOUT_S)
         self._saver.close()
@@ -263,6 +290,8 @@ class Checkpointer:
             self._session.close(drain_s=drain_s, clean=clean)
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
+        finally:
+            ending.closed(self, owed)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -270,7 +299,7 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self._close(None, clean=error is None)
+        self._close(None, clean=error is None or (isinstance(error, SystemExit) and ending.is_success(error.code)))
 
     def _on_event(self, message: messages.Message) -> None:
         if message["type"] == "announced":
@@ -308,6 +337,21 @@ class Checkpointer:
         self._policy = dataclasses.replace(self._policy, drain=now.drain)
         if self._group.rank == 0:
             self._cadence.request_change(rules.Rule(now.trigger, now.suspend))
+
+
+def _whole(step: object) -> int:
+    """
+    The step as a number of Python's own: NumPy and torch have others.
+
+    Raises:
+        UsageError: it is none, or too large for a slot's header.
+    """
+    try:
+        if not isinstance(step, bool) and 0 <= (whole := operator.index(step)) <= STEP_MOST:  # type: ignore[arg-type] # tried
+            return whole
+    except TypeError:
+        pass
+    raise UsageError(f"step must be a whole number from 0 to {STEP_MOST}, not {step!r}")
 
 
 def _read(document: Mapping[str, Any]) -> policy.Policy | None:

@@ -43,7 +43,7 @@ except ImportError:  # torch 2.6 has no choice to name; can go with the last rel
         PROCESS = "process"
 
 
-from pillion import ending, group, policy_source, saving, storing
+from pillion import callbacks, ending, group, policy_source, saving, storing
 from pillion import session as session_module
 from pillion.errors import PillionError, RemoteFailure, SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, SaveHandle
@@ -125,7 +125,7 @@ def async_save(
         use_collectives: True; the ranks agree through the sidecars, not by collectives.
 
     Returns:
-        A future of the `Checkpoint` (DCP's future has the `Metadata`, which stays on storage). Its error is a
+        A future of the `Checkpoint`, whose callbacks run one after another in a thread of their own (DCP's future has the `Metadata`, which stays on storage). Its error is a
         `CheckpointException`; note that DCP derives that from BaseException.
 
     Ranks: all of the process group, in the same order.
@@ -238,6 +238,7 @@ class _Saves:
         self._session = session
         self._saver = saving.Saver(session)
         self._calls = 0
+        self._last: SaveHandle | None = None
         session.listen()
         ending.drain_at_exit(self)
 
@@ -248,34 +249,34 @@ class _Saves:
         step = self._calls
         self._calls += 1
         rank = self._session.group.rank
-        future: futures.Future[Checkpoint] = futures.Future()
-        # Nobody may cancel what another process does.
-        future.set_running_or_notify_cancel()
-        handle = self._saver.save(state_dict, step, persist=True, overlap=False, destination=destination)
+        handle = self._last = self._saver.save(state_dict, step, persist=True, overlap=False, destination=destination)
+        future: futures.Future[Checkpoint] = callbacks.Outcome(handle.note_asked)
 
         def conclude(done: futures.Future[Checkpoint]) -> None:
-            error = done.exception()
+            error = handle.error()
             if error is None:
-                future.set_result(done.result())
+                future.set_result(futures.Future.result(done))
             else:
                 future.set_exception(_checkpoint_exception(error, rank))
 
-        handle.committed.add_done_callback(conclude)
+        # Not in the thread of callbacks: whoever waits for the future would wait for what others do there.
+        futures.Future.add_done_callback(handle.committed, conclude)
         return future
-
-    def in_flight(self) -> list[SaveHandle]:
-        return self._session.pending()
 
     def close(self, timeout_s: float | None = None) -> None:
         if self._session.inherited:
             return
-        ending.closed(self)
+        owed = self._session.pending()
+        if self._last is not None and self._last not in owed:
+            owed.append(self._last)
         self._saver.close()
         drain_s = self._session.policy.drain.timeout_seconds if timeout_s is None else timeout_s
         try:
             self._session.close(drain_s=drain_s, clean=not ending.by_exception())
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
+        finally:
+            ending.closed(self, owed)
 
 
 _open: dict[object, _Saves] = {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
+from pillion.callbacks import Outcome
 from pillion.errors import PillionError, UsageError
 
 
@@ -53,18 +54,18 @@ class SaveHandle:
         step: the training step.
         staged: resolves with None once the state is in the arena and the trainer's tensors may change.
         committed: resolves with the `Checkpoint` on every rank, or with the error that names the failed ranks.
+            Callbacks of both run one after another in a thread of their own; they may block, save, load and raise.
         stall_s: seconds that `save` (and the optimizer hook, for an overlapped one) held up the training loop.
     """
 
     def __init__(self, step: int) -> None:
         self._pid = os.getpid()
         self.step = step
-        self.staged: Future[None] = Future()
-        self.committed: Future[Checkpoint] = Future()
+        self.staged: Future[None] = Outcome()
+        self.committed: Future[Checkpoint] = Outcome(self.note_asked)
         self.stall_s = 0.0
-        # Nobody may cancel what another process does.
-        self.staged.set_running_or_notify_cancel()
-        self.committed.set_running_or_notify_cancel()
+        self.asked = False
+        """Somebody has learned what became of it: nobody else has to be told at the end."""
 
     def result(self, timeout_s: float | None = None) -> Checkpoint:
         """
@@ -78,12 +79,31 @@ class SaveHandle:
             UsageError: this process is a forked child of the one that saves.
             TimeoutError: not within `timeout_s`.
         """
-        if os.getpid() != self._pid:
+        if self.inherited:
             raise UsageError(
                 f"process {os.getpid()} is a forked child: what became of the save of step {self.step} is known in the trainer,"
                 f" process {self._pid}, alone"
             )
         return self.committed.result(timeout_s)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a forked child of the one that saves."""
+        return os.getpid() != self._pid
+
+    def note_asked(self) -> None:
+        self.asked = True
+
+    def error(self, timeout_s: float | None = 0.0) -> BaseException | None:
+        """
+        What `committed.exception` says, in nobody's name: `asked` stays as it is. None also while it is on its way and `timeout_s` is 0.
+
+        Raises:
+            TimeoutError: not within `timeout_s`, if that is not 0.
+        """
+        if timeout_s == 0.0 and not self.committed.done():
+            return None
+        return Future.exception(self.committed, timeout_s)
 
     # The thread that stages and the one that listens to the sidecar may both end a handle, at once when the sidecar dies: the first
     # end stays. A look before would leave a moment between look and end.
@@ -108,5 +128,5 @@ class SaveHandle:
         if not self.committed.done():
             state = "staged" if self.staged.done() else "staging"
         else:
-            state = "failed" if self.committed.exception() else "committed"
+            state = "failed" if self.error() else "committed"
         return f"<SaveHandle step={self.step} {state} stall_s={self.stall_s:.4f}>"

@@ -45,22 +45,55 @@ HURRIED_SWITCH_S: Final = 50e-6
 thread that computes in Python each way back takes a whole interval, by default 5 ms."""
 
 
-@contextlib.contextmanager
-def _hurry() -> Iterator[None]:
+class _Hurry:
     """
-    Have the interpreter stay out of the way: quick hand-overs of the GIL, and no garbage collection.
+    The interpreter stays out of the way: quick hand-overs of the GIL, and no garbage collection.
 
-    A collection in the midst of 10,000 fresh tuples walks every object of the trainer (0.2 s with torch imported).
+    A collection in the midst of 10,000 fresh tuples walks every object of the trainer (0.2 s with torch imported). Both settings are the
+    whole interpreter's: the first of several threads that hurry changes them, and the last one changes them back.
     """
-    interval_s, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(min(interval_s, HURRIED_SWITCH_S))
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-        sys.setswitchinterval(interval_s)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hurrying = 0
+        self._interval_s = 0.0
+        self._collects = False
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Of a thread that hurries, and waits for another process now."""
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._hurrying:
+                self._interval_s, self._collects = sys.getswitchinterval(), gc.isenabled()
+                sys.setswitchinterval(min(self._interval_s, HURRIED_SWITCH_S))
+                gc.disable()
+            self._hurrying += 1
+
+    def _end(self) -> None:
+        with self._lock:
+            self._hurrying -= 1
+            if not self._hurrying:
+                if self._collects:
+                    gc.enable()
+                sys.setswitchinterval(self._interval_s)
+
+
+_hurry = _Hurry()
 
 
 class Saver:
@@ -120,6 +153,10 @@ class Saver:
                 self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
         except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
             self._failed(handle, err, persist=persist)
+        except BaseException as err:
+            # Ctrl-C, or whatever a signal's handler raises: it goes on, and the slot is given up, or it would be kept for its bound.
+            self._failed(handle, err, persist=persist)
+            raise
 
     def _stage(
         self,
@@ -140,7 +177,15 @@ class Saver:
         room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
         # Tracked first: another rank's failure may be told while this one still waits for its slot.
         session.track(handle)
-        grant = session.claim(handle.step, room_bytes=room, persist=persist, destination=destination)
+        with contextlib.ExitStack() as waiting:
+            grant = session.claim(
+                handle.step,
+                room_bytes=room,
+                persist=persist,
+                destination=destination,
+                # Beside the training loop nobody hurries.
+                on_wait=lambda: None if started is None else waiting.enter_context(_hurry.paused()),
+            )
         phases.reach(phases.Phase.STAGE, rank=session.group.rank, step=handle.step)
         mapping.copy_in(grant.slot, leaves, ready=ready)
         self._check_unchanged(leaves)
@@ -227,7 +272,7 @@ class Saver:
 
     # --- failing -----------------------------------------------------------------------------------------------------
 
-    def _failed(self, handle: SaveHandle, err: Exception, *, persist: bool) -> None:
+    def _failed(self, handle: SaveHandle, err: BaseException, *, persist: bool) -> None:
         error = err if isinstance(err, PillionError) else StagingError(f"{type(err).__name__}: {err}", step=handle.step)
         error.__cause__ = err if error is not err else err.__cause__
         _log.error("pillion: save of step %d failed: %s", handle.step, error)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion import connection, embedded, staging, wire
+from pillion import callbacks, connection, embedded, staging, wire
 from pillion.errors import ErrorDocument, PillionError, SaveSkipped, SidecarUnavailable, UsageError
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle
@@ -379,9 +379,17 @@ class Session:
         answer = self._link.request({"type": "reserve", "room_bytes": room_bytes}, RESERVE_TIMEOUT_S)
         return [int(capacity) for capacity in messages.field(answer, "capacities", list)]
 
-    def claim(self, step: int, *, room_bytes: int, persist: bool, destination: Mapping[str, Any] | None) -> Grant:
+    def claim(
+        self,
+        step: int,
+        *,
+        room_bytes: int,
+        persist: bool,
+        destination: Mapping[str, Any] | None,
+        on_wait: Callable[[], object] = lambda: None,
+    ) -> Grant:
         """
-        A slot for a save of this step.
+        A slot for a save of this step. `on_wait` is called once, when none has become free for some seconds.
 
         Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip. REQUEST_TIMEOUT_S for a
         sidecar that hangs.
@@ -400,10 +408,14 @@ class Session:
         # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
         each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
         deadline = time.monotonic() + OVERLAP_WAIT_S
+        waited = False
         with contextlib.closing(self._link.stream(claim, each_s)) as answers:
             for answer in answers:
                 if answer["type"] != "waiting":
                     break
+                if not waited:
+                    waited = True
+                    on_wait()
                 if time.monotonic() > deadline:
                     raise SaveSkipped(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
         return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
@@ -446,7 +458,7 @@ class Session:
             drain_s: how long it may take.
             clean: False when an exception ends the trainer: an embedded sidecar then keeps the arena for a restart.
 
-        Blocks: up to `drain_s` plus the connection's own bounds. Handles that are still pending afterwards fail. In a forked child it
+        Blocks: up to `drain_s` plus the connection's own bounds, and callbacks.DRAIN_S. Handles that are still pending afterwards fail. In a forked child it
             does nothing: the child has no part in its parent's session.
 
         Raises:
@@ -463,5 +475,6 @@ class Session:
         finally:
             self._connection.close()
             self._fail_all(SidecarUnavailable("the session was closed before the commit was known"))
+            callbacks.drain()
             if self.mapping is not None:
                 self.mapping.close()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import logging
@@ -27,12 +28,12 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
-from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
+from pillion import copiers as copiers_module
 from pillion import leaves as leaves_module
 from pillion import modes
 from pillion.errors import IncompatibleCheckpoint, StagingError
@@ -93,7 +94,7 @@ class SegmentMapping:
         self._registered: dict[int, list[tuple[int, int]]] = {}
         self._stream: Any = None
         self._stretches: dict[tuple[str, int, int, int], tuple[_Stretch, ...]] = {}
-        self._copiers: futures.ThreadPoolExecutor | None = None
+        self._copiers: copiers_module.Copiers | None = None
 
     def populate(self, slot: int, capacity_bytes: int) -> None:
         """
@@ -195,12 +196,11 @@ class SegmentMapping:
             for stretch in stretches:
                 _copy(targets, sources, stretch)
             return
-        for copying in [copiers.submit(_copy, targets, sources, stretch) for stretch in stretches]:
-            copying.result()
+        copiers.each([functools.partial(_copy, targets, sources, stretch) for stretch in stretches])
 
     def _shared_out(
         self, of: layout.Layout, first: int, last: int
-    ) -> tuple[futures.ThreadPoolExecutor | None, tuple[_Stretch, ...]]:
+    ) -> tuple[copiers_module.Copiers | None, tuple[_Stretch, ...]]:
         num_threads = torch.get_num_threads()
         if num_threads > 1 and self._copiers is None:
             self._copiers = _copiers(num_threads)
@@ -325,7 +325,7 @@ class SegmentMapping:
                 torch.cuda.cudart().cudaHostUnregister(address)
         self._registered.clear()
         if self._copiers is not None:
-            self._copiers.shutdown(wait=True)
+            self._copiers.close()
             self._copiers = None
         self._views.clear()
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -337,7 +337,7 @@ class SegmentMapping:
 # --- copying on a CPU ------------------------------------------------------------------------------------------------
 
 
-def _copiers(num_threads: int) -> futures.ThreadPoolExecutor | None:
+def _copiers(num_threads: int) -> copiers_module.Copiers | None:
     """
     Threads in which torch's operations use one thread each; None where that cannot be had.
 
@@ -352,11 +352,16 @@ def _copiers(num_threads: int) -> futures.ThreadPoolExecutor | None:
         torch.get_num_threads()  # torch sets its own number at the first use in a thread: let it, and then set ours
         library.omp_set_num_threads(1)
 
-    pool = futures.ThreadPoolExecutor(num_threads, "pillion-copy", initializer=alone)
-    if pool.submit(torch.get_num_threads).result() != 1:
-        pool.shutdown(wait=True)
+    try:
+        found = copiers_module.Copiers(num_threads, alone)
+    except RuntimeError:  # no thread more: a limit, or the interpreter's end (Python 3.12)
         return None
-    return pool
+    numbers: list[int] = []
+    found.each([lambda: numbers.append(torch.get_num_threads())])
+    if numbers != [1]:
+        found.close()
+        return None
+    return found
 
 
 def _openmp_library() -> ctypes.CDLL | None:

@@ -23,7 +23,10 @@ from support.deadlines import Deadline
 
 @contextlib.contextmanager
 def connected(
-    folder: Path, serve: Callable[[socket.socket], None], lost: list[str]
+    folder: Path,
+    serve: Callable[[socket.socket], None],
+    lost: list[str],
+    on_event: Callable[[messages.Message], None] | None = None,
 ) -> Iterator[tuple[connection.Connection, list[messages.Message]]]:
     """A connection whose other end runs `serve` in a thread, and the events that came."""
     path = str(folder / "s")
@@ -40,7 +43,7 @@ def connected(
         thread = threading.Thread(target=accept)
         thread.start()
         link = connection.Connection(
-            path, connect_timeout_s=Deadline.REPLY.s, on_event=events.append, on_lost=lost.append
+            path, connect_timeout_s=Deadline.REPLY.s, on_event=on_event or events.append, on_lost=lost.append
         )
         try:
             yield link, events
@@ -130,6 +133,26 @@ def test_nonsense_from_the_sidecar_breaks_the_connection_and_nothing_else(tmp_pa
 
     with connected(tmp_path, serve, lost) as (link, _), pytest.raises(SidecarUnavailable, match="broke"):
         link.request({"type": "claim"}, Deadline.REPLY.s)
+    assert len(lost) == 1
+
+
+@pytest.mark.parametrize("error", [AttributeError("no cadence"), SystemExit(1)], ids=lambda e: type(e).__name__)
+def test_an_event_that_cannot_be_taken_is_a_lost_connection(tmp_path: Path, error: BaseException) -> None:
+    """The listening thread never ends in silence: who waits is answered, and the session looks for a sidecar again."""
+    lost: list[str] = []
+
+    def serve(peer: socket.socket) -> None:
+        _read(peer, messages.Decoder())
+        peer.sendall(messages.encode({"type": "notice", "text": "hello"}))
+        peer.recv(1)
+
+    def fail(_: messages.Message) -> None:
+        raise error
+
+    with connected(tmp_path, serve, lost, on_event=fail) as (link, _):
+        with pytest.raises(SidecarUnavailable, match=type(error).__name__):
+            link.request({"type": "claim"}, Deadline.REPLY.s)
+        assert link.lost
     assert len(lost) == 1
 
 
