@@ -27,6 +27,8 @@ OF_A_TARGET: Final = {"service", "le"}
 """Labels that a scrape or a histogram adds."""
 JOB: Final = {"namespace": "team", "job": "llm", "policy": "hourly"}
 AS_LABELS: Final = "{" + ",".join(f'{name}="{value}"' for name, value in JOB.items()) + "}"
+FAILED: Final = f'pillion_job_saves_total{AS_LABELS[:-1]},outcome="failed"}}'
+BUCKET: Final = 'pillion_admission_duration_seconds_bucket{{le="{}"}}'
 HOUR: Final = 60
 """Samples, one a minute."""
 
@@ -67,6 +69,58 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "series": {f"pillion_job_checkpoints_refused_total{AS_LABELS}": "0x99 1x120"},
         "at": {"1h30m": None, "1h42m": "A load of job team/llm passed over a corrupt checkpoint.", "2h50m": None},
         "labels": JOB,
+    },
+    "a save that failed before the first scrape": {
+        "alert": "PillionSavesFail",
+        "series": {FAILED: "_x10 1x60"},
+        "at": {"9m": None, "12m": "Saves of job team/llm fail; its policy's condition Degraded says why.", "40m": None},
+        "labels": JOB | {"outcome": "failed"},
+    },
+    "a save that failed later": {
+        "alert": "PillionSavesFail",
+        "series": {FAILED: "0x29 1x60", FAILED.replace("failed", "committed"): "0+1x89"},
+        "at": {
+            "25m": None,
+            "32m": "Saves of job team/llm fail; its policy's condition Degraded says why.",
+            "50m": None,
+        },
+        "labels": JOB | {"outcome": "failed"},
+    },
+    "saves that are committed": {
+        "alert": "PillionSavesFail",
+        "series": {FAILED: "0x60", FAILED.replace("failed", "committed"): "1+1x60"},
+        "at": {"2m": None, "30m": None},
+    },
+    "a storage that is away": {
+        "alert": "PillionStorageUnreachable",
+        "series": {f"pillion_job_storage_reachable{AS_LABELS}": "1x9 0x20 1x10"},
+        "at": {
+            "9m": None,
+            "11m": None,
+            "13m": "The sidecars of job team/llm cannot use their storage.",
+            "32m": None,
+        },
+        "labels": JOB,
+    },
+    "a storage that was away for a minute": {
+        "alert": "PillionStorageUnreachable",
+        "series": {f"pillion_job_storage_reachable{AS_LABELS}": "1x9 0x0 1x20"},
+        "at": {"10m": None, "13m": None},
+    },
+    "a webhook that answers in 20 ms": {
+        "alert": "PillionWebhookSlow",
+        "series": {BUCKET.format("0.02"): "0+60x30", BUCKET.format("0.5"): "0+60x30", BUCKET.format("+Inf"): "0+60x30"},
+        "at": {"20m": None},
+    },
+    "a webhook that takes a second for one in twenty": {
+        "alert": "PillionWebhookSlow",
+        "series": {
+            BUCKET.format("0.5"): "0+60x9 600+57x30",
+            BUCKET.format("1.0"): "0+60x39",
+            BUCKET.format("+Inf"): "0+60x39",
+        },
+        "at": {"9m": None, "12m": None, "25m": "One admission in a hundred takes longer than half a second."},
+        "labels": {},
     },
     "the first error of the webhook": {
         "alert": "PillionInjectionErrors",
