@@ -4,6 +4,8 @@ The story: the operator is upgraded and uninstalled while a job trains.
 Called from: pytest.
 """
 
+import re
+
 from cluster.conftest import Training
 from support import jobs
 from support.deadlines import Deadline
@@ -48,7 +50,8 @@ def test_an_uninstall_keeps_training_checkpoints_and_policies(training: Training
 
 def test_helm_test_passes(release: Release) -> None:
     """`helm test pillion` says that the installation works."""
-    assert "Phase:" in release.run("test", "pillion", f"--timeout={Deadline.ROLLED_OUT.s:.0f}s")
+    said = release.run("test", "pillion", f"--timeout={Deadline.ROLLED_OUT.s:.0f}s")
+    assert re.findall(r"^Phase:\s+(\w+)$", said, flags=re.MULTILINE) == ["Succeeded"]
 
 
 def _plain() -> str:

@@ -16,7 +16,16 @@ import pytest
 import torch
 
 from pillion import checkpointer, connection
-from pillion.errors import ArenaExhausted, PersistError, ProtocolMismatch, SettingsError, SidecarError, UsageError
+from pillion.errors import (
+    ArenaExhausted,
+    InternalError,
+    PersistError,
+    PillionError,
+    ProtocolMismatch,
+    SettingsError,
+    SidecarError,
+    UsageError,
+)
 from pillion.wire import messages, names
 from process import ranks as processes
 from process.ranks import Ranks
@@ -168,9 +177,10 @@ def test_messages_with_wrong_fields_are_refused_and_the_connection_lives(ranks: 
         {"type": "load", "step": None},
         {"type": "load", "step": None, "layout": "no layout"},
     ):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(PillionError) as caught:
             opened._session.request(request, Deadline.REPLY.s)
         assert "gave no answer" not in str(caught.value), request
+        assert not isinstance(caught.value, InternalError), "what a client sends is no fault of the sidecar's"
     opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
 
 
