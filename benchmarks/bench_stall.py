@@ -53,7 +53,9 @@ def _overlapped(of: measures.Settings, source: memoryview, target: memoryview) -
     state_dict = measures.state(of.num_bytes, 64)
     called, whole = [], []
     model = torch.nn.Linear(2048, 2048)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    # It steps the state too, which has no gradients: what no optimizer steps is copied before save() returns.
+    optimizer = torch.optim.SGD([*model.parameters(), *state_dict["model"].values()], lr=1e-3)
+    optimizer.step()
     batch = torch.randn(2048, 2048)
     with measures.scratch(of) as root, measures.checkpointer(root) as checkpointer:
         measures.prepare(checkpointer, state_dict)

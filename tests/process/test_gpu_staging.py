@@ -63,6 +63,7 @@ def test_an_overlapped_save_on_cuda_holds_the_values_of_its_own_step(tmp_path: P
     model = torch.nn.Linear(2048, 2048, device="cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pillion.Checkpointer(tmp_path, policy=POLICY) as checkpointer:
+        optimizer.step()  # without gradients: it only makes the optimizer known
         before = model.weight.detach().clone()
         handle = checkpointer.save({"model": model.state_dict()}, 1, overlap=True)
         model(torch.ones(8, 2048, device="cuda")).sum().backward()

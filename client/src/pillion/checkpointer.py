@@ -86,7 +86,7 @@ class Checkpointer:
         )
         self._policy = self._session.policy
         self._collector = leaves_module.Collector()
-        self._saver = saving.Saver(self._session)
+        self._saver = saving.Saver(self._session, overlaps=True)
         self._cadence = cadence.Cadence(
             rules.Rule(self._policy.trigger, self._policy.suspend),
             decides=self._group.rank == 0,

@@ -236,7 +236,7 @@ class _Saves:
 
     def __init__(self, session: session_module.Session) -> None:
         self._session = session
-        self._saver = saving.Saver(session)
+        self._saver = saving.Saver(session, overlaps=False)
         self._calls = 0
         self._last: SaveHandle | None = None
         session.listen()

@@ -48,8 +48,6 @@ class Leaves:
     """One per item of the layout: a view of the user's memory with the item's `sizes`."""
     opaque: Sequence[object]
     """One per opaque leaf."""
-    versions: Sequence[int] | None = None
-    """In-place version of each tensor when an overlapped save began; None where the copy is done before anything can change."""
     seen: Seen | None = None
     """What a collector remembers of the state dict."""
 

@@ -7,6 +7,8 @@ of its own. Nothing here raises into the training loop: whatever goes wrong is o
     collect the leaves -> claim a slot -> copy -> seal
                           |<------- overlapped: beside the next forward and backward ------->|
                                                   the optimizer's pre-hook waits for the end ^
+
+What no optimizer steps is copied before an overlapped save returns (`pillion.overlap`): nothing makes its changes wait.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
 from pillion import leaves as leaves_module
+from pillion import modes, phases, staging
 from pillion import opaque as opaque_module
-from pillion import phases
+from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle
 from pillion.session import Session
@@ -33,9 +37,6 @@ from pillion.wire import arena
 
 _log = logging.getLogger(__name__)
 
-SMALL_LEAF_BYTES: Final = 64 * 1024
-"""An overlapped save copies leaves up to this size at once: buffers that a forward pass changes (BatchNorm's statistics, step
-counters) are of this size, and are then safe without the optimizer hook."""
 OPAQUE_SLACK_BYTES: Final = 256 * 1024
 """Room beside the layout for the manifest and for opaque leaves that grow a little from save to save."""
 
@@ -96,20 +97,35 @@ class _Hurry:
 _hurry = _Hurry()
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Tensors that are copied beside the training, and what they were when the save began."""
+
+    indexes: Sequence[int]
+    versions: Sequence[int]
+    sample: overlap_module.Sample
+
+
 class Saver:
     """
     Stages saves of one session, one at a time.
 
-    Owns: the staging thread of an overlapped save, and the optimizer hook (from the first overlapped save on).
+    Args:
+        overlaps: whether saves may overlap: then it has to know the optimizers from the beginning.
+
+    Owns: the staging thread of an overlapped save, and the optimizer hook.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, overlaps: bool) -> None:
         self._session = session
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
-        self._hook: Any = None
+        self._steppers = overlap_module.Steppers()
+        self._changing: set[str] = set()
+        """FQNs of tensors that were found changed under an overlapped copy, by other things than an optimizer's step."""
+        self._hook: Any = register_optimizer_step_pre_hook(self._before_optimizer_step) if overlaps else None
 
     def save(
         self,
@@ -123,7 +139,8 @@ class Saver:
         """
         Stage `state_dict`; the handle says what became of it.
 
-        Blocks: for the copy and, under `overlap: Wait`, for a free slot. With `overlap`, neither.
+        Blocks: for the copy and, under `overlap: Wait`, for a free slot. With `overlap`, only if there is a large tensor that no
+        optimizer steps.
         """
         handle = SaveHandle(step)
         started = time.perf_counter()
@@ -148,7 +165,7 @@ class Saver:
             leaves = self._collector.collect(state_dict)
             opaque = self._pickler.pickled(dict(zip(leaves.layout.opaque, leaves.opaque, strict=True)))
             if overlap:
-                self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination)
+                self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination, started=started)
             else:
                 self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
         except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
@@ -166,12 +183,29 @@ class Saver:
         *,
         persist: bool,
         destination: Mapping[str, Any] | None,
-        ready: object = None,
-        started: float | None = None,
+        started: float,
     ) -> None:
-        session, mapping = self._session, self._session.mapping
-        if mapping is None:
+        slot = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
+        self._mapping().copy_in(slot, leaves)
+        self._seal(handle, slot, leaves, opaque, stall_s=time.perf_counter() - started)
+
+    def _mapping(self) -> staging.SegmentMapping:
+        if self._session.mapping is None:
             raise StagingError("the session has no arena")
+        return self._session.mapping
+
+    def _claim(
+        self,
+        handle: SaveHandle,
+        leaves: leaves_module.Leaves,
+        opaque: list[bytes],
+        *,
+        persist: bool,
+        destination: Mapping[str, Any] | None,
+        hurried: bool,
+    ) -> int:
+        session = self._session
+        self._mapping()
         _, image_bytes = leaves.layout.opaque_starts([len(data) for data in opaque])
         num_leaves = len(leaves.tensors) + len(opaque)
         room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
@@ -184,14 +218,18 @@ class Saver:
                 persist=persist,
                 destination=destination,
                 # Beside the training loop nobody hurries.
-                on_wait=lambda: None if started is None else waiting.enter_context(_hurry.paused()),
+                on_wait=lambda: waiting.enter_context(_hurry.paused()) if hurried else None,
             )
         phases.reach(phases.Phase.STAGE, rank=session.group.rank, step=handle.step)
-        mapping.copy_in(grant.slot, leaves, ready=ready)
-        self._check_unchanged(leaves)
+        return grant.slot
+
+    def _seal(
+        self, handle: SaveHandle, slot: int, leaves: leaves_module.Leaves, opaque: list[bytes], *, stall_s: float
+    ) -> None:
+        session = self._session
         phases.reach(phases.Phase.SEAL, rank=session.group.rank, step=handle.step)
-        mapping.seal(
-            grant.slot,
+        self._mapping().seal(
+            slot,
             leaves=leaves,
             opaque=opaque,
             step=handle.step,
@@ -199,7 +237,7 @@ class Saver:
             world_size=session.group.world_size,
             session=bytes.fromhex(session.group.session),
         )
-        session.sealed(handle.step, stall_s=0.0 if started is None else time.perf_counter() - started)
+        session.sealed(handle.step, stall_s=stall_s)
         handle.resolve_staged()
 
     # --- overlapped --------------------------------------------------------------------------------------------------
@@ -212,22 +250,44 @@ class Saver:
         *,
         persist: bool,
         destination: Mapping[str, Any] | None,
+        started: float,
     ) -> None:
-        if self._hook is None:
-            self._hook = register_optimizer_step_pre_hook(self._before_optimizer_step)
-        tensors = [
-            tensor.detach().clone() if tensor.numel() * tensor.element_size() <= SMALL_LEAF_BYTES else tensor
-            for tensor in leaves.tensors
+        stepped, names = self._steppers.storages(), [item.fqn for item in leaves.layout.items]
+        large = [index for index, tensor in enumerate(leaves.tensors) if not overlap_module.is_small(tensor)]
+        late = [
+            index
+            for index in large
+            if overlap_module.may_wait(leaves.tensors[index], stepped) and names[index] not in self._changing
         ]
-        frozen = leaves_module.Leaves(leaves.layout, tensors, leaves.opaque, leaves_module.versions(tensors))
+        early = sorted(set(large).difference(late))
+        if early and not late:
+            self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
+            return
+        slot = None
+        if early:
+            slot = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
+            self._mapping().copy_in(slot, leaves, only=early)
+        with modes.off():
+            tensors = [tensor.clone() if overlap_module.is_small(tensor) else tensor for tensor in leaves.tensors]
+        frozen = leaves_module.Leaves(leaves.layout, tensors, leaves.opaque)
+        waiting = [tensors[index] for index in late]
+        watched = _Watched(late, leaves_module.versions(waiting), overlap_module.Sample(waiting))
+        rest = sorted(set(range(len(tensors))).difference(early)) if early else None
         ready = None
         if any(tensor.is_cuda for tensor in tensors):
             ready = torch.cuda.Event()
             ready.record()
 
+        held_s = time.perf_counter() - started if early else 0.0
+
         def stage() -> None:
             try:
-                self._stage(handle, frozen, opaque, persist=persist, destination=destination, ready=ready)
+                into = slot
+                if into is None:
+                    into = self._claim(handle, frozen, opaque, persist=persist, destination=destination, hurried=False)
+                self._mapping().copy_in(into, frozen, only=rest, ready=ready)
+                self._check_unchanged(frozen, watched, ready)
+                self._seal(handle, into, frozen, opaque, stall_s=held_s)
             except Exception as err:  # a boundary, as in save()
                 self._failed(handle, err, persist=persist)
 
@@ -235,7 +295,8 @@ class Saver:
         self._staging = threading.Thread(target=stage, name="pillion-staging", daemon=True)
         self._staging.start()
 
-    def _before_optimizer_step(self, *_: object) -> None:
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._steppers.add(optimizer)
         self.wait_staged()
 
     def wait_staged(self) -> None:
@@ -253,22 +314,27 @@ class Saver:
         handle.stall_s += time.perf_counter() - started
         self._staging = self._staging_handle = None
 
-    def _check_unchanged(self, leaves: leaves_module.Leaves) -> None:
+    def _check_unchanged(self, leaves: leaves_module.Leaves, watched: _Watched, ready: object) -> None:
         """
         An overlapped save whose tensors were changed during the copy is torn, and must not be sealed.
 
-        The optimizer hook prevents it; what changes parameters by other means is found by their version counters.
+        Raises:
+            StagingError: names a tensor that was changed. From the next save on it is copied before `save` returns.
         """
-        if leaves.versions is None:
-            return
-        for item, then, now in zip(
-            leaves.layout.items, leaves.versions, leaves_module.versions(leaves.tensors), strict=True
-        ):
-            if then != now:
-                raise StagingError(
-                    f"{item.fqn!r} was changed in place while an overlapped save copied it; something other than an"
-                    " optimizer's step changes it: save it with overlap=False"
-                )
+        now = leaves_module.versions([leaves.tensors[index] for index in watched.indexes])
+        changed = [
+            index for index, then, after in zip(watched.indexes, watched.versions, now, strict=True) if then != after
+        ]
+        if not changed:
+            found = watched.sample.changed(ready=ready)
+            changed = [] if found is None else [watched.indexes[found]]
+        if changed:
+            names = [leaves.layout.items[index].fqn for index in changed]
+            self._changing.update(names)
+            raise StagingError(
+                f"{names[0]!r} was changed while an overlapped save copied it, by something other than an optimizer's step();"
+                " from the next save on it is copied before save() returns"
+            )
 
     # --- failing -----------------------------------------------------------------------------------------------------
 

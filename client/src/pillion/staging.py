@@ -159,13 +159,16 @@ class SegmentMapping:
         return made
 
     @modes.off()
-    def copy_in(self, slot: int, leaves: leaves_module.Leaves, *, ready: Any = None) -> None:
+    def copy_in(
+        self, slot: int, leaves: leaves_module.Leaves, *, only: Sequence[int] | None = None, ready: Any = None
+    ) -> None:
         """
         Copy the leaves' tensors into the slot.
 
         Args:
             slot: index of the slot.
             leaves: what to copy; their layout says where to.
+            only: indexes of the items to copy; None for all.
             ready: a CUDA event that the copies wait for; None for the current stream.
 
         Blocks: for the copy; on a GPU until the side stream is done.
@@ -173,19 +176,30 @@ class SegmentMapping:
         Raises:
             StagingError: torch cannot copy a tensor, which is named.
         """
-        views = self.views(slot, leaves.layout)
-        sources = leaves.tensors
+        views, sources = self.views(slot, leaves.layout), leaves.tensors
         try:
-            if all(source.is_cpu for source in sources):
+            if only is None and all(source.is_cpu for source in sources):
                 self._copy_on_host(views, sources, leaves.layout, 0, len(sources))
                 return
-            host = [index for index, source in enumerate(sources) if source.is_cpu]
-            _copy_each([views[index] for index in host], [sources[index] for index in host], host)
-            device = [(v, s) for v, s in zip(views, sources, strict=True) if not s.is_cpu]
-            self._copy_from_device(device, ready)
+            chosen = range(len(sources)) if only is None else only
+            host = [index for index in chosen if sources[index].is_cpu]
+            self._copy_some_on_host(views, sources, leaves.layout, host)
+            device = [(views[index], sources[index]) for index in chosen if not sources[index].is_cpu]
+            if device:
+                self._copy_from_device(device, ready)
         except _CopyFailed as err:
             fqn = leaves.layout.items[err.index].fqn
             raise StagingError(f"cannot copy {fqn!r} into the arena: {err}") from err
+
+    def _copy_some_on_host(
+        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], of: layout.Layout, chosen: Sequence[int]
+    ) -> None:
+        """`_copy_on_host`, of single items: how they are shared out is not remembered."""
+        part = layout.Layout(tuple(of.items[index] for index in chosen), (), {})
+        try:
+            self._copy_on_host([targets[i] for i in chosen], [sources[i] for i in chosen], part, 0, len(chosen))
+        except _CopyFailed as err:
+            raise _CopyFailed(chosen[err.index], str(err)) from err
 
     def _copy_on_host(
         self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], of: layout.Layout, first: int, last: int
