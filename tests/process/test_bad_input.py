@@ -18,6 +18,7 @@ import torch
 from pillion import checkpointer, connection
 from pillion.errors import (
     ArenaExhausted,
+    ErrorDocument,
     InternalError,
     PersistError,
     PillionError,
@@ -27,6 +28,7 @@ from pillion.errors import (
     UsageError,
 )
 from pillion.wire import messages, names
+from pillion_sidecar.arena.segment import Segment
 from process import ranks as processes
 from process.ranks import Ranks
 from support.deadlines import Deadline
@@ -101,6 +103,38 @@ def test_a_full_disk_fails_the_save_and_nothing_else(ranks: Ranks, small_disk: P
     assert not list((small_disk / "step-2").glob("*.distcp")) if (small_disk / "step-2").exists() else True
 
 
+def test_a_full_disk_is_pruned_of_what_the_policy_removes_anyway(ranks: Ranks, small_disk: Path) -> None:
+    """The third of three checkpoints of which two fit is committed with `keepLast: 2`: the first goes before it, and not after."""
+    opened = ranks.open(small_disk, retention={"keepLast": 2})
+    for step in (1, 2, 3):
+        checkpoint = opened.save(state_of(step, 400_000), step).result(Deadline.COMMITTED.s)
+        assert checkpoint.size_bytes > small_disk_bytes(small_disk) / 3
+    assert processes.committed(small_disk) == [2, 3]
+    state = state_of(0, 400_000)
+    assert opened.load(state, step=2) == 2
+    assert float(state["weight"][-1]) == 2.0
+
+
+def small_disk_bytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_blocks * found.f_frsize
+
+
+def test_an_arena_whose_file_system_is_full_says_so_and_not_to_raise_the_limit(small_disk: Path) -> None:
+    """/dev/shm of a container is 64 MB by default: the policy's limit is no remedy there, and the trainer is told what is."""
+    segment = Segment.create(str(small_disk / "segment-0.arena"), num_slots=2, stride_bytes=16 * 1024**2)
+    try:
+        with pytest.raises(ArenaExhausted) as caught:
+            segment.grow(0, 8 * 1024**2)
+    finally:
+        segment.close()
+    told = ErrorDocument.from_exception(caught.value).to_exception()
+    assert str(told) == str(caught.value)
+    assert f"the file system of {small_disk}/segment-0.arena is full, with {4 * 1024**2} bytes in all" in str(told)
+    assert "--shm-size" in str(told)
+    assert "raise staging.sizeLimit" not in str(told)
+
+
 def test_an_arena_smaller_than_a_snapshot_says_how_much_is_missing(ranks: Ranks, tmp_path: Path) -> None:
     """ArenaExhausted has needed and available bytes; a snapshot that fits is saved before and after."""
     opened = ranks.open(tmp_path, staging={"sizeLimit": "1Mi"})
@@ -109,16 +143,18 @@ def test_an_arena_smaller_than_a_snapshot_says_how_much_is_missing(ranks: Ranks,
     assert isinstance(error, ArenaExhausted)
     assert error.needed_bytes >= 4_000_000
     assert 0 < error.available_bytes <= 1024**2
+    assert "raise staging.sizeLimit" in str(error)
+    assert "the pod's limit is 1048576 bytes" in str(error)
     opened.save(state_of(3), 3).result(Deadline.COMMITTED.s)
     assert processes.committed(tmp_path) == [1, 3]
 
 
 def test_steps_that_do_not_grow_and_calls_that_make_no_sense_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """A step that comes again, a negative one, a bool, a state that is no mapping and a closed Checkpointer are UsageErrors
-    on the handle; nothing is raised into the training and nothing is saved."""
+    """A smaller step, a negative one, a bool, a state that is no mapping and a closed Checkpointer are UsageErrors on the handle;
+    nothing is raised into the training and nothing is saved."""
     opened = ranks.open(tmp_path)
     opened.save(state_of(5), 5).result(Deadline.COMMITTED.s)
-    bad_steps: list[object] = [5, 4, -1, True, 2.5, "6"]
+    bad_steps: list[object] = [4, -1, True, 2.5, "6"]
     for step in bad_steps:
         error = opened.save(state_of(1), step).committed.exception(0)  # type: ignore[arg-type]
         assert isinstance(error, UsageError), step
@@ -205,7 +241,7 @@ def test_another_protocol_version_is_refused_with_both_numbers(ranks: Ranks, tmp
 def test_a_second_job_on_the_root_of_a_living_one_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     """Two Checkpointers of one root at a time are an error of the second; the first goes on."""
     opened = ranks.open(tmp_path)
-    with pytest.raises(UsageError, match="one job a root"):
+    with pytest.raises(UsageError, match=r"open with another Checkpointer: close\(\) that one first"):
         checkpointer.Checkpointer(tmp_path)
     opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
 

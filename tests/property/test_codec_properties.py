@@ -199,6 +199,7 @@ def test_errors_cross_a_process_as_what_they_are(
     told += [
         errors.BarrierTimeout(phase=message, missing=missing, waited_s=waited, failures=failures),
         errors.ArenaExhausted(needed_bytes=5, available_bytes=3),
+        errors.ArenaExhausted(needed_bytes=5, available_bytes=3, cause="full", remedy="free it"),
         errors.SettingsError([message, "b"]),
         errors.IncompatibleCheckpoint(message, fqns=[message]),
         errors.CorruptCheckpoint(message, reasons={message: "why"}),

@@ -108,13 +108,16 @@ class ProtocolMismatch(SidecarError):
 
 
 class ArenaExhausted(SidecarError):
-    """The arena has no room for the snapshot, and may not grow."""
+    """The arena has no room for the snapshot, and may not grow: by the policy's limit, or because its file system is full."""
 
-    def __init__(self, *, needed_bytes: int, available_bytes: int, detail: str = "") -> None:
+    def __init__(
+        self, *, needed_bytes: int, available_bytes: int, cause: str = "", remedy: str = "raise staging.sizeLimit"
+    ) -> None:
         self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
+        self.cause, self.remedy = cause, remedy
         super().__init__(
             f"the arena has {available_bytes} bytes for a snapshot that needs {needed_bytes}"
-            f"{': ' + detail if detail else ''}; raise staging.sizeLimit"
+            f"{': ' + cause if cause else ''}; {remedy}"
         )
 
 
@@ -242,6 +245,8 @@ class ErrorDocument:
             "waited_s",
             "needed_bytes",
             "available_bytes",
+            "cause",
+            "remedy",
             "fqns",
             "reasons",
             "problems",
@@ -283,7 +288,10 @@ class ErrorDocument:
             # Told by the other side: its own version is theirs here.
             return ProtocolMismatch(ours=number("theirs"), theirs=number("ours"))
         if self.kind == "ArenaExhausted":
-            return ArenaExhausted(needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"))
+            told = {name: str(detail[name]) for name in ("cause", "remedy") if name in detail}
+            return ArenaExhausted(
+                needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"), **told
+            )
         if self.kind == "SettingsError":
             return SettingsError([str(problem) for problem in sequence("problems")] or [self.message])
         if self.kind == "IncompatibleCheckpoint":

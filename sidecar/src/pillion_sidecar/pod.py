@@ -203,7 +203,7 @@ class Pod:
             raise ArenaExhausted(
                 needed_bytes=room_bytes,
                 available_bytes=max(0, self.limit_bytes - used + have),
-                detail=f"the pod's limit is {self.limit_bytes} bytes for {len(self.segments)} ranks with"
+                cause=f"the pod's limit is {self.limit_bytes} bytes for {len(self.segments)} ranks with"
                 f" {self.policy.staging.slots} slots each",
             )
         return segment.grow(slot, room_bytes)

@@ -130,7 +130,7 @@ class Segment:
             return have
         if room_bytes > self.header.stride_bytes:
             raise ArenaExhausted(
-                needed_bytes=room_bytes, available_bytes=self.header.stride_bytes, detail="more than staging.sizeLimit"
+                needed_bytes=room_bytes, available_bytes=self.header.stride_bytes, cause="more than staging.sizeLimit"
             )
         start = self.header.slot_offset(slot)
         _allocate(self._fd, start + have, room_bytes - have)
@@ -195,5 +195,6 @@ def _allocate(fd: int, offset: int, length: int) -> None:
         raise ArenaExhausted(
             needed_bytes=length,
             available_bytes=stats.f_bavail * stats.f_frsize,
-            detail="the tmpfs of the arena is full",
+            cause=f"the file system of {os.readlink(f'/proc/self/fd/{fd}')} is full, with {stats.f_blocks * stats.f_frsize} bytes in all",
+            remedy="free it, or make it larger (/dev/shm of a container: --shm-size; in a pod: staging.sizeLimit)",
         ) from err
