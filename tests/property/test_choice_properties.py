@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pillion.errors import CorruptCheckpoint, NoCheckpoint
 from pillion.wire.policy import OnMissing, Retention
 from pillion_sidecar import retention
-from pillion_sidecar.executor import load
+from pillion_sidecar.executor import choose
 
 steps = st.sets(st.integers(0, 60), max_size=8)
+orders = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
 orders = st.tuples(st.integers(1, 3), st.integers(0, 2))
@@ -53,15 +54,15 @@ def test_retention_keeps_what_it_must(
 
 
 @given(
-    arena_steps=steps,
-    committed=steps,
+    arena_steps=st.dictionaries(st.integers(0, 60), orders, max_size=8),
+    committed=st.dictionaries(st.integers(0, 60), orders, max_size=8),
     refused=st.sets(st.tuples(st.sampled_from(["arena", "storage"]), st.integers(0, 60)), max_size=6),
     step=st.none() | st.integers(0, 60),
     on_missing=st.sampled_from(list(OnMissing)),
 )
 def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where_nothing_ever_was(
-    arena_steps: set[int],
-    committed: set[int],
+    arena_steps: dict[int, choose.Order],
+    committed: dict[int, choose.Order],
     refused: set[tuple[str, int]],
     step: int | None,
     on_missing: OnMissing,
@@ -72,8 +73,8 @@ def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where
     usable = {(tier, s) for tier, s in usable - refused if step is None or s == step}
 
     def pick() -> tuple[int, str] | None:
-        return load.pick(
-            arena_steps=arena_steps,
+        return choose.pick(
+            memory=choose.Memory(whole=arena_steps, misfits={}),
             committed=committed,
             refused={f"{tier}:{s}": "corrupt" for tier, s in refused},
             step=step,
@@ -86,8 +87,10 @@ def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where
         found = pick()
         assert found is not None
         assert (found[1], found[0]) in usable
-        assert found[0] == max(s for _, s in usable)
-        assert found[1] == "arena" or ("arena", found[0]) not in usable
+        order = {"arena": arena_steps, "storage": committed}
+        newest = max((order[tier][s], s) for tier, s in usable)
+        assert (order[found[1]][found[0]], found[0]) == newest
+        assert found[1] == "arena" or ("arena", found[0]) not in usable or arena_steps[found[0]] != newest[0]
     elif refused:
         with pytest.raises(CorruptCheckpoint):
             pick()

@@ -31,7 +31,7 @@ from pillion.errors import (
     UnsupportedLeaf,
     UsageError,
 )
-from pillion.handle import Checkpoint, LoadReport, SaveHandle
+from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 
 if TYPE_CHECKING:
     from pillion.checkpointer import Checkpointer
@@ -43,6 +43,7 @@ __all__ = [
     "Checkpointer",
     "CommitError",
     "CorruptCheckpoint",
+    "Found",
     "IncompatibleCheckpoint",
     "InternalError",
     "LoadError",

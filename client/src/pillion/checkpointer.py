@@ -22,7 +22,7 @@ from pillion import cadence, ending, group, loading, policy_source, rules, savin
 from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
-from pillion.handle import Checkpoint, LoadReport, SaveHandle
+from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 from pillion.wire import messages, names, policy
 
 _log = logging.getLogger(__name__)
@@ -192,17 +192,46 @@ class Checkpointer:
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
-    def load(self, state_dict: dict[str, Any], step: SupportsIndex | None = None) -> int | None:
+    def find(self, step: SupportsIndex | None = None) -> Found | None:
+        """
+        What `load` would take now, in memory or on storage; None when there is nothing. The answer is the same on all ranks.
+
+        A load that follows takes the same, unless it does not fit the state dict. So a template that costs something, or changes
+        something (an optimizer's state is made by a step), is built only where there is something to load.
+
+        Args:
+            step: a committed step; None for the newest (or what the policy's `restore` says).
+
+        Ranks: all.
+
+        Blocks: for saves in flight and the listing of the storage; else as `load`.
+
+        Raises:
+            LoadError: as `load`; but for a step that is not there the answer is None.
+            SidecarUnavailable: it went away, and did not come back.
+        """
+        if self._closed:
+            raise UsageError("the Checkpointer is closed")
+        self._saver.wait_staged()
+        return loading.find(self._session, None if step is None else _whole(step))
+
+    def load(
+        self, state_dict: dict[str, Any], step: SupportsIndex | None = None, *, strict: bool = True
+    ) -> int | None:
         """
         Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
 
+        The newest is the one that was committed or sealed last: after a load of an older step and a save, that save.
+
         Args:
-            state_dict: as for `save`; tensors are filled in place, other leaves replaced, `Stateful` values get theirs.
+            state_dict: as for `save`; tensors are filled in place, other leaves replaced, `Stateful` values get theirs. Each of these is
+                asked for its `state_dict` once, and given the loaded one once.
             step: a committed step; None for the newest (or what the policy's `restore` says).
+            strict: what the checkpoint does not have is an error; False leaves it as it is. What it has besides is only warned of.
 
         Returns:
             The step loaded, or None when there has never been a checkpoint and the policy allows a fresh start.
-            `last_load` tells the tier and the time.
+            `last_load` tells the tier and the time, and all that was not restored as it was asked; one warning names it.
 
         Ranks: all.
 
@@ -219,10 +248,8 @@ class Checkpointer:
             raise UsageError(f"load fills a dict in place, not a {type(state_dict).__name__}")
         self._saver.wait_staged()
         wanted = None if step is None else _whole(step)
-        report, leaves = loading.load(self._session, self._collector, state_dict, wanted, path=None)
+        report, leaves = loading.load(self._session, self._collector, state_dict, wanted, path=None, strict=strict)
         self.last_load = report
-        for where, why in report.refused.items():
-            _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
         # The step loaded may be saved again (a loop that starts at it does); an older one may not.
         self._last_step = -1 if report.step is None else report.step - 1
         self._last = self._last_stored = None

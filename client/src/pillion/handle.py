@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pillion.callbacks import Outcome
 from pillion.errors import PillionError, UsageError
@@ -44,6 +44,31 @@ class LoadReport:
     size_bytes: int
     refused: Mapping[str, str]
     """Checkpoints that were found corrupt and skipped: where -> why."""
+    missing: tuple[str, ...] = ()
+    """Names that were asked for and are not in the checkpoint: left as they were. Only with ``strict=False``, else it is an error."""
+    unexpected: tuple[str, ...] = ()
+    """What the checkpoint has and no rank asked for: the shortest dotted prefixes under which nothing was asked for, at most 256."""
+    narrowed: Mapping[str, str] = field(default_factory=dict)
+    """Name -> how it was converted, where the type here cannot hold every value of the one there: ``int64 -> int16``."""
+    replaced: tuple[str, ...] = ()
+    """Tensors of the state dict that could not be filled in place: the dict has new objects in their place."""
+    differing: tuple[str, ...] = ()
+    """Names whose value differed from rank to rank when it was saved; every rank has the lowest rank's now. Only from storage."""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    """Snapshots in memory that are newer and do not hold what was asked for: ``arena:15`` -> why."""
+    set_aside: tuple[int, ...] = ()
+    """Committed steps ahead of the one loaded. They stay on storage, and are loaded by their number only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a load would take."""
+
+    step: int
+    tier: str
+    """``arena`` or ``storage``."""
+    path: str
+    """Its directory on storage; empty for a snapshot in the arena."""
 
 
 class SaveHandle:

@@ -17,14 +17,14 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, BinaryIO, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, BinaryIO, Final, TypeVar
 
-from pillion import flatten
+from pillion import flatten, load_notes
 from pillion import leaves as leaves_module
 from pillion import opaque as opaque_module
 from pillion.errors import LoadError, SidecarUnavailable
-from pillion.handle import LoadReport
+from pillion.handle import Found, LoadReport
 from pillion.session import Session
 from pillion.wire import layout, messages
 
@@ -36,7 +36,11 @@ TRIES: Final = 3
 RETURN_S: Final = 60.0
 """How long a load waits for the successor: a kubelet starts a container again at once, then after 10, 20, 40 s."""
 
+NOTHING: Final = layout.Layout((), (), {})
+"""What a call asks for that only looks."""
+
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def load(
@@ -46,6 +50,7 @@ def load(
     step: int | None,
     *,
     path: str | None,
+    strict: bool = True,
 ) -> tuple[LoadReport, leaves_module.Leaves]:
     """
     Fill `state_dict` in place. Each `Stateful` in it is asked for its state once, and is given the loaded one once.
@@ -67,30 +72,87 @@ def load(
     of = leaves.layout
     leaves_module.check_fillable(leaves)
     flatten.check_assignable(wanted, [of.paths[fqn] for fqn in of.opaque])
-    request: messages.Message = {"type": "load", "step": step, "path": path, "layout": of.encoded.decode()}
-    answer, opaque = _fill_anew(session, leaves, request)
+    request: messages.Message = {
+        "type": "load",
+        "step": step,
+        "path": path,
+        "layout": of.encoded.decode(),
+        "strict": strict,
+    }
+    filled = _fill_anew(session, leaves, request)
+    answer = filled.answer
     found = messages.optional_field(answer, "step", int)
+    replaced: list[str] = []
+    empty = list(load_notes.empty_containers(wanted))
     if found is not None:
-        _assign(state_dict, wanted, leaves, opaque)
+        replaced = _assign(state_dict, wanted, leaves, filled.opaque)
     report = LoadReport(
         step=found,
         tier=messages.field(answer, "tier", str),
         path=messages.field(answer, "path", str, ""),
         elapsed_s=time.perf_counter() - started,
         size_bytes=of.tensors_bytes,
-        refused={str(k): str(v) for k, v in messages.field(answer, "refused", dict, {}).items()},
+        refused=_texts(answer, "refused"),
+        missing=tuple(filled.missing),
+        unexpected=tuple(map(str, messages.field(answer, "unexpected", list, []))),
+        narrowed=load_notes.narrowed(filled.dtypes, of),
+        replaced=tuple(replaced),
+        passed_over=_texts(answer, "passed_over"),
+        set_aside=tuple(map(int, messages.field(answer, "set_aside", list, []))),
     )
+    for where, why in report.refused.items():
+        _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
+    alike = messages.field(answer, "alike", bool, True)
+    load_notes.warn(report, empty=empty, first=session.group.rank == 0, alike=alike)
     return report, leaves
 
 
-def _fill_anew(
-    session: Session, leaves: leaves_module.Leaves, request: messages.Message
-) -> tuple[messages.Message, list[bytes]]:
-    """`_fill`, with the sidecar's successor where it dies meanwhile."""
+def find(session: Session, step: int | None) -> Found | None:
+    """
+    What `load` would take now; None: nothing.
+
+    Ranks, Blocks, Raises: as `load`.
+    """
+    request: messages.Message = {
+        "type": "load",
+        "find": True,
+        "step": step,
+        "path": None,
+        "layout": NOTHING.encoded.decode(),
+    }
+    answer = _anew(session, lambda: session.request(request, LOAD_SILENCE_S))
+    found = messages.optional_field(answer, "step", int)
+    if found is None:
+        return None
+    return Found(step=found, tier=messages.field(answer, "tier", str), path=messages.field(answer, "path", str, ""))
+
+
+def _texts(answer: messages.Message, name: str) -> dict[str, str]:
+    return {str(key): str(value) for key, value in messages.field(answer, name, dict, {}).items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Filled:
+    """What the last round of a load brought."""
+
+    answer: messages.Message
+    opaque: Mapping[str, bytes]
+    """FQN -> what the trainer pickled."""
+    dtypes: Mapping[str, str]
+    """FQN -> the dtype of the checkpoint, where it is another than the wanted one."""
+    missing: Sequence[str]
+
+
+def _fill_anew(session: Session, leaves: leaves_module.Leaves, request: messages.Message) -> _Filled:
+    return _anew(session, lambda: _fill(session, leaves, request))
+
+
+def _anew(session: Session, ask: Callable[[], T]) -> T:
+    """Ask, and ask the sidecar's successor where it dies meanwhile."""
     for attempt in range(1, TRIES + 1):
         greeted = session.welcome
         try:
-            return _fill(session, leaves, request)
+            return ask()
         except SidecarUnavailable as err:
             # The successor may have greeted already: then nothing is lost any more.
             if attempt == TRIES or not (session.returned(RETURN_S) or session.welcome is not greeted):
@@ -99,25 +161,26 @@ def _fill_anew(
     raise AssertionError("the last try returns or raises")
 
 
-def _fill(
-    session: Session, leaves: leaves_module.Leaves, request: messages.Message
-) -> tuple[messages.Message, list[bytes]]:
-    """Ask, and copy what is announced; the last answer, and the opaque leaves in the order of the layout."""
+def _fill(session: Session, leaves: leaves_module.Leaves, request: messages.Message) -> _Filled:
+    """Ask, and copy what is announced."""
     mapping = session.mapping
     if mapping is None:
         raise LoadError("the session has no arena")
-    of = leaves.layout
     stored = leaves
     copied = slot = 0
-    opaque: list[bytes] = []
+    opaque: dict[str, bytes] = {}
+    dtypes: dict[str, str] = {}
+    missing: list[str] = []
     try:
         with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
             for answer in answers:
                 if answer["type"] == "load_begin":
                     # Another round: an earlier one met a corrupt item. Everything is copied again.
                     copied, slot = 0, messages.field(answer, "slot", int)
-                    # From the leaves as they were asked for: the dtypes are those of this round's checkpoint alone.
-                    stored = _with_dtypes(leaves, messages.field(answer, "dtypes", dict, {}))
+                    # From the leaves as they were asked for: what differs is a matter of this round's checkpoint alone.
+                    dtypes = _texts(answer, "dtypes")
+                    missing = [str(fqn) for fqn in messages.field(answer, "missing", list, [])]
+                    stored = _as_stored(leaves, dtypes, missing)
                 elif answer["type"] == "load_progress":
                     upto = messages.field(answer, "upto", int)
                     mapping.copy_out(slot, stored, copied, upto)
@@ -125,34 +188,42 @@ def _fill(
                 elif answer["type"] == "loaded":
                     break
             if messages.optional_field(answer, "step", int) is not None:
-                mapping.copy_out(slot, stored, copied, len(of.items))
-                opaque = _read_opaque(messages.field(answer, "opaque", dict), of)
+                mapping.copy_out(slot, stored, copied, len(stored.tensors))
+                opaque = _read_opaque(messages.field(answer, "opaque", dict), stored.layout)
     finally:
         # Also after an error: slots that nobody reads any more must not stay lent.
         session.send({"type": "load_done"})
-    return answer, opaque
+    return _Filled(answer, opaque, dtypes, missing)
 
 
-def _with_dtypes(leaves: leaves_module.Leaves, dtypes: Mapping[str, Any]) -> leaves_module.Leaves:
-    """The slot holds the dtypes of the checkpoint; the copy converts, as stock `dcp.load` does."""
-    if not dtypes:
+def _as_stored(
+    leaves: leaves_module.Leaves, dtypes: Mapping[str, str], missing: Collection[str]
+) -> leaves_module.Leaves:
+    """
+    The leaves as they lie in the slot: in the dtypes of the checkpoint (the copy converts, as stock `dcp.load` does), and without those
+    that it does not have.
+    """
+    if not dtypes and not missing:
         return leaves
-    items = tuple(
-        dataclasses.replace(item, dtype=str(dtypes.get(item.fqn, item.dtype))) for item in leaves.layout.items
-    )
-    changed = layout.Layout(items, leaves.layout.opaque, leaves.layout.paths)
-    return leaves_module.Leaves(changed, leaves.tensors, leaves.opaque)
+    lacking = frozenset(missing)
+    of = leaves.layout
+    kept = [(item, tensor) for item, tensor in zip(of.items, leaves.tensors, strict=True) if item.fqn not in lacking]
+    items = tuple(dataclasses.replace(item, dtype=dtypes.get(item.fqn, item.dtype)) for item, _ in kept)
+    opaque = [(fqn, leaf) for fqn, leaf in zip(of.opaque, leaves.opaque, strict=True) if fqn not in lacking]
+    changed = layout.Layout(items, tuple(fqn for fqn, _ in opaque), of.paths)
+    return leaves_module.Leaves(changed, [tensor for _, tensor in kept], [leaf for _, leaf in opaque])
 
 
-def _read_opaque(where: Mapping[str, Any], of: layout.Layout) -> list[bytes]:
-    """Opaque leaves in the order of the layout, from the file that the sidecar names."""
+def _read_opaque(where: Mapping[str, Any], of: layout.Layout) -> dict[str, bytes]:
+    """The opaque leaves by name, from the file that the sidecar says."""
     if not of.opaque:
-        return []
+        return {}
     path, starts, lengths = where.get("file"), where.get("starts"), where.get("lengths")
     if not isinstance(path, str) or not isinstance(starts, list) or not isinstance(lengths, list):
         raise LoadError("the sidecar did not say where the opaque leaves are")
     with open(path, "rb") as file:
-        return [_read_piece(file, start, length) for start, length in zip(starts, lengths, strict=True)]
+        pieces = zip(of.opaque, starts, lengths, strict=True)
+        return {fqn: _read_piece(file, start, length) for fqn, start, length in pieces}
 
 
 def _read_piece(file: BinaryIO, start: int, length: int) -> bytes:
@@ -166,15 +237,23 @@ def _read_piece(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _assign(
-    state_dict: dict[str, Any], wanted: dict[str, Any], leaves: leaves_module.Leaves, opaque: list[bytes]
-) -> None:
+    state_dict: dict[str, Any], wanted: dict[str, Any], leaves: leaves_module.Leaves, opaque: Mapping[str, bytes]
+) -> list[str]:
+    """Put the opaque leaves and the states of `Stateful` values in place; names of the tensors that have new objects now."""
     of = leaves.layout
-    for fqn, target, data in zip(of.opaque, leaves.opaque, opaque, strict=True):
-        loaded = opaque_module.unpickled(data, fqn)
-        if not opaque_module.fill(target, loaded):
-            flatten.assign(wanted, of.paths[fqn], loaded)
+    replaced = []
+    for fqn, target in zip(of.opaque, leaves.opaque, strict=True):
+        if fqn not in opaque:
+            continue
+        loaded = opaque_module.unpickled(opaque[fqn], fqn)
+        if opaque_module.fill(target, loaded):
+            continue
+        flatten.assign(wanted, of.paths[fqn], loaded)
+        if load_notes.is_tensor(target):
+            replaced.append(fqn)
     for key, value in state_dict.items():
         if leaves_module.is_stateful(value):
             value.load_state_dict(wanted[key])
         else:
             state_dict[key] = wanted[key]
+    return replaced

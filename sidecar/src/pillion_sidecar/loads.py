@@ -16,6 +16,7 @@ from pillion.wire import messages
 from pillion_sidecar import background
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
+from pillion_sidecar.pod import Pod
 
 if TYPE_CHECKING:
     from pillion_sidecar.supervisor import Supervisor
@@ -40,15 +41,15 @@ class Loads:
 
     async def ask(self, client: Client, message: messages.Message) -> None:
         """
-        A rank wants to load.
+        A rank wants to load, or to know what a load would take.
 
         Raises:
-            UsageError: it asks for another step than its peers.
+            UsageError: it asks for something else than its peers.
         """
         for other, asked in self._asked.values():
-            if asked.get("step") != message.get("step"):
+            if _words(asked) != _words(message):
                 raise UsageError(
-                    f"rank {client.rank} loads step {message.get('step')}, rank {other.rank} step {asked.get('step')}"
+                    f"rank {client.rank} calls {_words(message)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
                 )
         self._asked[client.rank] = (client, message)
         pod = self._supervisor.pod
@@ -94,7 +95,7 @@ class Loads:
         """An event of the executor for one rank."""
         slot = event.get("slot")
         pod = self._supervisor.pod
-        if event["type"] == "load_begin" and event["tier"] == "storage" and pod and isinstance(slot, int):
+        if event["type"] == "load_begin" and event.get("spare") and pod and isinstance(slot, int):
             # The slot that was lent, or one that it took by itself where none was.
             self._lent = slot
             pod.table.take(slot)
@@ -112,6 +113,10 @@ class Loads:
             # A save in flight may be the newest: it is finished first.
             await supervisor.persisting.quiet(supervisor.settings.persist_timeout_s)
             self._release()
+            first = next(iter(asked.values()))[1]
+            if messages.field(first, "find", bool, False):
+                await self._find(pod, asked, first)
+                return
             # First the slot, then the pins: alone in its job a pod with two slots lets the older snapshot make room.
             self._lent = await self._lend()
             self._pinned = pod.table.pin()
@@ -120,16 +125,11 @@ class Loads:
                 pod.reset(self._lent)
             self._running = asked
             self._reading = set(asked)
-            first = next(iter(asked.values()))[1]
-            result = await supervisor.operations.load(
-                pod,
-                {
-                    "step": messages.optional_field(first, "step", int),
-                    "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
-                    "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
-                    "spare_slot": NO_SLOT if self._lent is None else self._lent,
-                },
-            )
+            request = self._request(pod, first) | {
+                "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
+                "spare_slot": NO_SLOT if self._lent is None else self._lent,
+            }
+            result = await supervisor.operations.load(pod, request)
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
                 pod.heard(int(result["step"]), persisted=False)
                 # Before any rank can save again, so that it comes first in every pod.
@@ -142,6 +142,33 @@ class Loads:
             self._fail(asked, ErrorDocument("LoadError", f"{type(err).__name__}: {err}"))
         finally:
             self._running = {}
+
+    @staticmethod
+    def _request(pod: Pod, first: messages.Message) -> dict[str, Any]:
+        """What the executor has to know of the arena and of the call, without what each rank wants."""
+        return {
+            "step": messages.optional_field(first, "step", int),
+            # Clients of an earlier release do not say it.
+            "strict": messages.field(first, "strict", bool, True),
+            "find": messages.field(first, "find", bool, False),
+            "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
+            "orders": {},
+            "passed_over": {str(step): why for step, why in pod.strangers.items()},
+            "limit_bytes": pod.limit_bytes,
+        }
+
+    async def _find(self, pod: Pod, asked: dict[int, tuple[Client, messages.Message]], first: messages.Message) -> None:
+        """Tell every rank what a load would take. Nothing is lent, filled or forgotten for it."""
+        self._pinned = pod.table.pin()
+        try:
+            request = self._request(pod, first) | {"layouts": {}, "spare_slot": NO_SLOT}
+            result = await self._supervisor.operations.load(pod, request)
+        finally:
+            self._release()
+        for client, message in asked.values():
+            client.answer(
+                message, {"type": "loaded", **{name: result[name] for name in ("step", "tier", "path", "refused")}}
+            )
 
     async def _lend(self) -> int | None:
         """A slot to load into; None: the executor takes one once the pods have agreed on a checkpoint of storage."""
@@ -172,6 +199,10 @@ class Loads:
                     "tier": result["tier"],
                     "path": result["path"],
                     "refused": result["refused"],
+                    "passed_over": result["passed_over"],
+                    "set_aside": result["set_aside"],
+                    "unexpected": result["unexpected"].get(str(rank), []),
+                    "alike": result["alike"],
                     "opaque": result["opaque"].get(str(rank), {}),
                 },
             )
@@ -193,3 +224,11 @@ class Loads:
         if self._lent is not None:
             pod.table.give_back(self._lent)
             self._lent = None
+
+
+def _words(message: messages.Message) -> str:
+    """A rank's call in the words of the training script: equal where the calls are."""
+    if message.get("find"):
+        return f"find(step={message.get('step')})"
+    strict = "" if message.get("strict", True) else ", strict=False"
+    return f"load(step={message.get('step')}{strict})"

@@ -120,6 +120,8 @@ class Pod:
             path = os.path.join(runtime_dir, names.segment_file(index))
             self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
         self._remove_strangers()
+        self.strangers: dict[int, str] = {}
+        """Step -> why a whole snapshot that was found is none that these ranks can load."""
         self.adopted = self._adopt_saves()
 
     def _adopt_or_create(self, path: str, num_slots: int, stride_bytes: int) -> Segment:
@@ -153,15 +155,21 @@ class Pod:
                 with contextlib.suppress(ValueError):
                     headers[rank] = self.segments[rank].read_header(slot)
             first = headers.get(ranks[0])
-            whole = first is not None and all(
+            sealed = first is not None and all(
                 rank in headers
                 and headers[rank].state in (arena.SlotState.SEALED, arena.SlotState.PERSISTING)
                 and headers[rank].step == first.step
-                and headers[rank].rank == rank
-                and headers[rank].world_size == self.identity.world_size
                 and headers[rank].session == first.session
                 for rank in ranks
             )
+            if sealed and first is not None and first.world_size != self.identity.world_size:
+                # Left as it is until its slot is needed: a trainer that starts again is told again.
+                self.strangers[first.step] = (
+                    f"the snapshot of step {first.step} in memory is of {first.world_size} ranks, and there are"
+                    f" {self.identity.world_size} now; only through storage could they share it out anew"
+                )
+                continue
+            whole = sealed and all(headers[rank].rank == rank for rank in ranks)
             if not whole or first is None:
                 for rank in ranks:
                     self._reset(rank, slot)

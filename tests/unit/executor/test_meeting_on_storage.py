@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from pillion.errors import BarrierTimeout, SidecarError
-from pillion_sidecar.executor import exchange, load, rescue, storage_exchange
+from pillion_sidecar.executor import choose, exchange, rescue, storage_exchange
 from pillion_sidecar.executor import watch as watch_module
 from pillion_sidecar.executor.context import Context, with_failover
 from pillion_sidecar.executor.storage_exchange import StorageExchange
@@ -91,7 +91,15 @@ def test_the_newest_commit_is_missed_when_it_is_gone(
     remembered: int | None, arena: set[int], committed: set[int], *, refused: bool
 ) -> None:
     """So that an older one, or a start from nothing, never comes in silence."""
-    assert bool(load.missing(remembered, arena, committed)) is refused
+    lost = None if remembered is None else (remembered, (1, 0))
+    found = choose.missing(lost, dict.fromkeys(arena, (1, 0)), dict.fromkeys(committed, (1, 0)))
+    assert bool(found) is refused
+
+
+def test_the_newest_commit_is_missed_though_larger_steps_of_a_branch_that_was_left_are_there() -> None:
+    """The newest is the one that was committed last; a snapshot of the branch that was left does not stand in for it."""
+    assert choose.missing((3, (1, 1)), {5: (1, 0)}, {4: (1, 0)})
+    assert not choose.missing((3, (1, 1)), {2: (2, 0)}, {4: (1, 0)})
 
 
 def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(

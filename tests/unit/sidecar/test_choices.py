@@ -1,22 +1,28 @@
 """The pure decisions of loading and retention."""
 
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
 import pillion
 from pillion.wire.policy import OnMissing, Retention
 from pillion_sidecar import catalog, retention
-from pillion_sidecar.executor import load
+from pillion_sidecar.executor import choose
 
 
 def pick(
-    arena: set[int], committed: set[int], *, refused: dict[str, str] | None = None, step: int | None = None,
-    fresh: bool = False, on_missing: OnMissing = OnMissing.FRESH,
+    arena: set[int] | dict[int, choose.Order], committed: set[int] | dict[int, choose.Order], *,
+    refused: dict[str, str] | None = None, step: int | None = None, fresh: bool = False, on_missing: OnMissing = OnMissing.FRESH,
+    partial: set[int] | None = None, misfits: dict[int, str] | None = None,
 ) -> tuple[int, str] | None:  # fmt: skip
-    return load.pick(
-        arena_steps=arena,
-        committed=committed,
+    """Steps given as a set are all of one session."""
+    return choose.pick(
+        memory=choose.Memory(
+            whole=arena if isinstance(arena, dict) else dict.fromkeys(arena, (1, 0)),
+            partial=partial or set(),
+            misfits={each: (why, (1, 0)) for each, why in (misfits or {}).items()},
+        ),
+        committed=committed if isinstance(committed, dict) else dict.fromkeys(committed, (1, 0)),
         refused=refused or {},
         step=step,
         fresh=fresh,
@@ -30,6 +36,51 @@ def test_the_newest_step_wins_and_the_arena_wins_a_tie() -> None:
     assert pick({10, 20}, {10, 20}) == (20, "arena")
     assert pick({10}, {20}) == (20, "storage")
     assert pick({30}, {20}) == (30, "arena")
+
+
+def test_the_newest_is_the_last_one_committed_and_not_the_largest_step() -> None:
+    """A rollback lasts: what was ahead of it is loaded by its number only; in memory and on storage alike."""
+    assert pick(set(), {4: (1, 0), 5: (1, 0), 3: (1, 1)}) == (3, "storage")
+    assert pick(set(), {4: (1, 7), 5: (1, 0), 3: (2, 0)}) == (3, "storage")
+    assert pick({5: (1, 0), 3: (1, 1)}, {4: (1, 0)}) == (3, "arena")
+    assert pick({5: (1, 0)}, {3: (1, 1)}) == (3, "storage")
+    assert pick({5: (1, 0)}, {5: (1, 1)}) == (5, "storage"), "the same step of another branch is another checkpoint"
+    assert pick({5: (1, 0)}, {3: (1, 1)}, step=5) == (5, "arena")
+
+
+def test_pods_that_hold_one_step_of_two_branches_do_not_hold_it_together() -> None:
+    """Mixed, it would be a state that never was."""
+    offers: dict[int, dict[str, Any]] = {
+        0: {"arena": {"3": {"order": [1, 1], "partial": False}, "2": {"order": [1, 0], "partial": True}}, "misfits": {}},
+        2: {"arena": {"3": {"order": [1, 0], "partial": False}, "2": {"order": [1, 0], "partial": False}},
+            "misfits": {"4": {"why": "it has no 'w'", "order": [1, 0]}}},
+    }  # fmt: skip
+    memory = choose.gathered(offers)
+    assert (memory.whole, memory.partial) == ({2: (1, 0)}, {2})
+    assert memory.misfits == {4: ("it has no 'w'", (1, 0))}
+
+
+def test_a_snapshot_that_does_not_fit_is_passed_over_and_never_a_fresh_start() -> None:
+    """It is named where it is newer than what is loaded; alone, it is an error that says what differs."""
+    assert pick({10}, {5}, misfits={15: "it has no 'w'"}) == (10, "arena")
+    with pytest.raises(pillion.IncompatibleCheckpoint, match="step 15: it has no 'w'"):
+        pick(set(), set(), misfits={15: "it has no 'w'"})
+    with pytest.raises(pillion.IncompatibleCheckpoint, match="step 15"):
+        pick({10}, {5}, misfits={15: "it has no 'w'"}, step=15)
+    memory = choose.Memory(whole={}, misfits={15: ("why", (1, 0)), 3: ("old", (1, 0))})
+    assert choose.passed_over(memory, ((1, 0), 10)) == {"arena:15": "why"}
+
+
+def test_a_snapshot_without_some_of_what_is_wanted_gives_way_to_the_same_checkpoint_on_storage() -> None:
+    """Unless it is the newest: what it does not have is reported."""
+    assert pick({20}, {20}, partial={20}) == (20, "storage")
+    assert pick({30}, {20}, partial={30}) == (30, "arena")
+
+
+def test_steps_ahead_of_the_one_that_is_loaded_are_set_aside() -> None:
+    """Not those that were refused: nobody can go back to them."""
+    committed = dict.fromkeys([2, 3, 4, 5], (1, 0))
+    assert choose.set_aside(committed, {"storage:4": "flip"}, 2) == [3, 5]
 
 
 def test_what_was_refused_is_passed_over_for_the_next_best() -> None:

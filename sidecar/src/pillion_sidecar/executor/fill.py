@@ -1,5 +1,5 @@
 """
-Filling a slot from storage: which stored bytes go where, read and verified. Called from: `executor.load`.
+Filling a slot from storage: which stored bytes go where, read and verified. Called from: `load`, `arena_load`.
 
 A wanted chunk that was stored as it is (the common case: the same ranks) is read straight into the slot with direct I/O and
 checked against its digest. Anything else (another world size, a checkpoint of stock DCP) goes through `executor.reshard`.
@@ -7,39 +7,53 @@ checked against its digest. Anything else (another world size, a checkpoint of s
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Final
 
-from pillion.errors import IncompatibleCheckpoint
+from pillion.errors import ArenaExhausted
 from pillion.wire import arena, layout, manifest
 from pillion_sidecar import catalog
+from pillion_sidecar.executor import matching
+from pillion_sidecar.executor.context import Context, Progress
+from pillion_sidecar.executor.load_request import Request, Wanted
 from pillion_sidecar.storage import digest, directio, reading
 
-if TYPE_CHECKING:
-    from pillion_sidecar.executor.context import Context, Progress
-    from pillion_sidecar.executor.load import Request, Wanted
-
-PROGRESS_BYTES = 32 * 1024**2
+PROGRESS_BYTES: Final = 32 * 1024**2
 """Verified bytes between two announcements: 5 ms of copying, so the copy starts early and messages stay few."""
-MISMATCHES_SHOWN = 20
-"""FQNs listed in an error's text; the error's field has all."""
+
+_growing = threading.Lock()
+"""Ranks are filled side by side, and the limit is one for all."""
 
 
-def from_storage(context: Context, request: Request, path: str, step: int, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What one local rank got."""
+
+    opaque: Mapping[str, Any]
+    """Where its opaque leaves are: file, starts, lengths."""
+    match: matching.Match | None = None
+    """What of its wishes was fulfilled; None: all, as they are."""
+    unexpected: Sequence[str] = ()
+    """What its own snapshot has besides; from storage that is a matter of all ranks."""
+
+
+def from_storage(context: Context, request: Request, stored: catalog.Stored, progress: Progress) -> dict[int, Filled]:
     """
     Fill the spare slot of every local rank.
 
     Raises:
         catalog.Damaged: something stored does not match its digest, or is missing.
         IncompatibleCheckpoint: the checkpoint has not what the state dict wants; names the FQNs.
+        ArenaExhausted: the slot would be larger than the policy allows.
+        LoadError: the storage does not answer.
     """
-    stored = catalog.read(path, step)
 
-    def fill(wanted: Wanted) -> tuple[str, dict[str, Any]]:
-        return str(wanted.rank), _fill_rank(context, request, stored, wanted, progress)
+    def fill(wanted: Wanted) -> tuple[int, Filled]:
+        return wanted.rank, _fill_rank(context, request, stored, wanted, progress)
 
     with futures.ThreadPoolExecutor(max(1, min(len(request.wanted), os.cpu_count() or 1)), "pillion-fill") as pool:
         return dict(pool.map(fill, request.wanted))
@@ -47,13 +61,12 @@ def from_storage(context: Context, request: Request, path: str, step: int, progr
 
 def _fill_rank(
     context: Context, request: Request, stored: catalog.Stored, wanted: Wanted, progress: Progress
-) -> dict[str, Any]:
-    target, dtypes = match(wanted.layout, stored)
-    segment, slot = context.segments[wanted.rank], request.spare_slot
-    needed = arena.PAGE_BYTES + target.tensors_bytes + arena.PAGE_BYTES
-    segment.grow(slot, needed)
-    progress({"type": "load_begin", "rank": wanted.rank, "tier": "storage", "slot": slot, "dtypes": dtypes})
-    memory = segment.slot(slot)[arena.PAGE_BYTES : needed]
+) -> Filled:
+    tensors = {fqn: matching.Tensor(chunks[0].dtype, chunks[0].size) for fqn, chunks in stored.chunks.items()}
+    where = f"the checkpoint {stored.path}"
+    found = matching.match(wanted.layout, tensors, stored.opaque.keys(), strict=request.strict, where=where)
+    target = found.layout
+    memory = begin(context, request, wanted.rank, found, progress, tier="storage")
     exact: dict[str, list[tuple[int, manifest.StoredChunk]]] = {}
     pending = set()
     for index, item in enumerate(target.items):
@@ -62,7 +75,7 @@ def _fill_rank(
             exact.setdefault(chunk.file, []).append((index, chunk))
         else:
             pending.add(index)
-    ready = _Ready(len(target.items), wanted.rank, target, progress)
+    ready = Ready(len(target.items), wanted.rank, target, progress)
     for file, members in exact.items():
         _read_exact(os.path.join(stored.path, file), memory, target, members, ready)
     if pending:
@@ -72,43 +85,45 @@ def _fill_rank(
         for index in sorted(pending):
             cache.assemble(target, index, memory)
             ready.mark(index)
-    return _write_opaque(context, stored, wanted)
+    return Filled(_write_opaque(context, stored, wanted.rank, target), found)
 
 
-def match(of: layout.Layout, stored: catalog.Stored) -> tuple[layout.Layout, dict[str, str]]:
+def begin(
+    context: Context, request: Request, rank: int, found: matching.Match, progress: Progress, *, tier: str
+) -> memoryview:
     """
-    The wanted layout in the dtypes of the checkpoint, and those that differ. Pure.
+    Have the spare slot of a rank hold the layout that was found, and tell the trainer how it lies there; the image.
 
     Raises:
-        IncompatibleCheckpoint: names, shapes or kinds do not fit.
+        ArenaExhausted: it would be larger than the policy allows.
     """
-    problems: dict[str, str] = {}
-    dtypes: dict[str, str] = {}
-    items = []
-    for item in of.items:
-        chunks = stored.chunks.get(item.fqn)
-        if chunks is None:
-            problems[item.fqn] = "is no tensor there" if item.fqn in stored.opaque else "is not in it"
-        elif chunks[0].size != item.size:
-            problems[item.fqn] = f"has shape {list(chunks[0].size)} there, {list(item.size)} here"
-        else:
-            if chunks[0].dtype != item.dtype:
-                dtypes[item.fqn] = chunks[0].dtype
-            items.append(dataclasses.replace(item, dtype=chunks[0].dtype))
-    for fqn in of.opaque:
-        if fqn not in stored.opaque:
-            problems[fqn] = "is a tensor there" if fqn in stored.chunks else "is not in it"
-    if problems:
-        shown = list(problems.items())[:MISMATCHES_SHOWN]
-        more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise IncompatibleCheckpoint(
-            f"the checkpoint {stored.path} does not fit: " + "; ".join(f"{f!r} {why}" for f, why in shown) + more,
-            fqns=list(problems),
-        )
-    return layout.Layout(tuple(items), of.opaque, of.paths), dtypes
+    segment, slot = context.segments[rank], request.spare_slot
+    needed = arena.PAGE_BYTES + found.layout.tensors_bytes + arena.PAGE_BYTES
+    with _growing:
+        used = sum(each.capacity_bytes(i) for each in context.segments.values() for i in range(each.header.num_slots))
+        has = segment.capacity_bytes(slot, enough_bytes=needed)
+        if request.limit_bytes is not None and needed > has and used - has + needed > request.limit_bytes:
+            raise ArenaExhausted(
+                needed_bytes=needed,
+                available_bytes=max(0, request.limit_bytes - used + has),
+                detail=f"the pod's limit is {request.limit_bytes} bytes, and {used - has} are in use beside the slot to load into",
+            )
+        segment.grow(slot, needed)
+    progress(
+        {
+            "type": "load_begin",
+            "rank": rank,
+            "tier": tier,
+            "slot": slot,
+            "spare": True,
+            "dtypes": found.dtypes,
+            "missing": found.missing,
+        }
+    )
+    return segment.slot(slot)[arena.PAGE_BYTES : needed]
 
 
-class _Ready:
+class Ready:
     """Announces the longest prefix of items that is verified."""
 
     def __init__(self, num_items: int, rank: int, of: layout.Layout, progress: Progress) -> None:
@@ -132,7 +147,7 @@ def _read_exact(
     memory: memoryview,
     target: layout.Layout,
     members: Sequence[tuple[int, manifest.StoredChunk]],
-    ready: _Ready,
+    ready: Ready,
 ) -> None:
     pieces = [directio.Piece(chunk.offset, target.starts[index], chunk.length) for index, chunk in members]
 
@@ -147,14 +162,14 @@ def _read_exact(
         reading.retried(path, lambda: directio.read_file(path, memory, pieces, on_piece=verify))
 
 
-def _write_opaque(context: Context, stored: catalog.Stored, wanted: Wanted) -> dict[str, Any]:
+def _write_opaque(context: Context, stored: catalog.Stored, rank: int, of: layout.Layout) -> dict[str, Any]:
     """The opaque leaves, verified, in a file beside the arena: the trainer reads it before it says that it is done."""
-    segment = context.segments[wanted.rank]
+    segment = context.segments[rank]
     path = f"{segment.path}.opaque"
     starts, lengths, cursor = [], [], 0
     with open(path, "wb") as out:
         os.fchmod(out.fileno(), segment.mode)
-        for fqn in wanted.layout.opaque:
+        for fqn in of.opaque:
             data = _read_opaque(stored, stored.opaque[fqn])
             out.write(data)
             starts.append(cursor)

@@ -32,7 +32,7 @@ from typing import Any, Final
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
 from pillion_sidecar import log
-from pillion_sidecar.executor import conclude, images, load, persist, rescue, signals
+from pillion_sidecar.executor import conclude, images, load, load_request, persist, rescue, signals
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
@@ -257,7 +257,7 @@ class Worker:
         def progress(event: Mapping[str, Any]) -> None:
             self._send({**event, "event": True})
 
-        context, wanted = self._opened(), load.Request.from_document(request["load"])
+        context, wanted = self._opened(), load_request.Request.from_document(request["load"])
         # Counted once, whatever becomes of it: the pods meet under this number.
         context.loads += 1
         return with_failover(context, lambda: load.load(context, wanted, progress))

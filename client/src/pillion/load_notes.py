@@ -1,0 +1,119 @@
+"""
+What a load did otherwise than it was asked, in plain words. Pure, but for the log.
+
+Called from: `pillion.loading` (what is narrowed), `pillion.checkpointer` (the warning). Nothing here is an error: the load ended well.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from pillion import leaves as leaves_module
+from pillion.handle import LoadReport
+from pillion.wire import layout
+
+SHOWN: Final = 20
+"""Names of each kind in the warning; `last_load` has more."""
+
+_log = logging.getLogger(__name__)
+
+
+def narrowed(stored: Mapping[str, str], of: layout.Layout) -> dict[str, str]:
+    """FQN -> how its values were converted, where the wanted dtype cannot hold all that the stored one can."""
+    return {
+        item.fqn: f"{stored[item.fqn]} -> {item.dtype}"
+        for item in of.items
+        if item.fqn in stored and _narrows(stored[item.fqn], item.dtype)
+    }
+
+
+def _narrows(stored: str, wanted: str) -> bool:
+    before, after = leaves_module.DTYPES.get(stored), leaves_module.DTYPES.get(wanted)
+    if before is None or after is None or before == after:
+        return False
+    try:
+        return torch.promote_types(before, after) != after
+    except RuntimeError:
+        # torch promotes no 8-bit floats.
+        return before.itemsize >= after.itemsize or not after.is_floating_point
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def empty_containers(state_dict: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Names of the mappings that hold nothing, so that they ask for nothing."""
+    for key, value in state_dict.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            if value:
+                yield from empty_containers(value, name)
+            else:
+                yield name
+
+
+def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool) -> None:
+    """
+    One warning that names all of it.
+
+    Args:
+        report: of this rank's load.
+        empty: names of the mappings that held nothing.
+        first: this is rank 0, which speaks for all.
+        alike: all ranks would say the same of their own leaves.
+    """
+    notes = [*(_of_all(report, empty) if first else ()), *(_of_own(report) if first or not alike else ())]
+    if notes:
+        _log.warning(
+            "pillion: step %s is loaded from %s, but:%s", report.step, report.tier, "".join(f"\n  - {n}" for n in notes)
+        )
+
+
+def _of_own(report: LoadReport) -> Iterator[str]:
+    """What other ranks may see otherwise."""
+    if report.missing:
+        yield f"not in the checkpoint, and left as they were: {_list(report.missing)}"
+    if report.narrowed:
+        yield f"converted to a type that cannot hold every value: {_list([f'{k} ({v})' for k, v in report.narrowed.items()])}"
+    if report.replaced:
+        yield f"tensors that could not be filled in place, so that the dict has new ones: {_list(report.replaced)}"
+
+
+def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:
+    """What every rank would say."""
+    if report.unexpected:
+        yield f"in the checkpoint, and nothing asked for it: {_list(report.unexpected)}"
+        lost = [name for name in empty if any(_below(each, name) for each in report.unexpected)]
+        if lost:
+            yield (
+                f"{_list(lost)} held nothing when it was asked, so that it was not restored. A new optimizer has no state before its"
+                " first step: where Checkpointer.find() finds something, build the state dict with"
+                " torch.distributed.checkpoint.state_dict.get_state_dict(model, optimizer), which makes it"
+            )
+    if report.differing:
+        yield (
+            f"each rank had its own value when it was saved, and storage gives all ranks the lowest rank's: {_list(report.differing)};"
+            " give each rank's value a key of its own"
+        )
+    for where, why in report.passed_over.items():
+        yield f"{where}, in memory, is newer and was not used: {why}"
+    if report.set_aside:
+        steps = ", ".join(map(str, report.set_aside[:SHOWN]))
+        yield (
+            f"the committed steps {steps} are ahead of it and set aside: they stay on storage until retention takes them, and"
+            f" load(state, step={report.set_aside[-1]}) goes to one of them"
+        )
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,61 @@
+"""
+The whole of: what the supervisor asks the executor to load, or only to look for.
+
+Producer: `loads`. Consumer: `load`, `choose`, `arena_load`, `fill`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pillion.wire import layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What one local rank wants filled."""
+
+    rank: int
+    layout: layout.Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the supervisor asks for."""
+
+    step: int | None
+    wanted: tuple[Wanted, ...]
+    arena: Mapping[int, int]
+    """step -> slot that every local rank has sealed."""
+    orders: Mapping[int, tuple[int, int]]
+    """step -> (generation, epoch) in which it was sealed; see `commit.Order`."""
+    passed_over: Mapping[int, str]
+    """step -> why a snapshot that was found in the arena is none of this world."""
+    spare_slot: int
+    """A slot that may be filled; NO_SLOT: one is taken once the pods have agreed on what to fill it with."""
+    limit_bytes: int | None = None
+    """What the policy allows for all slots of the pod together."""
+    strict: bool = True
+    """What the checkpoint does not have is an error; else it is left as it is, and named."""
+    find: bool = False
+    """Only choose: read nothing, fill nothing."""
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Request:
+        limit = document.get("limit_bytes")
+        return cls(
+            step=document.get("step"),
+            wanted=tuple(
+                Wanted(rank=int(rank), layout=layout.decode(str(encoded).encode()))
+                for rank, encoded in sorted(document["layouts"].items(), key=lambda entry: int(entry[0]))
+            ),
+            arena={int(step): int(slot) for step, slot in document["arena"].items()},
+            orders={int(step): (int(order[0]), int(order[1])) for step, order in document["orders"].items()},
+            passed_over={int(step): str(why) for step, why in document["passed_over"].items()},
+            spare_slot=int(document["spare_slot"]),
+            limit_bytes=None if limit is None else int(limit),
+            strict=bool(document["strict"]),
+            find=bool(document["find"]),
+        )

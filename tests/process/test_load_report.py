@@ -1,0 +1,85 @@
+"""
+The whole of: a load restores what was asked, or says what it did not.
+
+Called from: pytest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pillion
+from pillion import checkpointer
+from process.ranks import Ranks
+from support.deadlines import Deadline
+
+POLICY: dict[str, Any] = {"staging": {"slots": 3}, "trigger": {"periodSteps": 100, "onTermination": "Skip"}}
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return {
+        "model": {"w": torch.full((300,), float(step)), "b": torch.full((7,), 70000 + step)},
+        "optimizer": {"state": {"w": {"exp_avg": torch.full((300,), step + 0.5)}}, "groups": [1, 2]},
+        "step": step,
+    }
+
+
+def reported(opened: checkpointer.Checkpointer) -> pillion.LoadReport:
+    assert opened.last_load is not None
+    return opened.last_load
+
+
+def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, tmp_path: Path) -> None:
+    """Some of its leaves, in another order and in other types; what nothing asked for, what was narrowed and what is missing is
+    reported. A name that only an older checkpoint has is loaded from there, and the snapshot named. Looking changes nothing."""
+    opened = ranks.open(tmp_path, **POLICY)
+    opened.save({**state_of(10), "old": torch.ones(3)}, 10).result(Deadline.COMMITTED.s)
+    opened.save(state_of(15), 15, persist=False).result(Deadline.COMMITTED.s)
+
+    some: dict[str, Any] = {"step": 0, "model": {"b": torch.zeros(7, dtype=torch.int16), "w": torch.zeros(300)}}
+    targets = some["model"]["b"], some["model"]["w"]
+    assert opened.find() == pillion.Found(step=15, tier="arena", path="")
+    assert opened.load(some) == 15
+    assert some["step"] == 15
+    assert torch.equal(targets[1], torch.full((300,), 15.0))
+    assert torch.equal(targets[0], torch.full((7,), 70015).short())
+    report = reported(opened)
+    assert (report.tier, report.unexpected, report.missing) == ("arena", ("optimizer",), ())
+    assert report.narrowed == {"model.b": "int64 -> int16"}
+    assert opened.load({}) == 15
+    assert reported(opened).unexpected == ("model", "optimizer", "step")
+
+    lazy = {**state_of(0), "optimizer": {"state": {}, "groups": [0, 0]}}
+    assert opened.load(lazy) == 15
+    assert reported(opened).unexpected == ("optimizer.state",)
+
+    renamed: dict[str, Any] = {"model": {"w": torch.zeros(300), "bias": torch.full((7,), 3)}, "step": 0}
+    with pytest.raises(pillion.IncompatibleCheckpoint, match=r"'model\.bias' is not in it.*'model\.b'"):
+        opened.load(renamed)
+    assert opened.load(renamed, strict=False) == 15
+    assert reported(opened).missing == ("model.bias",)
+    assert torch.equal(renamed["model"]["bias"], torch.full((7,), 3))
+    assert torch.equal(renamed["model"]["w"], torch.full((300,), 15.0))
+
+    older = {"old": torch.zeros(3), "step": 0}
+    assert opened.load(older) == 10
+    assert older["step"] == 10
+    assert list(reported(opened).passed_over) == ["arena:15"]
+    assert "'old'" in reported(opened).passed_over["arena:15"]
+    assert opened.find(7) is None
+    assert opened.find(10) == pillion.Found(step=10, tier="arena", path="")
+
+
+def test_a_snapshot_that_does_not_fit_is_never_a_fresh_start(ranks: Ranks, tmp_path: Path) -> None:
+    """With nothing on storage, a state dict that asks for what the snapshot does not have is an error with the names; so is one of
+    another world size, as often as the trainers come back."""
+    opened = ranks.open(tmp_path, **POLICY)
+    assert opened.find() is None
+    opened.save(state_of(5), 5, persist=False).result(Deadline.COMMITTED.s)
+    with pytest.raises(pillion.IncompatibleCheckpoint, match=r"step 5.*'other' is not in it.*'model'"):
+        opened.load({"other": torch.zeros(3)})
+    state = state_of(0)
+    assert opened.load(state) == 5
+    assert state["step"] == 5

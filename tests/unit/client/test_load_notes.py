@@ -1,0 +1,74 @@
+"""
+The whole of: what a load says of what it did otherwise than asked.
+
+Called from: pytest.
+"""
+
+import dataclasses
+import logging
+
+import pytest
+
+from pillion import load_notes
+from pillion.handle import LoadReport
+from pillion.wire import layout
+
+REPORT = LoadReport(step=2, tier="storage", path="/r/step-2", elapsed_s=0.0, size_bytes=0, refused={})
+WHOLE = dataclasses.replace(
+    REPORT,
+    missing=("model.new",),
+    unexpected=("optimizer.state", "ema"),
+    narrowed={"count": "int64 -> int16"},
+    replaced=("nested",),
+    differing=("rng",),
+    passed_over={"arena:15": "it has no 'w'"},
+    set_aside=(3, 5),
+)
+
+
+def said(caplog: pytest.LogCaptureFixture, report: LoadReport, *, first: bool, alike: bool) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load_notes.warn(report, empty=["optimizer.state"], first=first, alike=alike)
+    assert len(caplog.records) <= 1
+    return caplog.text
+
+
+def test_one_warning_names_all_that_was_not_restored_as_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """And what to do about an optimizer that had no state to ask with. A load with nothing to say says nothing."""
+    text = said(caplog, WHOLE, first=True, alike=True)
+    for part in (
+        "model.new", "ema", "count (int64 -> int16)", "nested", "rng", "arena:15", "it has no 'w'", "steps 3, 5", "step=5",
+        "optimizer.state held nothing", "get_state_dict",
+    ):  # fmt: skip
+        assert part in text, part
+    assert said(caplog, REPORT, first=True, alike=True) == ""
+
+
+def test_what_all_ranks_would_say_is_said_by_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    """The others speak of their own leaves, and only where these differ from rank to rank."""
+    assert said(caplog, WHOLE, first=False, alike=True) == ""
+    text = said(caplog, WHOLE, first=False, alike=False)
+    assert "model.new" in text
+    assert "ema" not in text
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "narrows"),
+    [
+        ("int64", "int16", True), ("float32", "bfloat16", True), ("float32", "int64", True), ("bfloat16", "float16", True),
+        ("complex64", "float32", True), ("float32", "float8_e4m3fn", True), ("float8_e5m2", "float8_e4m3fn", True),
+        ("int16", "int64", False), ("bfloat16", "float32", False), ("bool", "int8", False), ("float32", "complex64", False),
+        ("float8_e4m3fn", "float32", False), ("float32", "float32", False),
+    ],
+)  # fmt: skip
+def test_a_type_that_cannot_hold_every_value_narrows(stored: str, wanted: str, *, narrows: bool) -> None:
+    """70000 as int16 is 4464."""
+    of = layout.Layout((layout.Item("x", wanted, (2,), (0,), (2,)),), (), {})
+    assert load_notes.narrowed({"x": stored}, of) == ({"x": f"{stored} -> {wanted}"} if narrows else {})
+
+
+def test_containers_that_hold_nothing_are_found_at_any_depth() -> None:
+    """They ask for nothing, so that nothing below them is restored."""
+    state = {"optimizer": {"state": {}, "groups": [{}]}, "model": {"w": 1}, "ema": {}}
+    assert list(load_notes.empty_containers(state)) == ["optimizer.state", "ema"]
