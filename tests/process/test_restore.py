@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: trust a value that was not written by a save of the same test.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,63 @@ def test_where_no_checkpoint_ever_was_the_policy_decides(ranks: Ranks, tmp_path:
     strict = ranks.open(tmp_path / "strict", restore={"onMissing": "Fail"})
     with pytest.raises(NoCheckpoint):
         strict.load(state_of(0))
+
+
+def ahead(opened: checkpointer.Checkpointer) -> list[int]:
+    """The steps that the last load set aside."""
+    assert opened.last_load is not None
+    return list(opened.last_load.set_aside)
+
+
+def test_a_rollback_lasts(ranks: Ranks, tmp_path: Path) -> None:
+    """After a load of an older step the newest is what is saved then: from memory and from storage, in the next run too. What was ahead
+    is set aside, said so, and loaded by its number."""
+    opened = ranks.open(tmp_path, **POLICY)
+    for step in (1, 2, 3, 4, 5):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    state = state_of(0)
+    assert opened.load(state, step=2) == 2
+    assert ahead(opened) == [3, 4, 5]
+    again = {**state_of(3), "note": ["the other", "branch"]}
+    opened.save(again, 3).result(Deadline.COMMITTED.s)
+    newest = opened.latest()
+    assert newest is not None
+    assert newest.step == 3
+    assert opened.find() == pillion.Found(step=3, tier="arena", path="")
+    assert opened.load(state) == 3
+    assert ahead(opened) == [4, 5]
+    assert state["note"] == ["the other", "branch"]
+    opened.close()
+    ranks.alone()
+    opened = ranks.open(tmp_path, **POLICY)
+    assert opened.load(state) == 3
+    assert opened.last_load is not None
+    assert (opened.last_load.tier, ahead(opened)) == ("storage", [4, 5])
+    assert state["note"] == ["the other", "branch"]
+    assert opened.load(state, step=5) == 5
+    assert_state(state, 5)
+
+
+def test_the_policy_says_where_a_restart_begins(ranks: Ranks, tmp_path: Path) -> None:
+    """restore.mode Step takes that step, None starts from nothing; a call that names a step is served in spite of it. The newest commit,
+    lost from storage, is refused with the reason, and not replaced by an older one in silence."""
+    opened = ranks.open(tmp_path, **POLICY)
+    for step in (1, 2, 3):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    opened.close()
+    ranks.alone()
+    state = state_of(0)
+    for restore, expected in (({"mode": "Step", "step": 2}, 2), ({"mode": "None"}, None)):
+        opened = ranks.open(tmp_path, restore=restore)
+        found = opened.find()
+        assert (found and found.step) == expected
+        assert opened.load(state) == expected
+        assert opened.load(state, step=1) == 1
+        opened.close()
+        ranks.alone()
+    shutil.rmtree(tmp_path / "step-3")
+    opened = ranks.open(tmp_path, **POLICY)
+    assert opened.load(state) == 2
+    assert opened.last_load is not None
+    assert list(opened.last_load.refused) == ["storage:3"]
+    assert "is not there any more" in opened.last_load.refused["storage:3"]

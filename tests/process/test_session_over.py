@@ -17,6 +17,7 @@ import pytest
 from pillion.errors import PillionError
 from pillion.wire import policy
 from pillion_sidecar import settings
+from pillion_sidecar.arena.slots import Save
 from pillion_sidecar.executor import stores
 from pillion_sidecar.metrics import Metrics
 from pillion_sidecar.operation import Operations, SessionOver
@@ -87,7 +88,9 @@ def test_an_executor_leaves_the_pods_that_it_waits_for_and_serves_the_next_sessi
             operations.session(over)
             await soon(lambda: operations.opened == "a" * 32, Deadline.TORCH_START, "the first session is open")
             first = operations.executor_pid
-            rescue = asyncio.create_task(operations.rescue(over, [5], [], ["call"]))
+            rescue = asyncio.create_task(
+                operations.rescue(over, [Save(5, 0, 1, persist=True, destination=None)], ["call"])
+            )
             await soon(
                 lambda: operations._working_for == "a" * 32, Deadline.REPLY, "the executor waits for the other pod"
             )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pillion.errors import CorruptCheckpoint, NoCheckpoint
 from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar import retention
+from pillion_sidecar import commit, retention
 from pillion_sidecar.executor import choose
 
 steps = st.sets(st.integers(0, 60), max_size=8)
@@ -61,8 +61,8 @@ def test_retention_keeps_what_it_must(
     on_missing=st.sampled_from(list(OnMissing)),
 )
 def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where_nothing_ever_was(
-    arena_steps: dict[int, choose.Order],
-    committed: dict[int, choose.Order],
+    arena_steps: dict[int, commit.Order],
+    committed: dict[int, commit.Order],
     refused: set[tuple[str, int]],
     step: int | None,
     on_missing: OnMissing,

@@ -215,9 +215,7 @@ class Checkpointer:
         self._saver.wait_staged()
         return loading.find(self._session, None if step is None else _whole(step))
 
-    def load(
-        self, state_dict: dict[str, Any], step: SupportsIndex | None = None, *, strict: bool = True
-    ) -> int | None:
+    def load(self, state_dict: dict[str, Any], step: SupportsIndex | None = None, *, strict: bool = True) -> int | None:
         """
         Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
 

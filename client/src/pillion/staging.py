@@ -304,6 +304,8 @@ class SegmentMapping:
             # Another layout has overwritten the archive heads of the one before.
             framed_digest=before.framed_digest if before.layout_digest == bytes.fromhex(of.digest) else bytes(16),
             digests_offset=layout.aligned(manifest_offset + len(manifest)),
+            generation=before.generation,
+            epoch=before.epoch,
         )
         self._map[base : base + arena.SLOT_FORMAT.size] = header.pack()
         state = base + arena.STATE_OFFSET

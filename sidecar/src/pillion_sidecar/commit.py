@@ -413,11 +413,12 @@ def remember(root: str, step: int, generation: str) -> None:
     directio.replace_file(path, text.encode())
 
 
-def remembered(root: str) -> int | None:
-    """The step that was committed last, as far as anybody wrote it down."""
+def remembered(root: str) -> tuple[int, Order] | None:
+    """The step that was committed last, and its order, as far as anybody wrote it down."""
     try:
         with open(os.path.join(root, names.INTERNAL_DIR, NEWEST), "rb") as file:
-            return int(json.loads(file.read())["step"])
+            document = json.loads(file.read())
+        return int(document["step"]), order_of(str(document["generation"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 

@@ -113,6 +113,9 @@ class Loads:
             # A save in flight may be the newest: it is finished first.
             await supervisor.persisting.quiet(supervisor.settings.persist_timeout_s)
             self._release()
+            # What its arena holds has a date only once the session has: see Pod.date. A failure shows at the load itself.
+            with contextlib.suppress(PillionError):
+                await supervisor.operations.open(pod)
             first = next(iter(asked.values()))[1]
             if messages.field(first, "find", bool, False):
                 await self._find(pod, asked, first)
@@ -130,6 +133,8 @@ class Loads:
                 "spare_slot": NO_SLOT if self._lent is None else self._lent,
             }
             result = await supervisor.operations.load(pod, request)
+            if result["step"] is not None:
+                pod.set_aside((tuple(result["order"]), int(result["step"])))
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
                 pod.heard(int(result["step"]), persisted=False)
                 # Before any rank can save again, so that it comes first in every pod.
@@ -152,8 +157,8 @@ class Loads:
             "strict": messages.field(first, "strict", bool, True),
             "find": messages.field(first, "find", bool, False),
             "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
-            "orders": {},
-            "passed_over": {str(step): why for step, why in pod.strangers.items()},
+            "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
+            "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
             "limit_bytes": pod.limit_bytes,
         }
 

@@ -101,6 +101,13 @@ class Operations:
             if changed != self._record:
                 self._record = changed
                 session_record.write(self._settings.runtime_dir, changed)
+            self._date()
+
+    def _date(self) -> None:
+        """Let the arena know which generation and epoch its saves are of."""
+        pod, record = self._pod, self._record
+        if pod is not None and record is not None and record.generation and record.session == pod.identity.session:
+            pod.date((record.generation, record.counts.epoch))
 
     def session(self, pod: Pod, record: Record | None = None) -> None:
         """
@@ -119,6 +126,7 @@ class Operations:
         elif self._record is None or self._record.session != pod.identity.session:
             self._record = pod.record()
             session_record.write(self._settings.runtime_dir, self._record)
+        self._date()
         if self._executor is not None and self._working_for not in (None, pod.identity.session):
             self._tasks.start(self._leave(self._executor, self._working_for), "leaving a session")
         self._tasks.start(self._open_ahead(pod), "opening a session")
@@ -280,14 +288,20 @@ class Operations:
         """Loads of the session that were begun; the same number in every pod."""
         return self._record.counts.loads if self._record is not None else 0
 
-    async def rescue(self, pod: Pod, held: list[int], persisted: list[int], calls: list[str]) -> rescue.Agreed:
+    async def rescue(self, pod: Pod, held: list[Save], calls: list[str]) -> rescue.Agreed:
         """
         Agree with the other pods on the snapshot that all of them persist: see `executor.rescue`.
 
         Raises:
             PillionError: some pod did not come, this one came too late, or the executor died.
         """
-        message = {"type": "rescue", "held": held, "persisted": persisted, "calls": calls}
+        message = {
+            "type": "rescue",
+            "held": [save.step for save in held],
+            "persisted": [save.step for save in held if save.persisted],
+            "born": {str(save.step): save.born for save in held if save.born},
+            "calls": calls,
+        }
         return rescue.Agreed.from_document(await self._run(pod, message))
 
     async def retain(self, pod: Pod, current: int, slice_s: float) -> bool:

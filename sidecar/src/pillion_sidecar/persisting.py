@@ -91,7 +91,9 @@ class Persisting:
         pod = self._trainers.pod
         if pod is None or pod.policy.trigger.on_termination is not policy.OnTermination.SAVE or not pod.identity.root:
             return None
-        whole = [save for save in pod.table.saves.values() if save.complete and not save.hopeless]
+        whole = [
+            save for save in pod.table.saves.values() if save.complete and not save.hopeless and not save.set_aside
+        ]
         save = max(whole, key=lambda each: each.order, default=None)
         if save is None or save.persisted or save.destination is not None:
             return None
@@ -152,11 +154,9 @@ class Persisting:
         async with self._quiet:
             self._quiet.notify_all()
         try:
-            ours = [save for save in pinned if save.destination is None and not save.hopeless]
+            ours = [save for save in pinned if save.destination is None and not save.hopeless and not save.set_aside]
             held = sorted(ours, key=lambda save: save.order)
-            agreed = await self._operations.rescue(
-                pod, [save.step for save in held], [save.step for save in held if save.persisted], calls
-            )
+            agreed = await self._operations.rescue(pod, held, calls)
             self._agreeing = False
             # What any pod was called by is answered: whoever hears that call later would wait for the others in vain.
             calls += agreed.calls
@@ -319,6 +319,9 @@ class Persisting:
             _log.warning("step %d was of the session before: %s", save.step, error or "done", extra={"step": save.step})
             return
         persisted = outcome is not None and wanted
+        if persisted and outcome is not None and outcome.get("order"):
+            # As its checkpoint on storage: the two are one, and the arena is faster.
+            save.born = int(outcome["order"][0]), int(outcome["order"][1])
         pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
         save.hopeless = outcome is None and (error is None or failures.is_hopeless(error))
         save.concluded = not save.hopeless

@@ -32,6 +32,10 @@ DEFAULT_LIMIT_SHARE: Final = 0.5
 """Without staging.sizeLimit the arena may take this share of its tmpfs: the kernel's own default for a tmpfs is half of memory."""
 
 
+EPOCH_MOST: Final = 2**32 - 1
+"""Later than any: a slot's header has 32 bits for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """Who this pod's ranks are, from the first hello of a session."""
@@ -96,6 +100,15 @@ class Identity:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A whole snapshot of another world, left where it is until its slot is needed: trainers that start again are told again."""
+
+    step: int
+    world_size: int
+    order: tuple[int, int]
+
+
 class Pod:
     """
     The arena of the pod.
@@ -120,8 +133,10 @@ class Pod:
             path = os.path.join(runtime_dir, names.segment_file(index))
             self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
         self._remove_strangers()
-        self.strangers: dict[int, str] = {}
-        """Step -> why a whole snapshot that was found is none that these ranks can load."""
+        self.order: tuple[int, int] | None = None
+        """(generation, epoch) of what is saved now; None until the executor has opened the session."""
+        self.strangers: dict[int, Stranger] = {}
+        """Slot -> a whole snapshot that these ranks cannot load."""
         self.adopted = self._adopt_saves()
 
     def _adopt_or_create(self, path: str, num_slots: int, stride_bytes: int) -> Segment:
@@ -155,21 +170,22 @@ class Pod:
                 with contextlib.suppress(ValueError):
                     headers[rank] = self.segments[rank].read_header(slot)
             first = headers.get(ranks[0])
-            sealed = first is not None and all(
+            stranger = next((each for each in headers.values() if self._is_strange(each)), None)
+            if stranger is not None:
+                # Left as it is until its slot is needed: a trainer that starts again is told again.
+                self.strangers[slot] = Stranger(
+                    stranger.step, stranger.world_size, (stranger.generation, stranger.epoch)
+                )
+                continue
+            whole = first is not None and all(
                 rank in headers
                 and headers[rank].state in (arena.SlotState.SEALED, arena.SlotState.PERSISTING)
                 and headers[rank].step == first.step
+                and headers[rank].rank == rank
+                and headers[rank].world_size == self.identity.world_size
                 and headers[rank].session == first.session
                 for rank in ranks
             )
-            if sealed and first is not None and first.world_size != self.identity.world_size:
-                # Left as it is until its slot is needed: a trainer that starts again is told again.
-                self.strangers[first.step] = (
-                    f"the snapshot of step {first.step} in memory is of {first.world_size} ranks, and there are"
-                    f" {self.identity.world_size} now; only through storage could they share it out anew"
-                )
-                continue
-            whole = sealed and all(headers[rank].rank == rank for rank in ranks)
             if not whole or first is None:
                 for rank in ranks:
                     self._reset(rank, slot)
@@ -186,12 +202,24 @@ class Pod:
             save.phase = Phase.COMPLETE if waited_for else Phase.DONE
             save.persisted = persisted
             save.concluded = concluded
+            save.set_aside = any(arena.Flag.SET_ASIDE in headers[rank].flags for rank in ranks)
+            save.inherited = not same
+            if first.generation:
+                save.born = (first.generation, first.epoch)
             # The wall clock may have jumped since; the arena does not outlive the boot.
             save.sealed_ns = time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns)
             found.append((first.sealed_ns, save))
         saves = [save for _, save in sorted(found, key=lambda entry: entry[0])]
         self.table.adopt(saves)
         return saves
+
+    def _is_strange(self, header: arena.SlotHeader) -> bool:
+        """Whether all ranks of another world had sealed a snapshot, of which this is one part, and it is in memory only."""
+        sealed = header.state in (arena.SlotState.SEALED, arena.SlotState.PERSISTING)
+        # Digests are taken once every rank of the pod has sealed.
+        complete = header.digests_for == header.sequence != 0
+        stored = arena.Flag.PERSISTED in header.flags
+        return sealed and complete and not stored and header.world_size != self.identity.world_size
 
     # --- slots -----------------------------------------------------------------------------------------------------
 
@@ -216,9 +244,27 @@ class Pod:
             )
         return segment.grow(slot, room_bytes)
 
+    def date(self, order: tuple[int, int]) -> None:
+        """
+        From now on saves are of this (generation, epoch). Those that were claimed before anybody could know it are of its session too;
+        what an earlier session left without a date is newer than all that was committed before this one.
+        """
+        self.order = order
+        for save in self.table.saves.values():
+            if save.born is None:
+                save.born = (order[0] - 1, EPOCH_MOST) if save.inherited else order
+
+    def set_aside(self, loaded: tuple[tuple[int, int], int]) -> None:
+        """A checkpoint was loaded, given as (order, step): newer snapshots are of a branch that was left."""
+        for save in self.table.set_aside(loaded):
+            at_work = save.phase is Phase.PERSISTING
+            self.mark(save, arena.SlotState.PERSISTING if at_work else arena.SlotState.SEALED)
+
     def begin_fill(self, rank: int, slot: int, *, persist: bool) -> None:
         """Mark a rank's slot as being filled, under a new sequence."""
         segment = self.segments[rank]
+        self.strangers.pop(slot, None)
+        generation, epoch = self.order or (0, 0)
         try:
             before = segment.read_header(slot)
         except ValueError:
@@ -233,6 +279,8 @@ class Pod:
                 flags=arena.Flag.NONE if persist else arena.Flag.SNAPSHOT,
                 sequence=before.sequence + 1,
                 digests_for=0,
+                generation=generation,
+                epoch=epoch,
             ),
         )
 
@@ -245,6 +293,7 @@ class Pod:
         segment.write_header(slot, arena.SlotHeader(state=arena.SlotState.FREE, sequence=sequence))
 
     def reset(self, slot: int) -> None:
+        self.strangers.pop(slot, None)
         for rank in self.segments:
             self._reset(rank, slot)
 
@@ -269,7 +318,10 @@ class Pod:
             flags = header.flags
             flags |= arena.Flag.PERSISTED if persisted else arena.Flag.NONE
             flags |= arena.Flag.CONCLUDED if concluded else arena.Flag.NONE
-            segment.write_header(save.slot, dataclasses.replace(header, state=state, flags=flags))
+            flags |= arena.Flag.SET_ASIDE if save.set_aside else arena.Flag.NONE
+            generation, epoch = save.born or (header.generation, header.epoch)
+            changed = dataclasses.replace(header, state=state, flags=flags, generation=generation, epoch=epoch)
+            segment.write_header(save.slot, changed)
 
     def session_document(self, of: settings.Settings) -> dict[str, Any]:
         """What the executor needs to open this session."""

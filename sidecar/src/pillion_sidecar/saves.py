@@ -111,6 +111,7 @@ class Saves:
         except PillionError as err:
             self.fail_rank(step, client.rank, ErrorDocument.from_exception(err), persist=persist)
             raise
+        save.born = save.born or pod.order
         pod.begin_fill(client.rank, save.slot, persist=persist)
         if step not in self._seal_timers:
             loop = asyncio.get_running_loop()

@@ -63,6 +63,19 @@ def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
     assert [pod.rescues for pod in pods] == [1, 1]
 
 
+def test_one_step_of_two_branches_is_not_one_snapshot(tmp_path: Path) -> None:
+    """After a rollback one pod has saved step 3 again and the other one died before it: they persist what both hold of one branch."""
+    born = [{2: [1, 0], 3: [1, 1]}, {2: [1, 0], 3: [1, 0]}]
+    pods = [context(tmp_path, 0), context(tmp_path, 2)]
+
+    def both(of: Context, own: dict[int, list[int]]) -> rescue.Agreed:
+        return rescue.agree(of, [2, 3], [], ["a"], born=own)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(both, pods, born))
+    assert found == [rescue.Agreed(step=2, persisted=[], calls=["a"])] * 2
+
+
 def test_a_pod_that_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
     """Nothing can be persisted without it."""
     pod = context(tmp_path, 0, bound_s=0.05)

@@ -6,12 +6,12 @@ import pytest
 
 import pillion
 from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar import catalog, retention
+from pillion_sidecar import catalog, commit, retention
 from pillion_sidecar.executor import choose
 
 
 def pick(
-    arena: set[int] | dict[int, choose.Order], committed: set[int] | dict[int, choose.Order], *,
+    arena: set[int] | dict[int, commit.Order], committed: set[int] | dict[int, commit.Order], *,
     refused: dict[str, str] | None = None, step: int | None = None, fresh: bool = False, on_missing: OnMissing = OnMissing.FRESH,
     partial: set[int] | None = None, misfits: dict[int, str] | None = None,
 ) -> tuple[int, str] | None:  # fmt: skip

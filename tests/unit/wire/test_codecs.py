@@ -89,7 +89,9 @@ def test_the_byte_tables_of_the_module_are_what_the_codec_does() -> None:
     rows = [line.split("|") for line in text.splitlines() if line.strip().startswith("|")]
     slot_rows = [row for row in rows if len(row) >= 6 and row[1].strip().isdigit()][4:]
     offset = 0
-    for row, code in zip(slot_rows, ["8s", "I", "I", "Q", "q", "I", "I", *"QQQQQQ", *["16s"] * 4, *"QQQ"], strict=True):
+    for row, code in zip(
+        slot_rows, ["8s", "I", "I", "Q", "q", "I", "I", *"QQQQQQ", *["16s"] * 4, *"QQQQI"], strict=True
+    ):
         size = {"8s": 8, "16s": 16, "I": 4}.get(code, 8)
         assert (int(row[1]), int(row[2])) == (offset, size), row[3].strip()
         offset += size

@@ -44,6 +44,8 @@ Slot header (little-endian):
     | 152    | 8    | digests_offset  | u64  |                                                         | sidecar    |
     | 160    | 8    | digests_count   | u64  | items and opaque leaves digested                        | sidecar    |
     | 168    | 8    | digests_for     | u64  | the sequence these digests belong to; 0: none           | sidecar    |
+    | 176    | 8    | generation      | u64  | of the session that filled it; 0: not known yet         | sidecar    |
+    | 184    | 4    | epoch           | u32  | loads of that session before it; orders with the above  | sidecar    |
 
 State words: the sidecar writes FREE and FILLING (at a claim), the trainer SEALED, the sidecar PERSISTING and SEALED again
 (with Flag.PERSISTED). The trainer writes the header fields first and the state word last (one aligned 4-byte store, which
@@ -69,7 +71,7 @@ DIGEST_BYTES: Final = 16
 """Length of one item's digest (xxh3_128) in the digests table."""
 
 SEGMENT_FORMAT: Final = struct.Struct("<8sIIQ")
-SLOT_FORMAT: Final = struct.Struct("<8sIIQqIIQQQQQQ16s16s16s16sQQQ")
+SLOT_FORMAT: Final = struct.Struct("<8sIIQqIIQQQQQQ16s16s16s16sQQQQI")
 STATE_OFFSET: Final = 8
 _STATE: Final = struct.Struct("<I")
 
@@ -93,9 +95,11 @@ class Flag(IntFlag):
     """To memory only: the policy or the caller did not ask for storage."""
     CONCLUDED = 4
     """The pods of the job have agreed on what became of it; without it, peers of the same session wait for this pod's part."""
+    SET_ASIDE = 8
+    """A load went back behind it: it is loaded by its number, and goes to storage only if it was on its way there."""
 
 
-KNOWN_FLAGS = Flag.PERSISTED | Flag.SNAPSHOT | Flag.CONCLUDED
+KNOWN_FLAGS = Flag.PERSISTED | Flag.SNAPSHOT | Flag.CONCLUDED | Flag.SET_ASIDE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +159,8 @@ class SlotHeader:
     digests_offset: int = 0
     digests_count: int = 0
     digests_for: int = 0
+    generation: int = 0
+    epoch: int = 0
 
     def pack(self) -> bytes:
         return SLOT_FORMAT.pack(
@@ -178,6 +184,8 @@ class SlotHeader:
             self.digests_offset,
             self.digests_count,
             self.digests_for,
+            self.generation,
+            self.epoch,
         )
 
     @classmethod
@@ -196,7 +204,7 @@ class SlotHeader:
         names = (
             "sequence", "step", "rank", "world_size", "image_bytes", "layout_offset", "layout_bytes", "manifest_offset",
             "manifest_bytes", "sealed_ns", "layout_digest", "manifest_digest", "session", "framed_digest",
-            "digests_offset", "digests_count", "digests_for",
+            "digests_offset", "digests_count", "digests_for", "generation", "epoch",
         )  # fmt: skip
         header = cls(state=SlotState(state), flags=Flag(flags & KNOWN_FLAGS), **dict(zip(names, fields, strict=True)))
         for what, offset, length in (

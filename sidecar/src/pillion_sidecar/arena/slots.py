@@ -58,6 +58,12 @@ class Save:
     """Found in the arena: a sidecar before this one may have begun to persist it."""
     pins: int = 0
     """Loads that read this slot now."""
+    born: tuple[int, int] | None = None
+    """(generation, epoch) in which it was filled, or committed: see `commit.Order`. None: the executor has not opened the session yet."""
+    inherited: bool = False
+    """Sealed by trainers of a session before this one."""
+    set_aside: bool = False
+    """A load went back behind it: training goes on from an older step, and this one is of a branch that was left."""
 
     @property
     def rescued(self) -> bool:
@@ -182,6 +188,17 @@ class SlotTable:
         """After a load a step may come again."""
         self._doomed.clear()
         self._skipped.clear()
+
+    def set_aside(self, loaded: tuple[tuple[int, int], int]) -> list[Save]:
+        """Mark what is newer than the checkpoint that was loaded, given as (order, step); the ones that were not yet marked."""
+        left = [
+            save
+            for save in self.saves.values()
+            if save.complete and not save.set_aside and save.born is not None and (save.born, save.step) > loaded
+        ]
+        for save in left:
+            save.set_aside = True
+        return left
 
     def pin(self) -> list[Save]:
         """Keep every complete save where it is while a load reads the arena."""

@@ -39,7 +39,13 @@ class Offer:
 
 def offer(context: Context, request: Request) -> Offer:
     """Look at every snapshot that all local ranks have sealed."""
-    found = Offer(misfits={step: {"why": why, "order": [0, 0]} for step, why in request.passed_over.items()})
+    found = Offer()
+    for step, num_ranks, born in request.strangers:
+        found.misfits[step] = {
+            "why": f"the snapshot of step {step} in memory is of {num_ranks} ranks, and there are {context.world_size} now: only through"
+            " storage could these share it out",
+            "order": list(born),
+        }
     for step, slot in request.arena.items():
         order = list(request.orders.get(step, (0, 0)))
         try:

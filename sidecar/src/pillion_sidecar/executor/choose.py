@@ -14,13 +14,12 @@ from typing import Any, Final
 from pillion.errors import CorruptCheckpoint, ErrorDocument, IncompatibleCheckpoint, NoCheckpoint, PillionError
 from pillion.wire.policy import OnMissing, RestoreMode
 from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar.commit import Order
 from pillion_sidecar.executor import exchange
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.load_request import Request
 from pillion_sidecar.storage import reading
 
-Order = tuple[int, int]
-"""(generation, epoch): see `commit`."""
 ARENA: Final = "arena"
 STORAGE: Final = "storage"
 
@@ -76,6 +75,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         "arena": [],
         "passed_over": {},
         "set_aside": [],
+        "order": [0, 0],
     }
     try:
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
@@ -84,7 +84,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         memory = gathered(offers)
         choice["arena"] = sorted(memory.whole)
         committed = _committed(context)
-        choice["refused"] |= missing(_remembered(context.root), memory.whole, committed)
+        choice["refused"] |= missing(commit.remembered(context.root), memory.whole, committed)
         found = pick(
             memory=memory,
             committed=committed,
@@ -109,6 +109,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
             choice["step"], choice["tier"] = step, tier
             choice["path"] = context.step_path(step) if tier == STORAGE else ""
             order = committed[step] if tier == STORAGE else memory.whole[step]
+            choice["order"] = list(order)
             choice["passed_over"] = passed_over(memory, (order, step))
             choice["set_aside"] = set_aside(committed, choice["refused"], step)
     finally:
@@ -130,12 +131,7 @@ def _committed(context: Context) -> dict[int, Order]:
 def _list(root: str) -> dict[int, Order]:
     retention.put_back(root)
     catalog.finish_interrupted(root)
-    return {step: (0, 0) for step, done in catalog.steps(root).items() if done}
-
-
-def _remembered(root: str) -> tuple[int, Order] | None:
-    step = commit.remembered(root)
-    return None if step is None else (step, (0, 0))
+    return catalog.committed(root)
 
 
 def missing(

@@ -14,6 +14,7 @@ Who only looks for a checkpoint (`find`) is answered with the choice: nothing is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import traceback
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from typing import Any, Final
 from pillion import phases
 from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, PillionError
 from pillion.wire import arena
-from pillion_sidecar import catalog
+from pillion_sidecar import catalog, commit
 from pillion_sidecar.arena.slots import NO_SLOT
 from pillion_sidecar.executor import arena_load, choose, fill, matching
 from pillion_sidecar.executor.choose import ARENA, STORAGE
@@ -68,7 +69,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         refused = dict(choice["refused"])
         if choice["error"] is not None:
             raise ErrorDocument.from_document(choice["error"]).to_exception()
-        told = {name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside")}
+        told = {name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside", "order")}
         if choice["step"] is None or request.find:
             context.epoch = int(choice["epoch"])
             fresh = {"tier": "fresh"} if choice["step"] is None else {}
@@ -97,6 +98,10 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             raise ErrorDocument.from_document(verdict["error"]).to_exception()
         if verdict["corrupt"] is None:
             context.epoch = int(choice["epoch"])
+            if context.coordinator and tier == STORAGE and not verdict["unexpected"]:
+                # Every byte of it was read and matched its digest: retention keeps it.
+                with contextlib.suppress(OSError):
+                    commit.note_verified(context.root, step)
             return told | {
                 "opaque": {str(rank): each.opaque for rank, each in filled.items()},
                 "unexpected": {

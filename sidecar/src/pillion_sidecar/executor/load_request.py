@@ -31,8 +31,8 @@ class Request:
     """step -> slot that every local rank has sealed."""
     orders: Mapping[int, tuple[int, int]]
     """step -> (generation, epoch) in which it was sealed; see `commit.Order`."""
-    passed_over: Mapping[int, str]
-    """step -> why a snapshot that was found in the arena is none of this world."""
+    strangers: tuple[tuple[int, int, tuple[int, int]], ...]
+    """Snapshots of another world that were found in the arena: step, number of ranks, order."""
     spare_slot: int
     """A slot that may be filled; NO_SLOT: one is taken once the pods have agreed on what to fill it with."""
     limit_bytes: int | None = None
@@ -53,7 +53,9 @@ class Request:
             ),
             arena={int(step): int(slot) for step, slot in document["arena"].items()},
             orders={int(step): (int(order[0]), int(order[1])) for step, order in document["orders"].items()},
-            passed_over={int(step): str(why) for step, why in document["passed_over"].items()},
+            strangers=tuple(
+                (int(step), int(ranks), (int(order[0]), int(order[1]))) for step, ranks, order in document["strangers"]
+            ),
             spare_slot=int(document["spare_slot"]),
             limit_bytes=None if limit is None else int(limit),
             strict=bool(document["strict"]),

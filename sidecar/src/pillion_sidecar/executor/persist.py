@@ -94,6 +94,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         "size_bytes": int(outcome["size_bytes"]),
         "persist_s": durable - started,
         "commit_s": commit_s,
+        "order": [context.generation, context.epoch],
     }
 
 
@@ -117,7 +118,8 @@ def _found_complete(context: Context, request: Request) -> dict[str, Any] | None
         size_bytes = catalog.size_bytes(directory)
     except (OSError, CommitError):
         return None
-    return {"path": directory, "size_bytes": size_bytes, "persist_s": 0.0, "commit_s": 0.0}
+    order = [context.generation, context.epoch]
+    return {"path": directory, "size_bytes": size_bytes, "persist_s": 0.0, "commit_s": 0.0, "order": order}
 
 
 def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool, rescued: bool = False) -> None:

@@ -5,7 +5,7 @@ what it answers is read by `operation`.
 A trainer that dies takes what it was staging with it, and often the job's store as well; the pods then hold different steps. They
 agree on one here, on storage when it must be (`context.with_failover`), and each persists it like any other save.
 
-    every pod:    post the steps that it holds, oldest first, which of them are on storage already, and the calls that it heard
+    every pod:    post the steps that it holds, oldest first, with their orders, which are on storage already, and the calls that it heard
     coordinator:  the newest of its own that every pod holds, and all the calls -> publish
 
 A call reaches the pods at different times. All that any of them has heard are answered together, so that none waits for a rescue by itself.
@@ -56,7 +56,14 @@ class Agreed:
         )
 
 
-def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls: Sequence[str]) -> Agreed:
+def agree(
+    context: Context,
+    held: Sequence[int],
+    persisted: Sequence[int],
+    calls: Sequence[str],
+    *,
+    born: Mapping[int, Sequence[int]] | None = None,
+) -> Agreed:
     """
     Agree with the other pods.
 
@@ -64,6 +71,7 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
         held: steps that this pod holds whole, oldest first.
         persisted: those of them that are committed.
         calls: names of the calls that it heard.
+        born: step -> (generation, epoch) of each: one step of two branches is not one snapshot.
 
     Blocks: twice the bound.
 
@@ -77,7 +85,10 @@ def agree(context: Context, held: Sequence[int], persisted: Sequence[int], calls
     if context.store_lost:
         # Nobody could be called: who waited for a store that is silent notices it this much later than who asked it something.
         bound_s += LOOK_S
-    context.exchange.post(f"{phase}/offer", {"held": list(held), "persisted": list(persisted), "calls": list(calls)})
+    offer = {"held": list(held), "persisted": list(persisted), "calls": list(calls)}
+    context.exchange.post(
+        f"{phase}/offer", offer | {"born": {str(step): list(at) for step, at in (born or {}).items()}}
+    )
     if context.coordinator:
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
@@ -118,5 +129,10 @@ def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | 
 
 
 def _everywhere(offers: Mapping[int, Mapping[str, Any]]) -> set[int]:
-    """Steps that every pod holds; the coordinator's own offer is among them."""
-    return set.intersection(*(set(offer["held"]) for offer in offers.values()))
+    """Steps that every pod holds, of one branch; the coordinator's own offer is among them."""
+    shared = set.intersection(*(set(offer["held"]) for offer in offers.values()))
+    return {
+        step
+        for step in shared
+        if len({tuple(offer.get("born", {}).get(str(step), ())) for offer in offers.values()}) == 1
+    }

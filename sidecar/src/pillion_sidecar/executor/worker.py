@@ -246,7 +246,10 @@ class Worker:
     def _rescue(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
         held, persisted, calls = request["held"], request["persisted"], request["calls"]
-        return dataclasses.asdict(with_failover(context, lambda: rescue.agree(context, held, persisted, calls)))
+        born = {int(step): at for step, at in request["born"].items()}
+        return dataclasses.asdict(
+            with_failover(context, lambda: rescue.agree(context, held, persisted, calls, born=born))
+        )
 
     def _retain(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
