@@ -106,7 +106,7 @@ def begin(
             raise ArenaExhausted(
                 needed_bytes=needed,
                 available_bytes=max(0, request.limit_bytes - used + has),
-                detail=f"the pod's limit is {request.limit_bytes} bytes, and {used - has} are in use beside the slot to load into",
+                cause=f"the pod's limit is {request.limit_bytes} bytes, and {used - has} are in use beside the slot to load into",
             )
         segment.grow(slot, needed)
     progress(
