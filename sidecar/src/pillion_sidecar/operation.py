@@ -30,6 +30,11 @@ LEAVE_TIMEOUT_S: Final = 3.0
 (`exchange.PIECE_S`); a connection to a store that never answers, or a write, is not left."""
 
 
+START_TRIES: Final = 5
+START_PAUSE_S: Final = 1.0
+"""Between two tries to start an executor: descriptors, processes or memory that are short at a moment are back in seconds mostly."""
+
+
 class SessionOver(PillionError):
     """The trainers that asked for this are gone, and others are there."""
 
@@ -83,7 +88,10 @@ class Operations:
     async def prestart(self) -> None:
         """Start the executor ahead of the first session, so that the first save finds it warm."""
         async with self._lock:
-            await self._running()
+            try:
+                await self._running()
+            except ExecutorDied as err:
+                _log.warning("%s; the first session tries again", err)
 
     @property
     def store_lost(self) -> bool:
@@ -177,7 +185,21 @@ class Operations:
             await self._executor.stop()
             self._metrics.executor_restarts += 1
         self.opened = None
-        self._executor = Executor(
+        for attempt in range(1, START_TRIES + 1):
+            try:
+                self._executor = await self._started()
+                break
+            except ExecutorDied as err:
+                self._executor = None
+                if attempt == START_TRIES:
+                    raise
+                _log.warning("%s (try %d of %d)", err, attempt, START_TRIES)
+                await asyncio.sleep(START_PAUSE_S)
+        assert self._executor is not None
+        return self._executor
+
+    async def _started(self) -> Executor:
+        executor = Executor(
             log_level=self._settings.log_level,
             ping_timeout_s=self._settings.ping_timeout_s,
             patience_s=min(self._settings.storage_timeout_s, self._settings.store_timeout_s),
@@ -185,8 +207,8 @@ class Operations:
             on_event=self._on_event,
             on_exit=self._revive,
         )
-        await self._executor.start()
-        return self._executor
+        await executor.start()
+        return executor
 
     async def _open(self, pod: Pod) -> dict[str, Any]:
         session = pod.identity.session

@@ -280,6 +280,21 @@ class Persisting:
                 self._retain_after = None
 
     async def _persist(self, pod: Pod, save: Save) -> None:
+        """Bring a save to its end, whatever happens: one that had none would keep its slot, and everybody who waits, for ever."""
+        try:
+            await self._persist_whole(pod, save)
+        except Exception as err:  # a boundary: a slot whose header is damaged, or a defect of ours
+            _log.exception("internal error while saving step %d", save.step, extra={"step": save.step})
+            if self._trainers.pod is not pod or save.phase is Phase.DONE:
+                return
+            failure = RemoteFailure(type(err).__name__, str(err))
+            error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+            self.withdraw(save.step, error, persist=save.persist, rescued=save.persist and save.snapshot)
+            save.hopeless = True
+            pod.table.finish(save, persisted=False)
+            self.report_failed(save, error)
+
+    async def _persist_whole(self, pod: Pod, save: Save) -> None:
         pod.mark(save, arena.SlotState.PERSISTING)
         outcome: dict[str, Any] | None = None
         error: SaveError | None = None
@@ -322,7 +337,11 @@ class Persisting:
         if persisted and outcome is not None and outcome.get("order"):
             # As its checkpoint on storage: the two are one, and the arena is faster.
             save.born = int(outcome["order"][0]), int(outcome["order"][1])
-        pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
+        try:
+            pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
+        except ValueError as err:
+            # What was committed is committed; who finds the arena after us does without this slot.
+            _log.error("the slot of step %d is damaged: %s", save.step, err, extra={"step": save.step})
         save.hopeless = outcome is None and (error is None or failures.is_hopeless(error))
         save.concluded = not save.hopeless
         pod.table.finish(save, persisted=persisted)

@@ -100,8 +100,14 @@ class Executor:
         Start the child. It is ready when it answers; requests may be sent at once.
 
         Raises:
-            OSError: no process could be made.
+            ExecutorDied: no process could be made, for want of descriptors, processes or memory.
         """
+        try:
+            await self._start()
+        except OSError as err:
+            raise ExecutorDied(f"the executor cannot be started: {err}") from err
+
+    async def _start(self) -> None:
         ours, theirs = socket.socketpair()
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -157,21 +163,34 @@ class Executor:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         decoder = messages.Decoder()
-        with contextlib.suppress(ConnectionError):
+        try:
             while data := await reader.read(messages.RECV_BYTES):
                 for message in decoder.feed(data):
-                    if message.get("event"):
-                        self._on_event(message)
-                        continue
-                    answer = self._pending.get(message.get("id", 0))
-                    if answer is not None and not answer.done():
-                        answer.set_result(message)
+                    self._take(message)
+        except ConnectionError:
+            pass
+        except Exception as err:  # a boundary: whoever waits for an answer would wait for ever
+            _log.exception("the executor says what is not understood (%s): it is replaced", type(err).__name__)
+            self.kill()
         process = self._process
         status: int | str = "unknown"
         if process is not None:
-            with contextlib.suppress(TimeoutError):
+            try:
                 status = await asyncio.wait_for(process.wait(), EXIT_TIMEOUT_S)
+            except TimeoutError:
+                self.kill()
         self._end(describe_exit(status))
+
+    def _take(self, message: messages.Message) -> None:
+        if message.get("event"):
+            try:
+                self._on_event(message)
+            except Exception:  # a boundary: an event that is not taken costs no save
+                _log.exception("the event %s of the executor failed", message.get("type"))
+            return
+        answer = self._pending.get(message.get("id", 0))
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     def _end(self, reason: str) -> None:
         """Nothing comes from the child any more; once."""
@@ -215,6 +234,8 @@ class Executor:
     def _abandon(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._end("not even by SIGKILL: it is in an uninterruptible call, and left behind")
+        else:
+            self._end("killed")
 
     async def stop(self) -> None:
         """Close the channel and wait for the child to go. Blocks: up to EXIT_TIMEOUT_S, then it is killed."""

@@ -90,10 +90,15 @@ class Worker:
                     elif message["type"] == "over":
                         self._over = message["session"]
                         self._done(message, {})
-                    elif message["type"] == "signal":
-                        self._outgoing.put_nowait(message)
                     else:
-                        self._requests.put_nowait(message)
+                        self._queue(self._outgoing if message["type"] == "signal" else self._requests, message)
+
+    def _queue(self, waiting: queue.Queue[messages.Message], message: messages.Message) -> None:
+        try:
+            waiting.put_nowait(message)
+        except queue.Full:
+            error = SidecarError(f"{QUEUE_LIMIT} messages wait before this one: the store answers none of them")
+            self._send({"type": "failed", "id": message["id"], "error": _document(error).to_document()})
 
     def _send(self, message: Mapping[str, object]) -> None:
         frame = messages.encode(message)
@@ -111,7 +116,9 @@ class Worker:
                     raise self._broken
                 answer = self._operations[request["type"]](request)
                 self._done(request, answer, **self._session_state())
-            except (Exception, SessionLeft) as raised:  # a boundary: any failure is an answer, and the loop goes on
+            except (
+                BaseException
+            ) as raised:  # a boundary: any failure is an answer, a foreign sys.exit too, and the loop goes on
                 err = SidecarError(str(raised)) if isinstance(raised, SessionLeft) else raised
                 _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
                 state = self._session_state()
@@ -148,7 +155,7 @@ class Worker:
                 finally:
                     context.watch.idle()
                 self._done(message, {})
-            except (RuntimeError, PillionError) as err:
+            except Exception as err:  # a boundary: torch has errors of several classes for a store
                 self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
 
     # --- operations (runner thread) ------------------------------------------------------------------------------------
@@ -266,7 +273,7 @@ class Worker:
         return with_failover(context, lambda: load.load(context, wanted, progress))
 
 
-def _document(err: Exception) -> ErrorDocument:
+def _document(err: BaseException) -> ErrorDocument:
     if isinstance(err, PillionError):
         return ErrorDocument.from_exception(err)
     text = "".join(traceback.format_exception(err))

@@ -1,0 +1,98 @@
+"""
+The whole of: that every save has an end, whatever the executor's side raises.
+
+Called from: pytest.
+Must never: start an executor.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillion.wire import arena, policy
+from pillion_sidecar import background, operation, settings
+from pillion_sidecar.arena.slots import Granted, Phase
+from pillion_sidecar.executor.parent import Executor, ExecutorDied
+from pillion_sidecar.journal import Journal
+from pillion_sidecar.metrics import Metrics
+from pillion_sidecar.operation import Operations
+from pillion_sidecar.persisting import Persisting
+from pillion_sidecar.pod import Pod
+from pillion_sidecar.trainers import Trainers
+from support.deadlines import Deadline
+from support.identities import identity
+
+
+class Broken:
+    """Operations whose every save raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def persist(self, *_: Any, **__: Any) -> dict[str, Any]:
+        raise self.error
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    """One rank; step 1 is sealed and waits for the executor."""
+    made = Pod(str(tmp_path), identity("a" * 32, tmp_path, None), policy.parse({}, embedded=True))
+    granted = made.table.claim(1, 0, persist=True)
+    assert isinstance(granted, Granted)
+    made.begin_fill(0, granted.save.slot, persist=True)
+    made.table.sealed(1, 0)
+    return made
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["the executor's side raises", "the slot's header is damaged"])
+def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: Pod, damaged: bool) -> None:
+    """Its handle fails with the error, a drain does not wait for it, and the next claim finds a slot."""
+    told: list[dict[str, Any]] = []
+
+    async def scenario() -> None:
+        tasks = background.Tasks()
+        operations: Any = Broken(KeyError("a defect"))
+        trainers = Trainers(operations, tasks, on_policy=lambda _: None)
+        trainers.pod = pod
+        trainers.broadcast = lambda message, **_: told.append(dict(message))  # type: ignore[method-assign] # there is no trainer
+        persisting = Persisting(Journal(), trainers, operations, lambda: None)
+        if damaged:
+            with Path(pod.segments[0].path).open("r+b") as file:
+                file.seek(pod.segments[0].header.slot_offset(pod.table.saves[1].slot))
+                file.write(b"\xff" * arena.PAGE_BYTES)
+        persisting.start(tasks)
+        persisting.wake()
+        assert await persisting.quiet(Deadline.REPLY.s)
+        await tasks.stop()
+
+    asyncio.run(scenario())
+    assert [each["type"] for each in told] == ["save_failed"]
+    assert pod.table.saves[1].phase is Phase.DONE
+    assert isinstance(pod.table.claim(2, 0, persist=True), Granted)
+    pod.close()
+
+
+def test_an_executor_that_cannot_be_started_for_a_while_is_started_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar that has no descriptor left at that moment tries again; and what stays so is the executor's death, which saves know."""
+    monkeypatch.setattr(operation, "START_PAUSE_S", 0.0)
+    shortages = [OSError(24, "Too many open files")] * operation.START_TRIES
+
+    async def start(_: Executor) -> None:
+        if shortages:
+            raise shortages.pop()
+
+    async def scenario() -> None:
+        monkeypatch.setattr(Executor, "_start", start)
+        of = settings.from_arguments(["--runtime-dir", str(tmp_path)], {})
+        operations = Operations(of, Metrics(), on_event=lambda _: None)
+        with pytest.raises(ExecutorDied, match="Too many open files"):
+            await operations._running()
+        shortages.append(OSError(11, "Resource temporarily unavailable"))
+        await operations._running()
+        assert shortages == []
+
+    asyncio.run(scenario())
