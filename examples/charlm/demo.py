@@ -3,6 +3,7 @@ The whole of: the story that Pillion tells, run and checked on this machine.
 
 Called from: `make demo`. Exit status 0 only when everything that it says turned out true.
 
+    run without Pillion --------------------------------------------> weights, losses          A == it, bit for bit
     uninterrupted run ----------------------------------------------> weights, losses  (A)
     run, SIGKILL of one rank --- torchrun restarts --- load --------> weights, losses  (B)     A == B, bit for bit
                                     last checkpoint, stock DCP, 1 process, 1 and 3 ranks  (C)     C == A, bit for bit
@@ -106,6 +107,8 @@ def tell_one(parallel: str, folder: Path, args: argparse.Namespace) -> None:
     step_ms = 1e3 * trained["elapsed_s"] / trained["steps"]
     line(1, "uninterrupted run", f"{args.steps} steps, {step_ms:.0f} ms each, last loss {whole.losses[args.steps]:.4f}")
     tell_saves(whole)
+    compare(train(parallel, folder / "without", args, without=True), whole)
+    line(None, "compared with a run", "without Pillion, from the first step on: equal")
 
     broken = train(parallel, folder / "killed", args, kill_at_step=args.kill_at_step)
     line(
@@ -175,7 +178,7 @@ def tell_load(outcome: Outcome, args: argparse.Namespace) -> None:
 def compare(whole: Outcome, broken: Outcome) -> None:
     """
     Raises:
-      DemoFailed: naming the first differences between the uninterrupted run and the one that was killed.
+      DemoFailed: naming the first differences between the two runs.
     """
     steps = [step for step in whole.losses if whole.losses[step] != broken.losses.get(step)]
     if steps or len(whole.losses) != len(broken.losses):
@@ -196,7 +199,9 @@ def last_checkpoint(outcome: Outcome, step: int) -> Path:
     raise DemoFailed(f"step {step} was not committed")
 
 
-def train(parallel: str, folder: Path, args: argparse.Namespace, kill_at_step: int | None = None) -> Outcome:
+def train(
+    parallel: str, folder: Path, args: argparse.Namespace, kill_at_step: int | None = None, *, without: bool = False
+) -> Outcome:
     """
     Runs train.py under torchrun and reads what it left.
 
@@ -209,6 +214,8 @@ def train(parallel: str, folder: Path, args: argparse.Namespace, kill_at_step: i
         *("--losses", str(folder / "losses.jsonl"), "--report", str(folder / "report.jsonl")),
         *("--final", str(folder / "final.pt")),
     ]
+    if without:
+        arguments += ["--no-checkpoint"]
     if kill_at_step is not None:
         arguments += ["--kill-rank", str(KILLED_RANK), "--kill-at-step", str(kill_at_step)]
     torchrun(

@@ -48,10 +48,11 @@ def main() -> None:
         checkpointer = None if args.no_checkpoint else stack.enter_context(open_checkpointer(args))  # Pillion
         handles: list[pillion.SaveHandle] = []
 
-        # One call initializes the optimizer's state, so that it can be loaded in place; runs without checkpoints make it
-        # too, so that all runs are alike.
-        state_dict = run.state_dict(rank)
-        if checkpointer is not None and checkpointer.load(state_dict) is not None:  # Pillion
+        if checkpointer is not None and checkpointer.find() is not None:  # Pillion
+            # Only where there is something to load: the call makes the state of a new optimizer by a step of it, and Adam counts its
+            # steps. A run that starts from nothing trains as it does without checkpoints.
+            state_dict = run.state_dict(rank)
+            checkpointer.load(state_dict)  # Pillion
             run.load_state_dict(state_dict, rank)
             last = checkpointer.last_load
             assert last is not None
