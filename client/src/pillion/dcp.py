@@ -8,8 +8,22 @@ session (a collective); later calls run none. Never reads or writes storage itse
     ------------------------------------------|---------------------------------------------------------------
     storage_writer=None, FileSystemWriter     | Pillion's own writer: stock DCP files, committed atomically
     any other StorageWriter                   | `Writer("package.module:Class", {...})`: made in the sidecar's executor
-    CheckpointException(failures)             | the same class, on every rank, with exactly the failed ranks
+    CheckpointException(failures)             | the same class, on every rank; exactly the ranks that could not write. Of ranks that cannot stage
+                                              | their own state, each names itself, and the others name the first of them
+    what a Stateful or a pickling raises, two | DCP raises it at the call on that rank, and the others hang: here it is in every rank's future,
+    values of one name, a state_dict that is  | with that rank
+    no mapping                                |
+    AsyncSaveResponse, async_stager           | never: staged is what the return says. Callers that assert the response keep torch's own
     AsyncCheckpointerType, both               | accepted: the writing is in another process in any case
+    a tensor of another shape or type under   | DCP saves one of them in silence: here it is the failure of both ranks. Give values that differ
+    the same name on another rank             | from rank to rank (random states, a loader's) names that do, too
+    checkpoint_id that differs between ranks  | one checkpoint has one: of the ranks of a pod the lowest one's counts, and pods that write to
+                                              | different folders fail at the commit
+    overwrite=False on one rank               | holds for all
+    a group without a backend for the CPU     | works; DCP asserts one
+    no_dist                                   | as DCP, without its warning: two ranks with one path leave the checkpoint of the last one
+    a writer's instance                       | made for each rank and save: what it keeps from save to save is lost
+    DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | not read: they are about DCP's own process
 """
 
 from __future__ import annotations
@@ -134,7 +148,8 @@ def async_save(
         and the sidecar's start.
 
     Raises:
-        UsageError: the call asks for what cannot be had; the text says what to do instead.
+        UsageError: the call asks for what cannot be had, or this rank is not in the group; the text says what to do instead. Where DCP
+            raises RuntimeError (no checkpoint_id, an address that no storage has), it is this one as well.
 
     Source: torch 2.15, torch/distributed/checkpoint/state_dict_saver.py.
     """

@@ -168,7 +168,7 @@ class Saver:
                 self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination, started=started)
             else:
                 self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
-        except Exception as err:  # a boundary: no save raises into the training loop (design.md, what must hold, 2)
+        except Exception as err:  # a boundary: no save raises into the training loop
             self._failed(handle, err, persist=persist)
         except BaseException as err:
             # Ctrl-C, or whatever a signal's handler raises: it goes on, and the slot is given up, or it would be kept for its bound.

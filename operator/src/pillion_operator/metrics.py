@@ -178,6 +178,7 @@ _JOB_COUNTERS: Final = {
     "executor_restarts": ("executor_restarts", "Executors that had to be started anew.", None),
     "persisted_bytes": ("persisted_bytes", "Bytes committed, of all ranks.", None),
     "persist_seconds": ("persist_seconds", "From the seal in the coordinator's pod to its last durable byte.", None),
+    "queue_seconds": ("queue_seconds", "The part of it that sealed saves waited for the executor.", None),
     "commit_seconds": ("commit_seconds", "Time that commits took.", None),
 }
 

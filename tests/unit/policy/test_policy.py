@@ -24,7 +24,7 @@ IN_A_CLUSTER: dict[str, object] = {
     "suspend": False,
     "sidecar": {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "1Gi"}}},
 }
-"""The policy of the design page, complete."""
+"""A policy with every field."""
 
 
 def problems(document: object, *, embedded: bool = True) -> dict[str, policy.PolicyProblem]:

@@ -121,6 +121,6 @@ def store_prefix(run_id: str, session: str) -> str:
     Prefix of every key of one session.
 
     The session is drawn anew at each start of the trainers, so that a restart never meets the keys of the attempt before
-    (the constant prefix of torch's own executor breaks elastic restarts: research/torch.md, 0.2).
+    (the constant prefix of torch's own executor breaks elastic restarts).
     """
     return f"pillion/{run_id}/{session}"

@@ -5,7 +5,7 @@ Called from: the supervisor (owner) and the executor (reader and writer of image
 `flock` on each segment as long as it lives: what nobody holds may be reclaimed, what somebody holds is never touched.
 
 Memory is allocated with `posix_fallocate` and touched here, before the trainer needs it: so a full tmpfs is an error of this
-process, never a SIGBUS in the trainer, and the pages are charged to the sidecar's container (research/kubernetes.md, 6.1).
+process, never a SIGBUS in the trainer, and the pages are charged to the sidecar's container.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class StoreExchange:
     def post(self, phase: str, document: exchange.Document) -> None:
         with _alive():
             self._store.set(f"{phase}/{self._first_rank}", exchange.encode(document).decode())
-            # `set` is not acknowledged; a round trip tells whether the store still lives (research/torch.md, 1.5).
+            # `set` is not acknowledged; a round trip tells whether the store still lives.
             self._store.check([f"{phase}/{self._first_rank}"])
 
     def collect(

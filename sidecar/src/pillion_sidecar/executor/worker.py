@@ -69,7 +69,6 @@ class Worker:
             "warm": self._warm,
             "open": self._open,
             "persist": self._persist,
-            "digest": self._digest,
             "load": self._load,
             "withdraw": self._withdraw,
             "rescue": self._rescue,
@@ -232,16 +231,15 @@ class Worker:
             return with_failover(context, lambda: plugin.persist(context, wanted))
         outcome = with_failover(context, lambda: persist.persist(context, wanted))
         if not wanted.persist:
-            self._digest({"slot": wanted.slot, "step": wanted.step})
+            self._digest(wanted)
         return outcome
 
-    def _digest(self, request: messages.Message) -> dict[str, Any]:
+    def _digest(self, wanted: Request) -> None:
         """Frame and digest a slot of every local rank, so that a restore from the arena can be verified."""
         context = self._opened()
         for segment in context.segments.values():
-            picture = context.reader.read(segment, int(request["slot"]), step=int(request["step"]))
+            picture = context.reader.read(segment, wanted.slot, step=wanted.step)
             images.digest_all(images.frame(picture))
-        return {}
 
     def _withdraw(self, request: messages.Message) -> dict[str, Any]:
         context, step = self._opened(), int(request["step"])
