@@ -4,6 +4,9 @@ The whole of: a load restores what was asked, or says what it did not.
 Called from: pytest.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 
 import pillion
 from pillion import checkpointer
-from process.ranks import Ranks
+from process.ranks import Peer, Ranks
 from support.deadlines import Deadline
 
 POLICY: dict[str, Any] = {"staging": {"slots": 3}, "trigger": {"periodSteps": 100, "onTermination": "Skip"}}
@@ -83,3 +86,52 @@ def test_a_snapshot_that_does_not_fit_is_never_a_fresh_start(ranks: Ranks, tmp_p
     state = state_of(0)
     assert opened.load(state) == 5
     assert state["step"] == 5
+
+
+def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_load(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Under one name storage keeps the lowest rank's: rank 0's log says so once, and the load that gives it to all ranks names it."""
+    root = tmp_path / "root"
+
+    def states(peer: Peer) -> dict[str, Any]:
+        return {"rng": torch.full((9,), peer.rank), "loader": f"rank {peer.rank}", "lr": 0.1, "w": torch.ones(50)}
+
+    def train(peer: Peer) -> list[str]:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, heard() as warnings:
+            for step in (1, 2):
+                opened.save(states(peer), step).result(Deadline.COMMITTED.s)
+        return warnings
+
+    def load(peer: Peer) -> tuple[Any, ...]:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, heard() as warnings:
+            state = states(peer)
+            opened.load(state)
+            assert opened.last_load is not None
+            return (
+                state["loader"],
+                int(state["rng"][0]),
+                opened.last_load.tier,
+                opened.last_load.differing,
+                len(warnings),
+            )
+
+    first, second = ranks.start(train, num_ranks=2).finish()
+    assert [("loader, rng" in text) for text in first] == [True]
+    assert second == []
+    ranks.alone()
+    told = ("rank 0", 0, "storage", ("loader", "rng"))
+    assert ranks.start(load, num_ranks=2).finish() == [(*told, 1), (*told, 0)]
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Warnings of the client in this process."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]  # the shortest handler
+    logging.getLogger("pillion").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("pillion").removeHandler(handler)

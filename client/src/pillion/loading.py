@@ -97,6 +97,7 @@ def load(
         unexpected=tuple(map(str, messages.field(answer, "unexpected", list, []))),
         narrowed=load_notes.narrowed(filled.dtypes, of),
         replaced=tuple(replaced),
+        differing=tuple(sorted(of.paths.keys() & set(map(str, messages.field(answer, "differing", list, []))))),
         passed_over=_texts(answer, "passed_over"),
         set_aside=tuple(map(int, messages.field(answer, "set_aside", list, []))),
     )

@@ -34,6 +34,8 @@ class Stored:
     opaque: Mapping[str, manifest.StoredBytes]
     native: bool
     """Written by us: the payload begins layout.HEAD_BYTES behind a chunk's offset."""
+    differing: tuple[str, ...] = ()
+    """Names that several ranks had with other values when it was saved."""
 
 
 def steps(root: str) -> dict[int, bool]:
@@ -181,7 +183,15 @@ def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
             chunks.setdefault(chunk.fqn, []).append(chunk)
         for leaf in part.opaque:
             opaque[leaf.fqn] = leaf
-    return Stored(path, of.step, of.size_bytes, {f: tuple(c) for f, c in chunks.items()}, opaque, native=True)
+    return Stored(
+        path,
+        of.step,
+        of.size_bytes,
+        {f: tuple(c) for f, c in chunks.items()},
+        opaque,
+        native=True,
+        differing=of.differing,
+    )
 
 
 def _read_stock(path: str, step: int, metadata: bytes) -> Stored:

@@ -238,6 +238,7 @@ def make_manifest(
     metadata: bytes,
     started_ns: int = 0,
     cause: str = "",
+    differing: Sequence[str] = (),
 ) -> manifest.Manifest:
     return manifest.Manifest(
         step=step,
@@ -252,6 +253,7 @@ def make_manifest(
         digest_algorithm=digest.ALGORITHM,
         metadata_digest=digest.digest(metadata),
         parts=tuple(sorted(parts, key=lambda p: p.ranks)),
+        differing=tuple(differing),
     )
 
 

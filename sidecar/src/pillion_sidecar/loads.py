@@ -208,6 +208,7 @@ class Loads:
                     "set_aside": result["set_aside"],
                     "unexpected": result["unexpected"].get(str(rank), []),
                     "alike": result["alike"],
+                    "differing": result["differing"],
                     "opaque": result["opaque"].get(str(rank), {}),
                 },
             )

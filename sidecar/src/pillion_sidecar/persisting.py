@@ -15,7 +15,7 @@ import contextlib
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, PersistError, PillionError, RemoteFailure, SaveError
@@ -37,6 +37,8 @@ RESCUES_REPEATED: Final = 3
 """How often in a session a pod that others waited for in vain calls them again: an executor that dies each time dies of the rescue."""
 RETENTION_SLICE_S: Final = 1.0
 """How long retention works before saves and loads get their turn; one file may take longer."""
+NAMES_SHOWN: Final = 20
+"""Names in a warning; the checkpoint's manifest has more."""
 REMEMBERED_RESCUES: Final = 64
 """Calls to a rescue that were answered: each is heard by whoever made it, too."""
 
@@ -63,6 +65,8 @@ class Persisting:
         self._answered: deque[str] = deque(maxlen=REMEMBERED_RESCUES)
         self._repeated = 0
         """Rescues of this session that this pod called for again."""
+        self._warned_of: Sequence[str] = ()
+        """Names of leaves that differ from rank to rank, as they were told last."""
         self._at_work = self._agreeing = self._retaining = False
         self._retain_after: int | None = None
         """Retention is owed for the commit of this step; nobody waits for it but the end of the session."""
@@ -355,6 +359,7 @@ class Persisting:
     def _committed(self, pod: Pod, save: Save, outcome: Mapping[str, Any]) -> None:
         if save.persist:
             self._journal.committed(save.step, outcome)
+            self._warn_of(outcome.get("differing", ()), pod)
             if save.destination is None and pod.identity.local_ranks[0] == 0 and pod.policy.storage.writer is None:
                 self._retain_after = save.step
         else:
@@ -366,6 +371,19 @@ class Persisting:
             extra={"step": save.step, "bytes": outcome["size_bytes"], "elapsed_s": outcome["persist_s"]},
         )
         self._trainers.broadcast({**outcome, "type": "committed", "step": save.step})
+
+    def _warn_of(self, differing: Sequence[str], pod: Pod) -> None:
+        """Tell rank 0's trainer, once for each set of names, that storage keeps one rank's value of several."""
+        if not differing or differing == self._warned_of or 0 not in pod.segments:
+            return
+        self._warned_of = differing
+        more = f" and {len(differing) - NAMES_SHOWN} more" if len(differing) > NAMES_SHOWN else ""
+        text = (
+            f"each rank has its own value of {', '.join(differing[:NAMES_SHOWN])}{more}: storage keeps the lowest rank's, and a load from"
+            " there gives it to all ranks. Give each rank's value a key of its own"
+        )
+        _log.warning(text)
+        self._trainers.notice(0, text)
 
     def report_failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
         """Tell the trainers of this pod that a save is lost; `but` is the rank that knows already."""

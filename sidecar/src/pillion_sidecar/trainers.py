@@ -50,6 +50,11 @@ class Trainers:
             if rank != but:
                 client.send(message)
 
+    def notice(self, rank: int, text: str) -> None:
+        """Have a trainer's log say something."""
+        if rank in self.clients:
+            self.clients[rank].send({"type": "notice", "text": text})
+
     def signal(self, message: dict[str, Any]) -> None:
         """Tell all trainers of the job: those of this pod at once, those of others through the executor."""
         pod = self.pod

@@ -201,6 +201,8 @@ class Manifest:
     """When the save began, wall clock, for people; 0: not known, as it was finished by somebody who was not there."""
     cause: str = ""
     """What made the save due, as `pillion.wire.home.Cause` has it; empty: not known."""
+    differing: tuple[str, ...] = ()
+    """Names that several ranks had with other values; the checkpoint has the lowest rank's. Optional; at most 256."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -220,6 +222,7 @@ class Manifest:
                 "parts": [
                     {"name": p.name, "ranks": p.ranks, "digest": p.digest, "length": p.length} for p in self.parts
                 ],
+                **({"differing": self.differing} if self.differing else {}),
             },
             separators=(",", ":"),
         ).encode()
@@ -250,6 +253,7 @@ def decode_manifest(data: bytes) -> Manifest:
             started_ns=int(document.get("started_ns", 0)),
             created_ns=int(document["created_ns"]),
             cause=_text(document.get("cause", "")),
+            differing=tuple(_text(fqn) for fqn in document.get("differing", ())),
             size_bytes=int(document["size_bytes"]),
             digest_algorithm=_text(document["digest_algorithm"]),
             metadata_digest=_text(document["metadata_digest"]),

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from pillion import phases
 from pillion.errors import BarrierTimeout, CommitError, PillionError, RemoteFailure
 from pillion.wire import manifest, names
 from pillion_sidecar import commit, retention
-from pillion_sidecar.executor import exchange, planning, remote_failures
+from pillion_sidecar.executor import exchange, planning, remote_failures, replicas
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.executor.share import RankPlace, generation_of
@@ -104,9 +104,11 @@ def _outcome(
             return outcome | {"discarded": True}
         _check_generations(context, request, documents)
         context.watch.storage(f"commit {directory}")
-        _commit(context, request, plan, directory, documents, metadata.result())
+        differing = _differing(context, plan, documents)
+        _commit(context, request, plan, directory, documents, metadata.result(), differing)
         context.storage_refuses = False
-        return outcome | {"size_bytes": sum(int(d["size_bytes"]) for d in documents.values())}
+        size_bytes = sum(int(d["size_bytes"]) for d in documents.values())
+        return outcome | {"size_bytes": size_bytes, "differing": differing}
     except BarrierTimeout as err:
         missing = remote_failures.documents(remote_failures.of_missing(err))
         return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
@@ -161,6 +163,15 @@ def _make_room(context: Context, request: Request, errnos: set[int | None]) -> N
                 context.watch.moved()
 
 
+def _differing(context: Context, plan: planning.Plan, documents: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Names whose replicas differ: within a pod now, between pods when they were compared under this plan."""
+    found = replicas.across(documents.values())
+    if any("sample" in document for document in documents.values()):
+        context.differing = plan.plan_id, found
+    known = context.differing[1] if context.differing[0] == plan.plan_id else []
+    return sorted({*found, *known})[: replicas.DIFFERING_MOST]
+
+
 def _commit(
     context: Context,
     request: Request,
@@ -168,6 +179,7 @@ def _commit(
     directory: str,
     documents: Mapping[int, Mapping[str, Any]],
     metadata: bytes,
+    differing: Sequence[str],
 ) -> None:
     phases.reach(phases.Phase.COMMIT, path=directory)
     if context.root:
@@ -193,6 +205,7 @@ def _commit(
         metadata=metadata,
         started_ns=request.started_ns,
         cause=request.cause,
+        differing=differing,
     )
     files = {str(d["part"]): int(d["length"]) for d in documents.values()}
     for document in documents.values():

@@ -73,6 +73,10 @@ class Context:
     """Coordinator: the last save was given up after all its tries; the next one gets one."""
     store_lost: bool = False
     """The pods meet on storage."""
+    sampled: str = ""
+    """The plan whose replicas this pod has sent for a comparison with the other pods'."""
+    differing: tuple[str, list[str]] = ("", [])
+    """Coordinator: the plan that was compared last, and the names whose values differed from pod to pod then."""
 
     @property
     def first_rank(self) -> int:

@@ -73,7 +73,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         if choice["step"] is None or request.find:
             context.epoch = int(choice["epoch"])
             fresh = {"tier": "fresh"} if choice["step"] is None else {}
-            return told | fresh | {"opaque": {}, "unexpected": {}, "alike": True}
+            return told | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
         step, tier = int(choice["step"]), str(choice["tier"])
         phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
         result: dict[str, Any] = {"corrupt": None, "error": None}
@@ -109,6 +109,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
                     for rank, each in filled.items()
                 },
                 "alike": verdict["alike"],
+                "differing": result.get("differing", []),
             }
         refused[f"{tier}:{step}"] = str(verdict["corrupt"])
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")
@@ -150,6 +151,7 @@ def _read(
         finally:
             context.watch.idle()
         asked = set[str]().union(*(matching.names_of(wanted.layout) for wanted in request.wanted))
+        result["differing"] = list(stored.differing)
         result["unexpected"] = matching.unexpected([*stored.chunks, *stored.opaque], asked)
     result["prints"] = sorted({_print(each) for each in filled.values()})
     return filled

@@ -95,6 +95,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         "persist_s": durable - started,
         "commit_s": commit_s,
         "order": [context.generation, context.epoch],
+        "differing": list(outcome.get("differing", ())),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pillion.wire import layout, manifest, names
 from pillion_sidecar import commit
-from pillion_sidecar.executor import images, planning, remote_failures
+from pillion_sidecar.executor import images, planning, remote_failures, replicas
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.storage import digest, directio
@@ -79,13 +79,13 @@ class Share:
         if failures:
             self.discard()
             return failed(failures)
-        part = describing.result()
+        part, compared = describing.result()
         name = names.part_file(self.context.first_rank, self.generation)
         watch.storage(f"write {name}", len(part))
         self._begin(name)
         directio.replace_file(os.path.join(self.directory, name), part)
         watch.idle()
-        return self._result(name, part, files)
+        return self._result(name, part, files) | compared
 
     def _result(self, name: str, part: bytes, files: Mapping[str, int]) -> dict[str, Any]:
         return {
@@ -146,18 +146,22 @@ class Share:
             on_progress=progressed,
         )
 
-    def _describe(self, places: Mapping[int, tuple[images.Image, RankPlace]], files: Mapping[str, int]) -> bytes:
-        """Digest every rank's image; the part file."""
+    def _describe(
+        self, places: Mapping[int, tuple[images.Image, RankPlace]], files: Mapping[str, int]
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Digest every rank's image; the part file, and what the result says of replicas."""
+        digested: list[replicas.Digested] = []
         chunks: list[manifest.StoredChunk] = []
         opaque: list[manifest.StoredBytes] = []
         paths: dict[str, tuple[str | int, ...]] = {}
         for picture, place in places.values():
             digests = images.digest_all(picture)
+            digested.append((picture.layout, digests))
             chunks += [chunk for _, chunk in place.chunks(digests)]
             opaque += [leaf for _, leaf in place.opaque(digests[len(picture.layout.items) :])]
             paths |= picture.layout.paths
         written = {chunk.fqn for chunk in chunks} | {leaf.fqn for leaf in opaque}
-        return manifest.Part(
+        part = manifest.Part(
             step=self.step,
             generation=self.generation,
             run_id=self.context.run_id,
@@ -168,7 +172,12 @@ class Share:
             chunks=tuple(chunks),
             opaque=tuple(opaque),
             paths={fqn: path for fqn, path in paths.items() if fqn in written},
-        ).encode()
+        )
+        compared: dict[str, Any] = {"differing": replicas.within(digested)}
+        if len(self.context.pods) > 1 and self.context.sampled != self.plan.plan_id:
+            compared["sample"] = replicas.sample(digested)
+            self.context.sampled = self.plan.plan_id
+        return part.encode(), compared
 
 
 class RankPlace:
