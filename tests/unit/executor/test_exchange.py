@@ -7,8 +7,10 @@ Must never: use a store that is no TCPStore; what differs between stores is what
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -104,6 +106,39 @@ def test_the_ranks_of_a_pod_that_is_missing_are_all_named() -> None:
     ends[0].publish("p", {})
     ends[0].forget(["p"])
     assert keep.num_keys() == before - 3
+
+
+class CountingStore:
+    """A store that counts the questions which it is asked, by name."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self.asked: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked[name] += 1
+        return getattr(self._store, name)
+
+
+def test_a_commit_waits_in_the_store_and_does_not_poll() -> None:
+    """However late a pod is, within a piece of the wait: one question to wait, and one for the documents of all pods."""
+    keep, view = stores.host("127.0.0.1", "pillion/test")
+    pods = [[first] for first in range(64)]
+    # Another client: in one, the coordinator's wait would keep the others from posting.
+    own, seen = stores.connect("127.0.0.1", keep.port, "pillion/test", timeout_s=Deadline.REPLY.s)
+    peers = [stores.StoreExchange(seen, own, pods, first) for first in range(1, 64)]
+    counting = CountingStore(view)
+    coordinator = stores.StoreExchange(cast("dist.Store", counting), keep, pods, 0)
+    coordinator.post("result", {"from": 0})
+    for peer in peers[1:]:
+        peer.post("result", {})
+    counting.asked.clear()
+    late = threading.Timer(exchange.PIECE_S / 4, peers[0].post, ("result", {"late": True}))
+    late.start()
+    found = coordinator.collect("result", Deadline.REPLY.s)
+    late.join()
+    assert found[1] == {"late": True}
+    assert counting.asked == {"wait": 1, "multi_get": 1}
 
 
 def test_a_stranger_in_our_prefix_is_an_error_and_no_document() -> None:
