@@ -145,10 +145,16 @@ def test_close_waits_for_what_is_in_flight_and_a_later_save_opens_anew(
         return done
 
     assert ranks.start(body).finish() == [[True, True, True]]
+    saves = set()
     for number in range(4):
+        ids = stock.FileSystemReader(tmp_path / f"c{number}").read_metadata().storage_meta
+        assert ids is not None
+        assert ids.checkpoint_id == str(tmp_path / f"c{number}")
+        saves.add(ids.save_id)
         loaded = blank()
         stock.load(loaded, checkpoint_id=tmp_path / f"c{number}", no_dist=True)
         assert torch.equal(loaded["model"]["w"], state(number)["model"]["w"])
+    assert len(saves - {None}) == 4
 
 
 def test_an_interpreter_that_ends_with_a_save_in_flight_drains_it(processes: Processes, tmp_path: Path) -> None:

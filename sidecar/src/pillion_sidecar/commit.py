@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -62,6 +63,16 @@ def build_metadata(
     return dcp_metadata.encode(
         dcp_metadata.Checkpoint(entries=entries, mappings={fqn: paths[fqn] for fqn in entries if fqn in paths})
     )
+
+
+def identified(metadata: bytes, directory: str, generation: str) -> bytes:
+    """
+    `.metadata` with the ids that stock DCP writes: the checkpoint's directory, and a UUID of the save. Pure.
+
+    The same from every process that commits the save: the coordinator, its successor, or a later run that finds it complete.
+    """
+    save_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{os.path.basename(directory)}/{generation}"))
+    return dcp_metadata.identified(metadata, directory, save_id)
 
 
 def publish(
@@ -301,13 +312,14 @@ def finish(directory: str, *, generation: str | None = None) -> manifest.Manifes
         if not complete or len({(p.plan_id, p.step, p.world_size) for p in parts}) != 1:
             continue
         try:
-            metadata = build_metadata(
+            built = build_metadata(
                 [c for p in parts for c in p.chunks],
                 [b for p in parts for b in p.opaque],
                 {fqn: path for p in parts for fqn, path in p.paths.items()},
             )
         except ValueError:  # a dtype that this release does not know: nothing to commit, and nothing to stop at
             continue
+        metadata = identified(built, directory, each)
         made = make_manifest(
             step=first.step,
             generation=each,

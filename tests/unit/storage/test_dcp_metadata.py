@@ -353,6 +353,16 @@ checkpoints = st.builds(
 
 
 @given(checkpoint=checkpoints)
+def test_ids_are_put_into_what_was_encoded_without_them(checkpoint: dcp_metadata.Checkpoint) -> None:
+    """The bytes are those of encoding them with it; a second time is an error, and not a second pair of ids."""
+    plain = dataclasses.replace(checkpoint, checkpoint_id=None, save_id=None)
+    made = dcp_metadata.identified(dcp_metadata.encode(plain), "/runs/\udcff/step-1", "an id")
+    assert made == dcp_metadata.encode(dataclasses.replace(plain, checkpoint_id="/runs/\udcff/step-1", save_id="an id"))
+    with pytest.raises(ValueError, match="not found"):
+        dcp_metadata.identified(made, "again", "again")
+
+
+@given(checkpoint=checkpoints)
 def test_any_checkpoint_survives_the_file(checkpoint: dcp_metadata.Checkpoint) -> None:
     """Whatever the shapes, numbers and texts, decode returns what encode got."""
     assert dcp_metadata.decode(dcp_metadata.encode(checkpoint)) == checkpoint

@@ -189,6 +189,7 @@ def _commit(
         return
     if request.destination is None:
         _refuse_strangers(directory)
+    metadata = commit.identified(metadata, directory, generation)
     pods = {pod[0]: pod for pod in context.pods}
     parts = [
         manifest.PartReference(str(d["part"]), pods[first], str(d["digest"]), int(d["length"]))
