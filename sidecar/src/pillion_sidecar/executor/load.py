@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pillion import phases
-from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, PillionError
-from pillion.wire import arena
+from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, LoadError, PillionError
+from pillion.wire import arena, names
 from pillion_sidecar import catalog, commit
 from pillion_sidecar.arena.slots import NO_SLOT
 from pillion_sidecar.executor import arena_load, choose, fill, matching
 from pillion_sidecar.executor.choose import ARENA, STORAGE
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.executor.load_request import Request
+from pillion_sidecar.storage import reading
 
 ROUNDS_LIMIT: Final = 64
 """Corrupt checkpoints refused before giving up: more than any retention keeps."""
@@ -146,6 +149,8 @@ def _read(
 
         context.watch.storage(f"read {path}")
         try:
+            if not context.coordinator:
+                look(path, context.local_ranks)
             stored = catalog.read(path, step)
             filled = fill.from_storage(context, request, stored, watched)
         finally:
@@ -155,6 +160,27 @@ def _read(
         result["unexpected"] = matching.unexpected([*stored.chunks, *stored.opaque], asked)
     result["prints"] = sorted({_print(each) for each in filled.values()})
     return filled
+
+
+def look(path: str, ranks: Sequence[int]) -> None:
+    """
+    Find the checkpoint that the coordinator has found. Another pod's storage may show it late, or be another storage.
+
+    Blocks: reading.RETRY_AFTER_S for one that shows it late.
+
+    Raises:
+        LoadError: it is not there for this pod.
+    """
+    marker = os.path.join(path, names.COMMIT_MARKER)
+    for pause_s in (*reading.RETRY_AFTER_S, None):
+        with contextlib.suppress(FileNotFoundError):
+            reading.retried(marker, lambda: os.stat(marker))
+            return
+        if pause_s is not None:
+            time.sleep(pause_s)
+    raise LoadError(
+        f"rank 0's pod reads {path}, and in the pod of ranks {list(ranks)} it is not there: all pods of a job need one storage"
+    )
 
 
 def _print(of: fill.Filled) -> str:
