@@ -16,6 +16,7 @@ cannot be one.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -37,6 +38,8 @@ DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
 DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+_USES: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Types of attributes that say how a tensor is used, and are no values of it."""
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,8 @@ def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | Non
             view = torch.Tensor.__getitem__(leaf, tuple(slice(o, o + n) for o, n in zip(local, sizes, strict=True)))
             found.append((tuple(offsets), tuple(sizes), view))
         return _items(fqn, leaf, tuple(slices.global_shape), found)
-    # A subclass of Parameter is memory with a role. One of Tensor is kept with its type and its attributes.
-    if type(leaf) not in _PLAIN and not isinstance(leaf, torch.nn.Parameter):
+    # A subclass of Parameter is memory with a role, if that is all. Others are kept with their type and their attributes.
+    if type(leaf) not in _PLAIN and (not isinstance(leaf, torch.nn.Parameter) or _keeps_state(leaf)):
         return None
     plain = _dense(leaf)
     if plain is None or leaf.dtype not in DTYPE_NAMES or leaf.dim() > MAX_DIMS:
@@ -352,9 +355,9 @@ def _shard(fqn: str, leaf: Any, shard: Any, sizes: tuple[int, ...]) -> torch.Ten
         raise UnsupportedLeaf(
             fqn=fqn,
             type_name=f"{type(leaf).__name__} of {kind}",
-            why=f"its shards are no dense tensors of {leaf.dtype}, and a {kind} can be saved only whole. Put the inner tensors"
-            f" of its to_local() (the names that {kind}.__tensor_flatten__() gives) into the state dict instead, under a key"
-            " for each rank; or a dequantized copy",
+            why=f"its shards are no dense tensors of {leaf.dtype}, and a tensor of type {kind} can be saved only whole. Put the"
+            f" inner tensors of to_local() (their names are what {kind}.__tensor_flatten__() gives) into the state dict"
+            " instead, under a key for each rank; or a dequantized copy",
         )
     if tuple(plain.shape) != sizes:
         raise UnsupportedLeaf(
@@ -381,6 +384,15 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor.as_subclass(torch.Tensor) if _is_dense(tensor) else None
 
 
+def _keeps_state(leaf: object) -> bool:
+    """Whether attributes of a tensor hold more than what says how it is used (bitsandbytes keeps the scales of a weight there)."""
+    return any(
+        not (isinstance(value, _USES) or inspect.isroutine(value) or isinstance(value, type))
+        for attribute in vars(leaf).values()
+        for value in (attribute if isinstance(attribute, (tuple, list)) else [attribute])
+    )
+
+
 def _check_data(fqn: str, leaf: Any) -> None:
     """
     Refuse what has no values.
@@ -396,6 +408,8 @@ def _check_data(fqn: str, leaf: Any) -> None:
 
 def _lacking(leaf: Any) -> str | None:
     """What it is that a tensor has no values of its own; None when it has."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
     if torch.nn.parameter.is_lazy(leaf):
         return "uninitialized"
     if type(leaf).__name__ == "FakeTensor":
@@ -414,7 +428,8 @@ def _lacking(leaf: Any) -> str | None:
 
 def _transforming() -> bool:
     """Whether a transform of torch.func (vmap, grad) runs in this thread: then a plain tensor may be none."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+    return peek is not None and peek() is not None
 
 
 # --- before a load ----------------------------------------------------------------------------------------------------

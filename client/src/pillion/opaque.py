@@ -149,7 +149,10 @@ def _pairs(target: torch.Tensor, loaded: torch.Tensor) -> list[tuple[torch.Tenso
         return None
     pairs = []
     for name in names:
-        inner = _pairs(getattr(own, name), getattr(found, name))
+        one, other = getattr(own, name), getattr(found, name)
+        if one is None and other is None:
+            continue
+        inner = _pairs(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else None
         if inner is None:
             return None
         pairs += inner

@@ -72,11 +72,20 @@ def test_the_dtypes_of_layout_and_archive_are_the_same() -> None:
 def test_a_subclass_of_parameter_is_a_tensor() -> None:
     """A Parameter subclass is staged as its memory, and a load of the same state dict fills that memory."""
     role = Role(torch.zeros(3))
+    vars(role).update(output_dim=0, shape_before=(3, 1), weight_loader=role.copy_, scale=None)
     found = collect(role=role)
     assert [item.fqn for item in found.layout.items] == ["role"]
     with torch.no_grad():
         found.tensors[0].fill_(7)
     assert role.tolist() == [7.0] * 3
+
+
+def test_a_parameter_that_keeps_state_in_attributes_is_opaque() -> None:
+    """A quantized weight whose scales lie beside its memory is saved whole; its bytes alone would be another weight."""
+    for state in (torch.ones(1), SimpleNamespace(absmax=torch.ones(1)), [torch.ones(1)], nn.Linear(1, 1)):
+        weight = Role(torch.zeros(3))
+        vars(weight)["quant_state"] = state
+        assert collect(weight=weight).layout.opaque == ("weight",)
 
 
 def test_a_subclass_of_tensor_is_opaque_and_keeps_its_type() -> None:
