@@ -156,7 +156,8 @@ def test_a_save_cannot_be_asked_of_trainers_that_are_not_there(
 def test_a_running_job_takes_up_when_to_save_and_what_to_keep(
     controller: Controller, processes: Processes, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """A period, a number of checkpoints to keep and a suspension reach the trainer while it runs; what needs a new pod is logged."""
+    """A period, a number of checkpoints to keep and a suspension reach the trainer while it runs, and the step to restore the next
+    trainer of the pod; what needs a new pod is logged."""
     started_with = {"trigger": {"periodSteps": 1_000_000}, "drain": {"timeoutSeconds": 7}}
     sidecar = Injected(processes, tmp_path / "arena", tmp_path / "run", policy=started_with, env=controller.env())
     job = ranks.start(steps_until_told(), env=sidecar.trainer)
@@ -186,8 +187,19 @@ def test_a_running_job_takes_up_when_to_save_and_what_to_keep(
     controller.hears_more(2)
     assert "generation 4 of the policy is not taken up" in sidecar.run.stderr
     assert controller.reports[-1].policy_generation == 3
+
+    older = min(committed(tmp_path / "run"))
+    says(controller, 5, restore={"mode": "Step", "step": older}, suspend=True)
+    controller.hears("of the step to restore", lambda report: report.policy_generation == 5)
     job.say()
     job.finish()
+
+    def resume(_: Peer) -> tuple[int | None, float]:
+        state = {"w": torch.zeros(1000)}
+        with checkpointer.Checkpointer() as opened:
+            return opened.load(state), float(state["w"][0])
+
+    assert ranks.start(resume, env=sidecar.trainer).finish() == [(older, float(older))]
 
 
 def test_a_sidecar_that_is_replaced_goes_on_under_the_policy_of_the_controller(
