@@ -318,7 +318,7 @@ class Pod:
             flags = header.flags
             flags |= arena.Flag.PERSISTED if persisted else arena.Flag.NONE
             flags |= arena.Flag.CONCLUDED if concluded else arena.Flag.NONE
-            flags |= arena.Flag.SET_ASIDE if save.set_aside else arena.Flag.NONE
+            flags = flags & ~arena.Flag.SET_ASIDE | (arena.Flag.SET_ASIDE if save.set_aside else arena.Flag.NONE)
             generation, epoch = save.born or (header.generation, header.epoch)
             changed = dataclasses.replace(header, state=state, flags=flags, generation=generation, epoch=epoch)
             segment.write_header(save.slot, changed)

@@ -80,8 +80,8 @@ def test_what_was_sealed_before_anybody_knew_the_generation_is_dated_later(first
     assert found_by(tmp_path, "b" * 32, (5, 0))[7].born == (4, 0)
 
 
-def test_a_load_sets_newer_snapshots_aside_for_good(first: Pod, tmp_path: Path) -> None:
-    """None of them is rescued any more, by no successor either; a load by its number finds it."""
+def test_a_load_sets_newer_snapshots_aside_until_another_one_goes_to_them(first: Pod, tmp_path: Path) -> None:
+    """None of them is rescued any more, by no successor either; a load by its number finds it, and training goes on from it again."""
     first.date((4, 0))
     for step in (2, 3, 5):
         first.table.finish(seal(first, step), persisted=False)
@@ -90,6 +90,8 @@ def test_a_load_sets_newer_snapshots_aside_for_good(first: Pod, tmp_path: Path) 
     adopted = found_by(tmp_path, SESSION, (4, 1))
     assert {step for step, save in adopted.items() if save.set_aside} == {3, 5}
     assert first.table.restorable().keys() == {2, 3, 5}
+    first.set_aside(((4, 0), 3))
+    assert {step for step, save in found_by(tmp_path, SESSION, (4, 1)).items() if save.set_aside} == {5}
     assert first.table.saves[5].phase is Phase.DONE
 
 

@@ -190,15 +190,19 @@ class SlotTable:
         self._skipped.clear()
 
     def set_aside(self, loaded: tuple[tuple[int, int], int]) -> list[Save]:
-        """Mark what is newer than the checkpoint that was loaded, given as (order, step); the ones that were not yet marked."""
-        left = [
-            save
-            for save in self.saves.values()
-            if save.complete and not save.set_aside and save.born is not None and (save.born, save.step) > loaded
-        ]
-        for save in left:
-            save.set_aside = True
-        return left
+        """
+        Mark what is newer than the checkpoint that was loaded, given as (order, step), and nothing else: a load may also go forward again.
+
+        Returns:
+            The saves whose mark has changed.
+        """
+        changed = []
+        for save in self.saves.values():
+            newer = save.born is not None and (save.born, save.step) > loaded
+            if save.complete and save.set_aside != newer:
+                save.set_aside = newer
+                changed.append(save)
+        return changed
 
     def pin(self) -> list[Save]:
         """Keep every complete save where it is while a load reads the arena."""
