@@ -250,7 +250,7 @@ class Storage(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention(_Section):
-    """Which checkpoints stay. The last verified one and one that is being read always do."""
+    """Which checkpoints stay. The newest one, the last one that a load has verified, and one that a load of the job is reading always do."""
 
     keep_last: int | None = None
     """How many of the newest stay. None, the default: all; nothing is removed that no one asked to remove."""
