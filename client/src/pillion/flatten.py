@@ -113,7 +113,8 @@ def _read_only(container: object, key: str | int) -> str | None:
         else:
             return f"{type(container).__name__} is not assignable"
     except Exception as err:  # the mapping is the user's own class
-        return f"{type(container).__name__} takes no value: {type(err).__name__}: {err}"
+        why = str(err).partition("\n")[0]
+        return f"{type(container).__name__} takes no value: {type(err).__name__}: {why}"
     return None
 
 
