@@ -11,6 +11,10 @@ Sidecar -> client: welcome, reserved, claimed, refused, load_progress, loaded, f
                    committed, save_failed, save_now, announced, declined, policy, change_announced, change_declined, notice
                    (events).
 
+A `load` is answered with `load_begin` (slot, dtypes; missing: names that are left out of the layout), `load_progress` (items that may be copied),
+again from `load_begin` on where a checkpoint turns out corrupt, and with `loaded`; the client ends it with `load_done`. `strict: false` lets names be
+missing; `find: true` asks for the choice alone, and is answered with `loaded` at once.
+
 `policy` says what the sidecar goes by now (trigger, retention, drain, suspend). When saves are due changes at a step that rank 0
 then names with `announce_change`, all ranks hear as `change_announced`, and one that is past it declines: `pillion.cadence`.
 
