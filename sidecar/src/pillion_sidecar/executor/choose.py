@@ -97,7 +97,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     except exchange.StoreLost:
         raise
     except NoCheckpoint as err:
-        # Who only looks is told that there is nothing.
+        # For find() that is an answer: None.
         choice["error"] = None if request.find else ErrorDocument.from_exception(err).to_document()
     except PillionError as err:
         choice["error"] = ErrorDocument.from_exception(err).to_document()
