@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from campaign import plan, training
+from campaign import job as jobs
+from campaign import plan
 from campaign.runs import Result, Run, summary
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="file for the results, one JSON line a run")
     of = parser.parse_args()
     warm()
-    reference = training.reference()
+    reference = jobs.reference()
     begun = time.monotonic()
     results: list[Result] = []
     every = (seed for seed in itertools.count(of.seed) if of.pods in (None, plan.draw(seed).pods))

@@ -25,6 +25,7 @@ from pillion.wire.policy import Retention
 from pillion_sidecar import catalog, commit, retention
 from pillion_sidecar.storage import archive, digest, directio
 from support import file_operations
+from support.parts import begin_session
 
 WORLD: Final = 2
 ITEMS: Final = 64
@@ -56,7 +57,7 @@ class Storage(RuleBasedStateMachine):
         """Steps that a removal was cut short at: whole, or gone."""
         self.complete: dict[int, set[int]] = {}
         """Step -> attempts that left a part of every rank."""
-        self.generation = commit.claim_generation(self.root)
+        self.generation = begin_session(self.root)
         self.position = 0
         self.was_cut = True
         """Whether the last crash or stop came before the end of the work."""
@@ -153,7 +154,7 @@ class Storage(RuleBasedStateMachine):
     @rule(back=st.integers(0, 4))
     def restart(self, back: int) -> None:
         """A new attempt: claims its generation, finishes what is complete, goes on from a step of the line, or from the start."""
-        self.generation = commit.claim_generation(self.root)
+        self.generation = begin_session(self.root)
         self.settle()
         finished = catalog.finish_interrupted(self.root)
         known = set(self.committed)

@@ -1,12 +1,14 @@
 """
-The whole of: what one rank leaves on storage before its save is committed: a data file and a part file.
+The whole of: what one rank leaves on storage before its save is committed: a data file and a part file; and the claim of a root.
 
 Called from: tests of the commit and of the retention.
 """
 
+import uuid
 from pathlib import Path
 
 from pillion.wire import manifest, names
+from pillion_sidecar import ownership
 from pillion_sidecar.storage import archive, digest
 
 
@@ -26,3 +28,9 @@ def write_part(
         files={file: len(data)}, chunks=(chunk,), opaque=(), paths={"w": ("w",)},
     )  # fmt: skip
     (folder / names.part_file(rank, generation)).write_bytes(part.encode())
+
+
+def begin_session(root: str) -> int:
+    """Claim the root for a session that has ended when the next one claims it: its generation."""
+    record = ownership.Record(session=uuid.uuid4().hex, name="a test", left=True)
+    return ownership.claim(root, record, silent_s=0.0)[0]

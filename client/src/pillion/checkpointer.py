@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pillion import cadence, ending, group, loading, policy_source, rules, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
-from pillion.errors import PillionError, SettingsError, SidecarUnavailable, UsageError
+from pillion.errors import PillionError, SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 from pillion.wire import messages, names, policy
 
@@ -71,10 +71,13 @@ class Checkpointer:
         """The newest save; None behind a load."""
         self._last_stored: SaveHandle | None = None
         """The newest save to storage: it must not be lost unseen."""
-        self._group = group.join(
-            process_group, environ, ask_policy=lambda environ: storing.policy_of_all(policy, environ)
-        )
         where = _root(root, environ)
+        self._group = group.join(
+            process_group,
+            environ,
+            root=where,
+            ask_policy=lambda environ: storing.policy_of_all(policy, environ),
+        )
         self._session = storing.open_session(
             self._group,
             root=where,
@@ -207,7 +210,7 @@ class Checkpointer:
         Blocks: for saves in flight and the listing of the storage; else as `load`.
 
         Raises:
-            LoadError: as `load`, `NoCheckpoint` where the policy demands one; but for a `step` that is not there the answer is None.
+            LoadError: as `load`; but for a step that is not there the answer is None.
             SidecarUnavailable: it went away, and did not come back.
         """
         if self._closed:
@@ -398,7 +401,6 @@ def _rule_document(rule: rules.Rule) -> dict[str, object]:
 
 
 def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:
+    """Absolute; empty where nobody said it, which `group.join` raises on every rank."""
     found = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
-    if not found:
-        raise SettingsError([f"no root: call Checkpointer(root), or set {names.ENV_ROOT}"])
-    return os.path.abspath(found)
+    return os.path.abspath(found) if found else ""

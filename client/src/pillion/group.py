@@ -14,11 +14,11 @@ import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 
-from pillion.errors import UsageError
+from pillion.errors import SettingsError, UsageError
 from pillion.wire import names
 
 
@@ -96,6 +96,7 @@ def join(
     process_group: dist.ProcessGroup | None,
     environ: Mapping[str, str] | None = None,
     *,
+    root: str | None = None,
     ask_policy: Callable[[Mapping[str, str]], Mapping[str, Any] | None] = lambda _: None,
 ) -> Group:
     """
@@ -104,6 +105,7 @@ def join(
     Args:
         process_group: the ranks.
         environ: None: this process's.
+        root: where this rank's checkpoints go; empty: it was not said. None: there is none to agree on.
         ask_policy: called with the environment on rank 0 of several; what it says becomes `Group.policy` on all of them.
 
     Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
@@ -112,6 +114,7 @@ def join(
 
     Raises:
         UsageError: this process is none of the ranks.
+        SettingsError: a rank has no root, or another one; on every rank.
     """
     environ = os.environ if environ is None else environ
     distributed = dist.is_available() and dist.is_initialized()
@@ -122,6 +125,7 @@ def join(
         "attempt": environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         "store": None,
         "problem": "",
+        "root": root,
     }
     try:
         address = store_address(environ)
@@ -130,6 +134,7 @@ def join(
         mine["problem"] = str(err)
     if not distributed:
         mine["store"], mine["problem"] = None, "no process group is initialised"
+        _check_roots([root])
         return _group(0, [mine])
     if dist.get_rank(process_group) < 0:
         raise UsageError(
@@ -139,7 +144,39 @@ def join(
         mine["policy"] = ask_policy(environ)
     entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]
     dist.all_gather_object(entries, mine, group=process_group)
+    _check_roots([entry.get("root") for entry in entries])
     return _group(dist.get_rank(process_group), entries)
+
+
+ROOTS_SHOWN: Final = 4
+"""Different roots that an error names."""
+RANKS_SHOWN: Final = 8
+"""Ranks of each that it names."""
+
+
+def _check_roots(roots: Sequence[object]) -> None:
+    """
+    Raises:
+        SettingsError: see `join`. Every rank has the same list, and raises the same.
+    """
+    ranks: dict[object, list[int]] = {}
+    for rank, root in enumerate(roots):
+        ranks.setdefault(root, []).append(rank)
+    if "" in ranks:
+        who = "" if len(roots) == 1 else f" on ranks {_some(ranks[''])}"
+        raise SettingsError([f"no root{who}: call Checkpointer(root), or set {names.ENV_ROOT}"])
+    if len(ranks) > 1:
+        found = "; ".join(f"{root!r} on ranks {_some(members)}" for root, members in list(ranks.items())[:ROOTS_SHOWN])
+        raise SettingsError(
+            [
+                f"the root differs from rank to rank ({found}): give every rank one root, on storage that all of them share"
+            ]
+        )
+
+
+def _some(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:RANKS_SHOWN]))
+    return f"{shown} and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else shown
 
 
 def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:

@@ -378,33 +378,13 @@ def _number(text: str) -> int:
 # --- generations ---------------------------------------------------------------------------------------------------
 
 
-def claim_generation(root: str) -> int:
-    """
-    The next generation of this root, claimed by an exclusive file: two attempts never get the same.
-
-    Raises:
-        OSError: the root cannot be written.
-    """
-    folder = os.path.join(root, names.INTERNAL_DIR, "generations")
-    os.makedirs(folder, exist_ok=True)
-    number = newest_generation(root) + 1
-    while True:
-        try:
-            os.close(os.open(os.path.join(folder, str(number)), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-            break
-        except FileExistsError:
-            number += 1
-    directio.fsync_directory(folder)
-    for name in os.listdir(folder):
-        # Only the newest is needed; the one before stays for a claim that is looking right now.
-        if 0 <= _number(name) < number - 1:
-            os.unlink(os.path.join(folder, name))
-    return number
+GENERATIONS: Final = "generations"
+"""Below names.INTERNAL_DIR: a record for each session that has begun on the root, by its number (`ownership`)."""
 
 
 def newest_generation(root: str) -> int:
     try:
-        entries = os.listdir(os.path.join(root, names.INTERNAL_DIR, "generations"))
+        entries = os.listdir(os.path.join(root, names.INTERNAL_DIR, GENERATIONS))
     except FileNotFoundError:
         return 0
     return max([0, *map(_number, entries)])

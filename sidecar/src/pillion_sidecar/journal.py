@@ -146,7 +146,7 @@ class Journal:
         if step in self._saves:
             metrics.queue_seconds += self._saves[step].queued_s
         metrics.commit_seconds += float(outcome["commit_s"])
-        metrics.last_committed_step = max(metrics.last_committed_step, step)
+        metrics.last_committed_step = step
         metrics.last_committed_timestamp = now_s
         self.commit = Commit(step, now_s)
         self.storage_problem = ""

@@ -7,6 +7,7 @@ Called from: the supervisor, one operation at a time (a lock keeps loads and sav
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
-from pillion_sidecar import background, session_record, settings
+from pillion_sidecar import background, ownership, session_record, settings
 from pillion_sidecar.arena.slots import Save
 from pillion_sidecar.executor import rescue
 from pillion_sidecar.executor.exchange import PEERS
@@ -33,6 +34,8 @@ LEAVE_TIMEOUT_S: Final = 3.0
 START_TRIES: Final = 5
 START_PAUSE_S: Final = 1.0
 """Between two tries to start an executor: descriptors, processes or memory that are short at a moment are back in seconds mostly."""
+SHOW_TIMEOUT_S: Final = 2.0
+"""Bound for the state of a session to be written on its root: one small write. A later session then finds out by itself."""
 
 
 class SessionOver(PillionError):
@@ -69,6 +72,8 @@ class Operations:
         """The session of the request that the executor has now."""
         self._record: Record | None = None
         """How far the session has come: the executor's successor goes on there, or it would never meet its peers."""
+        self.state = ownership.State.TRAINING
+        """Of the session, as its root is told."""
         self._lock = asyncio.Lock()
         self._tasks = background.Tasks()
 
@@ -128,11 +133,12 @@ class Operations:
         Args:
             record: how far a session has come that a sidecar before this one served; None: it begins.
         """
-        self._pod = pod
+        self._pod, self.state = pod, ownership.State.TRAINING
         if record is not None:
             self._record = record
         elif self._record is None or self._record.session != pod.identity.session:
-            self._record = pod.record()
+            before = self.served()[: session_record.KEPT_BEFORE]
+            self._record = dataclasses.replace(pod.record(), before=before)
             session_record.write(self._settings.runtime_dir, self._record)
         self._date()
         if self._executor is not None and self._working_for not in (None, pod.identity.session):
@@ -221,7 +227,13 @@ class Operations:
         if self.opened == session:
             return self._opening
         document = pod.session_document(self._settings)
-        document |= {"generation": record.generation, "signals": record.signals, **dataclasses.asdict(record.counts)}
+        document |= {
+            "state": self.state.value,
+            "before": list(record.before),
+            "generation": record.generation,
+            "signals": record.signals,
+            **dataclasses.asdict(record.counts),
+        }
         modules = _modules(pod, record)
         try:
             if modules:
@@ -325,6 +337,23 @@ class Operations:
             "calls": calls,
         }
         return rescue.Agreed.from_document(await self._run(pod, message))
+
+    def served(self) -> tuple[str, ...]:
+        """The sessions that this pod has served, the last one first."""
+        return (self._record.session, *self._record.before) if self._record is not None else ()
+
+    async def show(self, state: ownership.State) -> None:
+        """Have the session's record on its root say what it is in. Blocks: up to SHOW_TIMEOUT_S. Never raises."""
+        self.state = state
+        executor = self._executor
+        if executor is None or executor.pid is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHOW_TIMEOUT_S):
+                try:
+                    await executor.request({"type": "state", "state": state.value})
+                except PillionError as err:
+                    _log.info("the root was not told that its session is %s: %s", state.value, err)
 
     async def retain(self, pod: Pod, current: int, slice_s: float) -> bool:
         """

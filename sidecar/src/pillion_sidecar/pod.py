@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import reprlib
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A whole snapshot of another world, left where it is until its slot is needed: trainers that start again find it again."""
+    """A whole snapshot of another world, left where it is until its slot is needed: trainers that start again are told again."""
 
     step: int
     world_size: int
@@ -172,7 +173,7 @@ class Pod:
             first = headers.get(ranks[0])
             stranger = next((each for each in headers.values() if self._is_strange(each)), None)
             if stranger is not None:
-                # Left as it is until its slot is needed: trainers that start again find it again.
+                # Left as it is until its slot is needed: a trainer that starts again is told again.
                 self.strangers[slot] = Stranger(
                     stranger.step, stranger.world_size, (stranger.generation, stranger.epoch)
                 )
@@ -332,6 +333,8 @@ class Pod:
             store = {"mode": identity.store_mode, "host": host, "port": port}
         return {
             "session": identity.session,
+            "name": name_of(of, identity),
+            "owner_silent_s": of.owner_silent_s,
             "run_id": identity.run_id,
             "world_size": identity.world_size,
             "pods": identity.pods,
@@ -361,7 +364,12 @@ class Pod:
             "store_mode": identity.store_mode,
             "store": list(identity.store) if identity.store else None,
         }
-        return Record(session=identity.session, hello=hello, policy=policy.dump(self.policy), root=identity.root)
+        return Record(
+            session=identity.session,
+            hello=hello,
+            policy=policy.dump(self.policy),
+            root=identity.root,
+        )
 
     def close(self) -> None:
         for segment in self.segments.values():
@@ -375,6 +383,14 @@ class Pod:
             for name in (path, f"{path}.opaque"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
+
+
+def name_of(of: settings.Settings, identity: Identity) -> str:
+    """Who trains here, for people: job and pod; without a cluster the host and the run."""
+    if of.pod_name:
+        job = f"{of.job_kind} {of.job_name}".strip() or identity.run_id
+        return f"{job} (pod {of.pod_namespace}/{of.pod_name})"
+    return f"run {identity.run_id!r} on {socket.gethostname()} (sidecar's pid {os.getpid()})"
 
 
 def _limit(runtime_dir: str, of: policy.Policy) -> int:

@@ -19,6 +19,8 @@ from typing import Any, Final
 _log = logging.getLogger(__name__)
 
 FILE: Final = "session.json"
+KEPT_BEFORE: Final = 16
+"""Sessions that are remembered: trainers that die faster than an executor starts would have to do so this often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class Record:
     """Who the ranks are, in the words of the hello that opened the session."""
     policy: Mapping[str, Any]
     root: str
+    before: tuple[str, ...] = ()
+    """The sessions that this pod served before it, the last one first: each may own the root, if those behind it never began there."""
     generation: int | None = None
     signals: int | None = None
     """Number of the last message to all pods that was passed on."""
@@ -80,6 +84,7 @@ def read(runtime_dir: str) -> Record | None:
             hello=dict(document["hello"]),
             policy=dict(document["policy"]),
             root=str(document["root"]),
+            before=tuple(str(each) for each in document.get("before", [])),
             generation=None if document["generation"] is None else int(document["generation"]),
             signals=None if document["signals"] is None else int(document["signals"]),
             counts=Counts.from_document(document["counts"]),

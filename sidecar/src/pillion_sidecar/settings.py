@@ -108,6 +108,15 @@ class Settings:
             "text": "How long an embedded sidecar keeps the arena for trainers that died: torchrun restarts its workers in seconds.",
         },
     )
+    owner_silent_s: float = field(
+        default=10.0,
+        metadata={
+            "env": "PILLION_OWNER_SILENT_S",
+            "unit": "s",
+            "text": "How long the training that owns a root may show no sign of life before another one may have the root. It shows one five"
+            " times as often. The same in every job that may use the root.",
+        },
+    )
     write_threads: int = field(
         default=2,
         metadata={

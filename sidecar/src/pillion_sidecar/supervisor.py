@@ -20,13 +20,13 @@ from typing import Any, Final, TypeVar
 from pillion import wire
 from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError, UsageError
 from pillion.wire import messages, policy
-from pillion_sidecar import aside, background, catalog, governing, loads, session_record, settings
+from pillion_sidecar import aside, background, catalog, governing, loads, ownership, session_record, settings
 from pillion_sidecar.control import Client
 from pillion_sidecar.governing import Governing
 from pillion_sidecar.journal import Journal
 from pillion_sidecar.operation import Operations
 from pillion_sidecar.persisting import Persisting
-from pillion_sidecar.pod import Identity, Pod, check_root
+from pillion_sidecar.pod import Identity, Pod, check_root, name_of
 from pillion_sidecar.saves import Saves
 from pillion_sidecar.trainers import Trainers
 
@@ -97,7 +97,12 @@ class Supervisor:
                 else (self.settings.policy or record.policy)
             )
             identity = Identity.from_hello(dict(record.hello), root=record.root)
-            pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
+            pod = Pod(
+                self.settings.runtime_dir,
+                identity,
+                self._policy_now(),
+                shared=not self.settings.embedded,
+            )
         except (OSError, ValueError, PillionError) as err:
             _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
             return
@@ -111,6 +116,8 @@ class Supervisor:
         """Stop working; what is sealed stays in the arena. Blocks: for the executor's ladder."""
         self._aside.close()
         await self._tasks.stop()
+        if not self.trainers.clients:
+            await self.operations.show(self._state())
         await self.operations.stop()
 
     # --- control.Handler ---------------------------------------------------------------------------------------------
@@ -129,6 +136,8 @@ class Supervisor:
         client.rank = rank
         self.trainers.clients[rank] = client
         self.trainers.parted = False
+        if self.operations.state is not ownership.State.TRAINING:
+            self._tasks.start(self._show_state(), "showing the session's state")
         store = None
         if pod.identity.store_mode == "own" and pod.identity.local_ranks[0] == 0:
             store = (await self.operations.open(pod)).get("store")
@@ -186,14 +195,55 @@ class Supervisor:
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
+        if root and len(identity.pods) == 1:
+            await self._look_for_owner(root, identity)
         if trainers.pod is not None:
             await self._finish(trainers.pod, identity)
             trainers.pod.close()
-        trainers.pod = Pod(self.settings.runtime_dir, identity, self._policy_now(), shared=not self.settings.embedded)
+        trainers.pod = Pod(
+            self.settings.runtime_dir,
+            identity,
+            self._policy_now(),
+            shared=not self.settings.embedded,
+        )
         trainers.crashed = False
         self.operations.session(trainers.pod)
         self.persisting.wake()
         return trainers.pod
+
+    async def _look_for_owner(self, root: str, identity: Identity) -> None:
+        """
+        Tell the trainers at once when another training lives on their root. Of several pods the coordinator's executor finds it out, as
+        the others may know the owner for an older attempt of theirs.
+
+        Raises:
+            UsageError: with both names.
+        """
+        of = self.settings
+        await self._look_at(
+            root,
+            lambda: ownership.wait_until_free(
+                root,
+                name=name_of(of, identity),
+                known={identity.session, *self.operations.served()},
+                silent_s=of.owner_silent_s,
+            ),
+            ROOT_TIMEOUT_S + of.owner_silent_s + ownership.DRAIN_MOST_S,
+        )
+
+    def _state(self) -> ownership.State:
+        """What the session is in, for whoever wants its root next."""
+        if self.trainers.clients:
+            return ownership.State.TRAINING
+        return ownership.State.DRAINING if self.persisting.busy() else ownership.State.LEFT
+
+    async def _show_state(self) -> None:
+        """Have the root say whether trainers are here, and, when the last one is gone, that what it left is on storage."""
+        await self.operations.show(self._state())
+        pod = self.pod
+        if pod is not None and not self.trainers.clients and self.persisting.busy():
+            await self.persisting.quiet(pod.policy.drain.timeout_seconds)
+            await self.operations.show(self._state())
 
     async def _finish(self, before: Pod, successor: Identity) -> None:
         """
@@ -282,6 +332,8 @@ class Supervisor:
         if self.pod is not None and not client.said_goodbye:
             self.persisting.rescue()
             self._released()
+        if not trainers.clients:
+            self._tasks.start(self._show_state(), "showing the session's state")
 
     def _released(self) -> None:
         """A slot may be free: waiting claims and loads try again."""
@@ -379,6 +431,8 @@ class Supervisor:
         await self.persisting.tidied(min(drain_s, TIDY_S))
         if trainers.clients.get(client.rank) is client:
             del trainers.clients[client.rank]
+        if not trainers.clients:
+            await self._show_state()
         trainers.crashed = trainers.crashed or not messages.field(message, "clean", bool, True)
         if not trainers.clients:
             trainers.parted = not trainers.crashed
@@ -396,14 +450,14 @@ class Supervisor:
             answer |= {"step": found[0], "path": found[1], "size_bytes": found[2]}
         client.answer(message, answer)
 
-    async def _look_at(self, root: str, call: Callable[[], T]) -> T:
+    async def _look_at(self, root: str, call: Callable[[], T], bound_s: float = ROOT_TIMEOUT_S) -> T:
         """What `call` finds on the root, beside this loop: a storage that hangs must not keep the supervisor from answering."""
         try:
             async with self._looking:
-                return await self._aside.run(call, ROOT_TIMEOUT_S)
+                return await self._aside.run(call, bound_s)
         except (TimeoutError, aside.StillBusy):
             raise SidecarError(
-                f"the storage of {root} has not answered for {ROOT_TIMEOUT_S:.0f} s: it hangs, or is lost"
+                f"the storage of {root} has not answered for {bound_s:.0f} s: it hangs, or is lost"
             ) from None
 
     def _status(self) -> dict[str, Any]:

@@ -89,3 +89,26 @@ def test_ranks_that_share_memory_share_a_runtime_directory() -> None:
     assert embedded.runtime_directory("/checkpoints", {"PILLION_POD": "x"}) != first
     assert embedded.runtime_directory("/other", {}) != first
     assert embedded.runtime_directory("/checkpoints", {"PILLION_RUNTIME_DIR": "/pillion"}) == "/pillion"
+
+
+@pytest.mark.parametrize(
+    ("roots", "said"),
+    [
+        (["/a", "/a", "/b", "/a"], "'/a' on ranks 0, 1, 3; '/b' on ranks 2"),
+        (["/a", ""], "no root on ranks 1"),
+        ([""], "no root: call"),
+        ([f"/{rank}" for rank in range(20)], "'/3' on ranks 3"),
+        (["/a", *["/b"] * 20], "'/b' on ranks 1, 2, 3, 4, 5, 6, 7, 8 and 12 more"),
+    ],
+)
+def test_a_root_that_differs_from_rank_to_rank_is_told_by_rank(roots: list[str], said: str) -> None:
+    """Every rank sees the same list, and raises the same, before anything is started."""
+    with pytest.raises(SettingsError) as raised:
+        group._check_roots(roots)
+    assert said in str(raised.value)
+
+
+def test_one_root_on_all_ranks_is_well_and_so_is_none_to_agree_on() -> None:
+    """pillion.dcp has a path for each save instead."""
+    group._check_roots(["/a"] * 3)
+    group._check_roots([None] * 3)

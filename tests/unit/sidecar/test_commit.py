@@ -10,7 +10,7 @@ import pytest
 import pillion
 from pillion.wire import names
 from pillion_sidecar import catalog, commit, retention
-from support.parts import write_part
+from support.parts import begin_session, write_part
 
 
 def test_a_save_whose_every_part_was_written_is_committed_by_whoever_finds_it(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_lost_manifest_is_made_again_from_the_parts_and_the_digests_still_coun
 
 def test_generations_grow_and_an_older_attempt_is_fenced_off(tmp_path: Path) -> None:
     """From the moment that a newer one has begun, the older one's commit is refused."""
-    first = commit.claim_generation(str(tmp_path))
+    first = begin_session(str(tmp_path))
     commit.fence(str(tmp_path), first)
-    second = commit.claim_generation(str(tmp_path))
+    second = begin_session(str(tmp_path))
     assert second > first
     commit.fence(str(tmp_path), second)
     with pytest.raises(pillion.CommitError, match="fenced off"):

@@ -11,7 +11,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion.errors import CorruptCheckpoint, ErrorDocument, IncompatibleCheckpoint, NoCheckpoint, PillionError
+from pillion.errors import (
+    CorruptCheckpoint,
+    ErrorDocument,
+    IncompatibleCheckpoint,
+    LoadError,
+    NoCheckpoint,
+    PillionError,
+)
 from pillion.wire.policy import OnMissing, RestoreMode
 from pillion_sidecar import catalog, commit, retention
 from pillion_sidecar.commit import Order
@@ -79,6 +86,9 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     }
     try:
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
+        not_shared = next((str(offer["not_shared"]) for offer in offers.values() if offer.get("not_shared")), "")
+        if not_shared:
+            raise LoadError(not_shared)
         for offer in offers.values():
             choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
         memory = gathered(offers)
@@ -97,10 +107,8 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     except exchange.StoreLost:
         raise
     except NoCheckpoint as err:
-        # A step that a call of find() names may be missing: the answer is None. What the policy demands may not: who finds nothing begins
-        # from nothing, and never comes to the load that would refuse it.
-        asks = request.find and request.step is not None
-        choice["error"] = None if asks else ErrorDocument.from_exception(err).to_document()
+        # Who only looks is told that there is nothing.
+        choice["error"] = None if request.find else ErrorDocument.from_exception(err).to_document()
     except PillionError as err:
         choice["error"] = ErrorDocument.from_exception(err).to_document()
     except OSError as err:

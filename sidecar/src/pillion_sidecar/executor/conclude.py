@@ -33,6 +33,11 @@ RETRY_AFTER_S: Final = (1.0, 4.0, 15.0)
 which what is behind waits in its slot; then it has failed, and the saves behind it try once each, until one is committed: where training waits
 for a slot, it is not held up by a storage that is known to be down."""
 
+LASTING_ERRNOS: Final = frozenset(
+    {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+)
+"""What storage says of a place, and not of itself: the next try would find the same."""
+
 
 def metadata_of(context: Context, request: Request, phase: str, plan: planning.Plan) -> bytes:
     """(coordinator) `.metadata` of this save; the same bytes as long as plan, lengths and generation are."""
@@ -96,7 +101,8 @@ def _outcome(
         if failed:
             errnos = {number for document in failed.values() for number in document.get("errnos", ())}
             refused = all("errnos" in document for document in failed.values())
-            if refused and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
+            passes = refused and not errnos & LASTING_ERRNOS
+            if passes and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
                 _make_room(context, request, errnos)
                 return outcome | {"again_s": RETRY_AFTER_S[attempt]}
             context.storage_refuses = context.storage_refuses or refused
@@ -120,8 +126,9 @@ def _outcome(
         return {"failures": failures, "kind": "CommitError", "discarded": True}
     except Exception as err:  # a boundary: the peers wait for the outcome
         outcome = {"failures": remote_failures.documents({0: remote_failures.of_exception(err)}), "kind": "CommitError"}
-        if isinstance(err, OSError) and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
-            _make_room(context, request, {err.errno})
+        passes = isinstance(err, OSError) and err.errno not in LASTING_ERRNOS
+        if passes and attempt < len(RETRY_AFTER_S) and not context.storage_refuses:
+            _make_room(context, request, {getattr(err, "errno", None)})
             outcome["again_s"] = RETRY_AFTER_S[attempt]
         return outcome
     finally:

@@ -11,11 +11,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pillion import phases
+from pillion.errors import BarrierTimeout
 from pillion.wire import layout, names, policy
-from pillion_sidecar import commit
+from pillion_sidecar import ownership
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.executor import exchange, images, planning, storage_exchange
 from pillion_sidecar.executor.watch import Watch, Watched
@@ -69,6 +70,10 @@ class Context:
     """Coordinator: of these, the first ones whose keys are gone from the exchange."""
     last_choice: tuple[str, dict[str, Any]] | None = None
     """Coordinator: what the last rescue decided, and under which phase: a pod may not have heard it."""
+    lease: ownership.Lease | None = None
+    """Coordinator: what shows on the root that this session lives."""
+    not_shared: str = ""
+    """Why nothing can be saved: this pod has another root than the coordinator."""
     storage_refuses: bool = False
     """Coordinator: the last save was given up after all its tries; the next one gets one."""
     store_lost: bool = False
@@ -90,6 +95,7 @@ class Context:
         """(coordinator) What it still has in the exchange when the session ends."""
         published = [
             "generation",
+            "before",
             *(f"layout/{each}" for each in self.layouts),
             *(f"plan/{each}" for each in self.plans),
         ]
@@ -166,7 +172,7 @@ def open_context(document: Mapping[str, Any], watch: Watch) -> Context:
     )
     phases.serving(local_ranks)
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
-    context.generation = _agree_on_generation(context, known=document.get("generation"))
+    context.generation = _agree_on_generation(context, document)
     return context
 
 
@@ -197,18 +203,72 @@ def _meet_in_store(
     return stores.StoreExchange(view, keep, pods, first_rank), signal_store, where if own else None
 
 
-def _agree_on_generation(context: Context, *, known: Any) -> int:
+def _agree_on_generation(context: Context, document: Mapping[str, Any]) -> int:
     """The coordinator's, or, for a successor of an executor that died, its predecessor's: one that may have lost touch with the others."""
+    known = document.get("generation")
     generation = known if isinstance(known, int) and known > 0 else 0
+    before = [str(each) for each in document.get("before", [])]
     if not context.coordinator:
-        return generation or int(context.exchange.receive("generation", context.peer_timeout_s)["generation"])
-    if not generation and context.root:
-        os.makedirs(context.root, exist_ok=True)
-        generation = commit.claim_generation(context.root)
+        context.exchange.post("before", {"sessions": before})
+        return generation or _learn_generation(context, str(document.get("name", "")))
+    if not context.root:
+        generation = generation or time.time_ns()
+        context.exchange.publish("generation", {"generation": generation})
+        return generation
+    os.makedirs(context.root, exist_ok=True)
+    silent_s = float(document["owner_silent_s"])
+    ours = ownership.Record(session=context.session, name=str(document["name"]), root=context.root)
+    if generation:
+        record = ownership.read(context.root, generation) or ours
+    else:
+        bound_s = context.watch.storage_timeout_s + silent_s + ownership.DRAIN_MOST_S
+        context.watch.begins(exchange.STORAGE, f"look who owns {context.root}", bound_s)
+        generation, record = ownership.claim(
+            context.root, ours, before=before, silent_s=silent_s, succeeds=lambda owner: _was_ours(context, owner)
+        )
+        context.watch.idle()
         storage_exchange.forget_sessions(context.root, but=context.session)
-    elif not generation:
-        generation = time.time_ns()
-    context.exchange.publish("generation", {"generation": generation})
+    context.lease = ownership.Lease(
+        context.root,
+        generation,
+        record,
+        beat_s=silent_s / ownership.BEATS_WITHIN_SILENCE,
+        state=ownership.State(document.get("state", ownership.State.TRAINING)),
+    )
+    about = {"nonce": record.nonce, "root": context.root, "name": record.name}
+    context.exchange.publish("generation", {"generation": generation, **about})
+    return generation
+
+
+ASK_SHARE: Final = 1 / 4
+"""Of the bound for peers: how long the other pods may take to say which session they served before."""
+
+
+def _was_ours(context: Context, owner: ownership.Record) -> bool:
+    """(coordinator) Whether another pod of this job has served the owner of the root: it is an older attempt, which is fenced off."""
+    if len(context.pods) == 1 or context.store_address is not None:
+        return False  # nobody to ask, or nobody yet: they come when our own store is there
+    context.exchange.post("before", {"sessions": []})
+    try:
+        before = context.exchange.collect("before", context.peer_timeout_s * ASK_SHARE)
+    except BarrierTimeout:
+        return False
+    return any(owner.session in document["sessions"] for document in before.values())
+
+
+def _learn_generation(context: Context, name: str) -> int:
+    """What the coordinator claimed; this pod reads its record back, or has another root than the coordinator."""
+    told = context.exchange.receive("generation", context.peer_timeout_s)
+    generation, nonce = int(told["generation"]), str(told.get("nonce", ""))
+    if nonce and context.root:
+        context.watch.storage(f"look for the record of the session on {context.root}")
+        if not ownership.find_shared(context.root, generation, nonce):
+            context.not_shared = (
+                f"the pods do not share one root: {name or 'this pod'} (ranks {list(context.local_ranks)}) does not find at"
+                f" {context.root} what {told.get('name')} (rank 0) has written at {told.get('root')}"
+            )
+            _log.error("%s", context.not_shared)
+        context.watch.idle()
     return generation
 
 

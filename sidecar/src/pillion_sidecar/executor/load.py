@@ -53,7 +53,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     phase = f"load/{context.loads}"
     phases.working_on(request.step)
     offer = arena_load.offer(context, request)
-    context.exchange.post(f"{phase}/offer", offer.to_document())
+    context.exchange.post(f"{phase}/offer", offer.to_document() | {"not_shared": context.not_shared})
     refused: dict[str, str] = {}
     for number in range(ROUNDS_LIMIT):
         at = f"{phase}/{number}"
@@ -72,13 +72,11 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         refused = dict(choice["refused"])
         if choice["error"] is not None:
             raise ErrorDocument.from_document(choice["error"]).to_exception()
-        chosen = {
-            name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside", "order")
-        }
+        told = {name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside", "order")}
         if choice["step"] is None or request.find:
             context.epoch = int(choice["epoch"])
             fresh = {"tier": "fresh"} if choice["step"] is None else {}
-            return chosen | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
+            return told | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
         step, tier = int(choice["step"]), str(choice["tier"])
         phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
         result: dict[str, Any] = {"corrupt": None, "error": None}
@@ -107,7 +105,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
                 # Every byte of it was read and matched its digest: retention keeps it.
                 with contextlib.suppress(OSError):
                     commit.note_verified(context.root, step)
-            return chosen | {
+            return told | {
                 "opaque": {str(rank): each.opaque for rank, each in filled.items()},
                 "unexpected": {
                     str(rank): verdict["unexpected"] if tier == STORAGE else list(each.unexpected)

@@ -198,6 +198,11 @@ def _agree(
     failures: Mapping[int, RemoteFailure],
 ) -> planning.Plan:
     phases.reach(phases.Phase.PLAN)
+    if context.not_shared:
+        failures = {
+            **dict.fromkeys(context.local_ranks, RemoteFailure("RootNotShared", context.not_shared)),
+            **failures,
+        }
     document: dict[str, Any] = {
         "failures": remote_failures.documents(failures),
         "ranks": {str(r): [p.layout.digest, p.opaque_lengths] for r, p in pictures.items()},

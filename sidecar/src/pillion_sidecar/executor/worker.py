@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
-from pillion_sidecar import log
+from pillion_sidecar import log, ownership
 from pillion_sidecar.executor import conclude, images, load, load_request, persist, rescue, signals
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor.context import with_failover
@@ -60,6 +60,8 @@ class Worker:
         """Of the session that is open, or being opened."""
         self._over = ""
         """The session that ended last: what is done for it leaves its waits for other pods."""
+        self._state: ownership.State | None = None
+        """What was said last about the session's trainers; None: nothing since it is being opened."""
         self._signals: signals.Signals | None = None
         self._store: Any = None
         """Where the session of `_context` meets."""
@@ -89,6 +91,8 @@ class Worker:
                     elif message["type"] == "over":
                         self._over = message["session"]
                         self._done(message, {})
+                    elif message["type"] == "state":
+                        self._change(message)
                     else:
                         self._queue(self._outgoing if message["type"] == "signal" else self._requests, message)
 
@@ -98,6 +102,15 @@ class Worker:
         except queue.Full:
             error = SidecarError(f"{QUEUE_LIMIT} messages wait before this one: the store answers none of them")
             self._send({"type": "failed", "id": message["id"], "error": _document(error).to_document()})
+
+    def _change(self, message: messages.Message) -> None:
+        """The session's trainers have come or gone: its record on the root says so, for whoever wants the root next."""
+        lease = self._context.lease if self._context is not None else None
+        self._state = ownership.State(message["state"])
+        if lease is None:
+            self._done(message, {})
+        else:
+            lease.change(self._state, lambda: self._done(message, {}))
 
     def _send(self, message: Mapping[str, object]) -> None:
         frame = messages.encode(message)
@@ -177,7 +190,11 @@ class Worker:
             store_timeout_s=float(document["store_timeout_s"]),
             is_over=lambda: self._over == document["session"],
         )
+        self._state = None
         self._context = context_module.open_context(document, self._watch)
+        if self._state is not None and self._context.lease is not None:
+            # It changed while the session was being opened.
+            self._context.lease.change(self._state, lambda: None)
         self._store = document["store"]
         named = policy.parse(document["policy"], embedded=True).storage.writer
         self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
@@ -202,6 +219,8 @@ class Worker:
         """A session is over: close what it had, and take its keys out of a store that goes on, as torchrun's agent's does."""
         for segment in context.segments.values():
             segment.close()
+        if context.lease is not None:
+            context.lease.close()
         # Trainers that come back in one pod use no store, and the one that they leave may go on.
         is_restart = successor["session"] != context.session and successor["store"] in (None, self._store)
         if is_restart and self._store is not None and context.coordinator and not context.store_lost:
