@@ -17,6 +17,7 @@ session (a collective); later calls run none. Never reads or writes storage itse
     AsyncCheckpointerType, both               | accepted: the writing is in another process in any case
     a tensor of another shape or type under   | DCP saves one of them in silence: here it is the failure of both ranks. Give values that differ
     the same name on another rank             | from rank to rank (random states, a loader's) names that do, too
+    an OSError that says something of a place | fails at once, as with DCP (EACCES, ENOTDIR, EROFS, ...); others are tried again for 20 s
     checkpoint_id that differs between ranks  | one checkpoint has one: of the ranks of a pod the lowest one's counts, and pods that write to
                                               | different folders fail at the commit
     overwrite=False on one rank               | holds for all
