@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   := .venv
 # What the cluster is made with: auto, built, kind or existing; see tests/cluster/README.md.
 CLUSTER ?= auto
+# A shared file system, from Debian.
+MOOSEFS := moosefs-master moosefs-chunkserver moosefs-client iproute2
 # Where long runs leave their raw results, one JSON line each.
 REPORT ?= scratch/report
 BIN    := $(VENV)/bin
@@ -20,7 +22,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-cluster cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster bench bench-cluster clean
+.PHONY: help setup lock check test test-filesystem test-cluster cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster bench bench-cluster clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -54,6 +56,14 @@ test: $(STAMP)  ## every test that this machine can run; ARGS="tests/unit -k nam
 
 test-cluster: $(STAMP)  ## the stories on a real Kubernetes, made and taken down here; needs root, Go, Debian packages
 	$(BIN)/python -m pytest tests/cluster --cluster $(CLUSTER) $(ARGS)
+
+# The tests say themselves what is missing where this cannot install it.
+test-filesystem: $(STAMP)  ## two pods on a real shared file system, mounted twice; needs root, Debian packages
+	missing="$$(command -v mfsmaster mfschunkserver mfsmount > /dev/null || echo $(MOOSEFS))"; \
+	if [[ -n "$$missing" && "$$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then \
+	  DEBIAN_FRONTEND=noninteractive apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > /dev/null; fi
+	$(BIN)/python -m pytest tests/distributed/test_shared_filesystem.py $(ARGS)
 
 cluster-up: $(STAMP)  ## a real Kubernetes of two nodes, for people; says how to reach it
 	cd tests && ../$(BIN)/python -m cluster.harness up --cluster $(CLUSTER)
