@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: start a sidecar.
 """
 
+import json
 import logging
 from dataclasses import fields
 from importlib import metadata
@@ -61,3 +62,17 @@ def test_an_internal_error_has_the_exit_status_that_the_guide_names(
         assert __main__.main(["run", "--runtime-dir", str(tmp_path)]) == 70
     assert caplog.records[-1].exc_info is not None
     assert __main__.main(["run"]) == 78
+
+
+def test_a_policy_is_checked_and_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A right one is JSON with every default in it; of a wrong one all problems are told, and the status is that of bad settings."""
+    file = tmp_path / "policy.yaml"
+    file.write_text("store: Own\n")
+    assert __main__.main(["policy", str(file)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["store"], found["restore"]["mode"]) == ("Own", "Latest")
+    file.write_text("store: Mine\ntriger: {}\n")
+    assert __main__.main(["policy", str(file)]) == 78
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert all(name in told.err for name in ("store", "triger"))
