@@ -86,6 +86,9 @@ def test_a_load_sets_newer_snapshots_aside_until_another_one_goes_to_them(first:
     for step in (2, 3, 5):
         first.table.finish(seal(first, step), persisted=False)
     first.set_aside(((4, 0), 2))
+    newest = first.table.newest_complete()
+    assert newest is not None
+    assert newest.step == 2, "nothing else is owed to storage at the end"
     assert {step for step, save in first.table.saves.items() if save.set_aside} == {3, 5}
     adopted = found_by(tmp_path, SESSION, (4, 1))
     assert {step for step, save in adopted.items() if save.set_aside} == {3, 5}

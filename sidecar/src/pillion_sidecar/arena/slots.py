@@ -142,7 +142,9 @@ class SlotTable:
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def newest_complete(self) -> Save | None:
-        return max((save for save in self.saves.values() if save.complete), key=lambda s: s.order, default=None)
+        """What is owed to storage at the end; not what a load went back behind."""
+        whole = (save for save in self.saves.values() if save.complete and not save.set_aside)
+        return max(whole, key=lambda s: s.order, default=None)
 
     def oldest_queued(self) -> Save | None:
         """The next save to persist: complete, wanted on storage, not taken up yet."""
