@@ -42,11 +42,10 @@ def matrix(lines: list[dict[str, Any]]) -> str:
     rows: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     columns: list[str] = []
     for cell in cells.cells():
-        whose = cell.fault if cell.deed.value else f"{cell.who.value} {cell.fault}"
         if cell.phase.value not in columns:
             columns.append(cell.phase.value)
         line = found.get(cell.name)
-        rows[whose][cell.phase.value][cell.where.value] = line["outcome"] if line else "not run"
+        rows[cell.row][cell.phase.value][cell.where.value] = line["outcome"] if line else "not run"
     short = {"committed": "C", "absent": "a", "refused": "R", "not run": "-"}
     table = ["| fault | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for whose, by_phase in rows.items():
@@ -55,7 +54,16 @@ def matrix(lines: list[dict[str, Any]]) -> str:
             told = by_phase.get(phase, {})
             entries.append(" ".join(short[told[where]] for where in ("coordinator", "peer") if where in told))
         table.append(f"| {whose} | " + " | ".join(entries) + " |")
-    total = sum(1 for _ in cells.cells())
+    wrong = [
+        name for name, line in found.items() if cells.Outcome(line["outcome"]) not in cells.expected()[name].outcomes
+    ]
+    if wrong:
+        raise SystemExit(f"not as {cells.OUTCOMES.name} has it: {', '.join(wrong)}; say there what is right, and why")
+    table += ["", "| story | outcome |", "|---|---|"]
+    for story in cells.Story:
+        line = found.get(story.value)
+        table.append(f"| {story.value} | {short[line['outcome'] if line else 'not run']} |")
+    total = sum(1 for _ in cells.cells()) + len(cells.Story)
     outcomes = [line["outcome"] for line in found.values()]
     slowest = max(found.values(), key=lambda line: line["elapsed_s"], default={"cell": "none", "elapsed_s": 0})
     counted = ", ".join(f"{outcomes.count(each)} {each}" for each in ("committed", "absent", "refused"))

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from campaign import job as jobs
-from campaign import plan
+from campaign import plan, training
 from campaign.runs import Result, Run, summary
 
 
@@ -32,7 +31,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="file for the results, one JSON line a run")
     of = parser.parse_args()
     warm()
-    reference = jobs.reference()
+    reference = training.reference()
     begun = time.monotonic()
     results: list[Result] = []
     every = (seed for seed in itertools.count(of.seed) if of.pods in (None, plan.draw(seed).pods))

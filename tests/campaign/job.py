@@ -1,16 +1,17 @@
 """
-The whole of: a small job of two ranks under torchrun's agent, in one pod or two, whose every step can be told by arithmetic.
+The whole of: a small job of two ranks under torchrun's agent, in one pod or two, whose every step can be told by arithmetic (`campaign.training`).
 
 Called from: `campaign.runs` (starts it, ends it, reads its journal).
 Must never: import torch anew for each run; workers are forked from a process that has it, by torchrun's own start method `fork`.
 
 The job's store lives in rank 0's trainer, as in a cluster, and dies with it. What a rank does is in journal.<rank>, one JSON line each:
-started, step, done.
+started, step, rolled, done.
 """
 
 import datetime
 import json
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -22,15 +23,22 @@ import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import pillion
+from campaign import training
+from campaign.training import STEPS, WORLD, Training
 from pillion_sidecar import faults
 
-WORLD: Final = 2
-STEPS: Final = 100
 SNAPSHOT_STEPS: Final = 2
 PERIOD_STEPS: Final = 10
 KEEP_LAST: Final = 3
+POLICY: Final = {
+    "trigger": {"periodSteps": PERIOD_STEPS, "snapshotSteps": SNAPSHOT_STEPS},
+    "retention": {"keepLast": KEEP_LAST},
+}
 STEP_S: Final = 0.01
-NUMEL: Final = 50_000
+CALLBACK_S: Final = 0.03
+RAISES_SHARE: Final = 0.2
+ROLLED: Final = "rolled"
+"""The file that says that the job went back once."""
 GROUP_TIMEOUT_S: Final = 20.0
 """Bound for a collective: a peer that is stopped for longer ends the attempt."""
 MAX_RESTARTS: Final = 20
@@ -42,6 +50,10 @@ class Job:
 
     folder: Path
     pods: int
+    stuck: bool = False
+    """A worker of a data loader of rank 0 is stuck for as long as the job goes on."""
+    rollback_at: int = 0
+    """The step at which all go back to an older one, once; 0: never."""
 
     @property
     def root(self) -> Path:
@@ -52,34 +64,6 @@ class Job:
 
     def environment(self, pod: int) -> dict[str, str]:
         return {"PILLION_POD": f"{self.folder.name}-{pod}"}
-
-
-def begin() -> dict[str, torch.Tensor]:
-    """The state before the first step."""
-    return {"weights": torch.arange(NUMEL, dtype=torch.float32) / NUMEL, "momentum": torch.zeros(NUMEL)}
-
-
-def gradient(weights: torch.Tensor, step: int, rank: int) -> torch.Tensor:
-    """Of one rank's batch: elementwise, so that it is the same bit for bit wherever it is computed."""
-    return weights - ((torch.arange(NUMEL) * (rank + 2) + step * 7) % 13).to(torch.float32)
-
-
-def update(state: dict[str, torch.Tensor], total: torch.Tensor) -> float:
-    """One optimizer step with the sum of all ranks' gradients; the loss."""
-    loss = float((total * total).sum())
-    state["momentum"].mul_(0.9).add_(total)
-    state["weights"].sub_(state["momentum"], alpha=0.01)
-    return loss
-
-
-def reference() -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Loss and state after each step of a run that nothing interrupts; index 0 is the beginning."""
-    state = begin()
-    told = [(0.0, {name: tensor.clone() for name, tensor in state.items()})]
-    for step in range(1, STEPS + 1):
-        loss = update(state, gradient(state["weights"], step, 0) + gradient(state["weights"], step, 1))
-        told.append((loss, {name: tensor.clone() for name, tensor in state.items()}))
-    return told
 
 
 def train(job: Job) -> None:
@@ -95,36 +79,72 @@ def train(job: Job) -> None:
         )
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S))
-    policy = {
-        "trigger": {"periodSteps": PERIOD_STEPS, "snapshotSteps": SNAPSHOT_STEPS},
-        "retention": {"keepLast": KEEP_LAST},
-    }
-    state = begin()
-    with pillion.Checkpointer(str(job.root), policy=policy) as checkpointer:
-        tensors: dict[str, Any] = {"model": state, "step": 0}
-        loaded = checkpointer.load(tensors) or 0
+    of = Training(rank)
+    # Kept for as long as the trainer lives, and longer.
+    helper = training.stuck(job.folder) if job.stuck and rank == 0 else None
+    with pillion.Checkpointer(str(job.root), policy=POLICY) as checkpointer:
+        loaded = _load(checkpointer, of)
         report = checkpointer.last_load
-        assert tensors["step"] == loaded
         say(
             "started",
             loaded=loaded,
             tier=str(report.tier) if report is not None else "",
             refused=dict(report.refused) if report is not None else {},
         )
-        for step in range(loaded + 1, STEPS + 1):
-            total = gradient(state["weights"], step, rank)
+        items = of.position.items()
+        while of.position.step < STEPS:
+            total = of.gradient(next(items))
             dist.all_reduce(total)
-            loss = update(state, total)
-            tensors["step"] = step
+            loss = of.update(total)
+            step = of.position.step
             say("step", step=step, loss=loss)
             if checkpointer.due(step):
-                checkpointer.save(tensors, step)
+                handle = checkpointer.save(of.state_dict(), step, overlap=step % 4 == 0)
+                handle.committed.add_done_callback(_call_back)
             time.sleep(STEP_S)
+            if step == job.rollback_at and _to_roll_back(job, checkpointer):
+                say("rolled", loaded=_load(checkpointer, of, step=_agreed(checkpointer)))
+                (job.folder / ROLLED).touch()
+                items = of.position.items()
     say("done")
+    (job.folder / training.ENDED).touch()
+    del helper
     if rank == 0:
-        torch.save(state, job.folder / "final.new")
+        torch.save(of.mark(), job.folder / "final.new")
         os.replace(job.folder / "final.new", job.folder / "final.pt")
     dist.destroy_process_group()
+
+
+def _load(checkpointer: pillion.Checkpointer, of: Training, step: int | None = None) -> int:
+    state = of.template()
+    loaded = checkpointer.load(state, step)
+    if loaded is None:
+        return 0
+    of.restore(state)
+    assert of.position.step == loaded
+    return loaded
+
+
+def _call_back(_: object) -> None:
+    """What users do at a commit: something slow, and now and then something wrong."""
+    time.sleep(CALLBACK_S)
+    if random.random() < RAISES_SHARE:
+        raise RuntimeError("the user's callback")
+
+
+def _to_roll_back(job: Job, checkpointer: pillion.Checkpointer) -> bool:
+    """Whether all ranks go back to an older step now: once a job, as after a spike of the loss, and where there is one."""
+    wanted = torch.tensor(int(not (job.folder / ROLLED).exists() and checkpointer.latest() is not None))
+    dist.all_reduce(wanted, op=dist.ReduceOp.MIN)
+    return bool(wanted)
+
+
+def _agreed(checkpointer: pillion.Checkpointer) -> int:
+    """The newest committed step that every rank has seen."""
+    newest = checkpointer.latest()
+    step = torch.tensor(newest.step if newest is not None else 0)
+    dist.all_reduce(step, op=dist.ReduceOp.MIN)
+    return int(step)
 
 
 def agent(job: Job, pod: int, port: int, environment: dict[str, str]) -> int:

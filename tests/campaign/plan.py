@@ -21,6 +21,10 @@ EARLY_MOST_S: Final = 3.0
 LATE_MOST_S: Final = 0.05
 """Of the others: a few steps at most behind a random step. Not by the clock alone, as a loaded machine would strike before the start."""
 LAST_STEP: Final = 98
+STUCK_SHARE: Final = 0.3
+ROLLED_BACK_SHARE: Final = 0.2
+ROLLED_BACK: Final = (25, 75)
+"""Between these steps, so that something is committed before, and something comes behind."""
 PAUSE_MOST_S: Final = 1.5
 
 
@@ -73,6 +77,10 @@ class Plan:
     acts: tuple[Act, ...]
     inside: Inside
     faults: tuple[Fault, ...]
+    stuck: bool
+    """A worker of a data loader is stuck."""
+    rollback_at: int
+    """The job goes back to an older step there, once; 0: never."""
 
 
 def draw(seed: int) -> Plan:
@@ -82,7 +90,12 @@ def draw(seed: int) -> Plan:
     strikes = [each for each in Strike if pods == 2 or each is not Strike.KILL_POD]
     acts = sorted((_act(strikes, dice) for _ in range(dice.choice((1, 1, 1, 2, 3)))), key=lambda act: act.at_step)
     inside = dice.choice([Inside.NONE, Inside.NONE, Inside.NONE, *list(Inside)[1:]])
-    return Plan(seed=seed, pods=pods, acts=tuple(acts), inside=inside, faults=_faults(inside, dice))
+    struck = _faults(inside, dice)
+    stuck = dice.random() < STUCK_SHARE
+    rollback_at = dice.randint(*ROLLED_BACK) if dice.random() < ROLLED_BACK_SHARE else 0
+    return Plan(
+        seed=seed, pods=pods, acts=tuple(acts), inside=inside, faults=struck, stuck=stuck, rollback_at=rollback_at
+    )
 
 
 def _act(strikes: list[Strike], dice: random.Random) -> Act:

@@ -21,6 +21,7 @@ from torch.distributed import checkpoint as stock
 
 from campaign import job as jobs
 from campaign import plan as plans
+from campaign import training
 from campaign.job import Job
 from campaign.plan import Act, Plan, Strike
 from pillion_sidecar import faults
@@ -100,7 +101,7 @@ class Run:
         self._plan = plan
         self._reference = reference
         self._mark = f"campaign-{os.getpid()}-{plan.seed}"
-        self.job = Job(folder=folder, pods=plan.pods)
+        self.job = Job(folder=folder, pods=plan.pods, stuck=plan.stuck, rollback_at=plan.rollback_at)
         self._kit = folder / "faults"
         self._agents: dict[int, int] = {}
         self._store: StoreHost | None = None
@@ -197,6 +198,7 @@ class Run:
             self._kill_tree(pid)
         if self._store is not None:
             self._store.end()
+        self.job.folder.joinpath(training.ENDED).touch()
         folders = {_runtime_dir(process) for process in self._sidecars()}
         leaks.end([process for process in psutil.process_iter() if leaks.carries(process, self._mark)])
         for folder in folders:
@@ -311,14 +313,14 @@ class Run:
         trained = self._check_journals()
         self._check_end(self._check_storage(), trained)
         final = torch.load(self.job.folder / "final.pt")
-        for name, tensor in self._reference[jobs.STEPS][1].items():
-            if not torch.equal(final[name], tensor):
+        for name, tensor in final.items():
+            if not torch.equal(self._reference[training.STEPS][1][name], tensor):
                 self._judge("wrong", f"{name} at the end differs from the uninterrupted run's")
 
     def _check_journals(self) -> dict[int, float]:
         """When each step was made last, by the last rank's clock; 0: when it began."""
         trained: dict[int, float] = {}
-        for rank in range(jobs.WORLD):
+        for rank in range(training.WORLD):
             furthest, attempts = 0, 0
             trained = {}
             for line in jobs.journal(self.job, rank):
@@ -330,18 +332,21 @@ class Run:
                         if attempts > 1:
                             lost_s = trained[furthest] - trained[line["loaded"]]
                             self._check_lost(furthest, line["loaded"], line["tier"], lost_s)
+                elif line["event"] == "rolled":
+                    furthest = line["loaded"]
                 elif line["event"] == "step":
                     furthest = max(furthest, line["step"])
                     trained[line["step"]] = line["time"]
                     if line["loss"] != self._reference[line["step"]][0]:
                         self._judge("wrong", f"rank {rank}: the loss of step {line['step']} differs")
             self.result.attempts = max(self.result.attempts, attempts)
-            if furthest != jobs.STEPS:
+            if furthest != training.STEPS:
                 self._judge("wrong", f"rank {rank} ended at step {furthest}")
         return trained
 
     def _check_lost(self, furthest: int, loaded: int, tier: str, lost_s: float) -> None:
-        lost = furthest - loaded
+        # Behind a rollback that nothing was saved after, the newest is what was saved before it.
+        lost = max(0, furthest - loaded)
         self.result.lost_steps.append(lost)
         self.result.lost_s.append(round(lost_s, 2))
         in_memory = not self.result.memory_lost and not self._troubled
@@ -351,8 +356,8 @@ class Run:
 
     def _check_end(self, newest: int, trained: dict[int, float]) -> None:
         """What is committed when the job has ended is as near to its last step as a loss of memory may leave it."""
-        lost_s = trained.get(jobs.STEPS, 0.0) - trained.get(newest, 0.0)
-        if jobs.STEPS - newest > self._bound_on_storage and not (self._away and lost_s <= AWAY_S):
+        lost_s = trained.get(training.STEPS, 0.0) - trained.get(newest, 0.0)
+        if training.STEPS - newest > self._bound_on_storage and not (self._away and lost_s <= AWAY_S):
             self._judge(
                 "lost", f"step {newest} is the newest committed at the end; the bound is {self._bound_on_storage} steps"
             )
@@ -378,14 +383,15 @@ class Run:
             self.result.committed += 1
             step = int(path.name.removeprefix("step-"))
             newest = max(newest, step)
-            state: dict[str, Any] = {"model": {name: torch.zeros(jobs.NUMEL) for name in self._reference[0][1]}}
+            state = training.stock_template()
             try:
                 stock.load(state, checkpoint_id=path, no_dist=True)
             except Exception as err:
                 self._judge("torn", f"{path.name}: {type(err).__name__}: {err}")
                 continue
+            found = training.marks_of(state)
             for name, tensor in self._reference[step][1].items():
-                if not torch.equal(state["model"][name], tensor):
+                if not torch.equal(found[name], tensor):
                     self._judge("torn", f"{path.name}: {name} is not that of step {step}")
         return newest
 

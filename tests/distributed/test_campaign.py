@@ -10,8 +10,7 @@ from typing import Final
 
 import pytest
 
-from campaign import job as jobs
-from campaign import plan
+from campaign import plan, training
 from campaign.plan import Strike
 from campaign.runs import Run
 
@@ -28,7 +27,7 @@ def ready(warm: None, nothing_left: str) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_job_struck_at_random_ends_as_if_nothing_had_been(ready: None, tmp_path: Path, seed: int) -> None:
     """Losses, weights and every committed checkpoint are those of an uninterrupted run, and no more is lost than declared."""
-    result = Run(plan.draw(seed), tmp_path / "run", jobs.reference()).run()
+    result = Run(plan.draw(seed), tmp_path / "run", training.reference()).run()
     assert result.verdict == "ok", json.dumps(result.document(), indent=2)
 
 

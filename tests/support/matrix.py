@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 from pillion.phases import Phase
 from pillion_sidecar.faults import Kind
 
+OUTCOMES: Final = Path(__file__).with_name("matrix_outcomes.txt")
 LEFT_OUT: Final = {
     "plan, report x storage faults": "nothing is written there",
     "commit, publish, retain x peers": "the coordinator alone gets there",
@@ -104,20 +106,57 @@ class Cell:
         return 0 if self.where is Where.COORDINATOR else 1
 
     @property
-    def allowed(self) -> frozenset[Outcome]:
-        if self.kind in (Kind.CUT, Kind.FLIP):
-            return frozenset({Outcome.REFUSED})
-        if self.phase is Phase.RESCUE:
-            return frozenset({Outcome.COMMITTED})
-        if self.phase in (Phase.PUBLISH, Phase.RETAIN) and self.kind is not Kind.STUCK:
-            # Every part is durable: whoever comes commits it.
-            return frozenset({Outcome.COMMITTED})
-        return frozenset({Outcome.COMMITTED, Outcome.ABSENT})
+    def row(self) -> str:
+        """In the table of the page: whose fault, in words."""
+        return self.fault if self.deed is not Deed.NONE else f"{self.who.value} {self.fault}"
 
     @property
     def kills_a_trainer(self) -> bool:
         own = self.who is Who.TRAINER and self.kind in (Kind.SIGKILL, Kind.SIGSEGV)
         return own or (self.who is Who.TRAINER and self.deed is Deed.KILL)
+
+
+class Story(StrEnum):
+    """What training or its machine does around a save; each has a letter, as a cell has."""
+
+    AGAIN_REFUSED = "again-executor-EIO-x4"
+    """An older step is loaded, and a committed one saved again: storage refuses it each time."""
+    AGAIN_DIES = "again-executor-SIGKILL-x2"
+    """The same, and two executors die of it."""
+    FOREIGN = "foreign-files"
+    """Others have files in the root, and in directories of steps that retention removes."""
+    SHORT_SUPERVISOR = "descriptors-supervisor"
+    """The executor dies while the supervisor has no descriptor for another one."""
+    SHORT_TRAINER = "descriptors-trainer"
+    """The supervisor dies while the trainer has no descriptor for another one."""
+    FORKED = "forked-child-trainer-SIGKILL"
+    """The trainers are killed, and what they forked lives on."""
+    SLOW_RETENTION = "retain-slow-6-s"
+    """A deletion takes longer than the bound for storage."""
+    SLOW_CALLBACK = "callback-slow"
+    """A callback of a commit takes longer than the saves that follow."""
+
+
+LETTERS: Final = {"C": Outcome.COMMITTED, "A": Outcome.ABSENT, "R": Outcome.REFUSED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What may come of one cell."""
+
+    outcomes: frozenset[Outcome]
+    reason: str
+    """Why there is more than one; empty where there is one."""
+
+
+def expected() -> dict[str, Expected]:
+    """The outcomes of every cell, by its name, as `matrix_outcomes.txt` has them."""
+    found = {}
+    for line in OUTCOMES.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, letters, *reason = line.split(" ", 2)
+            found[name] = Expected(outcomes=frozenset(LETTERS[each] for each in letters), reason="".join(reason))
+    return found
 
 
 SIGNALS: Final = (Kind.SIGKILL, Kind.SIGSEGV, Kind.SIGSTOP)
