@@ -48,5 +48,5 @@ def test_pods_say_together_what_no_rank_asked_for_and_what_differs(ranks: Ranks,
         assert (whole.tier, int(state["rng"][0])) == ("storage", 0)
         return (found.step, found.tier), whole.unexpected, whole.differing, part.unexpected, part.missing
 
-    told = ((3, "arena"), (), ("rng",), ("lr", "optimizer", "rng"), ("new",))
-    assert ranks.start(train, num_ranks=2, pods=PODS).finish(Deadline.LOADED) == [told, told]
+    report = ((3, "arena"), (), ("rng",), ("lr", "optimizer", "rng"), ("new",))
+    assert ranks.start(train, num_ranks=2, pods=PODS).finish(Deadline.LOADED) == [report, report]

@@ -98,13 +98,13 @@ def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_l
         return {"rng": torch.full((9,), peer.rank), "loader": f"rank {peer.rank}", "lr": 0.1, "w": torch.ones(50)}
 
     def train(peer: Peer) -> list[str]:
-        with checkpointer.Checkpointer(root, policy=POLICY) as opened, heard() as warnings:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, warnings_of_pillion() as warnings:
             for step in (1, 2):
                 opened.save(states(peer), step).result(Deadline.COMMITTED.s)
         return warnings
 
     def load(peer: Peer) -> tuple[Any, ...]:
-        with checkpointer.Checkpointer(root, policy=POLICY) as opened, heard() as warnings:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, warnings_of_pillion() as warnings:
             state = states(peer)
             opened.load(state)
             assert opened.last_load is not None
@@ -120,12 +120,12 @@ def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_l
     assert [("loader, rng" in text) for text in first] == [True]
     assert second == []
     ranks.alone()
-    told = ("rank 0", 0, "storage", ("loader", "rng"))
-    assert ranks.start(load, num_ranks=2).finish() == [(*told, 1), (*told, 0)]
+    loaded = ("rank 0", 0, "storage", ("loader", "rng"))
+    assert ranks.start(load, num_ranks=2).finish() == [(*loaded, 1), (*loaded, 0)]
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
+def warnings_of_pillion() -> Iterator[list[str]]:
     """Warnings of the client in this process."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)

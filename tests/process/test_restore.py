@@ -269,14 +269,16 @@ def test_a_load_of_a_named_step_takes_that_step_or_nothing(ranks: Ranks, tmp_pat
 
 
 def test_where_no_checkpoint_ever_was_the_policy_decides(ranks: Ranks, tmp_path: Path) -> None:
-    """An empty root is a fresh start by default, and NoCheckpoint with restore.onMissing: Fail."""
+    """An empty root is a fresh start by default, and NoCheckpoint with restore.onMissing: Fail, for who looks before it loads too."""
     opened = ranks.open(tmp_path / "fresh")
     assert opened.load(state_of(0)) is None
     assert isinstance(opened.last_load, pillion.LoadReport)
     assert opened.last_load.tier == "fresh"
     strict = ranks.open(tmp_path / "strict", restore={"onMissing": "Fail"})
-    with pytest.raises(NoCheckpoint):
-        strict.load(state_of(0))
+    for ask in (lambda: strict.load(state_of(0)), strict.find):
+        with pytest.raises(NoCheckpoint):
+            ask()
+    assert strict.find(7) is None
 
 
 def ahead(opened: checkpointer.Checkpointer) -> list[int]:

@@ -210,7 +210,7 @@ class Checkpointer:
         Blocks: for saves in flight and the listing of the storage; else as `load`.
 
         Raises:
-            LoadError: as `load`; but for a step that is not there the answer is None.
+            LoadError: as `load`, `NoCheckpoint` where the policy demands one; but for a `step` that is not there the answer is None.
             SidecarUnavailable: it went away, and did not come back.
         """
         if self._closed:

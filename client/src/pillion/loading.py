@@ -162,7 +162,7 @@ def _anew(session: Session, ask: Callable[[], T]) -> T:
             # The successor may have greeted already: then nothing is lost any more.
             if attempt == TRIES or not (session.returned(RETURN_S) or session.welcome is not greeted):
                 raise
-            _log.warning("pillion: the load begins anew with the sidecar's successor: %s", err)
+            _log.warning("pillion: the load begins again with the sidecar's successor: %s", err)
     raise AssertionError("the last try returns or raises")
 
 

@@ -195,6 +195,10 @@ class Loads:
         for where, why in result["refused"].items():
             _log.error("refused the checkpoint %s: %s", where, why)
             self._supervisor.journal.refused(where, why)
+        for where, why in result["passed_over"].items():
+            _log.warning("%s is newer than what is loaded, and was not used: %s", where, why)
+        if result["set_aside"]:
+            _log.warning("the committed steps %s are ahead of what is loaded, and set aside", result["set_aside"])
         for rank, (client, message) in asked.items():
             client.answer(
                 message,

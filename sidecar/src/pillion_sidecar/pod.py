@@ -103,7 +103,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A whole snapshot of another world, left where it is until its slot is needed: trainers that start again are told again."""
+    """A whole snapshot of another world, left where it is until its slot is needed: trainers that start again find it again."""
 
     step: int
     world_size: int
@@ -173,7 +173,7 @@ class Pod:
             first = headers.get(ranks[0])
             stranger = next((each for each in headers.values() if self._is_strange(each)), None)
             if stranger is not None:
-                # Left as it is until its slot is needed: a trainer that starts again is told again.
+                # Left as it is until its slot is needed: trainers that start again find it again.
                 self.strangers[slot] = Stranger(
                     stranger.step, stranger.world_size, (stranger.generation, stranger.epoch)
                 )

@@ -99,7 +99,7 @@ def test_a_load_sets_newer_snapshots_aside_until_another_one_goes_to_them(first:
 
 
 def test_a_snapshot_of_another_world_is_named_until_its_slot_is_needed(first: Pod, tmp_path: Path) -> None:
-    """Trainers that start again are told again, and never start from nothing in silence."""
+    """Trainers that start again get the same error, and never start from nothing in silence."""
     first.date((4, 0))
     slot = seal(first, 5).slot
     for _ in range(2):

@@ -132,7 +132,7 @@ def _as_it_lies(picture: images.Image, wanted: Wanted, progress: Progress) -> fi
     known = images.known_digests(picture)
     progress({"type": "load_begin", "rank": wanted.rank, "tier": "arena", "slot": picture.slot, "dtypes": {}})
     # The copy goes on beside the verification, and counts only when that has passed: reading memory twice in turn would
-    # take twice as long. An item that fails refuses the snapshot as a whole, and the next round copies everything anew.
+    # take twice as long. An item that fails refuses the snapshot as a whole, and the next round copies everything again.
     progress({"type": "load_progress", "rank": wanted.rank, "upto": len(picture.layout.items)})
     for index, _ in enumerate(picture.extents()):
         _verify(picture, index, known, wanted.rank)

@@ -107,8 +107,10 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     except exchange.StoreLost:
         raise
     except NoCheckpoint as err:
-        # Who only looks is told that there is nothing.
-        choice["error"] = None if request.find else ErrorDocument.from_exception(err).to_document()
+        # A step that a call of find() names may be missing: the answer is None. What the policy demands may not: who finds nothing begins
+        # from nothing, and never comes to the load that would refuse it.
+        asks = request.find and request.step is not None
+        choice["error"] = None if asks else ErrorDocument.from_exception(err).to_document()
     except PillionError as err:
         choice["error"] = ErrorDocument.from_exception(err).to_document()
     except OSError as err:

@@ -72,11 +72,13 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         refused = dict(choice["refused"])
         if choice["error"] is not None:
             raise ErrorDocument.from_document(choice["error"]).to_exception()
-        told = {name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside", "order")}
+        chosen = {
+            name: choice[name] for name in ("step", "tier", "path", "refused", "passed_over", "set_aside", "order")
+        }
         if choice["step"] is None or request.find:
             context.epoch = int(choice["epoch"])
             fresh = {"tier": "fresh"} if choice["step"] is None else {}
-            return told | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
+            return chosen | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
         step, tier = int(choice["step"]), str(choice["tier"])
         phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
         result: dict[str, Any] = {"corrupt": None, "error": None}
@@ -105,7 +107,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
                 # Every byte of it was read and matched its digest: retention keeps it.
                 with contextlib.suppress(OSError):
                     commit.note_verified(context.root, step)
-            return told | {
+            return chosen | {
                 "opaque": {str(rank): each.opaque for rank, each in filled.items()},
                 "unexpected": {
                     str(rank): verdict["unexpected"] if tier == STORAGE else list(each.unexpected)

@@ -106,11 +106,11 @@ def unexpected(stored: Iterable[str], asked: Collection[str]) -> list[str]:
     What the checkpoint has and nobody asked for, as the shortest dotted prefixes under which nothing was asked for. At most
     UNEXPECTED_MOST.
     """
+    left = [fqn for fqn in stored if fqn not in asked]
+    if not left:  # the usual case, and the prefixes of a hundred thousand names take 0.3 s
+        return []
     above = {prefix for fqn in asked for prefix in _prefixes(fqn)}
-    found: set[str] = set()
-    for fqn in stored:
-        if fqn not in asked:
-            found.add(next((prefix for prefix in _prefixes(fqn) if prefix not in above), fqn))
+    found = {next((prefix for prefix in _prefixes(fqn) if prefix not in above), fqn) for fqn in left}
     return sorted(found)[:UNEXPECTED_MOST]
 
 
