@@ -76,7 +76,7 @@ fuzz: $(STAMP)  ## feed RUNS (a million) inputs to what strangers can reach; SEE
 
 matrix: $(STAMP)  ## every phase broken by every fault that fits (an hour); writes the table of docs/reliability.md
 	rm -f $(REPORT).matrix
-	PILLION_MATRIX=all PILLION_MATRIX_REPORT=$(abspath $(REPORT)).matrix $(BIN)/python -m pytest tests/distributed/test_matrix.py $(ARGS)
+	PILLION_MATRIX=all PILLION_MATRIX_REPORT=$(abspath $(REPORT)).matrix $(BIN)/python -m pytest tests/distributed/test_matrix.py tests/distributed/test_stories.py $(ARGS)
 	$(BIN)/python tools/reliability.py matrix $(REPORT).matrix
 
 campaign: $(STAMP)  ## RUNS (100) jobs under torchrun, struck at random by their seeds from SEED (1) on, each checked bit for bit

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as stock
 
-from distributed.test_matrix import BOUNDS, NUMEL, PODS, train, values
+from distributed.scene import BOUNDS, NUMEL, PODS, train, values
 from pillion.phases import Phase
 from pillion_sidecar import catalog, faults
 from pillion_sidecar.faults import Kind

@@ -1,7 +1,7 @@
 """
 The whole of: the cells of the matrix, each a fault at a phase of a save or load, and what may come of it.
 
-Called from: tests/distributed/test_matrix.py (runs them), tools/reliability.py (writes them down), tests/unit/docs (compares the two).
+Called from: tests/distributed/test_matrix.py and test_stories.py (run them), tools/reliability.py (writes them down), tests/unit/docs (compares the two).
 Must never: hold a cell that cannot happen, or leave one out that can; what is left out is named in `LEFT_OUT`, with the reason.
 """
 
