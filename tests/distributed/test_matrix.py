@@ -118,7 +118,7 @@ def save_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome
     for rank in alive:
         assert scene.job[rank].hear(Deadline.STAGED) == "trains on"
     told = [scene.ask(rank, "result", 2) for rank in alive]
-    if cell.kills_a_trainer or cell.kind in (Kind.CUT, Kind.FLIP):
+    if cell.kills_a_trainer or cell.kind is Kind.FLIP:
         return restart(scene, told)
     # Whoever said that it is committed was right; a rank whose sidecar was killed cannot know.
     committed = is_committed(scene.root, 2)
@@ -208,7 +208,7 @@ def do_deed(scene: Scene, before: list[tuple[int, int]]) -> None:
 def restart(scene: Scene, told: list[Any]) -> Outcome:
     """The trainers end, as torchrun ends them; their successors load the newest that is whole, and save."""
     cell = scene.cell
-    lost_pods = cell.kind in (Kind.CUT, Kind.FLIP)
+    lost_pods = cell.kind is Kind.FLIP
     for trainer in scene.job.trainers:
         if trainer.status is None:
             trainer.kill()

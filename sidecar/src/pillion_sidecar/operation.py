@@ -122,7 +122,7 @@ class Operations:
         if pod is not None and record is not None and record.generation and record.session == pod.identity.session:
             pod.date((record.generation, record.counts.epoch))
 
-    def session(self, pod: Pod, record: Record | None = None) -> None:
+    def session(self, pod: Pod, record: Record | None = None, *, succeeds: str = "") -> None:
         """
         A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save.
 
@@ -132,12 +132,13 @@ class Operations:
 
         Args:
             record: how far a session has come that a sidecar before this one served; None: it begins.
+            succeeds: the session that owned the root and was found dead; empty: none was looked for.
         """
         self._pod, self.state = pod, ownership.State.TRAINING
         if record is not None:
             self._record = record
         elif self._record is None or self._record.session != pod.identity.session:
-            before = self.served()[: session_record.KEPT_BEFORE]
+            before = tuple(filter(None, (succeeds, *self.served())))[: session_record.KEPT_BEFORE]
             self._record = dataclasses.replace(pod.record(), before=before)
             session_record.write(self._settings.runtime_dir, self._record)
         self._date()

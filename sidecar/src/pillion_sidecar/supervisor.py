@@ -195,8 +195,7 @@ class Supervisor:
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(message, root=root)
-        if root and len(identity.pods) == 1:
-            await self._look_for_owner(root, identity)
+        dead = await self._look_for_owner(root, identity) if root and len(identity.pods) == 1 else ""
         if trainers.pod is not None:
             await self._finish(trainers.pod, identity)
             trainers.pod.close()
@@ -207,29 +206,29 @@ class Supervisor:
             shared=not self.settings.embedded,
         )
         trainers.crashed = False
-        self.operations.session(trainers.pod)
+        self.operations.session(trainers.pod, succeeds=dead)
         self.persisting.wake()
         return trainers.pod
 
-    async def _look_for_owner(self, root: str, identity: Identity) -> None:
+    async def _look_for_owner(self, root: str, identity: Identity) -> str:
         """
-        Tell the trainers at once when another training lives on their root. Of several pods the coordinator's executor finds it out, as
-        the others may know the owner for an older attempt of theirs.
+        Tell the trainers at once when another training lives on their root; the session that owned it and does not live. Of several pods
+        the coordinator's executor finds it out, as the others may know the owner for an older attempt of theirs.
 
         Raises:
             UsageError: with both names.
         """
         of = self.settings
-        await self._look_at(
-            root,
-            lambda: ownership.wait_until_free(
-                root,
-                name=name_of(of, identity),
-                known={identity.session, *self.operations.served()},
-                silent_s=of.owner_silent_s,
-            ),
-            ROOT_TIMEOUT_S + of.owner_silent_s + ownership.DRAIN_MOST_S,
-        )
+
+        def look() -> str:
+            known = {identity.session, *self.operations.served()}
+            generation = ownership.wait_until_free(
+                root, name=name_of(of, identity), known=known, silent_s=of.owner_silent_s
+            )
+            owner = ownership.read(root, generation)
+            return owner.session if owner is not None else ""
+
+        return await self._look_at(root, look, ROOT_TIMEOUT_S + of.owner_silent_s + ownership.DRAIN_MOST_S)
 
     def _state(self) -> ownership.State:
         """What the session is in, for whoever wants its root next."""

@@ -109,7 +109,8 @@ def _outcome(
             _discard(context, request, directory)
             return outcome | {"discarded": True}
         _check_generations(context, request, documents)
-        context.watch.storage(f"commit {directory}")
+        bound_s = context.watch.storage_timeout_s + commit.LATE_NAMES_S
+        context.watch.begins(exchange.STORAGE, f"commit {directory}", bound_s)
         differing = _differing(context, plan, documents)
         _commit(context, request, plan, directory, documents, metadata.result(), differing)
         context.storage_refuses = False
