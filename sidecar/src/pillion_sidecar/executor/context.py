@@ -209,8 +209,10 @@ def _agree_on_generation(context: Context, document: Mapping[str, Any]) -> int:
     generation = known if isinstance(known, int) and known > 0 else 0
     before = [str(each) for each in document.get("before", [])]
     if not context.coordinator:
+        if generation:
+            return generation  # nothing is asked of a store that may be lost
         context.exchange.post("before", {"sessions": before})
-        return generation or _learn_generation(context, str(document.get("name", "")))
+        return _learn_generation(context, str(document.get("name", "")))
     if not context.root:
         generation = generation or time.time_ns()
         context.exchange.publish("generation", {"generation": generation})
