@@ -23,6 +23,9 @@ DRAIN_S: Final = 30.0
 """How long the end of a session waits for callbacks that are due: what they do at the end of a run (a line in a log, the name of a checkpoint
 handed on) takes seconds. One that takes longer goes on, and is ended with the interpreter."""
 
+IDLE_S: Final = 2.0
+"""How long the thread stays when nothing is to be called and nothing is promised: saves of a busy run keep it."""
+
 
 class Outcome(futures.Future[T]):
     """
@@ -42,7 +45,7 @@ class Outcome(futures.Future[T]):
         if self.done():
             super().add_done_callback(fn)
             return
-        caller = _of_this_process()
+        caller = _promised()
         super().add_done_callback(lambda done: caller.call(fn, done))
 
     def result(self, timeout: float | None = None) -> T:
@@ -63,10 +66,15 @@ class Outcome(futures.Future[T]):
 
 
 class _Caller:
-    """One daemon thread, and what it is to call. It is started with the first callback: at the interpreter's end none can be."""
+    """
+    One daemon thread, and what it is to call. It is started with the first promise of a call, as at the interpreter's end no thread can
+    be, and lives until the last promise is kept and IDLE_S more.
+    """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self.promised = 0
+        """Calls that are due, or will be; under the module's lock."""
         self._due: queue.SimpleQueue[tuple[Callable[[Any], object], Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pillion-callbacks", daemon=True)
         self._thread.start()
@@ -78,31 +86,52 @@ class _Caller:
         if self._thread is threading.current_thread():
             return True  # a callback that closes the session: the ones behind it come when it has returned
         ended = threading.Event()
+        with _lock:
+            if self.promised == 0:
+                return True
+            self.promised += 1
         self._due.put((lambda _: ended.set(), None))
         return ended.wait(timeout_s)
 
     def _run(self) -> None:
         while True:
-            callback, argument = self._due.get()
+            try:
+                callback, argument = self._due.get(timeout=IDLE_S)
+            except queue.Empty:
+                if self._leave():
+                    return
+                continue
             try:
                 callback(argument)
             except BaseException:  # a boundary: CheckpointException and SystemExit end no thread that others need
                 _log.exception("pillion: a callback of a save raised")
             # Not kept until the next one comes: it may hold a state dict.
             del callback, argument
+            with _lock:
+                self.promised -= 1
+
+    def _leave(self) -> bool:
+        global _caller
+        with _lock:
+            if self.promised:
+                return False
+            if _caller is self:
+                _caller = None
+            return True
 
 
 _caller: _Caller | None = None
 _lock = threading.Lock()
 
 
-def _of_this_process() -> _Caller:
+def _promised() -> _Caller:
+    """The caller of this process, which stays until it has made one more call."""
     global _caller
-    if _caller is None or _caller.pid != os.getpid():
-        with _lock:
-            if _caller is None or _caller.pid != os.getpid():
-                _caller = _Caller()
-    return _caller
+    with _lock:
+        if _caller is None or _caller.pid != os.getpid():
+            _caller = _Caller()
+        _caller.promised += 1
+        return _caller
 
 
 def _forget_in_child() -> None:
