@@ -32,14 +32,38 @@ def narrowed(stored: Mapping[str, str], of: layout.Layout) -> dict[str, str]:
 
 
 def _narrows(stored: str, wanted: str) -> bool:
+    """Whether there is a value of the one type that the other cannot hold."""
     before, after = leaves_module.DTYPES.get(stored), leaves_module.DTYPES.get(wanted)
-    if before is None or after is None or before == after:
+    if before is None or after is None or before in (after, torch.bool):
         return False
+    if after is torch.bool or (before.is_complex and not after.is_complex):
+        return True
     try:
-        return torch.promote_types(before, after) != after
-    except RuntimeError:
-        # torch promotes no 8-bit floats.
-        return before.itemsize >= after.itemsize or not after.is_floating_point
+        return not (_floats_hold(before, after) if _is_float(after) else _integers_hold(before, after))
+    except (TypeError, NotImplementedError):  # a type without limits, such as packed 4-bit floats
+        return True
+
+
+def _is_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _integers_hold(before: torch.dtype, after: torch.dtype) -> bool:
+    if _is_float(before):
+        return False
+    one, other = torch.iinfo(before), torch.iinfo(after)
+    return other.min <= one.min and one.max <= other.max
+
+
+def _floats_hold(before: torch.dtype, after: torch.dtype) -> bool:
+    """Compares digits, both limits, and the value next to 0."""
+    of = torch.finfo(after)
+    if not _is_float(before):
+        limits = torch.iinfo(before)
+        return 2.0 ** (1 - limits.max.bit_length()) >= of.eps and of.min <= limits.min and limits.max <= of.max
+    one = torch.finfo(before)
+    least, of_least = one.smallest_normal * one.eps, of.smallest_normal * of.eps
+    return one.eps >= of.eps and of.min <= one.min and one.max <= of.max and least >= of_least
 
 
 def is_tensor(value: object) -> bool:

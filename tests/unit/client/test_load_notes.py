@@ -60,10 +60,17 @@ def test_what_all_ranks_would_say_is_said_by_the_first(caplog: pytest.LogCapture
         ("complex64", "float32", True), ("float32", "float8_e4m3fn", True), ("float8_e5m2", "float8_e4m3fn", True),
         ("int16", "int64", False), ("bfloat16", "float32", False), ("bool", "int8", False), ("float32", "complex64", False),
         ("float8_e4m3fn", "float32", False), ("float32", "float32", False),
+        ("int64", "float32", True), ("int64", "float16", True), ("int32", "bfloat16", True), ("int64", "float64", True),
+        ("int64", "complex64", True), ("uint64", "int64", True), ("int8", "uint8", True), ("int64", "bool", True),
+        ("float8_e8m0fnu", "float16", True), ("float32", "float8_e8m0fnu", True), ("int8", "float8_e8m0fnu", True),
+        ("float8_e4m3fn", "float8_e4m3fnuz", True), ("float16", "float4_e2m1fn_x2", True), ("float64", "complex64", True),
+        ("uint16", "int32", False), ("uint8", "bfloat16", False), ("int16", "float32", False), ("int32", "float64", False),
+        ("uint8", "int16", False), ("float8_e5m2", "float16", False), ("float8_e8m0fnu", "float32", False),
+        ("bool", "float8_e8m0fnu", False), ("int16", "complex64", False),
     ],
 )  # fmt: skip
 def test_a_type_that_cannot_hold_every_value_narrows(stored: str, wanted: str, *, narrows: bool) -> None:
-    """70000 as int16 is 4464."""
+    """70000 as int16 is 4464, and 2**24 + 1 as float32 is 2**24. A type that holds every value does not, whatever torch would promote to."""
     of = layout.Layout((layout.Item("x", wanted, (2,), (0,), (2,)),), (), {})
     assert load_notes.narrowed({"x": stored}, of) == ({"x": f"{stored} -> {wanted}"} if narrows else {})
 
