@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent import futures
@@ -41,11 +42,11 @@ class Outcome(futures.Future[T]):
         self.set_running_or_notify_cancel()
 
     def add_done_callback(self, fn: Callable[[futures.Future[T]], object]) -> None:
-        """Have `fn` called in the thread of callbacks; at once and here where the future has ended already."""
-        if self.done():
+        """Have `fn` called in the thread of callbacks; at once and here where no thread can be started, at the interpreter's end."""
+        caller = _promised()
+        if caller is None:
             super().add_done_callback(fn)
             return
-        caller = _promised()
         super().add_done_callback(lambda done: caller.call(fn, done))
 
     def result(self, timeout: float | None = None) -> T:
@@ -124,12 +125,17 @@ _caller: _Caller | None = None
 _lock = threading.Lock()
 
 
-def _promised() -> _Caller:
-    """The caller of this process, which stays until it has made one more call."""
+def _promised() -> _Caller | None:
+    """The caller of this process, which stays until it has made one more call; None where the interpreter ends and starts no thread."""
     global _caller
+    if sys.is_finalizing():
+        return None
     with _lock:
         if _caller is None or _caller.pid != os.getpid():
-            _caller = _Caller()
+            try:
+                _caller = _Caller()
+            except RuntimeError:
+                return None
         _caller.promised += 1
         return _caller
 

@@ -66,8 +66,25 @@ def test_a_callback_may_wait_for_the_others_to_end() -> None:
     assert ended.wait(Deadline.REPLY.s)
 
 
-def test_a_callback_of_what_has_ended_is_called_at_once() -> None:
-    """In the thread that adds it, as concurrent.futures has it."""
+def test_a_callback_of_what_has_ended_does_not_hold_up_the_training_loop_either() -> None:
+    """It runs in the thread of callbacks, as one that was added in time: which of the two it is is chance."""
+    handle = SaveHandle(1)
+    handle.resolve(CHECKPOINT)
+    threads: list[threading.Thread] = []
+    handle.committed.add_done_callback(lambda _: threads.append(threading.current_thread()))
+    callbacks.drain()
+    assert [thread.name for thread in threads] == ["pillion-callbacks"]
+
+
+def test_a_callback_is_called_at_once_where_the_interpreter_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its end: else a callback of what has ended would be an error, or would never run."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    callbacks.drain()
+    monkeypatch.setattr(callbacks, "_caller", None)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     handle = SaveHandle(1)
     handle.resolve(CHECKPOINT)
     threads: list[threading.Thread] = []
