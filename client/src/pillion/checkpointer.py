@@ -170,9 +170,8 @@ class Checkpointer:
                 )
             return step, last
         if step <= self._last_step:
-            raise UsageError(
-                f"step {step} comes after step {self._last_step}: steps only grow; load() an older step to go back to it"
-            )
+            # Behind a load no save has been; the loaded step itself may come again.
+            raise UsageError(_too_old(step, self._last_step + (last is None), loaded=last is None))
         return step, None
 
     def wait(self, timeout_s: float) -> None:
@@ -380,6 +379,12 @@ def _whole(step: object) -> int:
     except TypeError:
         pass
     raise UsageError(f"step must be a whole number from 0 to {STEP_MOST}, not {step!r}")
+
+
+def _too_old(step: int, newest: int, *, loaded: bool) -> str:
+    """Why a step is refused, where the newest one was loaded, or saved."""
+    why = f"is older than step {newest}, which was loaded" if loaded else f"comes after step {newest}: steps only grow"
+    return f"step {step} {why}; load() an older step to go back to it"
 
 
 def _read(document: Mapping[str, Any]) -> policy.Policy | None:
