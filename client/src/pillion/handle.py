@@ -51,7 +51,7 @@ class LoadReport:
     narrowed: Mapping[str, str] = field(default_factory=dict)
     """Name -> how it was converted, where the type here cannot hold every value of the one there: ``int64 -> int16``."""
     replaced: tuple[str, ...] = ()
-    """Tensors of the state dict that could not be filled in place: the dict has new objects in their place."""
+    """Tensors, and objects with a state, that could not be filled in place: the dict has new objects in their place."""
     differing: tuple[str, ...] = ()
     """Names whose value differed from rank to rank when it was saved; every rank has the lowest rank's now. Only from storage."""
     passed_over: Mapping[str, str] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from pillion import flatten, modes
+from pillion import flatten, modes, stateful
 from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf, UsageError
 from pillion.wire import layout
 
@@ -59,16 +59,12 @@ def materialize(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """`Stateful` values (objects with ``state_dict`` and ``load_state_dict``) replaced by what they say; shallow, as DCP."""
     if not isinstance(state_dict, Mapping):
         raise UsageError(f"a state dict must be a mapping, not {type(state_dict).__name__}")
-    return {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
+    return {key: value.state_dict() if stateful.is_stateful(value) else value for key, value in state_dict.items()}
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     """torch's counter of in-place changes; inference tensors have none."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def is_stateful(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 class Collector:

@@ -105,7 +105,7 @@ def _of_own(report: LoadReport) -> Iterator[str]:
     if report.narrowed:
         yield f"converted to a type that cannot hold every value: {_list([f'{k} ({v})' for k, v in report.narrowed.items()])}"
     if report.replaced:
-        yield f"tensors that could not be filled in place, so that the dict has new ones: {_list(report.replaced)}"
+        yield f"could not be filled in place, so that the dict has new objects: {_list(report.replaced)}"
 
 
 def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:

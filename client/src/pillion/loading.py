@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, BinaryIO, Final, TypeVar
 
-from pillion import flatten, load_notes
+from pillion import flatten, load_notes, stateful
 from pillion import leaves as leaves_module
 from pillion import opaque as opaque_module
 from pillion.errors import LoadError, SidecarUnavailable
@@ -244,7 +244,7 @@ def _read_piece(file: BinaryIO, start: int, length: int) -> bytes:
 def _assign(
     state_dict: dict[str, Any], wanted: dict[str, Any], leaves: leaves_module.Leaves, opaque: Mapping[str, bytes]
 ) -> list[str]:
-    """Put the opaque leaves and the states of `Stateful` values in place; names of the tensors that have new objects now."""
+    """Put the opaque leaves and the states of `Stateful` values in place; names of what has new objects now."""
     of = leaves.layout
     replaced = []
     for fqn, target in zip(of.opaque, leaves.opaque, strict=True):
@@ -253,11 +253,15 @@ def _assign(
         loaded = opaque_module.unpickled(opaque[fqn], fqn)
         if opaque_module.fill(target, loaded):
             continue
+        own = list(stateful.within(target))
+        if own:
+            loaded = stateful.restored(target, loaded)
         flatten.assign(wanted, of.paths[fqn], loaded)
-        if load_notes.is_tensor(target):
+        kept = {id(each) for each in stateful.within(loaded)} if own else set()
+        if load_notes.is_tensor(target) or any(id(each) not in kept for each in own):
             replaced.append(fqn)
     for key, value in state_dict.items():
-        if leaves_module.is_stateful(value):
+        if stateful.is_stateful(value):
             value.load_state_dict(wanted[key])
         else:
             state_dict[key] = wanted[key]

@@ -27,13 +27,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
 from pillion import leaves as leaves_module
-from pillion import modes, phases, staging
+from pillion import modes, phases, staging, stateful
 from pillion import opaque as opaque_module
 from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle
 from pillion.session import Session
-from pillion.wire import arena
+from pillion.wire import arena, layout
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +120,9 @@ class Saver:
         self._session = session
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
+        self._looked_at: layout.Layout | None = None
+        """Whose opaque leaves were searched for objects with a state."""
+        self._warned = False
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
         self._steppers = overlap_module.Steppers()
@@ -163,6 +166,7 @@ class Saver:
             self.wait_staged()
             state_dict = leaves_module.materialize(state_dict)
             leaves = self._collector.collect(state_dict)
+            self._look(leaves)
             opaque = self._pickler.pickled(dict(zip(leaves.layout.opaque, leaves.opaque, strict=True)))
             if overlap:
                 self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination, started=started)
@@ -174,6 +178,24 @@ class Saver:
             # Ctrl-C, or whatever a signal's handler raises: it goes on, and the slot is given up, or it would be kept for its bound.
             self._failed(handle, err, persist=persist)
             raise
+
+    def _look(self, leaves: leaves_module.Leaves) -> None:
+        """Warn, once, of objects that are pickled whole where their state was meant. Costs nothing while the layout stays."""
+        if self._warned or leaves.layout is self._looked_at:
+            return
+        self._looked_at = leaves.layout
+        names = [
+            fqn
+            for fqn, leaf in zip(leaves.layout.opaque, leaves.opaque, strict=True)
+            if any(True for _ in stateful.within(leaf))
+        ]
+        if names:
+            self._warned = True
+            _log.warning(
+                "pillion: below the top level of the state dict, and so pickled whole (as stock DCP does): %s; put an object with state_dict"
+                " and load_state_dict at the top level, where its tensors are saved as tensors",
+                ", ".join(names),
+            )
 
     def _stage(
         self,
