@@ -75,6 +75,23 @@ def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, 
     assert opened.find(10) == pillion.Found(step=10, tier="arena", path="")
 
 
+def test_what_shares_memory_or_keeps_a_state_below_the_top_level_is_restored_or_named(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Two names of one tensor with two values are named; an optimizer in a list is given its state."""
+    opened = ranks.open(tmp_path, **POLICY)
+    weight = torch.nn.Parameter(torch.ones(2))
+    saved = {"a": torch.ones(3), "b": torch.zeros(3), "opts": [torch.optim.SGD([weight], lr=0.5)]}
+    opened.save(saved, 1).result(Deadline.COMMITTED.s)
+    own = torch.optim.SGD([weight], lr=0.1)
+    tied = torch.full((3,), 7.0)
+    assert opened.load({"a": tied, "b": tied, "opts": [own]}) == 1
+    assert reported(opened).conflicting == ("a", "b")
+    assert reported(opened).replaced == ()
+    assert own.param_groups[0]["lr"] == 0.5
+    assert torch.equal(tied, torch.zeros(3))
+
+
 def test_a_snapshot_that_does_not_fit_is_never_a_fresh_start(ranks: Ranks, tmp_path: Path) -> None:
     """With nothing on storage, a state dict that asks for what the snapshot does not have is an error with the names; so is one of
     another world size, as often as the trainers come back."""

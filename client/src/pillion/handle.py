@@ -58,6 +58,8 @@ class LoadReport:
     """Snapshots in memory that are newer and do not hold what was asked for: ``arena:15`` -> why."""
     set_aside: tuple[int, ...] = ()
     """Committed steps ahead of the one loaded. They stay on storage, and are loaded by their number only."""
+    conflicting: tuple[str, ...] = ()
+    """Names whose tensors share memory here, and whose values in the checkpoint differ: one of them was written over the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,11 @@ def _of_own(report: LoadReport) -> Iterator[str]:
         yield f"not in the checkpoint, and left as they were: {_list(report.missing)}"
     if report.narrowed:
         yield f"converted to a type that cannot hold every value: {_list([f'{k} ({v})' for k, v in report.narrowed.items()])}"
+    if report.conflicting:
+        yield (
+            "they share memory here, and their values in the checkpoint differ, so that one was written over the others:"
+            f" {_list(report.conflicting)}; give each a tensor of its own"
+        )
     if report.replaced:
         yield f"could not be filled in place, so that the dict has new objects: {_list(report.replaced)}"
 

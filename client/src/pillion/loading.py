@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, BinaryIO, Final, TypeVar
 
-from pillion import flatten, load_notes, stateful
+from pillion import flatten, load_notes, sharing, stateful
 from pillion import leaves as leaves_module
 from pillion import opaque as opaque_module
 from pillion.errors import LoadError, SidecarUnavailable
@@ -100,6 +100,7 @@ def load(
         differing=tuple(sorted(of.paths.keys() & set(map(str, messages.field(answer, "differing", list, []))))),
         passed_over=_texts(answer, "passed_over"),
         set_aside=tuple(map(int, messages.field(answer, "set_aside", list, []))),
+        conflicting=tuple(filled.conflicting),
     )
     for where, why in report.refused.items():
         _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
@@ -146,6 +147,8 @@ class _Filled:
     dtypes: Mapping[str, str]
     """FQN -> the dtype of the checkpoint, where it is another than the wanted one."""
     missing: Sequence[str]
+    conflicting: Sequence[str]
+    """FQNs whose tensors share memory, and hold not all what is stored for them."""
 
 
 def _fill_anew(session: Session, leaves: leaves_module.Leaves, request: messages.Message) -> _Filled:
@@ -176,6 +179,7 @@ def _fill(session: Session, leaves: leaves_module.Leaves, request: messages.Mess
     opaque: dict[str, bytes] = {}
     dtypes: dict[str, str] = {}
     missing: list[str] = []
+    conflicting: list[str] = []
     try:
         with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
             for answer in answers:
@@ -194,11 +198,13 @@ def _fill(session: Session, leaves: leaves_module.Leaves, request: messages.Mess
                     break
             if messages.optional_field(answer, "step", int) is not None:
                 mapping.copy_out(slot, stored, copied, len(stored.tensors))
+                indexes = sharing.conflicting(stored.tensors, mapping.views(slot, stored.layout))
+                conflicting = list(dict.fromkeys(stored.layout.items[index].fqn for index in indexes))
                 opaque = _read_opaque(messages.field(answer, "opaque", dict), stored.layout)
     finally:
         # Also after an error: slots that nobody reads any more must not stay lent.
         session.send({"type": "load_done"})
-    return _Filled(answer, opaque, dtypes, missing)
+    return _Filled(answer, opaque, dtypes, missing, conflicting)
 
 
 def _as_stored(
