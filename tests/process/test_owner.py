@@ -108,3 +108,44 @@ def test_an_owner_that_vanished_with_its_sidecar_is_succeeded_at_the_bound(
     successor.say(None)
     successor.wait()
     deadlines.eventually(lambda: processes.committed(tmp_path) == [1], Deadline.SETTLE, "the checkpoint is there")
+
+
+def test_a_training_whose_sidecar_was_killed_keeps_its_root(ranks: Ranks, tmp_path: Path) -> None:
+    """Another one that comes in the moment before the sidecar's successor has its trainer again is refused, and the first saves on."""
+
+    def stubborn(peer: Peer) -> None:
+        with checkpointer.Checkpointer(tmp_path, policy=SNAPSHOTS) as opened:
+            while (step := peer.hear()) is not None:
+                error = opened.save(state_of(step), step, persist=True).committed.exception(Deadline.COMMITTED.s)
+                peer.tell(error is None)
+
+    first = ranks.start(stubborn, num_ranks=1, pods="a")[0]
+    first.say(1)
+    assert first.hear()
+    os.kill(first.pid, signal.SIGSTOP)
+    os.kill(ranks.sidecar(), signal.SIGKILL)
+
+    def come(peer: Peer) -> str:
+        peer.tell("comes")
+        try:
+            checkpointer.Checkpointer(tmp_path, policy=SNAPSHOTS).close()
+        except pillion.UsageError as err:
+            return str(err)
+        return "was let in"
+
+    second = ranks.start(come, num_ranks=1, pods="a")[0]
+    assert second.hear() == "comes"
+    processes.go_on(first.pid)
+    assert "root" in second.hear()
+    steps = iter(range(2, 100))
+
+    def saved() -> bool:
+        first.say(next(steps))
+        return bool(first.hear())
+
+    deadlines.eventually(saved, Deadline.COMMITTED, "the first one saves on")
+    first.say(None)
+    first.wait()
+    second.wait()
+    assert processes.committed(tmp_path)[0] == 1
+    assert len(processes.committed(tmp_path)) == 2

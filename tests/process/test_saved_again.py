@@ -93,3 +93,22 @@ def test_a_second_save_of_a_step_takes_its_place(
     assert not after & before
     assert (folder / "config.json").read_text() == (folder / names.OLD_MANIFEST).read_text() == "mine"
     assert opened.latest() is not None
+
+
+def test_a_step_that_another_program_has_committed_is_left_as_it_is(ranks: Ranks, tmp_path: Path) -> None:
+    """The save is refused before a byte is written there; what comes behind it is saved, and a load of that step gives theirs."""
+    folder = tmp_path / names.step_directory(2)
+    stock.save({"w": values(50)}, checkpoint_id=folder, no_dist=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    opened = ranks.open(tmp_path)
+    with pytest.raises(SaveError, match="Pillion did not write"):
+        opened.save({"w": values(2)}, 2).result(Deadline.COMMITTED.s)
+    opened.save({"w": values(3)}, 3).result(Deadline.COMMITTED.s)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    opened.close()
+    ranks.alone()
+    again = ranks.open(tmp_path)
+    state = {"w": torch.zeros(4096)}
+    assert again.load(state, step=2) == 2
+    assert torch.equal(state["w"], values(50))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

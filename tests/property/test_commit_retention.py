@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pillion.errors import CommitError
 from pillion.wire import layout, manifest, names
 from pillion.wire.policy import Retention
-from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar import catalog, commit, milestones, retention
 from pillion_sidecar.storage import archive, digest, directio
 from support import file_operations
 from support.parts import begin_session
@@ -103,7 +103,7 @@ class Storage(RuleBasedStateMachine):
         )  # fmt: skip
         # A local folder shows every name at once.
         commit.publish(str(self.folder(step)), made, metadata, files, late_s=0.0)
-        commit.remember(self.root, step, str(generation))
+        milestones.remember(self.root, step, str(generation))
         retention.remove_older_files(str(self.folder(step)), str(generation))
         retention.apply(self.root, POLICY, current=step, generation=generation)
 

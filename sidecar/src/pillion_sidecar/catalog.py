@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
-from pillion_sidecar import commit
+from pillion_sidecar import commit, milestones
 from pillion_sidecar.storage import dcp_metadata, digest, directio, reading
 
 
@@ -68,7 +68,7 @@ def committed(root: str) -> dict[int, commit.Order]:
     for step, done in steps(root).items():
         if done:
             generation = _generation(os.path.join(root, names.step_directory(step)))
-            if generation is None and (noted := commit.written(root, step)) is not None:
+            if generation is None and (noted := milestones.written(root, step)) is not None:
                 generation = noted[0]
             known[step] = None if generation is None else commit.order_of(generation)
     return ordered(known)
@@ -115,7 +115,7 @@ def finish_interrupted(root: str) -> list[int]:
         if done or (made := commit.finish(path)) is None:
             continue
         finished.append(step)
-        commit.remember(root, step, made.generation)
+        milestones.remember(root, step, made.generation)
     return finished
 
 
@@ -145,7 +145,7 @@ def _read_any(path: str, step: int) -> Stored:
     try:
         encoded = reading.retried(path, lambda: commit.read_manifest(path))
     except FileNotFoundError:
-        if not any(names.parse_part_file(name) for name in reading.retried(path, lambda: os.listdir(path))):
+        if reading.retried(path, lambda: commit.is_strangers(path)):
             return _read_stock(path, step, metadata)
         # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
         if reading.retried(path, lambda: commit.finish(path)) is None:

@@ -9,8 +9,8 @@ checkpoint before, or a directory without `.metadata` that `finish` completes wh
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import secrets
 import time
 import uuid
@@ -75,8 +75,35 @@ def identified(metadata: bytes, directory: str, generation: str) -> bytes:
     return dcp_metadata.identified(metadata, directory, save_id)
 
 
+STRANGERS: Final = "holds a checkpoint that Pillion did not write: it stays as it is; move it away to save here"
+_OUR_DATA: Final = re.compile(rb"__[0-9]+_[0-9]+\.[0-9a-z-]+\.distcp")
+
+
+def is_strangers(directory: str) -> bool:
+    """
+    Whether another program has committed a checkpoint in this directory: its marker names no data file of Pillion, whose manifest is not
+    there. Where only the manifest was lost, the marker still names them.
+    """
+    try:
+        read_manifest(directory)
+        return False
+    except FileNotFoundError:
+        pass
+    try:
+        with open(os.path.join(directory, names.COMMIT_MARKER), "rb") as file:
+            return _OUR_DATA.search(file.read()) is None
+    except FileNotFoundError:
+        return False
+
+
 def publish(
-    directory: str, of: manifest.Manifest, metadata: bytes, files: Mapping[str, int], *, late_s: float = LATE_NAMES_S
+    directory: str,
+    of: manifest.Manifest,
+    metadata: bytes,
+    files: Mapping[str, int],
+    *,
+    late_s: float = LATE_NAMES_S,
+    over_strangers: bool = False,
 ) -> None:
     """
     Commit: from the return on the checkpoint exists, before it did not.
@@ -92,14 +119,17 @@ def publish(
     Args:
         files: name -> length, bytes, of every part and data file.
         late_s: how long a file may take to appear.
+        over_strangers: whether a checkpoint of another program may be written over, as `pillion.dcp` is asked to.
 
     Blocks: for four small durable writes and a listing; `late_s` more when a file is not there.
 
     Raises:
         OSError: not committed; what was there before is still there.
-        CommitError: a newer attempt commits here, or has.
+        CommitError: a newer attempt commits here, or has; or another program has.
         FilesMissing: files are not in the directory, or shorter or longer than their pod said.
     """
+    if not over_strangers and is_strangers(directory):
+        raise CommitError(f"{directory} {STRANGERS}")
     ready = {
         name: _lay_down(directory, name, of.generation, data)
         for name, data in ((names.MANIFEST, of.encode()), (names.COMMIT_MARKER, metadata))
@@ -268,7 +298,7 @@ def make_manifest(
     )
 
 
-def finish(directory: str, *, generation: str | None = None) -> manifest.Manifest | None:
+def finish(directory: str, *, generation: str | None = None, over_strangers: bool = False) -> manifest.Manifest | None:
     """
     Commit a save whose every part was written, and whose job, store or coordinator died before the commit.
 
@@ -279,14 +309,17 @@ def finish(directory: str, *, generation: str | None = None) -> manifest.Manifes
 
     Args:
         generation: the only one to look at; None: the newest complete one.
+        over_strangers: see `publish`.
 
     Returns:
-        The manifest now committed; None when no generation is complete.
+        The manifest now committed; None when no generation is complete, or the checkpoint there is another program's.
 
     Raises:
         OSError: the storage failed.
         CommitError: a newer attempt committed meanwhile.
     """
+    if not over_strangers and is_strangers(directory):
+        return None
     found: dict[str, list[tuple[manifest.Part, manifest.PartReference]]] = {}
     for name in os.listdir(directory):
         parsed = names.parse_part_file(name)
@@ -331,7 +364,8 @@ def finish(directory: str, *, generation: str | None = None) -> manifest.Manifes
             metadata=metadata,
         )
         files = {name: length for part in parts for name, length in part.files.items()}
-        publish(directory, made, metadata, files | {reference.name: reference.length for _, reference in found[each]})
+        files |= {reference.name: reference.length for _, reference in found[each]}
+        publish(directory, made, metadata, files, over_strangers=over_strangers)
         return made
     return None
 
@@ -390,33 +424,6 @@ def newest_generation(root: str) -> int:
     return max([0, *map(_number, entries)])
 
 
-NEWEST: Final = "newest.json"
-"""Below names.INTERNAL_DIR: which step was committed last, so that its loss is noticed."""
-
-
-def remember(root: str, step: int, generation: str) -> None:
-    """
-    Write down that `step` is the newest commit. Behind the commit: a crash between the two only forgets the newest.
-
-    Raises:
-        OSError.
-    """
-    text = json.dumps({"step": step, "generation": generation, "time_ns": time.time_ns()})
-    path = os.path.join(root, names.INTERNAL_DIR, NEWEST)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    directio.replace_file(path, text.encode())
-
-
-def remembered(root: str) -> tuple[int, Order] | None:
-    """The step that was committed last, and its order, as far as anybody wrote it down."""
-    try:
-        with open(os.path.join(root, names.INTERNAL_DIR, NEWEST), "rb") as file:
-            document = json.loads(file.read())
-        return int(document["step"]), order_of(str(document["generation"]))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
 def fence(root: str, generation: int) -> None:
     """
     Refuse to commit for an attempt that is not the newest any more.
@@ -427,50 +434,3 @@ def fence(root: str, generation: int) -> None:
     newest = newest_generation(root)
     if newest > generation:
         raise CommitError(f"generation {generation} is fenced off: generation {newest} has begun on {root}")
-
-
-VERIFIED: Final = "verified.json"
-"""Below names.INTERNAL_DIR: which checkpoint a load has read and verified last."""
-
-
-def note_verified(root: str, step: int) -> None:
-    """
-    Write down that every byte of `step` was read from storage and matched its digest: retention keeps it.
-
-    Raises:
-        OSError.
-    """
-    text = json.dumps({"step": step, "generation": committed_as(os.path.join(root, names.step_directory(step)))})
-    path = os.path.join(root, names.INTERNAL_DIR, VERIFIED)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    directio.replace_file(path, text.encode())
-
-
-def verified(root: str) -> set[int]:
-    """The step that a load has verified last, while it is still the checkpoint that it was then; else none."""
-    try:
-        with open(os.path.join(root, names.INTERNAL_DIR, VERIFIED), "rb") as file:
-            document = json.loads(file.read())
-        step, generation = int(document["step"]), document["generation"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return set()
-    return {step} if committed_as(os.path.join(root, names.step_directory(step))) == generation else set()
-
-
-WRITTEN: Final = "written"
-"""Below names.INTERNAL_DIR: which files a `StorageWriter` by name has left of each step; it leaves no manifest."""
-
-
-def written_record(root: str, step: int) -> str:
-    return os.path.join(root, names.INTERNAL_DIR, WRITTEN, f"{step}.json")
-
-
-def written(root: str, step: int) -> tuple[str, list[str]] | None:
-    """Generation and files of a step that a `StorageWriter` by name has written; None: not noted."""
-    try:
-        with open(written_record(root, step), "rb") as file:
-            document = json.loads(file.read())
-        files = [os.path.basename(str(name)) for name in document["files"]]
-        return str(document["generation"]), [name for name in files if name not in ("", ".", "..")]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None

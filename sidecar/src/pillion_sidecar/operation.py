@@ -339,6 +339,11 @@ class Operations:
         }
         return rescue.Agreed.from_document(await self._run(pod, message))
 
+    def joined(self, process: tuple[int, int]) -> None:
+        """A trainer's process is in the session: a sidecar after this one waits for it to come back."""
+        if self._record is not None:
+            self._note(trainers=(*self._record.trainers, process))
+
     def served(self) -> tuple[str, ...]:
         """The sessions that this pod has served, the last one first."""
         return (self._record.session, *self._record.before) if self._record is not None else ()

@@ -21,7 +21,7 @@ from typing import Final
 
 from pillion.wire import manifest, names
 from pillion.wire.policy import Retention
-from pillion_sidecar import catalog, commit
+from pillion_sidecar import catalog, commit, milestones
 from pillion_sidecar.storage import directio
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def tidy(root: str, policy: Retention, *, current: int, generation: int) -> Iter
         generation: of the attempt that does it; what a newer one has written stays.
     """
     found = catalog.steps(root)
-    removed = choose(catalog.committed(root), policy, current=current, keep=commit.verified(root))
+    removed = choose(catalog.committed(root), policy, current=current, keep=milestones.verified(root))
     yield from _remove_all(
         root, removed, [step for step, done in found.items() if not done and step < current], generation
     )
@@ -101,7 +101,7 @@ def make_room(root: str, policy: Retention, *, current: int, generation: int) ->
     committed = catalog.committed(root)
     newest = line(committed)[-1:]
     after = committed | {current: max([*committed.values(), commit.OLDEST])}
-    removed = choose(after, policy, current=current, keep=[*newest, *commit.verified(root)])
+    removed = choose(after, policy, current=current, keep=[*newest, *milestones.verified(root)])
     _log.warning("storage is full: steps %s make room for step %d", removed, current)
     yield from _remove_all(
         root, removed, [step for step, done in found.items() if not done and step < current], generation
@@ -136,8 +136,8 @@ def remove(path: str, *, generation: int) -> Iterator[None]:
     Raises:
         OSError: it stays, or what is left of it is nowhere that anybody looks.
     """
-    if commit.committed_as(path) is None:
-        _log_once(path, "holds a checkpoint that Pillion did not write: it stays")
+    if commit.committed_as(path) is None or os.path.islink(path):
+        _log_once(path, "holds a checkpoint that Pillion did not write, or is a link: it stays")
         return
     folder = os.path.join(os.path.dirname(path), names.INTERNAL_DIR, REMOVED)
     os.makedirs(folder, exist_ok=True)
@@ -195,14 +195,14 @@ def note_written(root: str, step: int, generation: str) -> None:
     """
     files = sorted(os.listdir(os.path.join(root, names.step_directory(step))))
     text = json.dumps({"generation": generation, "files": files})
-    os.makedirs(os.path.dirname(commit.written_record(root, step)), exist_ok=True)
-    directio.replace_file(commit.written_record(root, step), text.encode())
+    os.makedirs(os.path.dirname(milestones.written_record(root, step)), exist_ok=True)
+    directio.replace_file(milestones.written_record(root, step), text.encode())
 
 
 def remove_written(root: str, step: int) -> Iterator[None]:
     """Remove what `note_written` has noted of a step. Yields as `tidy`. Raises: OSError."""
     path = os.path.join(root, names.step_directory(step))
-    noted = commit.written(root, step)
+    noted = milestones.written(root, step)
     if noted is None:
         _log_once(path, "holds a checkpoint that Pillion did not write: it stays")
         return
@@ -215,7 +215,7 @@ def remove_written(root: str, step: int) -> Iterator[None]:
     with contextlib.suppress(OSError):
         os.rmdir(path)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(commit.written_record(root, step))
+        os.unlink(milestones.written_record(root, step))
 
 
 def is_ours(path: str, name: str) -> bool:

@@ -57,6 +57,8 @@ class Record:
     root: str
     before: tuple[str, ...] = ()
     """The sessions that this pod served before it, the last one first: each may own the root, if those behind it never began there."""
+    trainers: tuple[tuple[int, int], ...] = ()
+    """Processes of the trainers, as `returning.process` has them."""
     generation: int | None = None
     signals: int | None = None
     """Number of the last message to all pods that was passed on."""
@@ -85,6 +87,7 @@ def read(runtime_dir: str) -> Record | None:
             policy=dict(document["policy"]),
             root=str(document["root"]),
             before=tuple(str(each) for each in document.get("before", [])),
+            trainers=tuple((int(pid), int(started)) for pid, started in document.get("trainers", [])),
             generation=None if document["generation"] is None else int(document["generation"]),
             signals=None if document["signals"] is None else int(document["signals"]),
             counts=Counts.from_document(document["counts"]),

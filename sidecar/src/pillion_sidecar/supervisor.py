@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from pillion import wire
 from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError, UsageError
 from pillion.wire import messages, policy
-from pillion_sidecar import aside, background, catalog, governing, loads, ownership, session_record, settings
+from pillion_sidecar import aside, background, catalog, governing, loads, ownership, returning, session_record, settings
 from pillion_sidecar.control import Client
 from pillion_sidecar.governing import Governing
 from pillion_sidecar.journal import Journal
@@ -73,6 +73,8 @@ class Supervisor:
         self._policy_told_to = ""
         self._bad_generation = -1
         self._hello_lock = asyncio.Lock()
+        self._returning: tuple[returning.Process, ...] = ()
+        """Trainers of an adopted session, until they are here or others take their place."""
         self._aside, self._looking = aside.Aside("root"), asyncio.Lock()
 
     @property
@@ -107,7 +109,7 @@ class Supervisor:
             _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
             return
         _log.warning("adopted session %s with %d snapshots in memory", record.session, len(pod.adopted))
-        self.trainers.pod = pod
+        self.trainers.pod, self._returning = pod, record.trainers
         self.trainers.crashed = True
         self.operations.session(pod, record)
         self.persisting.wake()
@@ -127,6 +129,7 @@ class Supervisor:
         theirs = messages.field(message, "version", int)
         if theirs != wire.PROTOCOL_VERSION:
             raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
+        await self._let_return(messages.field(message, "session", str))
         async with self._hello_lock:
             await self._part_from_the_dead()
             pod = await self._session(client, message)
@@ -136,6 +139,7 @@ class Supervisor:
         client.rank = rank
         self.trainers.clients[rank] = client
         self.trainers.parted = False
+        self.operations.joined(returning.process(client.pid))
         if self.operations.state is not ownership.State.TRAINING:
             self._tasks.start(self._show_state(), "showing the session's state")
         store = None
@@ -161,6 +165,24 @@ class Supervisor:
             messages.field(message, "client", str, "an unknown place"),
             extra={"rank": rank, "pid": client.pid},
         )
+
+    async def _let_return(self, session: str) -> None:
+        """
+        Give the trainers of an adopted session the time to come back, before others take their place.
+
+        Raises:
+            UsageError: they live.
+        """
+        adopted = self.pod
+        if not self._returning or adopted is None or adopted.identity.session == session:
+            return
+        alive = await returning.wait(self._returning, lambda: bool(self.trainers.clients))
+        if alive and self.pod is adopted and not self.trainers.clients:
+            raise UsageError(
+                f"another training (run {adopted.identity.run_id!r}, process {alive[0]}) has this root, and its sidecar was just replaced:"
+                " one job a root at a time"
+            )
+        self._returning = ()
 
     async def _part_from_the_dead(self) -> None:
         """Trainers whose processes have ended are no trainers of another job: the ends of their connections are waited for."""

@@ -7,10 +7,12 @@ Called from: pytest.
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from pillion.wire import names
 from pillion.wire.policy import Retention
-from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar import catalog, commit, milestones, retention
 from support.parts import write_part
 
 KEEP_ONE = Retention(keep_last=1)
@@ -101,9 +103,9 @@ def test_the_checkpoint_that_a_load_has_verified_last_stays(tmp_path: Path) -> N
     """Until another has been verified, or it was written again."""
     for step in (1, 2, 3):
         committed(tmp_path, step)
-    commit.note_verified(str(tmp_path), 1)
+    milestones.note_verified(str(tmp_path), 1)
     assert retention.apply(str(tmp_path), KEEP_ONE, current=3, generation=1) == [2]
-    commit.note_verified(str(tmp_path), 3)
+    milestones.note_verified(str(tmp_path), 3)
     assert retention.apply(str(tmp_path), KEEP_ONE, current=3, generation=1) == [1]
 
 
@@ -122,3 +124,33 @@ def test_a_plug_in_writers_checkpoint_goes_by_the_list_of_what_it_wrote(tmp_path
             pass
     assert files(tmp_path / "step-1") == {"eval.json"}
     assert files(tmp_path / "step-2") == {names.COMMIT_MARKER, "data.bin"}
+
+
+def test_a_marker_says_whether_a_checkpoint_is_anothers_also_when_the_manifest_is_lost(tmp_path: Path) -> None:
+    """Part files of a save that was refused there prove nothing."""
+    ours = committed(tmp_path, 1)
+    assert not commit.is_strangers(str(ours))
+    (ours / names.MANIFEST).unlink()
+    assert not commit.is_strangers(str(ours))
+    theirs = tmp_path / "step-2"
+    theirs.mkdir()
+    assert not commit.is_strangers(str(theirs))
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=theirs, no_dist=True)
+    write_part(theirs, 0, world_size=1, step=2)
+    assert commit.is_strangers(str(theirs))
+    before = (theirs / names.COMMIT_MARKER).read_bytes()
+    assert commit.finish(str(theirs)) is None
+    assert not catalog.read(str(theirs), 2).native
+    assert catalog.finish_interrupted(str(tmp_path)) == []
+    assert (theirs / names.COMMIT_MARKER).read_bytes() == before
+
+
+def test_a_link_in_a_steps_place_stays(tmp_path: Path) -> None:
+    """Its target is none of this root's."""
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = committed(tmp_path / "elsewhere", 5)
+    (tmp_path / "step-5").symlink_to(elsewhere)
+    committed(tmp_path, 10)
+    assert retention.apply(str(tmp_path), KEEP_ONE, current=10, generation=1) == []
+    assert (tmp_path / "step-5").is_symlink()
+    assert commit.committed_as(str(elsewhere)) == "1"

@@ -20,7 +20,7 @@ from pillion.errors import (
     PillionError,
 )
 from pillion.wire.policy import OnMissing, RestoreMode
-from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar import catalog, milestones, retention
 from pillion_sidecar.commit import Order
 from pillion_sidecar.executor import exchange
 from pillion_sidecar.executor.context import Context
@@ -94,7 +94,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         memory = gathered(offers)
         choice["arena"] = sorted(memory.whole)
         committed = _committed(context)
-        choice["refused"] |= missing(commit.remembered(context.root), memory.whole, committed)
+        choice["refused"] |= missing(milestones.remembered(context.root), memory.whole, committed)
         found = pick(
             memory=memory,
             committed=committed,

@@ -21,7 +21,7 @@ from typing import Any, Final
 from pillion import phases
 from pillion.errors import BarrierTimeout, CommitError, PillionError, RemoteFailure
 from pillion.wire import manifest, names
-from pillion_sidecar import commit, retention
+from pillion_sidecar import commit, milestones, retention
 from pillion_sidecar.executor import exchange, planning, remote_failures, replicas
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -195,8 +195,6 @@ def _commit(
     generation = generation_of(context, request)
     if request.repeated and commit.is_committed_as(directory, generation):
         return
-    if request.destination is None:
-        _refuse_strangers(directory)
     metadata = commit.identified(metadata, directory, generation)
     pods = {pod[0]: pod for pod in context.pods}
     parts = [
@@ -219,22 +217,11 @@ def _commit(
     files = {str(d["part"]): int(d["length"]) for d in documents.values()}
     for document in documents.values():
         files |= {str(name): int(length) for name, length in document["files"].items()}
-    commit.publish(directory, made, metadata, files)
+    commit.publish(directory, made, metadata, files, over_strangers=request.destination is not None)
     with contextlib.suppress(OSError):
         directio.fsync_directory(os.path.dirname(directory))
         if context.root and request.destination is None:
-            commit.remember(context.root, request.step, generation)
-
-
-def _refuse_strangers(directory: str) -> None:
-    """
-    Raises:
-        CommitError: another program has committed a checkpoint in this directory of the root.
-    """
-    if os.path.exists(os.path.join(directory, names.COMMIT_MARKER)) and commit.committed_as(directory) is None:
-        raise CommitError(
-            f"{directory} holds a checkpoint that Pillion did not write: it stays as it is; move it away to save here"
-        )
+            milestones.remember(context.root, request.step, generation)
 
 
 def forget_older(context: Context, request: Request, directory: str) -> None:

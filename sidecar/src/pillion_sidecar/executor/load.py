@@ -25,7 +25,7 @@ from typing import Any, Final
 from pillion import phases
 from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, LoadError, PillionError
 from pillion.wire import arena, names
-from pillion_sidecar import catalog, commit
+from pillion_sidecar import catalog, milestones
 from pillion_sidecar.arena.slots import NO_SLOT
 from pillion_sidecar.executor import arena_load, choose, fill, matching
 from pillion_sidecar.executor.choose import ARENA, STORAGE
@@ -106,7 +106,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             if context.coordinator and tier == STORAGE and not verdict["unexpected"]:
                 # Every byte of it was read and matched its digest: retention keeps it.
                 with contextlib.suppress(OSError):
-                    commit.note_verified(context.root, step)
+                    milestones.note_verified(context.root, step)
             return chosen | {
                 "opaque": {str(rank): each.opaque for rank, each in filled.items()},
                 "unexpected": {

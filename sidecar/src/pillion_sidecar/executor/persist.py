@@ -12,6 +12,7 @@ A failure on any rank travels as a document through the same phases, so that eve
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -22,7 +23,7 @@ from typing import Any, Final
 from pillion import phases
 from pillion.errors import BarrierTimeout, CommitError, ErrorDocument, RemoteFailure
 from pillion.wire import layout, names
-from pillion_sidecar import catalog, commit
+from pillion_sidecar import catalog, commit, milestones
 from pillion_sidecar.executor import conclude, images, planning, remote_failures
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -111,11 +112,11 @@ def _found_complete(context: Context, request: Request) -> dict[str, Any] | None
         if not commit.is_committed_as(directory, ours):
             if context.root:
                 commit.fence(context.root, context.generation)
-            if commit.finish(directory, generation=ours) is None:
+            if commit.finish(directory, generation=ours, over_strangers=request.destination is not None) is None:
                 return None
             _log.warning("step %d was complete without its commit: it is committed now", request.step)
             if context.root and request.destination is None:
-                commit.remember(context.root, request.step, ours)
+                milestones.remember(context.root, request.step, ours)
         size_bytes = catalog.size_bytes(directory)
     except (OSError, CommitError):
         return None
@@ -156,8 +157,13 @@ def check_destination(context: Context, request: Request) -> None:
     """
     destination = request.destination
     problem: Exception | None = None
+    own = context.step_path(request.step) if request.persist and destination is None and context.root else ""
     if request.persist and destination is None and not context.root:
         problem = LookupError(f"where step {request.step} was to go went with the sidecar that was told it")
+    elif own and os.path.islink(own):
+        problem = FileExistsError(errno.EEXIST, "is a link to somewhere else, and no directory of this root", own)
+    elif own and commit.is_strangers(own):
+        problem = FileExistsError(errno.EEXIST, commit.STRANGERS, own)
     elif destination is not None and destination.get("overwrite") is False:
         directory = str(destination["path"])
         ours = generation_of(context, request)

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from pillion.errors import BarrierTimeout, RemoteFailure
 from pillion.wire import layout
-from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar import catalog, commit, milestones, retention
 from pillion_sidecar.executor import images, planning, plugin_codec, remote_failures
 from pillion_sidecar.executor import persist as persist_module
 from pillion_sidecar.executor.context import Context
@@ -446,7 +446,7 @@ class _Save:
         if self._retained and not failures:
             number = commit.save_number(context.epoch, rescued=False)
             generation = commit.generation_text(context.generation, number)
-            commit.remember(context.root, self._step, generation)
+            milestones.remember(context.root, self._step, generation)
             retention.note_written(context.root, self._step, generation)
             _retain(context, self._step)
         return {"failures": remote_failures.documents(failures), "size_bytes": count_bytes(results.values())}
@@ -481,7 +481,7 @@ def count_bytes(results: Iterable[object]) -> int:
 def _retain(context: Context, current: int) -> None:
     """Remove what the policy does not keep. A directory without DCP's marker is the writer's business, and stays."""
     chosen = retention.choose(
-        catalog.committed(context.root), context.retention, current=current, keep=commit.verified(context.root)
+        catalog.committed(context.root), context.retention, current=current, keep=milestones.verified(context.root)
     )
     for step in chosen:
         try:
