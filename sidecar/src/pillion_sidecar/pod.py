@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import reprlib
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -404,7 +405,8 @@ def check_root(root: str) -> list[str]:
     """
     Problems of a root, told before the first save needs it: not writable, or without an atomic rename.
     """
-    probe = os.path.join(root, names.INTERNAL_DIR, f"probe-{os.getpid()}")
+    # At random: in containers every pod's process has the same number, and all of them look at once.
+    probe = os.path.join(root, names.INTERNAL_DIR, f"probe-{secrets.token_hex(8)}")
     try:
         os.makedirs(os.path.dirname(probe), exist_ok=True)
         with open(probe, "wb") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pillion.errors import UsageError
-from pillion_sidecar import commit, ownership
+from pillion_sidecar import commit, ownership, pod
 from pillion_sidecar.ownership import Lease, Record, State, Verdict
 from support import deadlines
 from support.deadlines import Deadline
@@ -200,3 +200,15 @@ def test_a_lease_ends_by_itself_when_a_newer_session_has_removed_its_record(tmp_
     record.unlink()
     deadlines.eventually(no_beats, Deadline.SETTLE, "the thread has ended")
     assert not record.exists()
+
+
+def test_pods_whose_processes_have_one_number_do_not_trip_over_each_others_probe(tmp_path: Path) -> None:
+    """In containers each pod's sidecar is process 1, and all look at the root when their trainers start."""
+    problems: list[str] = []
+    looking = [threading.Thread(target=lambda: problems.extend(pod.check_root(str(tmp_path)))) for _ in range(16)]
+    for each in looking:
+        each.start()
+    for each in looking:
+        each.join(Deadline.SETTLE.s)
+    assert problems == []
+    assert os.listdir(tmp_path / ".pillion") == []
