@@ -341,7 +341,7 @@ class Operations:
 
     def joined(self, process: tuple[int, int]) -> None:
         """A trainer's process is in the session: a sidecar after this one waits for it to come back."""
-        if self._record is not None:
+        if self._record is not None and process not in self._record.trainers:
             self._note(trainers=(*self._record.trainers, process))
 
     def served(self) -> tuple[str, ...]:

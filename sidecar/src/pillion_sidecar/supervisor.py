@@ -138,7 +138,7 @@ class Supervisor:
             raise messages.BadFrame(f"hello: rank {rank} is not of this pod, whose ranks are {sorted(pod.segments)}")
         client.rank = rank
         self.trainers.clients[rank] = client
-        self.trainers.parted = False
+        self.trainers.parted, self._returning = False, ()
         self.operations.joined(returning.process(client.pid))
         if self.operations.state is not ownership.State.TRAINING:
             self._tasks.start(self._show_state(), "showing the session's state")
