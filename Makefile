@@ -75,12 +75,12 @@ fuzz: $(STAMP)  ## feed RUNS (a million) inputs to what strangers can reach; SEE
 	cd tests && ../$(BIN)/python -m fuzz --runs $(or $(RUNS),1000000) --seed $(or $(SEED),1) $(ARGS)
 
 matrix: $(STAMP)  ## every phase broken by every fault that fits (an hour); writes the table of docs/reliability.md
-	rm -f $(REPORT).matrix
+	mkdir -p $(dir $(REPORT)); rm -f $(REPORT).matrix
 	PILLION_MATRIX=all PILLION_MATRIX_REPORT=$(abspath $(REPORT)).matrix $(BIN)/python -m pytest tests/distributed/test_matrix.py tests/distributed/test_stories.py $(ARGS)
 	$(BIN)/python tools/reliability.py matrix $(REPORT).matrix
 
 campaign: $(STAMP)  ## RUNS (100) jobs under torchrun, struck at random by their seeds from SEED (1) on, each checked bit for bit
-	rm -f $(REPORT).campaign
+	mkdir -p $(dir $(REPORT)); rm -f $(REPORT).campaign
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign --runs $(or $(RUNS),100) --seed $(or $(SEED),1) --report $(abspath $(REPORT)).campaign $(ARGS)
 
 soak: $(STAMP)  ## RUNS (3000) saves and restores in one job; memory, descriptors, threads and keys stay flat
