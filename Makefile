@@ -84,6 +84,7 @@ campaign: $(STAMP)  ## RUNS (100) jobs under torchrun, struck at random by their
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign --runs $(or $(RUNS),100) --seed $(or $(SEED),1) --report $(abspath $(REPORT)).campaign $(ARGS)
 
 soak: $(STAMP)  ## RUNS (3000) saves and restores in one job; memory, descriptors, threads and keys stay flat
+	mkdir -p $(dir $(REPORT))
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m campaign.soak --rounds $(or $(RUNS),3000) --report $(abspath $(REPORT)).soak $(ARGS)
 
 demo: $(STAMP)  ## train, kill a rank, resume from memory, compare bit for bit (some minutes)
