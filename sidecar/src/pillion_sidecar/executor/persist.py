@@ -160,10 +160,8 @@ def check_destination(context: Context, request: Request) -> None:
     own = context.step_path(request.step) if request.persist and destination is None and context.root else ""
     if request.persist and destination is None and not context.root:
         problem = LookupError(f"where step {request.step} was to go went with the sidecar that was told it")
-    elif own and os.path.islink(own):
-        problem = FileExistsError(errno.EEXIST, "is a link to somewhere else, and no directory of this root", own)
-    elif own and commit.is_strangers(own):
-        problem = FileExistsError(errno.EEXIST, commit.STRANGERS, own)
+    elif own and (why := _in_the_way(own)):
+        problem = FileExistsError(errno.EEXIST, why, own)
     elif destination is not None and destination.get("overwrite") is False:
         directory = str(destination["path"])
         ours = generation_of(context, request)
@@ -173,6 +171,16 @@ def check_destination(context: Context, request: Request) -> None:
     if problem is not None:
         failures = dict.fromkeys(context.local_ranks, remote_failures.of_exception(problem))
         withdraw(context, request.step, ErrorDocument("PersistError", str(problem), failures), persist=True)
+
+
+def _in_the_way(directory: str) -> str:
+    """Why a step cannot be saved into its directory of the root; empty: nothing is known. A storage that fails shows at the write."""
+    if os.path.islink(directory):
+        return "is a link to somewhere else, and no directory of this root"
+    try:
+        return commit.STRANGERS if commit.is_strangers(directory) else ""
+    except OSError:
+        return ""
 
 
 def phase_of(context: Context, step: int, *, persist: bool, rescued: bool = False) -> str:
