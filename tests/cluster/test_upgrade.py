@@ -49,9 +49,9 @@ def test_an_uninstall_keeps_training_checkpoints_and_policies(training: Training
 
 
 def test_helm_test_passes(release: Release) -> None:
-    """`helm test pillion` says that the installation works."""
+    """`helm test pillion` says that the installation works: each of its hooks has succeeded."""
     said = release.run("test", "pillion", f"--timeout={Deadline.ROLLED_OUT.s:.0f}s")
-    assert re.findall(r"^Phase:\s+(\w+)$", said, flags=re.MULTILINE) == ["Succeeded"]
+    assert set(re.findall(r"^Phase:\s+(\w+)$", said, flags=re.MULTILINE)) == {"Succeeded"}
 
 
 def _plain() -> str:
