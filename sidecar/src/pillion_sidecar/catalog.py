@@ -64,8 +64,13 @@ def committed(root: str) -> dict[int, commit.Order]:
         OSError: the root cannot be listed.
         LoadError: a manifest cannot be read; one that is damaged counts as none.
     """
+    return orders(root, steps(root))
+
+
+def orders(root: str, found: Mapping[int, bool]) -> dict[int, commit.Order]:
+    """`committed`, of the steps that one listing has found."""
     known: dict[int, commit.Order | None] = {}
-    for step, done in steps(root).items():
+    for step, done in found.items():
         if done:
             generation = _generation(os.path.join(root, names.step_directory(step)))
             if generation is None and (noted := milestones.written(root, step)) is not None:

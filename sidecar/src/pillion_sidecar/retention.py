@@ -86,10 +86,8 @@ def tidy(root: str, policy: Retention, *, current: int, generation: int) -> Iter
         generation: of the attempt that does it; what a newer one has written stays.
     """
     found = catalog.steps(root)
-    removed = choose(catalog.committed(root), policy, current=current, keep=milestones.verified(root))
-    yield from _remove_all(
-        root, removed, [step for step, done in found.items() if not done and step < current], generation
-    )
+    removed = choose(catalog.orders(root, found), policy, current=current, keep=milestones.verified(root))
+    yield from _remove_all(root, removed, _leftovers(found, current), generation)
 
 
 def make_room(root: str, policy: Retention, *, current: int, generation: int) -> Iterator[None]:
@@ -98,14 +96,17 @@ def make_room(root: str, policy: Retention, *, current: int, generation: int) ->
     `tidy`.
     """
     found = catalog.steps(root)
-    committed = catalog.committed(root)
+    committed = catalog.orders(root, found)
     newest = line(committed)[-1:]
     after = committed | {current: max([*committed.values(), commit.OLDEST])}
     removed = choose(after, policy, current=current, keep=[*newest, *milestones.verified(root)])
     _log.warning("storage is full: steps %s make room for step %d", removed, current)
-    yield from _remove_all(
-        root, removed, [step for step, done in found.items() if not done and step < current], generation
-    )
+    yield from _remove_all(root, removed, _leftovers(found, current), generation)
+
+
+def _leftovers(found: Mapping[int, bool], current: int) -> list[int]:
+    """Of saves before `current` that were never committed."""
+    return [step for step, done in found.items() if not done and step < current]
 
 
 def _remove_all(root: str, committed: Iterable[int], leftovers: Iterable[int], generation: int) -> Iterator[None]:
