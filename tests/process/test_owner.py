@@ -18,7 +18,7 @@ import torch
 import pillion
 from pillion import checkpointer
 from process import ranks as processes
-from process.ranks import Peer, Ranks
+from process.ranks import Peer, Ranks, Trainer
 from support import deadlines
 from support.deadlines import Deadline
 
@@ -38,14 +38,20 @@ def train(peer: Peer, root: Path) -> None:
             peer.tell(opened.save(state_of(step), step, persist=persist).result(Deadline.COMMITTED.s).step)
 
 
+def first_training(ranks: Ranks, root: Path) -> Trainer:
+    """A training in a pod of its own that has begun from nothing and committed step 1."""
+    first = ranks.start(lambda peer: train(peer, root), num_ranks=1, pods="a")[0]
+    assert first.hear() is None
+    first.say((1, True))
+    assert first.hear() == 1
+    return first
+
+
 def test_a_second_training_on_a_root_is_refused_by_its_constructor_and_the_first_goes_on(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     """The error has both names. When the first has ended, the second is let in at once, and finds its checkpoints."""
-    first = ranks.start(lambda peer: train(peer, tmp_path), num_ranks=1, pods="a")[0]
-    assert first.hear() is None
-    first.say((1, True))
-    assert first.hear() == 1
+    first = first_training(ranks, tmp_path)
 
     def come(peer: Peer) -> tuple[str, int | None]:
         try:
@@ -70,10 +76,7 @@ def test_a_training_whose_trainer_was_killed_is_succeeded_in_another_pod_when_it
     ranks: Ranks, tmp_path: Path
 ) -> None:
     """Nobody says goodbye, and the sidecar of the dead lives on: the newest snapshot is neither fenced off nor waited for in vain."""
-    first = ranks.start(lambda peer: train(peer, tmp_path), num_ranks=1, pods="a")[0]
-    assert first.hear() is None
-    first.say((1, True))
-    assert first.hear() == 1
+    first = first_training(ranks, tmp_path)
     first.say((2, False))
     assert first.hear() == 2
     os.kill(first.pid, signal.SIGKILL)
@@ -91,10 +94,7 @@ def test_an_owner_that_vanished_with_its_sidecar_is_succeeded_at_the_bound(
 ) -> None:
     """As with a node that is lost: nothing says that it is dead but its silence."""
     monkeypatch.setenv("PILLION_OWNER_SILENT_S", "1")
-    first = ranks.start(lambda peer: train(peer, tmp_path), num_ranks=1, pods="a")[0]
-    assert first.hear() is None
-    first.say((1, True))
-    assert first.hear() == 1
+    first = first_training(ranks, tmp_path)
     sidecar = ranks.sidecar()
     arguments = psutil.Process(sidecar).cmdline()
     os.kill(sidecar, signal.SIGSTOP)
