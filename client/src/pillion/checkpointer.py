@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pillion import cadence, ending, group, loading, policy_source, rules, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
-from pillion.errors import PillionError, SidecarUnavailable, UsageError
+from pillion.errors import SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 from pillion.wire import messages, names, policy
 
@@ -261,10 +261,14 @@ class Checkpointer:
     def _prepare(self, leaves: leaves_module.Leaves) -> None:
         """Have the arena ready before the first save, which is like `leaves`, beside whatever the trainer does until then."""
 
+        before = self._prepared
+
         def prepare() -> None:
+            if before is not None:  # one load after another: the pages of a slot are registered by one thread at a time
+                before.join(session_module.RESERVE_TIMEOUT_S)
             try:
                 self._saver.prepare(leaves)
-            except PillionError as err:
+            except Exception as err:  # a boundary: the arena may be gone by now
                 _log.warning("pillion: the arena is not prepared, the first save does it: %s", err)
 
         self._prepared = threading.Thread(target=prepare, name="pillion-prepare", daemon=True)

@@ -26,6 +26,7 @@ import logging
 import math
 import mmap
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,10 @@ class SegmentMapping:
             raise StagingError(f"cannot map the arena segment {path}: {err}") from err
         with modes.off():
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._views: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self._views: dict[int, tuple[str, list[torch.Tensor]]] = {}
+        """By slot: the digest of a layout, and a tensor over each of its items."""
+        self._making = threading.Lock()
+        """A thread prepares the arena while the trainer may save already: what both of them need is made once."""
         self._populated: dict[int, int] = {}
         self._registered: dict[int, list[tuple[int, int]]] = {}
         self._stream: Any = None
@@ -137,11 +141,14 @@ class SegmentMapping:
         Raises:
             IncompatibleCheckpoint: a dtype that this torch does not have.
         """
-        known = self._views.get((slot, of.digest))
-        if known is not None:
-            return known
-        for key in [key for key in self._views if key[0] == slot]:
-            del self._views[key]
+        with self._making:
+            digest, made = self._views.get(slot, ("", []))
+            if digest != of.digest:
+                made = self._made_views(slot, of)
+                self._views[slot] = (of.digest, made)
+            return made
+
+    def _made_views(self, slot: int, of: layout.Layout) -> list[torch.Tensor]:
         image = self.header.slot_offset(slot) + arena.PAGE_BYTES
         made = []
         for item, start in zip(of.items, of.payload_starts, strict=True):
@@ -155,7 +162,6 @@ class SegmentMapping:
                 continue
             flat = self._bytes[image + start : image + start + item.payload_bytes]
             made.append(flat.view(dtype).view(item.sizes))
-        self._views[(slot, of.digest)] = made
         return made
 
     @modes.off()
@@ -216,8 +222,9 @@ class SegmentMapping:
         self, of: layout.Layout, first: int, last: int
     ) -> tuple[copiers_module.Copiers | None, tuple[_Stretch, ...]]:
         num_threads = torch.get_num_threads()
-        if num_threads > 1 and self._copiers is None:
-            self._copiers = _copiers(num_threads)
+        with self._making:
+            if num_threads > 1 and self._copiers is None:
+                self._copiers = _copiers(num_threads)
         if num_threads == 1 or self._copiers is None:
             return None, (_Stretch(first, last, ()),)
         key = (of.digest, first, last, num_threads)

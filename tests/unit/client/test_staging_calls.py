@@ -1,5 +1,6 @@
 """
-The whole of: into how few calls of torch a copy goes; each call gives the interpreter away once, whatever it copies.
+The whole of: into how few calls of torch a copy goes (each call gives the interpreter away once, whatever it copies), and from
+how many threads its parts may be asked for.
 
 Called from: pytest.
 Must never: measure a time; on a loaded machine that says nothing.
@@ -7,6 +8,8 @@ Must never: measure a time; on a loaded machine that says nothing.
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import torch
 
 from pillion import leaves, staging
 from pillion.wire import arena
+from support.deadlines import Deadline
 
 NUM_TENSORS = 5000
+ROUNDS = 300
 
 
 @pytest.fixture
@@ -58,3 +63,39 @@ def test_thousands_of_tensors_are_copied_in_one_call_a_thread(segment: Path, mon
         assert len(batches) <= 2
         views = mapping.views(0, of.layout)
         assert [float(view[-1]) for view in views] == [float(tensor[0]) for tensor in of.tensors]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_save_and_prepare_at_once_get_the_tensors_of_their_own_layout(segment: Path) -> None:
+    """After a load a thread prepares both slots while the trainer may save into one already, perhaps another state."""
+    layouts = [
+        leaves.Collector().collect({f"{name}.{number}": torch.zeros(count) for number in range(8)}).layout
+        for name, count in (("weight", 3), ("bias", 5))
+    ]
+    mapping = staging.SegmentMapping(str(segment))
+    failures: list[object] = []
+
+    def make(slot: int, first: int) -> None:
+        try:
+            for number in range(ROUNDS):
+                of = layouts[(first + number) % 2]
+                mapping.warm(slot, of)
+                if any(view.shape != item.sizes for view, item in zip(mapping.views(slot, of), of.items, strict=True)):
+                    failures.append(of.digest)
+        except Exception as err:  # a failed thread's error is what the test is about
+            failures.append(err)
+
+    threads = [threading.Thread(target=make, args=(number % 2, number // 2)) for number in range(4)]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with contextlib.closing(mapping):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(Deadline.SETTLE.s)
+            copiers = [thread for thread in threading.enumerate() if thread.name.startswith("pillion-copy")]
+            assert len(copiers) <= 2
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert failures == []
