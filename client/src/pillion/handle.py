@@ -7,13 +7,16 @@ Called from: the trainer. A handle never raises by itself: `result` does, when t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from pillion.callbacks import Outcome
-from pillion.errors import PillionError, UsageError
+from pillion.errors import PillionError, SaveSkipped, UsageError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,3 +160,11 @@ class SaveHandle:
         else:
             state = "failed" if self.error() else "committed"
         return f"<SaveHandle step={self.step} {state} stall_s={self.stall_s:.4f}>"
+
+
+def log_lost(step: int, error: BaseException) -> None:
+    """Say in the log that a save made no checkpoint. One that the policy's `overlap` dropped, as it was declared, is no error."""
+    if isinstance(error, SaveSkipped):
+        _log.info("pillion: save of step %d was dropped: %s", step, error)
+    else:
+        _log.error("pillion: save of step %d failed: %s", step, error)

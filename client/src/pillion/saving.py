@@ -31,7 +31,7 @@ from pillion import modes, phases, staging, stateful
 from pillion import opaque as opaque_module
 from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
-from pillion.handle import SaveHandle
+from pillion.handle import SaveHandle, log_lost
 from pillion.session import Session
 from pillion.wire import arena, layout
 
@@ -363,7 +363,7 @@ class Saver:
     def _failed(self, handle: SaveHandle, err: BaseException, *, persist: bool) -> None:
         error = err if isinstance(err, PillionError) else StagingError(f"{type(err).__name__}: {err}", step=handle.step)
         error.__cause__ = err if error is not err else err.__cause__
-        _log.error("pillion: save of step %d failed: %s", handle.step, error)
+        log_lost(handle.step, error)
         self._session.forget(handle)
         self._session.abandon(handle.step, ErrorDocument.from_exception(error), persist=persist)
         handle.fail(error)

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion import callbacks, connection, embedded, staging, wire
-from pillion.errors import ErrorDocument, PillionError, SaveSkipped, SidecarUnavailable, UsageError
+from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable, StagingError, UsageError
 from pillion.group import Group
-from pillion.handle import Checkpoint, SaveHandle
+from pillion.handle import Checkpoint, SaveHandle, log_lost
 from pillion.wire import messages, names, policy
 
 _log = logging.getLogger(__name__)
@@ -300,7 +300,7 @@ class Session:
             error = ErrorDocument.from_document(messages.field(message, "error", dict)).to_exception(step=step)
             handle = self._take(step)
             if handle is not None:
-                _log.error("pillion: save of step %d failed: %s", step, error)
+                log_lost(step, error)
                 handle.fail(error)
         elif message["type"] == "notice":
             _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
@@ -395,7 +395,9 @@ class Session:
         sidecar that hangs.
 
         Raises:
-            SaveSkipped, ArenaExhausted, SidecarUnavailable.
+            SaveSkipped: the policy's `overlap` dropped it.
+            StagingError: under `overlap: Wait` no slot was free within the bound.
+            ArenaExhausted, SidecarUnavailable.
         """
         claim = {
             "type": "claim",
@@ -417,7 +419,7 @@ class Session:
                     waited = True
                     on_wait()
                 if time.monotonic() > deadline:
-                    raise SaveSkipped(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
+                    raise StagingError(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
         return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
 
     def sealed(self, step: int, *, stall_s: float) -> None:

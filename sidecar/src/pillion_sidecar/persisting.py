@@ -18,7 +18,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from pillion.errors import BarrierTimeout, ErrorDocument, PersistError, PillionError, RemoteFailure, SaveError
+from pillion.errors import (
+    BarrierTimeout,
+    ErrorDocument,
+    PersistError,
+    PillionError,
+    RemoteFailure,
+    SaveError,
+    SaveSkipped,
+)
 from pillion.wire import arena, policy
 from pillion_sidecar import background, failures
 from pillion_sidecar.arena.slots import Phase, Save
@@ -386,8 +394,14 @@ class Persisting:
         self._trainers.notice(0, text)
 
     def report_failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
-        """Tell the trainers of this pod that a save is lost; `but` is the rank that knows already."""
+        """Tell the trainers of this pod that a save made no checkpoint; `but` is the rank that knows already."""
         step = save.step
-        self._journal.failed(step, error)
-        _log.error("save of step %d failed: %s", step, error, extra={"step": step})
+        if isinstance(error, SaveSkipped):
+            # Another pod had no slot for it, as the policy's `overlap` allows.
+            self._journal.metrics.saves_skipped += 1
+            self._journal.dropped(step, error, persist=save.persist)
+            _log.info("save of step %d was dropped: %s", step, error, extra={"step": step})
+        else:
+            self._journal.failed(step, error)
+            _log.error("save of step %d failed: %s", step, error, extra={"step": step})
         self._trainers.broadcast({"type": "save_failed", "step": step, "error": failures.document(error)}, but=but)

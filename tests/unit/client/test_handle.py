@@ -4,13 +4,14 @@ The whole of: how a handle ends, when the thread that stages and the one that li
 Called from: pytest.
 """
 
+import logging
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from pillion.errors import SidecarUnavailable
-from pillion.handle import Checkpoint, SaveHandle
+from pillion.errors import PillionError, SaveSkipped, SidecarUnavailable, StagingError
+from pillion.handle import Checkpoint, SaveHandle, log_lost
 
 CHECKPOINT = Checkpoint(step=1, path="runs/step-1", size_bytes=1, persist_s=0.0, commit_s=0.0)
 
@@ -50,3 +51,20 @@ def test_what_ended_a_handle_first_stays() -> None:
     assert committed.result(0) is CHECKPOINT
     with pytest.raises(SidecarUnavailable):
         failed.result(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (SaveSkipped("replaced by step 3 (staging.overlap: Latest)", step=1), logging.INFO),
+        (StagingError("full", step=1), logging.ERROR),
+    ],
+    ids=["dropped as the policy says", "failed"],
+)
+def test_what_the_policy_declares_is_no_error_in_the_log(
+    error: PillionError, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A save that `overlap` drops is said at the level of information, and one that failed at that of errors; each once."""
+    with caplog.at_level(logging.INFO, logger="pillion"):
+        log_lost(1, error)
+    assert [record.levelno for record in caplog.records] == [level]

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from pillion.errors import RemoteFailure, SaveError
 from pillion.wire import arena, policy
 from pillion_sidecar import background, operation, settings
 from pillion_sidecar.arena.slots import Granted, Phase
+from pillion_sidecar.executor import remote_failures
 from pillion_sidecar.executor.parent import Executor, ExecutorDied
 from pillion_sidecar.journal import Journal
 from pillion_sidecar.metrics import Metrics
@@ -72,6 +74,39 @@ def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: Pod, damaged: 
     assert pod.table.saves[1].phase is Phase.DONE
     assert isinstance(pod.table.claim(2, 0, persist=True), Granted)
     pod.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("SaveSkipped", {"saves_skipped": 1, "saves_failed": 0}), ("OSError", {"saves_skipped": 0, "saves_failed": 1})],
+)
+def test_a_save_that_another_pod_dropped_counts_as_dropped_and_not_as_failed(
+    pod: Pod, kind: str, expected: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `overlap: Skip` one pod may have no slot: no pod of the job has a failure, an error in its log, or an alert of it."""
+    failures = remote_failures.documents({1: RemoteFailure(kind, "no slot is free (staging.overlap: Skip)")})
+    with pytest.raises(SaveError) as caught:
+        remote_failures.raise_told({"failures": failures}, 1)
+    journal = Journal()
+
+    async def scenario() -> None:
+        tasks = background.Tasks()
+        operations: Any = Broken(caught.value)
+        trainers = Trainers(operations, tasks, on_policy=lambda _: None)
+        trainers.pod = pod
+        persisting = Persisting(journal, trainers, operations, lambda: None)
+        persisting.start(tasks)
+        persisting.wake()
+        assert await persisting.quiet(Deadline.REPLY.s)
+        await tasks.stop()
+
+    asyncio.run(scenario())
+    pod.close()
+    counted = journal.metrics.to_document()
+    assert {name: counted[name] for name in expected} == expected
+    assert len(journal.failures) == expected["saves_failed"]
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == expected["saves_failed"]
 
 
 def test_an_executor_that_cannot_be_started_for_a_while_is_started_then(

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from pillion.errors import BarrierTimeout, CommitError, PersistError, RemoteFailure
+from pillion.errors import BarrierTimeout, CommitError, PersistError, RemoteFailure, SaveSkipped
 
 
 def of_exception(err: BaseException) -> RemoteFailure:
@@ -43,11 +43,14 @@ def raise_told(decision: Mapping[str, Any], step: int) -> None:
     End the save here when the coordinator's decision says that it failed.
 
     Raises:
+        SaveSkipped: another pod dropped it, as the policy's `overlap` says.
         SaveError: with the failures of every failed rank.
     """
     failures = collect({0: decision})
     if not failures:
         return
+    if all(failure.type_name == SaveSkipped.__name__ for failure in failures.values()):
+        raise SaveSkipped(f"step {step} was dropped in another pod", step=step, failures=failures)
     if "phase" in decision:
         raise BarrierTimeout(
             phase=str(decision["phase"]),
