@@ -147,7 +147,7 @@ def _lock(settings: Settings) -> int | None:
         mode = PRIVATE_DIRECTORY if settings.embedded else SHARED_DIRECTORY
         os.makedirs(settings.runtime_dir, mode=PRIVATE_DIRECTORY, exist_ok=True)
         os.chmod(settings.runtime_dir, mode)  # whatever the umask
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The one before may have removed the folder between our open and our lock: a lock on a removed file guards nothing.

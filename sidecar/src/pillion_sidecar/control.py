@@ -120,8 +120,18 @@ class Server:
         """
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=messages.RECV_BYTES)
-        os.chmod(self._path, 0o666)  # trainer and sidecar may run as different users; the folder's mode guards it
+        listening = socket.socket(socket.AF_UNIX)
+        # Trainer and sidecar may run as different users; the folder's mode guards it. By the umask, as a change of the mode by name would
+        # follow what a trainer could have put there meanwhile.
+        umask = os.umask(0o111)
+        try:
+            listening.bind(self._path)
+        except BaseException:
+            listening.close()
+            raise
+        finally:
+            os.umask(umask)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=messages.RECV_BYTES)
 
     @property
     def num_connections(self) -> int:

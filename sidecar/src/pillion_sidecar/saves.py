@@ -25,7 +25,7 @@ from pillion.errors import (
 )
 from pillion.phases import Phase as Point
 from pillion.wire import messages
-from pillion_sidecar import background, failures, settings
+from pillion_sidecar import background, destinations, failures, settings
 from pillion_sidecar.arena import slots
 from pillion_sidecar.arena.slots import Phase, Save
 from pillion_sidecar.control import Client
@@ -85,6 +85,8 @@ class Saves:
         step = messages.field(message, "step", int)
         persist = messages.field(message, "persist", bool)
         destination = messages.optional_field(message, "destination", dict)
+        if destination is not None and not self._settings.embedded:
+            destinations.check(destination, root=pod.identity.root, writer=pod.policy.storage.writer)
         phases.reach(Point.CLAIM, rank=client.rank, step=step)
         decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
         if isinstance(decision, slots.MustWait):

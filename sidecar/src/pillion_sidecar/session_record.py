@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pillion_sidecar import shared_files
+
 _log = logging.getLogger(__name__)
 
 FILE: Final = "session.json"
@@ -69,7 +71,7 @@ def write(runtime_dir: str, record: Record) -> None:
     """Replace the record. No sync: the folder is memory. A full one is logged: the session goes on without."""
     path = os.path.join(runtime_dir, FILE)
     try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        with open(shared_files.create(f"{path}.new", 0o600), "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(record), file)
         os.replace(f"{path}.new", path)
     except OSError as err:

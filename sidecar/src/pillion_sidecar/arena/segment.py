@@ -20,6 +20,7 @@ from typing import Final
 
 from pillion.errors import ArenaExhausted
 from pillion.wire import arena
+from pillion_sidecar import shared_files
 
 TOUCH_STEP_BYTES: Final = 64 * 1024**2
 MADV_POPULATE_WRITE: Final = 23
@@ -56,9 +57,8 @@ class Segment:
         """
         header = arena.SegmentHeader(num_slots=num_slots, stride_bytes=stride_bytes)
         temporary = f"{path}.{os.getpid()}.tmp"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
+        fd = shared_files.create(temporary, mode)
         try:
-            os.fchmod(fd, mode)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.ftruncate(fd, header.segment_bytes)
             _allocate(fd, 0, arena.PAGE_BYTES)
@@ -83,7 +83,7 @@ class Segment:
             FileNotFoundError: there is none.
             ValueError: it is none of ours, or of another protocol version.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             header = arena.SegmentHeader.unpack(os.pread(fd, arena.PAGE_BYTES, 0))

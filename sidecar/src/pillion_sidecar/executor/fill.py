@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pillion.errors import ArenaExhausted
 from pillion.wire import arena, layout, manifest
-from pillion_sidecar import catalog
+from pillion_sidecar import catalog, shared_files
 from pillion_sidecar.executor import matching
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.executor.load_request import Request, Wanted
@@ -167,8 +167,7 @@ def _write_opaque(context: Context, stored: catalog.Stored, rank: int, of: layou
     segment = context.segments[rank]
     path = f"{segment.path}.opaque"
     starts, lengths, cursor = [], [], 0
-    with open(path, "wb") as out:
-        os.fchmod(out.fileno(), segment.mode)
+    with open(shared_files.create(path, segment.mode), "wb") as out:
         for fqn in of.opaque:
             data = _read_opaque(stored, stored.opaque[fqn])
             out.write(data)

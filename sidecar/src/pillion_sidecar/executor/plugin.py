@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib
 import inspect
 import io
 import logging
@@ -37,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pillion.errors import BarrierTimeout, RemoteFailure
 from pillion.wire import layout
 from pillion_sidecar import catalog, commit, milestones, retention
-from pillion_sidecar.executor import images, planning, plugin_codec, remote_failures
+from pillion_sidecar.executor import images, planning, plugin_codec, remote_failures, writer_class
 from pillion_sidecar.executor import persist as persist_module
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -320,11 +319,7 @@ class _Save:
         return final
 
     def _local_step(self, of: _Rank) -> SavePlan:
-        module, _, qualname = self._name.partition(":")
-        kind: Any = importlib.import_module(module)
-        for part in qualname.split("."):
-            kind = getattr(kind, part)
-        writer = of.made = kind(**self._arguments)
+        writer = of.made = writer_class.find(self._name)(**self._arguments)
         coordinator = of.rank == 0
         if self.path is not None:
             writer.reset(self.path)
