@@ -25,6 +25,14 @@ A proposal ends when the deciding rank takes the save at T, when T was declined,
 without having been told of it (the channel lost it). A decline that comes when the save at T is taken already means
 that the save lacks a rank: the next proposal is immediate. A save that fails later waits for the next period.
 
+T is as many steps ahead as the lead takes, by the pace of the newest steps. Where the pace changes (data that is skipped, then training)
+T may be thousands of steps away: then a nearer step is named as well, once the lead is over. The far one stays announced: ranks that
+accepted it save there, too.
+
+A loop need not ask at every step. What is due at a step is due at the first step at or behind it that the loop asks about:
+
+    periodSteps 10, asked at 7 14 21 28 35    PERSIST at 14 21 35 (for 10, 20 and 30)
+
 A rule that changes while the job runs (`rules`) goes the same way: the deciding rank names a step T from which the new rule
 holds, a rank that is past T declines, the others then take it back, and the next T is twice as far ahead:
 
@@ -37,7 +45,10 @@ them. A rank that missed a change (its sidecar was away) hears of it when it is 
 already makes the next ``change_proposal`` repeat it, and a rank that is past T then declines, so that a new T is found.
 """
 
+import bisect
+import collections
 import math
+import statistics
 import threading
 from enum import Enum
 from typing import Final, final
@@ -48,19 +59,22 @@ from pillion.rules import Rule, Rules
 LEAST_LEAD_STEPS: Final = 2
 """Fewest steps between a proposal and its T: with one, a rank a single step ahead would always be too far."""
 
-_MOST_DOUBLINGS: Final = 10
-"""Of the lead, after proposals that failed in a row: 1024 leads are further than ranks of one job ever drift apart."""
+_MOST_DOUBLINGS: Final = 5
+"""Doublings of the lead after proposals that failed in a row: 32 leads are 8 s in a pod and a minute across pods. A save that somebody asks
+for does not wait longer, and the sidecar passes a message on within seconds."""
 
 _REMEMBERED: Final = 1024
 """Accepted steps that are kept, so that a step asked about again is answered as before; newest stay."""
 
-_LEAST_STEP_S: Final = 1e-4
-"""Below any training step; a clock too coarse for the loop must not put T out of reach."""
+_LEAST_STEP_S: Final = 1e-6
+"""Shorter than a call of `due`: no loop is faster."""
 
-_FALLING: Final = 0.5
-_RISING: Final = 0.1
-"""Weights of a step time below and above the estimate. One that is too low makes the lead too long, which costs
-nothing; one that is too high makes it too short, so one long step (a stall, an evaluation) counts at most double."""
+_RECENT: Final = 5
+"""Newest steps that tell the pace of the loop, by their median: two evaluations or stalls among them change nothing, and a loop that
+has become slower or faster is known by its third step."""
+
+_MUCH_NEARER: Final = 2
+"""A nearer step is named where the one that is out is further away than so many times the way to the nearer one."""
 
 
 class Due(Enum):
@@ -96,14 +110,21 @@ class Cadence:
         # `announce` decides by what `due` has answered; between its look and its note no answer may be given.
         self._lock = threading.Lock()
         self._highest: int | None = None
-        self._accepted: dict[int, None] = {}
+        """The highest step that was answered for, since the newest load."""
+        self._previous: int | None = None
+        """The newest step that was answered for or loaded: what is due behind it is due at the next step."""
+        self._gaps: dict[int, int] = {}
+        """Step -> the step that was asked about before it, where there are others between."""
+        self._accepted: list[int] = []
+        """Announced steps, in order."""
         # All below is the deciding rank's.
         self._last_s: float | None = None
-        self._stride = 1
-        self._step_s: float | None = None
+        self._steps_s: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self._strides: collections.deque[int] = collections.deque(maxlen=_RECENT)
         self._period_began_s: float | None = None
         self._requested_at: int | None = None
         self._proposed: int | None = None
+        self._proposed_s = 0.0
         self._num_failed = 0
         self._taken: int | None = None
         self._num_failed_before_taken = 0
@@ -117,14 +138,14 @@ class Cadence:
     def due(self, step: int, now_s: float) -> Due:
         """What this rank does at ``step``. Called once or more per step, in the order of the loop. Blocks: never."""
         with self._lock:
-            answer = self._answer(step)
             if self._highest is None or step > self._highest:
-                self._learn(step, now_s)
-                self._highest = step
-            if step == self._proposed and answer is Due.PERSIST:
-                self._took(step, now_s)
-            elif self._proposed is not None and step >= self._proposed:
-                self._failed()
+                self._move(step, now_s)
+            answer = self._answer(step)
+            if self._proposed is not None and step >= self._proposed:
+                if answer is Due.PERSIST:
+                    self._took(step, now_s)
+                else:
+                    self._failed()
             return answer
 
     def announce(self, target: int) -> bool:
@@ -138,9 +159,9 @@ class Cadence:
             if target <= self._highest:
                 return self._answer(target) is Due.PERSIST
             # Also where the step period names the same step: another rule may hold there by then.
-            self._accepted[target] = None
-            while len(self._accepted) > _REMEMBERED:
-                del self._accepted[next(iter(self._accepted))]
+            if target not in self._accepted:
+                bisect.insort(self._accepted, target)
+                del self._accepted[:-_REMEMBERED]
             return True
 
     def withdraw(self, target: int) -> bool:
@@ -149,29 +170,41 @@ class Cadence:
         did, because it is there or by the step period; such a save may lack the ranks that declined.
         """
         with self._lock:
-            if self._highest is not None and target > self._highest:
-                self._accepted.pop(target, None)
+            self._take_back(target)
             return self._answer(target) is not Due.PERSIST
 
     def proposal(self, step: int, now_s: float) -> int | None:
         """
         The step to announce to all ranks, when a save by time or by request is due; None otherwise, and always on
-        ranks that do not decide. It is told once; then None until that proposal has ended. Call it after ``due``.
+        ranks that do not decide. It is told once; then None until that proposal has ended, or a much nearer step would do since
+        the pace has changed. Call it after ``due``.
         """
         with self._lock:
-            if not self._decides or self._proposed is not None or self._step_s is None:
+            if not self._decides or not self._steps_s:
                 return None
-            if self._requested_at is None and not self._period_is_over(step, now_s):
+            nearest = self._ahead(step, self._num_failed)
+            if self._proposed is not None:
+                at = self._at(step)
+                if now_s - self._proposed_s < self._lead_s or self._proposed - at <= (nearest - at) * _MUCH_NEARER:
+                    return None
+            elif self._requested_at is None and not self._period_is_over(step, now_s):
                 return None
-            self._proposed = self._ahead(step, self._step_s, self._num_failed)
+            self._proposed, self._proposed_s = nearest, now_s
             return self._proposed
 
-    def _ahead(self, step: int, step_s: float, num_failed: int) -> int:
+    def _at(self, step: int) -> int:
+        # Where a loop goes back without a load, T must be new to all ranks.
+        return step if self._highest is None else max(step, self._highest)
+
+    def _ahead(self, step: int, num_failed: int) -> int:
         """A step that a message reaches all ranks before."""
-        lead_steps = max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / max(step_s, _LEAST_STEP_S))) << num_failed
-        # A loop that asks at every k-th step only must meet T; after a rollback T must be new to all ranks.
-        at = step if self._highest is None else max(step, self._highest)
-        return at + self._stride * lead_steps
+        step_s = max(statistics.median_low(self._steps_s), _LEAST_STEP_S)
+        lead_steps = max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / step_s)) << num_failed
+        return self._at(step) + self._stride * lead_steps
+
+    @property
+    def _stride(self) -> int:
+        return statistics.median_low(self._strides) if self._strides else 1
 
     def request_save(self) -> None:
         """
@@ -188,6 +221,7 @@ class Cadence:
     def declined(self, target: int) -> None:
         """Tells the deciding rank that some rank declined ``target``: it proposes again, further ahead."""
         with self._lock:
+            self._take_back(target)
             if target == self._proposed:
                 self._failed()
             elif target == self._taken and self._proposed is None:
@@ -203,6 +237,23 @@ class Cadence:
         """
         with self._lock:
             self._took(step, now_s)
+
+    def loaded(self, step: int, now_s: float) -> None:
+        """
+        Tells that all ranks have loaded the checkpoint of ``step``, and train on from there: the period begins, and the steps ahead
+        of it are new again, also where a rollback went back behind them. A request that is out stands.
+        """
+        with self._lock:
+            self._previous, self._last_s = step, None
+            self._gaps = {each: before for each, before in self._gaps.items() if each <= step}
+            if self._highest is not None:
+                self._highest = step
+            self._period_began_s = now_s
+            # No save of an older pass answers it.
+            self._requested_at = None if self._requested_at is None else step + 1
+            self._proposed = self._taken = None
+            self._num_failed = 0
+            self._change, self._last_target, self._num_failed_changes = None, 0, 0
 
     # --- another rule ----------------------------------------------------------------------------------------------
 
@@ -225,7 +276,7 @@ class Cadence:
         """
         with self._lock:
             wanted = self._wanted
-            if wanted is None or self._step_s is None or self._highest is None:
+            if wanted is None or not self._steps_s or self._highest is None:
                 return None
             if self._change is not None:
                 if self._highest < self._change[0]:
@@ -238,7 +289,7 @@ class Cadence:
             if self._rules.newest == wanted:
                 return self._change if tell_again else None
             # Each change has a step of its own: a decline names nothing else.
-            target = self._ahead(step, self._step_s, self._num_failed_changes)
+            target = self._ahead(step, self._num_failed_changes)
             self._last_target = target = max(target, self._last_target + self._stride)
             self._change = target, wanted
             return self._change
@@ -267,32 +318,39 @@ class Cadence:
     # --- deciding --------------------------------------------------------------------------------------------------
 
     def _answer(self, step: int) -> Due:
-        """What ``due`` answers for a step: of nothing but the rules and the accepted announcements."""
+        """What ``due`` answers for a step: of nothing but the rules, the accepted announcements, and the step that was asked about before."""
         rule = self._rules.at(step)
         trigger = rule.trigger
-        if step > 0 and step in self._accepted:
+        before = self._gaps.get(step, step - 1)
+        if step > 0 and bisect.bisect(self._accepted, before) < bisect.bisect(self._accepted, step):
             return Due.PERSIST
         if rule.suspended:
             return Due.NOT_DUE
-        if step > 0 and trigger.period_steps and step % trigger.period_steps == 0:
+        if step > 0 and trigger.period_steps and step // trigger.period_steps > before // trigger.period_steps:
             return Due.PERSIST
-        return Due.SNAPSHOT if trigger.snapshot_steps and step % trigger.snapshot_steps == 0 else Due.NOT_DUE
+        if trigger.snapshot_steps and step // trigger.snapshot_steps > before // trigger.snapshot_steps:
+            return Due.SNAPSHOT
+        return Due.NOT_DUE
 
-    def _learn(self, step: int, now_s: float) -> None:
-        """Takes in the time since the step before."""
+    def _move(self, step: int, now_s: float) -> None:
+        """To a step that is new to this rank; takes in the way from the step before, and its time."""
         if self._period_began_s is None:
             self._period_began_s = now_s
-        if self._highest is not None:
-            self._stride = step - self._highest
+        before = self._previous
+        if before is not None and before < step:
+            self._strides.append(step - before)
+            if step - before > 1:
+                self._gaps[step] = before
+                while len(self._gaps) > _REMEMBERED:
+                    del self._gaps[next(iter(self._gaps))]
         if self._last_s is not None and now_s > self._last_s:
-            took_s = now_s - self._last_s
-            if self._step_s is None:
-                self._step_s = took_s
-            elif took_s < self._step_s:
-                self._step_s += (took_s - self._step_s) * _FALLING
-            else:
-                self._step_s += (min(took_s, 2 * self._step_s) - self._step_s) * _RISING
+            self._steps_s.append(now_s - self._last_s)
+        self._previous = self._highest = step
         self._last_s = now_s
+
+    def _take_back(self, target: int) -> None:
+        if target in self._accepted and (self._highest is None or target > self._highest):
+            self._accepted.remove(target)
 
     def _period_is_over(self, step: int, now_s: float) -> bool:
         rule = self._rules.at(step)

@@ -105,7 +105,11 @@ class Checkpointer:
         """
         Whether the policy wants a save at this step: its cadence, a save asked for from outside, or the pod's end.
 
-        The answer is the same on all ranks at the same step, and costs no communication.
+        The answer is the same on all ranks that ask at the same steps, and costs no communication. A loop that passes steps over is answered
+        at the first step at or behind the one that was due.
+
+        Raises:
+            UsageError: `step` is no whole number from 0 on (NumPy's and torch's integers are), or this process is a forked child.
         """
         self._session.check_process()
         step, now_s = _whole(step), time.monotonic()
@@ -254,7 +258,7 @@ class Checkpointer:
         self._last_step = -1 if report.step is None else report.step - 1
         self._last = self._last_stored = None
         if report.step is not None:
-            self._cadence.saved(report.step, time.monotonic())
+            self._cadence.loaded(report.step, time.monotonic())
         self._prepare(leaves)
         return report.step
 

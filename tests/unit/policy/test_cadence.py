@@ -241,6 +241,143 @@ def test_after_a_rollback_the_proposed_step_is_new_to_everyone() -> None:
     assert rank.announce(target)
 
 
+def test_a_deciding_rank_takes_a_declined_step_back() -> None:
+    """A rank that was past the step saves there never: neither does the one that proposed it and is not there yet."""
+    rank = a_rank(lead_s=3.0)
+    walk(rank, 1, 2)
+    rank.request_save()
+    assert rank.proposal(2, 2.0) == 5
+    assert rank.announce(5)
+    rank.declined(5)
+    assert rank.proposal(2, 2.0) == 8
+    assert rank.announce(8)
+    assert walk(rank, 3, 10) == [8]
+
+
+def test_a_save_asked_for_among_microsecond_steps_comes_soon_when_training_begins() -> None:
+    """A loop that passes over data it has seen, then trains: the step named first is far, a near one follows, and the request is answered."""
+    rank = a_rank(lead_s=2.0)
+    now_s = 0.0
+    for step in range(1, 5001):
+        now_s += 10e-6
+        rank.due(step, now_s)
+    rank.request_save()
+    far = rank.proposal(5000, now_s)
+    assert far is not None
+    assert far > 100_000
+    assert rank.announce(far)
+    asked_s = now_s
+    for step in range(5001, 5100):
+        now_s += 1.0
+        if rank.due(step, now_s) is Due.PERSIST:
+            break
+        target = rank.proposal(step, now_s)
+        assert target is None or rank.announce(target)
+    assert now_s - asked_s <= 6.0
+    rank.saved(step, now_s)
+    assert walk(rank, step + 1, step + 100) == []
+    assert rank.proposal(step + 100, now_s + 100.0) is None
+
+
+def test_one_slow_step_does_not_name_another_one() -> None:
+    """An evaluation between the proposal and its step changes nothing, nor does asking at once."""
+    rank = a_rank(lead_s=2.0)
+    walk(rank, 1, 30, step_s=0.1)
+    rank.request_save()
+    assert rank.proposal(30, 3.0) == 50
+    assert rank.announce(50)
+    assert rank.proposal(30, 3.0) is None
+    for step in range(31, 51):
+        now_s = 603.0 + step / 10
+        rank.due(step, now_s)
+        assert rank.proposal(step, now_s) is None
+
+
+def test_failed_proposals_do_not_put_the_next_one_out_of_reach() -> None:
+    """However many were declined, the lead is 32 times itself at most."""
+    rank = a_rank(lead_s=2.0)
+    walk(rank, 1, 10, step_s=0.5)
+    rank.request_save()
+    for _ in range(100):
+        target = rank.proposal(10, 5.0)
+        assert target is not None
+        rank.declined(target)
+    assert rank.proposal(10, 5.0) == 10 + 4 * 32
+
+
+def test_a_step_that_jumps_once_does_not_lengthen_the_lead() -> None:
+    """A loop that goes on elsewhere after a jump over thousands of steps is told one a few steps ahead."""
+    rank = a_rank()
+    walk(rank, 1, 10)
+    rank.due(10_000, 11.0)
+    rank.request_save()
+    assert rank.proposal(10_000, 11.0) == 10_002
+
+
+@pytest.mark.parametrize("stride", [3, 7, 8, 25])
+def test_a_loop_that_passes_steps_over_saves_in_every_period(stride: int) -> None:
+    """What is due between two steps that the loop asks about is due at the second, once; also where it asks twice."""
+    rank = a_rank(period_steps=20, snapshot_steps=10)
+    rank.loaded(0, 0.0)
+    asked = list(range(stride, 400, stride))
+    answers = {step: rank.due(step, float(step)) for step in asked}
+    assert [rank.due(step, 400.0) for step in asked] == list(answers.values())
+    due = {multiple: next((step for step in asked if step >= multiple), None) for multiple in range(20, 400, 20)}
+    assert {step for step, answer in answers.items() if answer is Due.PERSIST} == set(due.values()) - {None}
+    assert len([each for each in answers.values() if each is not Due.NOT_DUE]) >= 400 // max(stride, 10) - 2
+
+
+def test_an_announced_step_that_the_loop_passes_over_is_saved_at_the_next() -> None:
+    """Steps of irregular length, such as counts of tokens, meet no step exactly."""
+    rank = a_rank()
+    tokens = [4_000, 8_100, 11_900, 16_050, 20_010, 24_000, 28_200]
+    for number, step in enumerate(tokens[:4]):
+        rank.due(step, float(number))
+    rank.request_save()
+    target = rank.proposal(tokens[3], 3.0)
+    assert target is not None
+    assert rank.announce(target)
+    saved = [step for number, step in enumerate(tokens[4:]) if rank.due(step, 4.0 + number) is Due.PERSIST]
+    assert saved == [min(step for step in tokens if step >= target)]
+    assert rank.proposal(28_200, 7.0) is None
+    assert rank.announce(target)
+
+
+def test_a_loop_that_does_not_ask_for_an_hour_saves_two_steps_later() -> None:
+    """The period is over when it comes back, and the pace of its steps is what it was."""
+    rank = a_rank(period_seconds=600)
+    walk(rank, 1, 20)
+    rank.due(21, 3620.0)
+    assert rank.proposal(21, 3620.0) == 23
+
+
+def test_a_save_asked_for_behind_a_rollback_comes_soon() -> None:
+    """A load takes all ranks back: steps that were answered for before are ahead of all again, and an old proposal is no answer."""
+    rank = a_rank(period_steps=500)
+    walk(rank, 1, 1000)
+    rank.request_save()
+    assert rank.proposal(1000, 1000.0) == 1002
+    assert rank.announce(1002)
+    rank.loaded(100, 1001.0)
+    assert rank.due(101, 1002.0) is Due.NOT_DUE
+    target = rank.proposal(101, 1002.0)
+    assert target == 103
+    assert rank.announce(target)
+    assert [step for step in range(102, 1003) if rank.due(step, 1000.0 + step) is Due.PERSIST] == [103, 500, 1000, 1002]
+    assert rank.proposal(1002, 2002.0) is None
+
+
+def test_what_was_due_between_the_loaded_step_and_the_first_is_due_at_the_first() -> None:
+    """A restarted loop that asks at every eighth step misses no period; the loaded step itself may be saved again."""
+    rank = a_rank(period_steps=100)
+    rank.loaded(96, 0.0)
+    assert rank.due(104, 1.0) is Due.PERSIST
+    assert rank.due(112, 2.0) is Due.NOT_DUE
+    again = a_rank(period_steps=100)
+    again.loaded(100, 0.0)
+    assert again.due(100, 1.0) is Due.PERSIST
+
+
 @pytest.mark.parametrize("lead_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_lead_that_is_no_time_is_refused(lead_s: float) -> None:
     """The lead is a positive, finite number of seconds."""
