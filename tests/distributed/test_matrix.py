@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,10 +113,12 @@ def save_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome
     if cell.kind is Kind.SIGSTOP and cell.who is not Who.EXECUTOR:
         resume(hit.pid)
     if cell.deed is not Deed.NONE:
+        # One pod is at this phase as soon as it has sealed: the other one's seal is a race with the deed, until its trainer trains on.
+        staged(scene, (0, 1))
         do_deed(scene, before)
         faults.release(scene.folder)
-    for rank in alive:
-        assert scene.job[rank].hear(Deadline.STAGED) == "trains on"
+    else:
+        staged(scene, alive)
     told = [scene.ask(rank, "result", 2) for rank in alive]
     if cell.kills_a_trainer or cell.kind is Kind.FLIP:
         return restart(scene, told)
@@ -125,6 +127,11 @@ def save_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome
     assert committed or 2 not in told, told
     assert goes_on(scene), told
     return Outcome.COMMITTED if is_committed(scene.root, 2) or committed else Outcome.ABSENT
+
+
+def staged(scene: Scene, ranks: Sequence[int]) -> None:
+    for rank in ranks:
+        assert scene.job[rank].hear(Deadline.STAGED) == "trains on"
 
 
 def load_under_the_fault(scene: Scene, before: list[tuple[int, int]]) -> Outcome:

@@ -82,6 +82,8 @@ class Context:
     """The plan whose replicas this pod has sent for a comparison with the other pods'."""
     differing: tuple[str, list[str]] = ("", [])
     """Coordinator: the plan that was compared last, and the names whose values differed from pod to pod then."""
+    begun: tuple[tuple[str, str], set[str]] = (("", ""), set())
+    """The save that this executor wrote last (directory, what its file names carry), and the names that it has begun to write."""
 
     @property
     def first_rank(self) -> int:
@@ -105,6 +107,16 @@ class Context:
         """(coordinator) Those of the rescues before number `end` whose keys are still there."""
         numbers = range(self.rescues_forgotten, end)
         return [f"rescue/{number}/{part}" for number in numbers for part in ("offer", "choice")]
+
+    def begun_files(self, directory: str, generation: str) -> set[str]:
+        """
+        Names of the files that this executor has begun to write for a save: what it may write again, and remove.
+
+        Kept from one try to the next: a save whose store is lost begins again from its start (`with_failover`).
+        """
+        if self.begun[0] != (directory, generation):
+            self.begun = ((directory, generation), set())
+        return self.begun[1]
 
     def step_path(self, step: int) -> str:
         return os.path.join(self.root, names.step_directory(step))

@@ -35,8 +35,7 @@ class Share:
         self.directory = directory_of(context, request)
         self.generation = generation_of(context, request)
         self._repeated = request.repeated
-        self._made: set[str] = set()
-        """Files that this object has begun to write: what it may write again, and remove."""
+        self._made = context.begun_files(self.directory, self.generation)
 
     def write(self, pictures: Mapping[int, images.Image]) -> dict[str, Any]:
         """
