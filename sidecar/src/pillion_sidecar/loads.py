@@ -159,7 +159,6 @@ class Loads:
             "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
             "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
             "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
-            "limit_bytes": pod.limit_bytes,
         }
 
     async def _find(self, pod: Pod, asked: dict[int, tuple[Client, messages.Message]], first: messages.Message) -> None:

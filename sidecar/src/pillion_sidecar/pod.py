@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion.errors import ArenaExhausted
 from pillion.wire import arena, messages, names, policy
 from pillion_sidecar import settings
+from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena import segment as segment_module
+from pillion_sidecar.arena.growth import Growth
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
 from pillion_sidecar.session_record import Record
@@ -32,7 +33,8 @@ STRIDE_STEP_BYTES: Final = 2 * 1024**2
 """Slots begin at multiples of a huge page, should the tmpfs use them."""
 DEFAULT_LIMIT_SHARE: Final = 0.5
 """Without staging.sizeLimit the arena may take this share of its tmpfs: the kernel's own default for a tmpfs is half of memory."""
-
+ADDRESS_SPACE_BYTES: Final = 2**45
+"""For all slots of a pod: a quarter of what a process has (47 bits), as each slot may need the whole limit."""
 
 EPOCH_MOST: Final = 2**32 - 1
 """Later than any: a slot's header has 32 bits for it."""
@@ -130,10 +132,27 @@ class Pod:
         self.segments: dict[int, Segment] = {}
         alone = len(identity.pods) == 1
         self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap, alone=alone)
-        stride = -(-self.limit_bytes // STRIDE_STEP_BYTES) * STRIDE_STEP_BYTES + STRIDE_STEP_BYTES
-        for index, rank in enumerate(identity.local_ranks):
-            path = os.path.join(runtime_dir, names.segment_file(index))
-            self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
+        try:
+            for index, rank in enumerate(identity.local_ranks):
+                path = os.path.join(runtime_dir, names.segment_file(index))
+                stride = stride_bytes(self.limit_bytes, num_slots=len(identity.local_ranks) * of.staging.slots)
+                self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
+        except BaseException:
+            self.close()
+            raise
+        self._growth = Growth(self.segments, self.limit_bytes)
+        container = memory_limit.tightest()
+        if (
+            of.staging.size_limit_bytes is not None
+            and container is not None
+            and container.limit_bytes < self.limit_bytes
+        ):
+            _log.warning(
+                "staging.sizeLimit is %d bytes, and the memory limit of this container (%s) %d: the arena can have no more than that",
+                self.limit_bytes,
+                container.path,
+                container.limit_bytes,
+            )
         self._remove_strangers()
         self.order: tuple[int, int] | None = None
         """(generation, epoch) of what is saved now; None until the executor has opened the session."""
@@ -158,7 +177,7 @@ class Pod:
         """Segments of local ranks that this session does not have (a smaller world): they would hold memory for nobody."""
         own = {os.path.basename(segment.path) for segment in self.segments.values()}
         for name in os.listdir(self.runtime_dir):
-            if name.startswith("segment-") and name not in own and name.removesuffix(".opaque") not in own:
+            if name.startswith("segment-") and name not in own:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.runtime_dir, name))
 
@@ -190,7 +209,7 @@ class Pod:
             )
             if not whole or first is None:
                 for rank in ranks:
-                    self._reset(rank, slot)
+                    self.segments[rank].reset(slot)
                 continue
             for rank in ranks:
                 self.segments[rank].write_state(slot, arena.SlotState.SEALED)
@@ -230,21 +249,10 @@ class Pod:
         Give a rank's slot at least `room_bytes`; its capacity. Runs in a thread.
 
         Raises:
-            ArenaExhausted: over the policy's limit for the pod, or the tmpfs is full.
+            ArenaExhausted: over the policy's limit for the pod, or the container's; or the tmpfs is full.
+            SidecarError: the executor grows a slot for a load, and does not end.
         """
-        segment = self.segments[rank]
-        have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
-        if room_bytes <= have:
-            return have
-        used = sum(s.capacity_bytes(i) for s in self.segments.values() for i in range(s.header.num_slots))
-        if used - have + room_bytes > self.limit_bytes:
-            raise ArenaExhausted(
-                needed_bytes=room_bytes,
-                available_bytes=max(0, self.limit_bytes - used + have),
-                cause=f"the pod's limit is {self.limit_bytes} bytes for {len(self.segments)} ranks with"
-                f" {self.policy.staging.slots} slots each",
-            )
-        return segment.grow(slot, room_bytes)
+        return self._growth.grow(rank, slot, room_bytes)
 
     def date(self, order: tuple[int, int]) -> None:
         """
@@ -286,18 +294,10 @@ class Pod:
             ),
         )
 
-    def _reset(self, rank: int, slot: int) -> None:
-        """Free a slot and forget what its image held."""
-        segment = self.segments[rank]
-        sequence = 0
-        with contextlib.suppress(ValueError):
-            sequence = segment.read_header(slot).sequence
-        segment.write_header(slot, arena.SlotHeader(state=arena.SlotState.FREE, sequence=sequence))
-
     def reset(self, slot: int) -> None:
         self.strangers.pop(slot, None)
-        for rank in self.segments:
-            self._reset(rank, slot)
+        for segment in self.segments.values():
+            segment.reset(slot)
 
     def heard(self, step: int, *, persisted: bool) -> None:
         """
@@ -343,6 +343,7 @@ class Pod:
             "root": identity.root,
             "store": store,
             "segments": {str(rank): segment.path for rank, segment in self.segments.items()},
+            "limit_bytes": self.limit_bytes,
             "policy": policy.dump(self.policy),
             "peer_timeout_s": of.peer_timeout_s,
             "persist_timeout_s": of.persist_timeout_s,
@@ -378,12 +379,10 @@ class Pod:
 
     def remove(self) -> None:
         """Unlink the arena: everything in it is on storage, or was given up."""
-        paths = [segment.path for segment in self.segments.values()]
         self.close()
-        for path in paths:
-            for name in (path, f"{path}.opaque"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+        for segment in self.segments.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(segment.path)
 
 
 def name_of(of: settings.Settings, identity: Identity) -> str:
@@ -392,6 +391,12 @@ def name_of(of: settings.Settings, identity: Identity) -> str:
         job = f"{of.job_kind} {of.job_name}".strip() or identity.run_id
         return f"{job} (pod {of.pod_namespace}/{of.pod_name})"
     return f"run {identity.run_id!r} on {socket.gethostname()} (sidecar's pid {os.getpid()})"
+
+
+def stride_bytes(limit_bytes: int, *, num_slots: int) -> int:
+    """The range of addresses of one slot: room for the whole limit, as long as all slots of the pod have it."""
+    wanted = -(-limit_bytes // STRIDE_STEP_BYTES) * STRIDE_STEP_BYTES + STRIDE_STEP_BYTES
+    return min(wanted, ADDRESS_SPACE_BYTES // num_slots // STRIDE_STEP_BYTES * STRIDE_STEP_BYTES)
 
 
 def _limit(runtime_dir: str, of: policy.Policy) -> int:

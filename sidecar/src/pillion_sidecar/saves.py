@@ -58,7 +58,8 @@ class Saves:
         self._waiting: list[tuple[Client, messages.Message]] = []
         self._unanswered: dict[tuple[int, int], tuple[Client, messages.Message]] = {}
         """Claims whose client wants notices; by rank and message."""
-        self._seal_timers: dict[int, asyncio.TimerHandle] = {}
+        self._seal_timers: dict[tuple[str, int], asyncio.TimerHandle] = {}
+        """By session and step: trainers that come back save the same steps again, each with all of the bound."""
 
     async def claim(self, client: Client, message: messages.Message) -> None:
         """A rank wants to fill a slot. While it waits it is told so, every NOTICE_S: a sidecar that hangs tells nothing."""
@@ -115,9 +116,10 @@ class Saves:
             raise
         save.born = save.born or pod.order
         pod.begin_fill(client.rank, save.slot, persist=persist)
-        if step not in self._seal_timers:
+        key = (pod.identity.session, step)
+        if key not in self._seal_timers:
             loop = asyncio.get_running_loop()
-            self._seal_timers[step] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, step)
+            self._seal_timers[key] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, *key)
         client.answer(message, {"type": "claimed", "slot": save.slot, "capacity_bytes": capacity})
         return False
 
@@ -145,10 +147,10 @@ class Saves:
             self._persisting.wake()
         self.released()
 
-    def _seal_timeout(self, step: int) -> None:
-        self._seal_timers.pop(step, None)
+    def _seal_timeout(self, session: str, step: int) -> None:
+        self._seal_timers.pop((session, step), None)
         pod = self._trainers.pod
-        save = pod.table.saves.get(step) if pod is not None else None
+        save = pod.table.saves.get(step) if pod is not None and pod.identity.session == session else None
         if save is None or save.phase is not Phase.FILLING or pod is None:
             return
         missing = sorted(pod.table.ranks - save.sealed)
@@ -198,7 +200,8 @@ class Saves:
         self._persisting.report_failed(save, error, but=but)
 
     def _forget_timer(self, step: int) -> None:
-        timer = self._seal_timers.pop(step, None)
+        pod = self._trainers.pod
+        timer = self._seal_timers.pop((pod.identity.session, step), None) if pod is not None else None
         if timer is not None:
             timer.cancel()
 

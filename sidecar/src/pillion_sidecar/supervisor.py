@@ -220,7 +220,9 @@ class Supervisor:
         dead = await self._look_for_owner(root, identity) if root and len(identity.pods) == 1 else ""
         if trainers.pod is not None:
             await self._finish(trainers.pod, identity)
-            trainers.pod.close()
+            # Closed once, also when the next one cannot be made.
+            before, trainers.pod = trainers.pod, None
+            before.close()
         trainers.pod = Pod(
             self.settings.runtime_dir,
             identity,

@@ -2,7 +2,7 @@
 Segment files: made, grown, adopted and removed.
 
 Called from: the supervisor (owner) and the executor (reader and writer of images). The supervisor's process holds a shared
-`flock` on each segment as long as it lives: what nobody holds may be reclaimed, what somebody holds is never touched.
+`flock` on each segment as long as it lives: what nobody holds may be reclaimed (`leftovers`), what somebody holds is never touched.
 
 Memory is allocated with `posix_fallocate` and touched here, before the trainer needs it: so a full tmpfs is an error of this
 process, never a SIGBUS in the trainer, and the pages are charged to the sidecar's container.
@@ -15,16 +15,16 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
+import resource
 from typing import Final
 
-from pillion.errors import ArenaExhausted
+from pillion.errors import ArenaExhausted, SidecarError
 from pillion.wire import arena
 from pillion_sidecar import shared_files
 
 TOUCH_STEP_BYTES: Final = 64 * 1024**2
 MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14. Older kernels answer EINVAL; the pages are then touched one by one."""
+"""Linux 5.14. Older kernels answer EINVAL; the pages are then touched one by one, by reading: what a trainer has written there by then stays."""
 PRIVATE: Final = 0o600
 """Mode of a segment without a cluster: on a machine that others use too, a model's state is its owner's."""
 SHARED: Final = 0o666
@@ -42,7 +42,7 @@ class Segment:
         self.path = path
         self.header = header
         self._fd = fd
-        self.map = mmap.mmap(fd, header.segment_bytes)
+        self.map = _mapped(path, fd, header.segment_bytes)
         self._known: dict[int, int] = {}
         """slot -> capacity as last looked up. A slot never shrinks, so it is a lower bound."""
 
@@ -53,6 +53,7 @@ class Segment:
 
         Raises:
             ArenaExhausted: not even the header pages fit.
+            SidecarError: this process may not map as much.
             OSError: the folder cannot be written.
         """
         header = arena.SegmentHeader(num_slots=num_slots, stride_bytes=stride_bytes)
@@ -82,6 +83,7 @@ class Segment:
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is none of ours, or of another protocol version.
+            SidecarError: this process may not map as much.
         """
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -93,11 +95,6 @@ class Segment:
         except BaseException:
             os.close(fd)
             raise
-
-    @property
-    def mode(self) -> int:
-        """Permissions of the file; what is laid beside it for the trainer has the same."""
-        return stat.S_IMODE(os.fstat(self._fd).st_mode)
 
     def capacity_bytes(self, slot: int, *, enough_bytes: int | None = None) -> int:
         """
@@ -130,7 +127,9 @@ class Segment:
             return have
         if room_bytes > self.header.stride_bytes:
             raise ArenaExhausted(
-                needed_bytes=room_bytes, available_bytes=self.header.stride_bytes, cause="more than staging.sizeLimit"
+                needed_bytes=room_bytes,
+                available_bytes=self.header.stride_bytes,
+                cause="a slot's range of addresses ends there",
             )
         start = self.header.slot_offset(slot)
         _allocate(self._fd, start + have, room_bytes - have)
@@ -145,7 +144,7 @@ class Segment:
                 self.map.madvise(MADV_POPULATE_WRITE, start, step)
             except OSError:
                 for page in range(start, start + step, arena.PAGE_BYTES):
-                    self.map[page] = 0
+                    _ = self.map[page]
             start += step
 
     def slot(self, index: int) -> memoryview:
@@ -177,12 +176,34 @@ class Segment:
         start = self.header.slot_offset(slot) + arena.STATE_OFFSET
         self.map[start : start + 4] = arena.pack_state(state)
 
+    def reset(self, slot: int) -> None:
+        """Free a slot and forget what its image held: its heads and tails too, which a save of the same layout would not write again."""
+        sequence = 0
+        with contextlib.suppress(ValueError):
+            sequence = self.read_header(slot).sequence
+        self.write_header(slot, arena.SlotHeader(state=arena.SlotState.FREE, sequence=sequence))
+
     def close(self) -> None:
         """Drop the mapping and the lease. The file stays."""
         # A view may still be out (a cancelled read): the mapping then goes with it.
         with contextlib.suppress(BufferError):
             self.map.close()
         os.close(self._fd)
+
+
+def _mapped(path: str, fd: int, length: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, length)
+    except OSError as err:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        why = (
+            f"the limit of this process is {limit} bytes (ulimit -v)"
+            if limit != resource.RLIM_INFINITY
+            else "no limit is set"
+        )
+        raise SidecarError(
+            f"the sidecar cannot map the arena segment {path}: {length} bytes of addresses, not of memory, are needed: {err.strerror}; {why}"
+        ) from err
 
 
 def _allocate(fd: int, offset: int, length: int) -> None:

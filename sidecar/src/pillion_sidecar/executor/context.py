@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pillion import phases
 from pillion.errors import BarrierTimeout
 from pillion.wire import layout, names, policy
 from pillion_sidecar import ownership
+from pillion_sidecar.arena.growth import Growth
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.executor import exchange, images, planning, storage_exchange
 from pillion_sidecar.executor.watch import Watch, Watched
@@ -45,6 +47,8 @@ class Context:
     persist_timeout_s: float
     write_threads: int
     watch: Watch
+    limit_bytes: int = sys.maxsize
+    """What the policy allows for all slots of the pod together."""
     store_address: tuple[str, int] | None = None
     """Where our own store listens; None when there is none or it is the job's."""
     reader: images.Reader = field(default_factory=images.Reader)
@@ -84,6 +88,9 @@ class Context:
     """Coordinator: the plan that was compared last, and the names whose values differed from pod to pod then."""
     begun: tuple[tuple[str, str], set[str]] = (("", ""), set())
     """The save that this executor wrote last (directory, what its file names carry), and the names that it has begun to write."""
+
+    def __post_init__(self) -> None:
+        self.growth = Growth(self.segments, self.limit_bytes)
 
     @property
     def first_rank(self) -> int:
@@ -175,6 +182,7 @@ def open_context(document: Mapping[str, Any], watch: Watch) -> Context:
         persist_timeout_s=float(document["persist_timeout_s"]),
         write_threads=int(document["write_threads"]),
         watch=watch,
+        limit_bytes=int(document["limit_bytes"]),
         store_address=address,
         signal_store=signal_store,
         loads=int(document.get("loads", 0)),

@@ -7,16 +7,16 @@ checked against its digest. Anything else (another world size, a checkpoint of s
 
 from __future__ import annotations
 
+import functools
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
-from pillion.errors import ArenaExhausted
 from pillion.wire import arena, layout, manifest
-from pillion_sidecar import catalog, shared_files
+from pillion_sidecar import catalog
 from pillion_sidecar.executor import matching
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.executor.load_request import Request, Wanted
@@ -24,9 +24,6 @@ from pillion_sidecar.storage import digest, directio, reading
 
 PROGRESS_BYTES: Final = 32 * 1024**2
 """Verified bytes between two announcements: 5 ms of copying, so the copy starts early and messages stay few."""
-
-_growing = threading.Lock()
-"""Ranks are filled side by side, and the limit is one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,8 @@ def _fill_rank(
     where = f"the checkpoint {stored.path}"
     found = matching.match(wanted.layout, tensors, stored.opaque.keys(), strict=request.strict, where=where)
     target = found.layout
-    memory = begin(context, request, wanted.rank, found, progress, tier="storage")
+    opaque_bytes = _opaque_bytes(stored, target)
+    memory = begin(context, request, wanted.rank, found, progress, tier="storage", opaque_bytes=opaque_bytes)
     exact: dict[str, list[tuple[int, manifest.StoredChunk]]] = {}
     pending = set()
     for index, item in enumerate(target.items):
@@ -85,30 +83,37 @@ def _fill_rank(
         for index in sorted(pending):
             cache.assemble(target, index, memory)
             ready.mark(index)
-    return Filled(_write_opaque(context, stored, wanted.rank, target), found)
+    slot_start = context.segments[wanted.rank].header.slot_offset(request.spare_slot)
+    lengths = _write_opaque(stored, target, memory[target.tensors_bytes :])
+    starts = accumulate(lengths[:-1], initial=slot_start + arena.PAGE_BYTES + target.tensors_bytes)
+    file = context.segments[wanted.rank].path
+    return Filled({"file": file, "starts": list(starts) if lengths else [], "lengths": lengths}, found)
 
 
 def begin(
-    context: Context, request: Request, rank: int, found: matching.Match, progress: Progress, *, tier: str
+    context: Context,
+    request: Request,
+    rank: int,
+    found: matching.Match,
+    progress: Progress,
+    *,
+    tier: str,
+    opaque_bytes: int = 0,
 ) -> memoryview:
     """
     Have the spare slot of a rank hold the layout that was found, and tell the trainer how it lies there; the image.
 
+    Args:
+        opaque_bytes: room behind the tensors.
+
     Raises:
-        ArenaExhausted: it would be larger than the policy allows.
+        ArenaExhausted: it would be larger than the policy or the container allows.
+        SidecarError: the supervisor grows slots, and does not end.
     """
     segment, slot = context.segments[rank], request.spare_slot
-    needed = arena.PAGE_BYTES + found.layout.tensors_bytes + arena.PAGE_BYTES
-    with _growing:
-        used = sum(each.capacity_bytes(i) for each in context.segments.values() for i in range(each.header.num_slots))
-        has = segment.capacity_bytes(slot, enough_bytes=needed)
-        if request.limit_bytes is not None and needed > has and used - has + needed > request.limit_bytes:
-            raise ArenaExhausted(
-                needed_bytes=needed,
-                available_bytes=max(0, request.limit_bytes - used + has),
-                cause=f"the pod's limit is {request.limit_bytes} bytes, and {used - has} are in use beside the slot to load into",
-            )
-        segment.grow(slot, needed)
+    # Behind the last tensor a page that direct I/O may touch, or the opaque leaves, which are written when the tensors are there.
+    needed = arena.PAGE_BYTES + found.layout.tensors_bytes + max(arena.PAGE_BYTES, opaque_bytes)
+    context.growth.grow(rank, slot, needed)
     progress(
         {
             "type": "load_begin",
@@ -162,19 +167,32 @@ def _read_exact(
         reading.retried(path, lambda: directio.read_file(path, memory, pieces, on_piece=verify))
 
 
-def _write_opaque(context: Context, stored: catalog.Stored, rank: int, of: layout.Layout) -> dict[str, Any]:
-    """The opaque leaves, verified, in a file beside the arena: the trainer reads it before it says that it is done."""
-    segment = context.segments[rank]
-    path = f"{segment.path}.opaque"
-    starts, lengths, cursor = [], [], 0
-    with open(shared_files.create(path, segment.mode), "wb") as out:
-        for fqn in of.opaque:
-            data = _read_opaque(stored, stored.opaque[fqn])
-            out.write(data)
-            starts.append(cursor)
-            lengths.append(len(data))
-            cursor += len(data)
-    return {"file": path, "starts": starts, "lengths": lengths}
+def _opaque_bytes(stored: catalog.Stored, of: layout.Layout) -> int:
+    """
+    Length of all opaque leaves that are wanted.
+
+    Raises:
+        catalog.Damaged: a length is none, or beyond the end of its file: such a one is no reason to grow the arena.
+    """
+    sizes: dict[str, int] = {}
+    for leaf in (stored.opaque[fqn] for fqn in of.opaque):
+        path = os.path.join(stored.path, leaf.file)
+        with catalog.damage(path):
+            if path not in sizes:
+                sizes[path] = reading.retried(path, functools.partial(os.path.getsize, path))
+            if leaf.offset + leaf.length > sizes[path]:
+                raise directio.TruncatedFile(path, wanted_bytes=leaf.offset + leaf.length, found_bytes=sizes[path])
+        if leaf.length < 0:
+            raise catalog.Damaged(f"{path}: {leaf.fqn!r} has a negative length")
+    return sum(stored.opaque[fqn].length for fqn in of.opaque)
+
+
+def _write_opaque(stored: catalog.Stored, of: layout.Layout, memory: memoryview) -> list[int]:
+    """The opaque leaves, verified, one behind the other: the trainer reads them before it says that it is done. Their lengths."""
+    lengths = [stored.opaque[fqn].length for fqn in of.opaque]
+    for fqn, end, length in zip(of.opaque, accumulate(lengths), lengths, strict=True):
+        memory[end - length : end] = _read_opaque(stored, stored.opaque[fqn])
+    return lengths
 
 
 def _read_opaque(stored: catalog.Stored, leaf: manifest.StoredBytes) -> bytearray:

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from pillion import phases
 from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, LoadError, PillionError
-from pillion.wire import arena, names
+from pillion.wire import names
 from pillion_sidecar import catalog, milestones
 from pillion_sidecar.arena.slots import NO_SLOT
 from pillion_sidecar.executor import arena_load, choose, fill, matching
@@ -132,7 +132,7 @@ def _with_spare(context: Context, request: Request, step: int, choice: Mapping[s
     taken = min(others, key=lambda each: (each in choice["arena"], request.orders.get(each, (0, 0)), each))
     for segment in context.segments.values():
         # Before the first byte: whoever finds the arena after a crash takes it for free.
-        segment.write_state(request.arena[taken], arena.SlotState.FREE)
+        segment.reset(request.arena[taken])
     return dataclasses.replace(request, spare_slot=request.arena[taken])
 
 

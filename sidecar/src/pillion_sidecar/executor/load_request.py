@@ -35,8 +35,6 @@ class Request:
     """Snapshots of another world that were found in the arena: step, number of ranks, order."""
     spare_slot: int
     """A slot that may be filled; NO_SLOT: one is taken once the pods have agreed on what to fill it with."""
-    limit_bytes: int | None = None
-    """What the policy allows for all slots of the pod together."""
     strict: bool = True
     """What the checkpoint does not have is an error; else it is left as it is, and named."""
     find: bool = False
@@ -44,7 +42,6 @@ class Request:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Request:
-        limit = document.get("limit_bytes")
         return cls(
             step=document.get("step"),
             wanted=tuple(
@@ -57,7 +54,6 @@ class Request:
                 (int(step), int(ranks), (int(order[0]), int(order[1]))) for step, ranks, order in document["strangers"]
             ),
             spare_slot=int(document["spare_slot"]),
-            limit_bytes=None if limit is None else int(limit),
             strict=bool(document["strict"]),
             find=bool(document["find"]),
         )

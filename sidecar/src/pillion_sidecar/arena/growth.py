@@ -1,0 +1,144 @@
+"""
+Memory for the slots of one pod: within the policy's limit, what the container may take, and what the tmpfs has.
+
+Called from: `pod` (claims and reserves, in threads) and the executor's `fill` (the slot of a load). Ranks grow side by side, a GiB in a
+second or two each: each first reserves what it is about to take, so that all of them together stay within the limit. The two processes
+grow in turn, as each knows its own reservations only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from pillion.errors import ArenaExhausted, SidecarError
+from pillion_sidecar.arena import memory_limit
+from pillion_sidecar.arena.segment import Segment
+
+TURN_TIMEOUT_S: Final = 300.0
+"""Bound for the other process to have grown its slots: 100 GiB in each of several ranks, on a busy node."""
+TURN_POLL_S: Final = 0.02
+SPARE_BYTES: Final = 64 * 1024**2
+"""Of the container's limit, what the arena leaves to the sidecar's own work: the buffers and texts of a save."""
+
+
+class Growth:
+    """
+    See the module.
+
+    Args:
+        segments: rank -> its segment; all in one folder.
+        limit_bytes: for all slots together.
+        container: what it may take as well.
+    """
+
+    def __init__(
+        self,
+        segments: Mapping[int, Segment],
+        limit_bytes: int,
+        *,
+        container: Callable[[], memory_limit.Level | None] = memory_limit.tightest,
+    ) -> None:
+        self._segments = segments
+        self._limit_bytes = limit_bytes
+        self._container = container
+        self._reserved: dict[tuple[int, int], int] = {}
+        """(rank, slot) -> the capacity that it is being given."""
+        self._changing = threading.Lock()
+        self._slots = {(rank, i): threading.Lock() for rank, s in segments.items() for i in range(s.header.num_slots)}
+        self._turn = -1
+        """The folder of the segments, locked with flock by the process that grows them; -1: this one does not."""
+
+    def grow(self, rank: int, slot: int, room_bytes: int) -> int:
+        """
+        Give a rank's slot at least `room_bytes`; its capacity.
+
+        Blocks: 1 to 2 s a GiB of fresh memory; up to TURN_TIMEOUT_S while the other process grows slots.
+
+        Raises:
+            ArenaExhausted: over a limit, or the tmpfs is full.
+            SidecarError: the other process has grown slots for too long.
+        """
+        segment = self._segments[rank]
+        have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
+        if room_bytes <= have:
+            return have
+        with self._slots[rank, slot]:
+            have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
+            if room_bytes <= have:
+                return have  # it was given to it while this one waited
+            self._reserve(rank, slot, room_bytes)
+            try:
+                return segment.grow(slot, room_bytes)
+            finally:
+                with self._changing:
+                    del self._reserved[rank, slot]
+                    if not self._reserved:
+                        self._end_turn()
+
+    def _reserve(self, rank: int, slot: int, room_bytes: int) -> None:
+        with self._changing:
+            if not self._reserved:
+                self._take_turn()
+            try:
+                self._check(rank, slot, room_bytes)
+            except BaseException:
+                if not self._reserved:
+                    self._end_turn()
+                raise
+            self._reserved[rank, slot] = room_bytes
+
+    def _check(self, rank: int, slot: int, room_bytes: int) -> None:
+        has = {key: self._segments[key[0]].capacity_bytes(key[1]) for key in self._slots}
+        others = sum(max(has[key], self._reserved.get(key, 0)) for key in self._slots if key != (rank, slot))
+        if others + room_bytes > self._limit_bytes:
+            raise ArenaExhausted(
+                needed_bytes=room_bytes,
+                available_bytes=max(0, self._limit_bytes - others),
+                cause=f"the pod's limit is {self._limit_bytes} bytes for {len(self._slots)} slots of {len(self._segments)} ranks,"
+                f" of which the others have {others}",
+            )
+        level = self._container()
+        if level is None:
+            return
+        coming = sum(max(0, self._reserved[key] - has[key]) for key in self._reserved)
+        free = level.free_bytes - coming - SPARE_BYTES
+        if room_bytes - has[rank, slot] > free:
+            raise ArenaExhausted(
+                needed_bytes=room_bytes,
+                available_bytes=max(0, has[rank, slot] + free),
+                cause=f"the memory limit of this container ({level.path}) is {level.limit_bytes} bytes, of which"
+                f" {level.used_bytes + coming} are in use, and {SPARE_BYTES} stay free for the sidecar itself",
+                remedy="raise the container's memory limit, or save less at once",
+            )
+
+    def _take_turn(self) -> None:
+        folder = os.path.dirname(next(iter(self._segments.values())).path)
+        self._turn = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        begun = time.monotonic()
+        try:
+            while not _locked(self._turn):
+                if time.monotonic() - begun > TURN_TIMEOUT_S:
+                    raise SidecarError(
+                        f"another process of this sidecar has been growing the arena in {folder} for {TURN_TIMEOUT_S:.0f} s"
+                    )
+                time.sleep(TURN_POLL_S)
+        except BaseException:
+            self._end_turn()
+            raise
+
+    def _end_turn(self) -> None:
+        os.close(self._turn)
+        self._turn = -1
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
