@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -121,11 +122,9 @@ class Layout:
 
     def opaque_starts(self, lengths_bytes: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """Offsets of the opaque leaves for these lengths, and the length of the whole image."""
-        starts, cursor = [], self.tensors_bytes
-        for length in lengths_bytes:
-            starts.append(cursor)
-            cursor += aligned(length)
-        return tuple(starts), cursor
+        rooms = [-(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for length in lengths_bytes]
+        *starts, end = itertools.accumulate(rooms, initial=self.tensors_bytes)
+        return tuple(starts), end
 
 
 def decode(encoded: bytes) -> Layout:
