@@ -18,8 +18,8 @@ ARG PIP_CERT
 ARG PIP_INDEX_URL
 WORKDIR /src
 RUN python3 -m venv /build
-COPY requirements-build.lock .
-RUN /build/bin/pip install --quiet --no-cache-dir --require-hashes -r requirements-build.lock
+COPY requirements/build.lock .
+RUN /build/bin/pip install --quiet --no-cache-dir --require-hashes -r build.lock
 COPY client client
 COPY sidecar sidecar
 COPY operator operator
@@ -30,8 +30,8 @@ FROM ${BASE} AS operator
 ARG PIP_CERT
 ARG PIP_INDEX_URL
 RUN python3 -m venv /opt/pillion
-COPY requirements-operator.lock /opt/pillion/
-RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/requirements-operator.lock
+COPY requirements/operator.lock /opt/pillion/
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/operator.lock
 COPY --from=wheels /wheels /opt/pillion/wheels
 RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --no-deps --no-index \
     /opt/pillion/wheels/pillion-*.whl /opt/pillion/wheels/pillion_operator-*.whl
@@ -46,8 +46,8 @@ ARG PIP_INDEX_URL
 ARG TORCH_INDEX
 ARG TORCH=torch==2.15.0
 RUN python3 -m venv --system-site-packages /opt/pillion
-COPY requirements-sidecar.lock /opt/pillion/
-RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/requirements-sidecar.lock
+COPY requirements/sidecar.lock /opt/pillion/
+RUN /opt/pillion/bin/pip install --quiet --no-cache-dir --require-hashes -r /opt/pillion/sidecar.lock
 RUN /opt/pillion/bin/python -c "import torch" 2>/dev/null \
     || /opt/pillion/bin/pip install --quiet --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "${TORCH}" numpy
 COPY --from=wheels /wheels /opt/pillion/wheels

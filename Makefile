@@ -31,19 +31,19 @@ setup: $(STAMP)  ## make .venv from the lock; does nothing when nothing changed
 
 # pip installs one tool, uv, at a pinned version and hash; uv installs the rest. The build back end is in the lock too,
 # so that installing our own three downloads nothing.
-$(STAMP): requirements-uv.lock requirements.lock client/pyproject.toml sidecar/pyproject.toml operator/pyproject.toml
+$(STAMP): requirements/uv.lock requirements/dev.lock client/pyproject.toml sidecar/pyproject.toml operator/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Pillion needs Python 3.11 or newer; this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
-	$(UV_PIP) --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	$(UV_PIP) --require-hashes -r requirements/dev.lock
 	$(UV_PIP) --no-deps --no-build-isolation -e client -e sidecar -e operator
 	touch $@
 
-lock: $(STAMP)  ## pin requirements*.in anew; versions already locked stay (remove the file to take the newest)
-	$(LOCK) requirements-uv.in -o requirements-uv.lock
-	$(LOCK) requirements.in -o requirements.lock
+lock: $(STAMP)  ## pin requirements/*.in anew; versions already locked stay (remove the file to take the newest)
+	$(LOCK) requirements/uv.in -o requirements/uv.lock
+	$(LOCK) requirements/dev.in -o requirements/dev.lock
 	for image in build sidecar operator; do \
-	  $(LOCK) --constraint requirements.lock requirements-$$image.in -o requirements-$$image.lock; done
+	  $(LOCK) --constraint requirements/dev.lock requirements/$$image.in -o requirements/$$image.lock; done
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -14,11 +14,11 @@ from typing import Final
 from guard import repository
 
 LOCKS: Final = (
-    "requirements.lock",
-    "requirements-uv.lock",
-    "requirements-build.lock",
-    "requirements-sidecar.lock",
-    "requirements-operator.lock",
+    "requirements/dev.lock",
+    "requirements/uv.lock",
+    "requirements/build.lock",
+    "requirements/sidecar.lock",
+    "requirements/operator.lock",
 )
 
 PIN: Final = re.compile(r"[a-z0-9][a-z0-9.-]*==[^\s/]+( ; [^/]*)? \\")
@@ -64,9 +64,11 @@ def test_locks_name_no_address_and_no_path() -> None:
 
 
 def test_every_requirement_is_locked() -> None:
-    """What the three distributions require, and what requirements.in asks for, is in the lock that `make setup` installs."""
+    """What the three distributions require, and what requirements/dev.in asks for, is in the lock that `make setup` installs."""
     locked = set(
-        re.findall(r"^([a-z0-9][a-z0-9.-]*)==", (repository.ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+        re.findall(
+            r"^([a-z0-9][a-z0-9.-]*)==", (repository.ROOT / "requirements/dev.lock").read_text(), flags=re.MULTILINE
+        )
     )
     for distribution in repository.DISTRIBUTIONS:
         project = tomllib.loads((repository.ROOT / distribution / "pyproject.toml").read_text())["project"]
@@ -74,10 +76,10 @@ def test_every_requirement_is_locked() -> None:
         for requirement in [*project["dependencies"], *extras]:
             name = re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-")
             if not name.startswith("pillion"):
-                assert name in locked, f"{distribution}/pyproject.toml asks for {name}: add it to requirements.in"
+                assert name in locked, f"{distribution}/pyproject.toml asks for {name}: add it to requirements/dev.in"
     comments = re.compile(r"^#.*$", flags=re.MULTILINE)
     asked = {
-        line.split("==")[0] for line in comments.sub("", (repository.ROOT / "requirements.in").read_text()).split()
+        line.split("==")[0] for line in comments.sub("", (repository.ROOT / "requirements/dev.in").read_text()).split()
     }
     assert asked <= locked
 

@@ -120,7 +120,7 @@ def ours() -> tuple[str, ...]:
 def source_digest() -> str:
     """Of all that goes into our images: the same digest, the same images."""
     digest = hashlib.sha256()
-    for top in ("Dockerfile", "client", "sidecar", "operator", "examples"):
+    for top in ("Dockerfile", "requirements", "client", "sidecar", "operator", "examples"):
         path = ROOT / top
         for each in sorted([path] if path.is_file() else path.rglob("*")):
             if each.is_file() and "__pycache__" not in each.parts and "egg-info" not in str(each):
