@@ -1,5 +1,6 @@
 """
-The whole of: `make soak`: thousands of saves and restores, with retention and elastic restarts (one pod to three), and what grows meanwhile.
+The whole of: `make soak`: thousands of saves and restores, of a state whose layout and texts change, with retention and elastic restarts (one
+pod to three), and what grows meanwhile.
 
 Called from: the Makefile. Prints a line a sample, and ends with status 1 when something that must be flat is not.
 Must never: count what belongs to the trainers; they are torch's.
@@ -33,6 +34,8 @@ ROUNDS_A_SAMPLE: Final = 125
 WORLDS: Final = (2, 1, 2, 3)
 """Pods of the attempts in turn, a rank each: every restart finds another world than the one that saved."""
 PODS: Final = ("a", "b", "c")
+LOGGED: Final = 50
+"""Entries of the state's log at most: it grows with each save, so that hardly one has the layout of the save before, and begins again."""
 NUMEL: Final = 500_000
 """Of the whole state; does not divide by three."""
 SETTLED: Final = len(WORLDS) * ROUNDS_AN_ATTEMPT // ROUNDS_A_SAMPLE
@@ -52,6 +55,12 @@ def shard(step: int, peer: Peer) -> torch.Tensor:
     return values(step).chunk(peer.world_size)[peer.rank]
 
 
+def log(step: int) -> dict[str, Any]:
+    """What a trainer keeps beside its weights: a history, and texts of all lengths."""
+    history = [{"loss": number / step, "step": number} for number in range(step % LOGGED)]
+    return {"history": history, "note": f"{step} " * (step % LOGGED) * 100}
+
+
 def train(peer: Peer) -> None:
     """Rounds of one attempt: a save each, a load now and then, checked."""
     local = torch.zeros_like(shard(0, peer))
@@ -61,13 +70,13 @@ def train(peer: Peer) -> None:
         weights = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size([NUMEL]), stride=(1,))
     begin = int(os.environ["SOAK_BEGIN"])
     with checkpointer.Checkpointer(os.environ["SOAK_ROOT"], policy={"retention": {"keepLast": 2}}) as opened:
-        state: dict[str, Any] = {"weights": weights, "step": 0}
+        state: dict[str, Any] = {"weights": weights, "step": 0} | log(begin)
         loaded = opened.load(state) or 0
         assert loaded == begin, f"step {begin} was told to be committed, and {loaded} was loaded"
         assert begin == 0 or torch.equal(local, shard(begin, peer))
         for step in range(begin + 1, begin + ROUNDS_AN_ATTEMPT + 1):
             local.copy_(shard(step, peer))
-            state["step"] = step
+            state |= {"step": step} | log(step)
             opened.save(state, step).result(Deadline.COMMITTED.s)
             if step % ROUNDS_A_LOAD == 0:
                 local.zero_()

@@ -5,6 +5,8 @@ Called from: pytest.
 Must never: use a store that is no TCPStore; what differs between stores is what matters.
 """
 
+import json
+import random
 import threading
 import time
 from collections import Counter
@@ -139,6 +141,43 @@ def test_a_commit_waits_in_the_store_and_does_not_poll() -> None:
     late.join()
     assert found[1] == {"late": True}
     assert counting.asked == {"wait": 1, "multi_get": 1}
+
+
+def test_documents_of_any_size_cross_the_store_and_leave_nothing_there() -> None:
+    """
+    A server of libuv drops a client that sets more than 8 MiB: the layout of 80,000 leaves has 13. What compresses badly goes in pieces,
+    which are forgotten with their key, by whoever has read or written them.
+    """
+    keep, view = stores.host("127.0.0.1", "pillion/test")
+    _, other = stores.connect("127.0.0.1", keep.port, "pillion/test")
+    coordinator = stores.StoreExchange(view, keep, [[0], [1]], 0)
+    pod = stores.StoreExchange(other, None, [[0], [1]], 1)
+    empty = keep.num_keys()
+    items = [{"fqn": f"model.layers.{number}.attention.wq.weight", "sizes": [8, number]} for number in range(120_000)]
+    layout = {"layout": json.dumps(items)}
+    assert len(exchange.encode(layout)) > 8 * 2**20
+    pod.publish("layout/a", layout)
+    noise = {"noise": random.Random(1).randbytes(9 * 2**19).hex()}
+    pod.post("save/plan", noise)
+    coordinator.post("save/plan", {"small": 1})
+    assert coordinator.receive("layout/a", Deadline.REPLY.s) == layout
+    assert coordinator.collect("save/plan", Deadline.REPLY.s) == {0: {"small": 1}, 1: noise}
+    coordinator.publish("save/plan", noise)
+    assert pod.receive("save/plan", Deadline.REPLY.s) == noise
+    assert keep.num_keys() > empty + 4, "the noise is in pieces"
+    coordinator.forget(["save/plan"])
+    coordinator.unpublish(["layout/a"])
+    assert keep.num_keys() == empty
+
+
+def test_a_damaged_packed_document_is_an_error_and_no_document() -> None:
+    """One that is cut, or no text of ours, is a ValueError; one that fits into no store is refused before the store drops us."""
+    whole, pieces = stores.pack({"text": "a" * stores.PLAIN_BYTES})
+    assert pieces == {}
+    assert stores.unpack(whole, []) == {"text": "a" * stores.PLAIN_BYTES}
+    for damaged in (whole[:-8], whole[:20], f"{stores.PACKED}:!", f"{stores.PACKED}:"):
+        with pytest.raises(ValueError):
+            stores.unpack(damaged, [])
 
 
 def test_a_stranger_in_our_prefix_is_an_error_and_no_document() -> None:

@@ -15,6 +15,7 @@ import pytest
 from pillion.errors import BarrierTimeout, SidecarError
 from pillion_sidecar.executor import choose, exchange, rescue, storage_exchange
 from pillion_sidecar.executor import watch as watch_module
+from pillion_sidecar.executor.agreed import Agreed
 from pillion_sidecar.executor.context import Context, with_failover
 from pillion_sidecar.executor.storage_exchange import StorageExchange
 from pillion_sidecar.executor.watch import Watch, Watched
@@ -134,17 +135,17 @@ def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) 
     pod that could not hear what the last rescue decided.
     """
     context = types.SimpleNamespace(
-        store_lost=False, root=str(tmp_path), session=SESSION, pods=PODS, first_rank=2, layouts={"a": object()},
-        plans={"b": object()}, watch=Watch(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
+        store_lost=False, root=str(tmp_path), session=SESSION, pods=PODS, first_rank=2, agreed=Agreed(), watch=Watch(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
         finished_loads=["y"], coordinator=True, generation=7,
         last_choice=("rescue/0/choice", {"step": 5, "missing": []}),
     )  # fmt: skip
+    context.agreed.layouts["a"] = cast("Any", object())
     said: list[bool] = []
 
     def operation() -> None:
         if not context.store_lost:
             raise exchange.StoreLost("gone")
-        said.append(not context.layouts and not context.plans)
+        said.append(not context.agreed.layouts and not context.agreed.published())
 
     with_failover(cast("Context", context), operation)
     assert said == [True]

@@ -52,7 +52,7 @@ def metadata_of(context: Context, request: Request, phase: str, plan: planning.P
     opaque: list[manifest.StoredBytes] = []
     paths: dict[str, tuple[str | int, ...]] = {}
     for rank, (name, lengths) in ranks.items():
-        of = context.layouts[name]
+        of = context.agreed.layouts[name]
         place = RankPlace(rank, of, tuple(lengths), plan, generation)
         chunks += [chunk for _, chunk in place.chunks()]
         opaque += [leaf for _, leaf in place.opaque()]

@@ -16,11 +16,12 @@ from typing import Any, Final, TypeVar
 
 from pillion import phases
 from pillion.errors import BarrierTimeout
-from pillion.wire import layout, names, policy
+from pillion.wire import names, policy
 from pillion_sidecar import ownership
 from pillion_sidecar.arena.growth import Growth
 from pillion_sidecar.arena.segment import Segment
-from pillion_sidecar.executor import exchange, images, planning, storage_exchange
+from pillion_sidecar.executor import exchange, images, storage_exchange
+from pillion_sidecar.executor.agreed import Agreed
 from pillion_sidecar.executor.watch import Watch, Watched
 
 _log = logging.getLogger(__name__)
@@ -51,11 +52,8 @@ class Context:
     """What the policy allows for all slots of the pod together."""
     store_address: tuple[str, int] | None = None
     """Where our own store listens; None when there is none or it is the job's."""
-    reader: images.Reader = field(default_factory=images.Reader)
-    plans: dict[str, planning.Plan] = field(default_factory=dict)
-    """Plans of this session by id; the newest few."""
-    layouts: dict[str, layout.Layout] = field(default_factory=dict)
-    """Layouts by digest: this pod's, and on the coordinator those of all pods."""
+    agreed: Agreed = field(default_factory=Agreed)
+    """Layouts and plans of this session."""
     metadata: dict[object, bytes] = field(default_factory=dict)
     """Coordinator: the last `.metadata`, which is the same as long as plan and lengths are."""
     finished_phases: list[str] = field(default_factory=list)
@@ -91,6 +89,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.growth = Growth(self.segments, self.limit_bytes)
+        self.reader = images.Reader(num_ranks=len(self.segments))
 
     @property
     def first_rank(self) -> int:
@@ -101,14 +100,12 @@ class Context:
         return self.first_rank == 0
 
     def phases_left(self) -> list[str]:
-        """(coordinator) What it still has in the exchange when the session ends."""
-        published = [
-            "generation",
-            "before",
-            *(f"layout/{each}" for each in self.layouts),
-            *(f"plan/{each}" for each in self.plans),
-        ]
-        return [*self.finished_phases, *self.finished_loads, *published, *self.rescue_phases(self.rescues + 1)]
+        """(coordinator) Where the pods still have documents in the exchange when the session ends."""
+        return [*self.finished_phases, *self.finished_loads, "before", *self.rescue_phases(self.rescues + 1)]
+
+    def published_left(self) -> list[str]:
+        """(coordinator) What is still published then."""
+        return ["generation", *self.agreed.published()]
 
     def rescue_phases(self, end: int) -> list[str]:
         """(coordinator) Those of the rescues before number `end` whose keys are still there."""
@@ -315,8 +312,7 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
         context.store_lost = True
         context.finished_phases, context.finished_loads = [], []
         # What was published once a session lies in the store: a pod whose executor is replaced will look for it here.
-        context.layouts.clear()
-        context.plans.clear()
+        context.agreed.move()
         if context.coordinator:
             context.exchange.publish("generation", {"generation": context.generation})
             if context.last_choice is not None:

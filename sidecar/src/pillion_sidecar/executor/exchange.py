@@ -58,7 +58,10 @@ class Exchange(Protocol):
         """(every pod) Wait for the decision."""
 
     def forget(self, phases: Sequence[str]) -> None:
-        """(coordinator) Delete the keys of phases that every pod has left."""
+        """(coordinator) Delete all that was posted and published under phases that every pod has left."""
+
+    def unpublish(self, phases: Sequence[str]) -> None:
+        """(coordinator) Delete what was published, and never posted, under these names."""
 
 
 class InPieces(Exchange, Protocol):
@@ -96,6 +99,10 @@ class LocalExchange:
     def forget(self, phases: Sequence[str]) -> None:
         for phase in phases:
             self._posted.pop(phase, None)
+        self.unpublish(phases)
+
+    def unpublish(self, phases: Sequence[str]) -> None:
+        for phase in phases:
             self._published.pop(phase, None)
 
 

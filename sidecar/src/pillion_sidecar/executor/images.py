@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from pillion.wire import arena, layout
 from pillion_sidecar.arena.segment import Segment
@@ -55,10 +56,11 @@ def _pages(length: int) -> int:
 class Reader:
     """Reads slots; remembers the last layouts, which rarely change."""
 
-    KEPT_LAYOUTS = 16
-    """A pod has one layout a rank and, while it changes, two; 16 is a full node."""
+    KEPT_A_RANK: Final = 4
+    """Layouts change rarely, and then go back and forth; as many are remembered as plans (`agreed.KEPT_PLANS`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._kept = num_ranks * self.KEPT_A_RANK
         self._layouts: dict[bytes, layout.Layout] = {}
 
     def read(self, segment: Segment, slot: int, *, step: int | None = None) -> Image:
@@ -108,7 +110,7 @@ class Reader:
         except ValueError as err:
             raise TornSlot(f"slot {slot} of {segment.path}: {err}") from err
         self._layouts[header.layout_digest] = of
-        while len(self._layouts) > self.KEPT_LAYOUTS:
+        while len(self._layouts) > self._kept:
             del self._layouts[next(iter(self._layouts))]
         return of
 

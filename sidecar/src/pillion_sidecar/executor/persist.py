@@ -18,21 +18,18 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent import futures
-from typing import Any, Final
+from typing import Any
 
 from pillion import phases
 from pillion.errors import BarrierTimeout, CommitError, ErrorDocument, RemoteFailure
 from pillion.wire import layout, names
 from pillion_sidecar import catalog, commit, milestones
-from pillion_sidecar.executor import conclude, images, planning, remote_failures
+from pillion_sidecar.executor import agreed, conclude, images, planning, remote_failures
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.executor.share import Share, directory_of, generation_of
 
 _log = logging.getLogger(__name__)
-
-KEPT_PLANS: Final = 4
-"""Plans remembered a session: layouts change rarely (frozen layers, a partial save), and then go back and forth."""
 
 
 def persist(context: Context, request: Request) -> dict[str, Any]:
@@ -144,7 +141,7 @@ def withdraw(context: Context, step: int, error: ErrorDocument, *, persist: bool
     context.exchange.post(f"{phase}/plan", {"failures": documents, "ranks": {}})
     if context.coordinator:
         _publish_decision(context, phase, persist=persist)
-    remote_failures.raise_told(context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2), step)
+    remote_failures.raise_told(agreed.decision(context, phase, context.peer_timeout_s * 2), step)
 
 
 def check_destination(context: Context, request: Request) -> None:
@@ -221,38 +218,56 @@ def _agree(
         "failures": remote_failures.documents(failures),
         "ranks": {str(r): [p.layout.digest, p.opaque_lengths] for r, p in pictures.items()},
     }
-    for picture in pictures.values():
-        of = picture.layout
-        if of.digest not in context.layouts:
-            # Under a key of its own and once a session: what did not change costs nothing, and a coordinator that was
-            # replaced finds it again.
-            context.exchange.publish(f"layout/{of.digest}", {"layout": of.encoded.decode()})
-            context.layouts[of.digest] = of
+    publish_layouts(context, pictures)
     context.exchange.post(f"{phase}/plan", document)
     if context.coordinator:
         _publish_decision(context, phase, persist=request.persist)
     # The coordinator waits as long for its peers, and then has to tell.
-    decision = context.exchange.receive(f"{phase}/plan", context.peer_timeout_s * 2)
+    decision = agreed.decision(context, phase, context.peer_timeout_s * 2)
     remote_failures.raise_told(decision, request.step)
     plan_id = str(decision["plan_id"])
     if not request.persist:
         return planning.Plan(plan_id, {}, {})
-    if plan_id not in context.plans:
-        document = context.exchange.receive(f"plan/{plan_id}", context.peer_timeout_s)
-        _remember(context, planning.Plan.from_document(document))
-    return context.plans[plan_id]
+    plan = context.agreed.plan(plan_id)
+    if plan is None:
+        document = context.exchange.receive(agreed.plan_name(plan_id), context.peer_timeout_s)
+        plan = planning.Plan.from_document(document)
+    context.agreed.remember(plan)
+    return plan
 
 
-def _remember(context: Context, plan: planning.Plan) -> None:
-    context.plans[plan.plan_id] = plan
-    while len(context.plans) > KEPT_PLANS:
-        del context.plans[next(iter(context.plans))]
+def publish_layouts(context: Context, pictures: Mapping[int, images.Image]) -> None:
+    """
+    Have the other pods find the layouts of this one. Under names of their own: what did not change costs nothing, and a coordinator that
+    was replaced finds them again.
+    """
+    for of in (picture.layout for picture in pictures.values()):
+        if of.digest not in context.agreed.layouts:
+            context.exchange.publish(agreed.layout_name(of.digest), {"layout": of.encoded.decode()})
+            context.agreed.layouts[of.digest] = of
+
+
+def find_layout(context: Context, digest: str) -> layout.Layout:
+    """
+    (coordinator) A layout that some pod has published.
+
+    Raises:
+        BarrierTimeout: none has.
+    """
+    known = context.agreed.layouts.get(digest)
+    if known is None:
+        document = context.exchange.receive(agreed.layout_name(digest), context.peer_timeout_s)
+        known = context.agreed.layouts[digest] = layout.decode(str(document["layout"]).encode())
+    return known
 
 
 def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:
+    gone: list[str] = []
     try:
-        decision = _decide(context, phase, persist=persist)
+        decision = _decide(context, phase, gone, persist=persist)
     except BarrierTimeout as err:
+        # Who comes late reads it still; it goes when all of them have come to another save.
+        context.finished_phases += [f"{phase}/plan", *_results(phase)]
         decision = {
             "failures": remote_failures.documents(remote_failures.of_missing(err)),
             "phase": err.phase,
@@ -262,27 +277,33 @@ def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:
         decision = {
             "failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})
         }
-    context.exchange.publish(f"{phase}/plan", decision)
+    context.exchange.publish(f"{phase}/plan", decision | context.agreed.notice())
+    # Behind the decision, which every pod waits for.
+    context.exchange.unpublish(gone)
 
 
-def _decide(context: Context, phase: str, *, persist: bool) -> dict[str, Any]:
-    """(coordinator) The plan for these layouts, or the failures that every pod reported."""
+def _results(phase: str) -> list[str]:
+    """Where a pod that withdraws leaves its results, one for each try."""
+    return [f"{phase}/{attempt}/result" for attempt in range(len(conclude.RETRY_AFTER_S) + 1)]
+
+
+def _decide(context: Context, phase: str, gone: list[str], *, persist: bool) -> dict[str, Any]:
+    """(coordinator) The plan for these layouts, or the failures that every pod reported; `gone` gets the names to unpublish."""
     documents = context.exchange.collect(f"{phase}/plan", context.peer_timeout_s)
     # Every pod is here, so every pod has left the save before: its keys can go.
     context.exchange.forget(context.finished_phases)
     context.finished_phases = [f"{phase}/plan"]
     failures = remote_failures.collect(documents)
+    digests = {int(rank): str(entry[0]) for document in documents.values() for rank, entry in document["ranks"].items()}
+    # Of a save that fails as well: what was published for it has to go some day.
+    gone += context.agreed.settle(digests)
     if failures:
         # A pod that withdrew has left its results too.
-        context.finished_phases += [f"{phase}/{attempt}/result" for attempt in range(len(conclude.RETRY_AFTER_S) + 1)]
+        context.finished_phases += _results(phase)
         return {"failures": remote_failures.documents(failures)}
-    digests = {int(rank): str(entry[0]) for document in documents.values() for rank, entry in document["ranks"].items()}
     plan_id = planning.plan_id(digests)
-    if persist and plan_id not in context.plans:
-        for name in set(digests.values()) - context.layouts.keys():
-            document = context.exchange.receive(f"layout/{name}", context.peer_timeout_s)
-            context.layouts[name] = layout.decode(str(document["layout"]).encode())
-        plan = planning.make_plan({rank: context.layouts[name] for rank, name in digests.items()})
-        context.exchange.publish(f"plan/{plan_id}", plan.to_document())
-        _remember(context, plan)
+    if persist and context.agreed.plan(plan_id) is None:
+        plan = planning.make_plan({rank: find_layout(context, digest) for rank, digest in digests.items()})
+        context.exchange.publish(agreed.plan_name(plan_id), plan.to_document())
+        context.agreed.remember(plan)
     return {"failures": {}, "plan_id": plan_id}

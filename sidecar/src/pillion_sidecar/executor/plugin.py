@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pillion.errors import BarrierTimeout, RemoteFailure
 from pillion.wire import layout
 from pillion_sidecar import catalog, commit, milestones, retention
-from pillion_sidecar.executor import images, planning, plugin_codec, remote_failures, writer_class
+from pillion_sidecar.executor import agreed, images, planning, plugin_codec, remote_failures, writer_class
 from pillion_sidecar.executor import persist as persist_module
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
@@ -296,10 +296,7 @@ class _Save:
         self._own_plans, failed = self._each(self._local_step, context.peer_timeout_s)
         failures |= failed
         told = {} if context.coordinator else self._encoded(self._own_plans, self._plan_document, failures)
-        for picture in self._pictures.values():
-            if picture.layout.digest not in context.layouts:
-                context.exchange.publish(f"layout/{picture.layout.digest}", {"layout": picture.layout.encoded.decode()})
-                context.layouts[picture.layout.digest] = picture.layout
+        persist_module.publish_layouts(context, self._pictures)
         context.exchange.post(
             f"{self._phase}/plan",
             {
@@ -310,8 +307,11 @@ class _Save:
         )
         final: dict[int, SavePlan] = {}
         if context.coordinator:
-            context.exchange.publish(f"{self._phase}/plan", self._concluded(lambda: self._global_step(final)))
-        decision = context.exchange.receive(f"{self._phase}/plan", context.peer_timeout_s * PHASES_OF_A_DECISION)
+            gone: list[str] = []
+            planned = self._concluded(lambda: self._global_step(final, gone))
+            context.exchange.publish(f"{self._phase}/plan", planned | context.agreed.notice())
+            context.exchange.unpublish(gone)
+        decision = agreed.decision(context, self._phase, context.peer_timeout_s * PHASES_OF_A_DECISION)
         remote_failures.raise_told(decision, self._step)
         if not context.coordinator:
             # Read in `write`: a plan that cannot be read is that rank's failure, and the other pods wait for its result.
@@ -343,20 +343,22 @@ class _Save:
                 failures[rank] = remote_failures.of_exception(err)
         return told
 
-    def _global_step(self, final: dict[int, SavePlan]) -> dict[str, Any]:
-        """(coordinator) Plan for all ranks; `final` gets those of the local ranks."""
+    def _global_step(self, final: dict[int, SavePlan], gone: list[str]) -> dict[str, Any]:
+        """(coordinator) Plan for all ranks; `final` gets those of the local ranks, `gone` the names to unpublish."""
         context = self._context
         documents = context.exchange.collect(f"{self._phase}/plan", context.peer_timeout_s)
         # Every pod is here, so every pod has left the save before: its keys can go.
         context.exchange.forget(context.finished_phases)
         context.finished_phases = [f"{self._phase}/{name}" for name in ("plan", "result", "outcome")]
         failures = remote_failures.collect(documents)
+        ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
+        gone += context.agreed.settle({rank: str(entry[0]) for rank, entry in ranks.items()})
         if failures:
             return {"failures": remote_failures.documents(failures)}
         plans = dict(self._own_plans)
         for document in documents.values():
             for rank, (name, lengths) in ((int(r), entry) for r, entry in document["ranks"].items()):
-                self._layouts[rank] = of = self._layout(name)
+                self._layouts[rank] = of = persist_module.find_layout(context, name)
                 if rank not in plans:
                     self._remote_items[rank] = write_items(of, lengths)
                     told = document["plans"][str(rank)]
@@ -381,13 +383,6 @@ class _Save:
                 for rank, items in self._remote_items.items()
             },
         }
-
-    def _layout(self, name: str) -> layout.Layout:
-        known = self._context.layouts.get(name)
-        if known is None:
-            document = self._context.exchange.receive(f"layout/{name}", self._context.peer_timeout_s)
-            known = self._context.layouts[name] = layout.decode(str(document["layout"]).encode())
-        return known
 
     # --- write, finish -----------------------------------------------------------------------------------------------
 

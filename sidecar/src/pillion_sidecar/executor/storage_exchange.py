@@ -66,8 +66,14 @@ class StorageExchange:
         return self._read(phase, DECISION)
 
     def forget(self, phases: Sequence[str]) -> None:
+        self._remove(phases, [*map(str, self._pods), DECISION])
+
+    def unpublish(self, phases: Sequence[str]) -> None:
+        self._remove(phases, [DECISION])
+
+    def _remove(self, phases: Sequence[str], whose: Sequence[str]) -> None:
         for phase in phases:
-            for who in [*map(str, self._pods), DECISION]:
+            for who in whose:
                 with contextlib.suppress(OSError):
                     os.unlink(self._path(phase, who))
 

@@ -6,10 +6,13 @@ Called from: the executor, at the opening of a session. The only place of the de
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import os
+import secrets
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -24,6 +27,16 @@ SHORTEST_S: Final = 0.001
 """Of a wait in the store: torch counts in milliseconds, and none of them is for ever (`kNoTimeout`)."""
 MULTI_CHUNK: Final = 1024
 """Keys of one multi_get: bounds one frame of the store."""
+PLAIN_BYTES: Final = 256 * 1024
+"""A longer document is compressed: a layout of 80,000 leaves is 13 MiB of JSON that shrinks twentyfold."""
+PIECE_BYTES: Final = 4 * 1024**2
+"""What is longer still goes in pieces: the store's server (libuv) drops a client that sets more than 8 MiB under one key."""
+PIECES_MOST: Final = 256
+"""Of one document: 1 GiB, compressed."""
+DOCUMENT_BYTES_MOST: Final = 2**34
+"""Of a document when it is whole: bounds what a damaged one unpacks to."""
+PACKED: Final = "zlib:"
+"""Begins a value that is not the document itself: `zlib:<names of the pieces, by comma>:<the first piece, base64>`."""
 
 
 def connect(
@@ -66,7 +79,8 @@ def host(address: str, prefix: str) -> tuple[dist.TCPStore, dist.Store]:
 
 class StoreExchange:
     """
-    Phases as keys of a prefix store.
+    Phases as keys of a prefix store. All pods of a session have the same release of the sidecar, so that no other has to understand
+    what is packed.
 
     Args:
         store: the prefixed view.
@@ -80,12 +94,29 @@ class StoreExchange:
         self._keep = keep
         self._pods = {int(pod[0]): [int(rank) for rank in pod] for pod in pods}
         self._first_rank = first_rank
+        self._pieces: dict[str, list[str]] = {}
+        """Key -> its further pieces, where this pod has written or read some."""
 
     def post(self, phase: str, document: exchange.Document) -> None:
+        self._set(f"{phase}/{self._first_rank}", document)
+
+    def _set(self, key: str, document: exchange.Document) -> None:
+        first, pieces = pack(document)
+        if pieces:
+            self._pieces[key] = [f"{key}/{name}" for name in pieces]
         with _alive():
-            self._store.set(f"{phase}/{self._first_rank}", exchange.encode(document).decode())
+            for name, piece in pieces.items():
+                self._store.set(f"{key}/{name}", piece)
+            # The last one, as others wait for it.
+            self._store.set(key, first)
             # `set` is not acknowledged; a round trip tells whether the store still lives.
-            self._store.check([f"{phase}/{self._first_rank}"])
+            self._store.check([key])
+
+    def _whole(self, key: str, value: str) -> exchange.Document:
+        names = names_of_pieces(value)
+        if names:
+            self._pieces[key] = [f"{key}/{name}" for name in names]
+        return unpack(value, [bytes(self._store.get(f"{key}/{name}")).decode() for name in names])
 
     def collect(
         self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing
@@ -97,7 +128,10 @@ class StoreExchange:
         with _alive():
             for start in range(0, len(keys), MULTI_CHUNK):
                 values += self._store.multi_get(keys[start : start + MULTI_CHUNK])
-        return {first: exchange.decode(bytes(value)) for first, value in zip(firsts, values, strict=True)}
+            return {
+                first: self._whole(key, bytes(value).decode())
+                for first, key, value in zip(firsts, keys, values, strict=True)
+            }
 
     def _wait(
         self, phase: str, keys: Sequence[str], firsts: Sequence[int], timeout_s: float, look: Callable[[], None]
@@ -123,21 +157,77 @@ class StoreExchange:
         return [rank for first in absent for rank in self._pods.get(first, [first])]
 
     def publish(self, phase: str, document: exchange.Document) -> None:
-        with _alive():
-            self._store.set(f"{phase}/decision", exchange.encode(document).decode())
-            self._store.check([f"{phase}/decision"])
+        self._set(f"{phase}/decision", document)
 
     def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = exchange.nothing) -> exchange.Document:
         self._wait(phase, [f"{phase}/decision"], [0], timeout_s, look)
         with _alive():
-            return exchange.decode(bytes(self._store.get(f"{phase}/decision")))
+            return self._whole(f"{phase}/decision", bytes(self._store.get(f"{phase}/decision")).decode())
 
     def forget(self, phases: Sequence[str]) -> None:
+        self._delete([f"{phase}/{first}" for phase in phases for first in self._pods])
+        self.unpublish(phases)
+
+    def unpublish(self, phases: Sequence[str]) -> None:
+        self._delete([f"{phase}/decision" for phase in phases])
+
+    def _delete(self, keys: Sequence[str]) -> None:
         with _alive():
-            for phase in phases:
-                for first in self._pods:
-                    self._store.delete_key(f"{phase}/{first}")
-                self._store.delete_key(f"{phase}/decision")
+            for key in keys:
+                for each in (key, *self._pieces.pop(key, ())):
+                    self._store.delete_key(each)
+
+
+def pack(document: exchange.Document) -> tuple[str, dict[str, str]]:
+    """
+    The value of a document's key, and its further pieces by name. Pure.
+
+    The names are new each time: who reads the key finds the pieces that were written with it.
+
+    Raises:
+        ValueError: it is larger than a store can be asked to hold.
+    """
+    plain = exchange.encode(document)
+    if len(plain) <= PLAIN_BYTES:
+        return plain.decode(), {}
+    packed = base64.b64encode(zlib.compress(plain, level=1)).decode()
+    parts = [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
+    if len(parts) > PIECES_MOST or len(plain) > DOCUMENT_BYTES_MOST:
+        raise ValueError(
+            f"a document of {len(plain)} bytes ({len(packed)} compressed) is too large for the job's store: "
+            f"{PIECES_MOST * PIECE_BYTES} compressed are allowed"
+        )
+    token = secrets.token_hex(4)
+    further = {f"{token}-{number}": part for number, part in enumerate(parts[1:], 1)}
+    return f"{PACKED}{','.join(further)}:{parts[0]}", further
+
+
+def names_of_pieces(value: str) -> list[str]:
+    """What has to be read besides the value of a key. Pure."""
+    if not value.startswith(PACKED):
+        return []
+    names = value[len(PACKED) :].partition(":")[0]
+    return names.split(",") if names else []
+
+
+def unpack(value: str, pieces: Sequence[str]) -> exchange.Document:
+    """
+    The document of a key's value and its further pieces. Pure.
+
+    Raises:
+        ValueError: there is none; somebody else writes into our prefix.
+    """
+    if not value.startswith(PACKED):
+        return exchange.decode(value.encode())
+    first = value[len(PACKED) :].partition(":")[2]
+    unpacker = zlib.decompressobj()
+    try:
+        plain = unpacker.decompress(base64.b64decode("".join((first, *pieces)), validate=True), DOCUMENT_BYTES_MOST)
+    except zlib.error as err:
+        raise ValueError(f"a packed document of the exchange is damaged: {err}") from err
+    if not unpacker.eof:
+        raise ValueError("a packed document of the exchange is cut short, or too large")
+    return exchange.decode(plain)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,9 @@ class Watched:
     def forget(self, phases: Sequence[str]) -> None:
         self._watched("forget", lambda: self._inner.forget(phases))
 
+    def unpublish(self, phases: Sequence[str]) -> None:
+        self._watched("unpublish", lambda: self._inner.unpublish(phases))
+
     def _wait(self, phase: str, call: Callable[[Callable[[], None]], T]) -> T:
         looked = time.monotonic()
 

@@ -227,6 +227,7 @@ class Worker:
             # torch's errors of a store are RuntimeErrors. What stays then are some two dozen small keys.
             with contextlib.suppress(RuntimeError, PillionError):
                 context.exchange.forget(context.phases_left())
+                context.exchange.unpublish(context.published_left())
                 if self._signals is not None:
                     context.watch.store("forget messages to all pods")
                     self._signals.forget()

@@ -1,0 +1,116 @@
+"""
+The whole of: what the pods remember of layouts and plans: the newest few, and never less than somebody looks for.
+
+Called from: pytest.
+"""
+
+import random
+import types
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pillion.wire import layout, policy
+from pillion_sidecar.executor import exchange, persist, planning
+from pillion_sidecar.executor.agreed import KEPT_PLANS, Agreed, layout_name, plan_name
+from pillion_sidecar.executor.context import Context
+from pillion_sidecar.executor.request import Request
+from pillion_sidecar.executor.watch import Watch
+from support.deadlines import Deadline
+
+PODS = 3
+ROUNDS = 60
+
+
+def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A list of dicts that grows (a trainer's log history) made executor and store grow with each save, for as long as the session."""
+    between = exchange.LocalExchange(0)
+    of = policy.parse({}, embedded=True)
+    context = Context(
+        session="a" * 32,
+        run_id="test",
+        world_size=1,
+        pods=((0,),),
+        local_ranks=(0,),
+        root=str(tmp_path),
+        segments={},
+        exchange=between,
+        generation=1,
+        retention=of.retention,
+        restore=of.restore,
+        peer_timeout_s=Deadline.REPLY.s,
+        persist_timeout_s=Deadline.REPLY.s,
+        write_threads=1,
+        watch=Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
+    )
+    sizes = []
+    for step in range(1, 30):
+        names = tuple(f"history.{number}" for number in range(step))
+        found = layout.Layout((), names, {name: (name,) for name in names})
+        picture: Any = types.SimpleNamespace(layout=found, opaque_lengths=(1,) * step)
+        request = cast("Request", types.SimpleNamespace(step=step, persist=step % 3 > 0))
+        plan = persist._agree(context, request, f"save/0/{step}", {0: picture}, {})
+        assert plan.plan_id == planning.plan_id({0: found.digest})
+        sizes.append((len(between._published), len(between._posted), len(context.agreed.layouts)))
+    published, posted, remembered = (max(each) for each in zip(*sizes, strict=True))
+    assert (posted, remembered) == (1, KEPT_PLANS)
+    assert published <= 2 * (KEPT_PLANS + 1) + 1, (
+        "layouts and plans, those that leave with the next save, and the decision"
+    )
+
+
+class Store:
+    """What is published, and the pods that look for it."""
+
+    def __init__(self, seed: int) -> None:
+        self.drawn = random.Random(seed)
+        self.names: set[str] = set()
+        self.coordinator = Agreed()
+        self.pods = [self.coordinator, *(Agreed() for _ in range(PODS - 1))]
+        self.fresh = 0
+
+    def save(self) -> None:
+        """All pods agree on one save, whose layouts are old or new."""
+        digests = {rank: self.draw() for rank in range(PODS)}
+        for rank, pod in enumerate(self.pods):
+            if digests[rank] not in pod.layouts:
+                self.names.add(layout_name(digests[rank]))
+                pod.layouts[digests[rank]] = cast("layout.Layout", object())
+        gone = self.coordinator.settle(digests)
+        plan_id = planning.plan_id(digests)
+        if self.coordinator.plan(plan_id) is None:
+            for digest in set(digests.values()) - self.coordinator.layouts.keys():
+                assert layout_name(digest) in self.names, "the coordinator waits for a layout that nobody publishes"
+                self.coordinator.layouts[digest] = cast("layout.Layout", object())
+            self.names.add(plan_name(plan_id))
+            self.coordinator.remember(planning.Plan(plan_id, {}, {}))
+        decision = self.coordinator.notice()
+        self.names -= set(gone)
+        for pod in self.pods:
+            if pod is not self.coordinator and self.drawn.random() < 0.1:
+                pod.forget()
+                continue
+            pod.hear(decision)
+            assert pod.plan(plan_id) or plan_name(plan_id) in self.names, "a pod waits for a plan that is gone"
+            pod.remember(planning.Plan(plan_id, {}, {}))
+
+    def draw(self) -> str:
+        self.fresh += 1
+        return self.drawn.choice(["always", f"one of {self.drawn.randrange(6)}", f"new {self.fresh}"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pod_waits_for_what_another_has_forgotten(seed: int) -> None:
+    """Layouts come, go and come again; pods miss decisions, and executors are replaced; what is published stays bounded."""
+    of = Store(seed)
+    for _ in range(ROUNDS):
+        of.save()
+        assert len(of.names) <= 2 * (KEPT_PLANS + 1) * (PODS + 1)
+        assert all(len(pod.layouts) <= 2 * KEPT_PLANS * PODS for pod in of.pods)
+        if of.drawn.random() < 0.1:
+            of.pods[of.drawn.randrange(1, PODS)] = Agreed()
+    for _ in range(ROUNDS):
+        of.save()
+        if of.drawn.random() < 0.1:
+            of.coordinator = of.pods[0] = Agreed()
