@@ -59,7 +59,11 @@ def test_defaults_are_filled_in(kube: Kube) -> None:
     spec = stored["spec"]
     assert spec["restore"] == {"mode": "Latest", "onMissing": "Fresh"}
     assert spec["staging"] == {"sizeLimit": "96Gi", "slots": 2, "overlap": "Wait", "memoryAccounting": "Sidecar"}
-    assert (spec["drain"], spec["failurePolicy"], spec["suspend"]) == ({"timeoutSeconds": 300}, "Fail", False)
+    assert (spec["drain"], spec["failurePolicy"], spec["suspend"]) == (
+        {"timeoutSeconds": 300, "endTrainer": True},
+        "Fail",
+        False,
+    )
 
 
 def test_a_checkpoint_never_changes_its_job(kube: Kube) -> None:

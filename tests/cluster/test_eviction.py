@@ -19,7 +19,10 @@ from support.release import Release
 
 GRACE_S: Final = 5
 DRAIN_S: Final = 10
-"""A trainer that ignores SIGTERM, as the first process of a container does, is killed after both."""
+"""A trainer that ignores SIGTERM, as the first process of a container does, is killed after both: `drain.endTrainer` ends one that hangs
+no sooner than such a drain is over."""
+LONG_DRAIN_S: Final = 300
+"""The default: what a deletion must not take."""
 SNAPSHOT: Final = 5
 """Steps between snapshots. No period is reached: only the end of a pod can have brought anything to storage."""
 HANG_AT: Final = 47
@@ -35,9 +38,9 @@ def schedulable(cluster: Cluster, release: Release) -> Iterator[None]:
     release.install()
 
 
-def start(training: Training, **env: str) -> None:
+def start(training: Training, drain_s: int = DRAIN_S, **env: str) -> None:
     """A job of one pod whose replacement waits until the pod before is gone: two attempts never run at once."""
-    policy = jobs.policy(trigger={"periodSteps": 100000, "snapshotSteps": SNAPSHOT}, drain={"timeoutSeconds": DRAIN_S})
+    policy = jobs.policy(trigger={"periodSteps": 100000, "snapshotSteps": SNAPSHOT}, drain={"timeoutSeconds": drain_s})
     *others, job = jobs.job(env={"STEPS": "100000"} | env, pod={"terminationGracePeriodSeconds": GRACE_S})
     job["spec"]["podReplacementPolicy"] = "Failed"
     training.run(policy, *others, job)
@@ -45,9 +48,12 @@ def start(training: Training, **env: str) -> None:
 
 @pytest.mark.usefixtures("schedulable")
 def test_an_evicted_pods_newest_snapshot_is_loaded_by_the_next(training: Training, record_property: Measure) -> None:
-    """Through the Eviction API, and by `kubectl drain`: the newest snapshot is committed before the pod is gone."""
+    """
+    Through the Eviction API, and by `kubectl drain`: the newest snapshot is committed before the pod is gone, and a trainer that ignores
+    SIGTERM does not hold the pod for the drain's time.
+    """
     kube = training.kube
-    start(training)
+    start(training, LONG_DRAIN_S)
     first, before = trained(kube)
     assert jobs.newest(training.volume) == -1
 
@@ -56,6 +62,7 @@ def test_an_evicted_pods_newest_snapshot_is_loaded_by_the_next(training: Trainin
     kube.until(lambda: jobs.newest(training.volume) >= before, Deadline.DRAINED, "the newest snapshot to be committed")
     record_property("evicted_committed_s", round(time.monotonic() - begun, 1))
     kube.until(lambda: gone(kube, first), Deadline.POD_GONE, "the pod to be gone")
+    record_property("evicted_gone_s", round(time.monotonic() - begun, 1))
     committed = jobs.newest(training.volume)
     second = replacement(kube)
     assert loads(kube, second) == committed

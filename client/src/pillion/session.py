@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion import callbacks, connection, embedded, staging, wire
+from pillion import callbacks, connection, embedded, staging, stopping, wire
 from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable, StagingError, UsageError
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle, log_lost
@@ -304,6 +304,9 @@ class Session:
                 handle.fail(error)
         elif message["type"] == "notice":
             _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
+        elif message["type"] == "end":
+            if self.injected:
+                stopping.stop()
         else:
             with self._lock:
                 if self._held_back is not None:

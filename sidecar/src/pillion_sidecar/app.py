@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Final
 
 from pillion.wire import names
 from pillion_sidecar import background, control, log
+from pillion_sidecar.pod_end import LAST_SAVE_S
 from pillion_sidecar.settings import Settings
-from pillion_sidecar.supervisor import LAST_SAVE_S, Supervisor
+from pillion_sidecar.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from pillion_sidecar.home import calling
@@ -181,7 +182,7 @@ async def _drain(supervisor: Supervisor) -> bool:
         return True
     deadline = time.monotonic() + pod.policy.drain.timeout_seconds
     before = supervisor.journal.metrics.last_committed_step
-    if supervisor.terminating():
+    if supervisor.terminating(signalled=True):
         grace = min(deadline, time.monotonic() + LAST_SAVE_S)
         while supervisor.trainers.clients and time.monotonic() < grace:
             if supervisor.journal.metrics.last_committed_step != before:

@@ -9,6 +9,7 @@ wait for the next pod, which is injected with it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pillion.wire import policy
@@ -69,3 +70,9 @@ def document(of: policy.Policy) -> dict[str, Any]:
     """What trainers and other pods are told of a policy."""
     whole = policy.dump(of)
     return {name: whole[name] for name in LIVE}
+
+
+def for_trainers(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's document without what is no trainer's business: a client of before would refuse a field that it does not know."""
+    drain = {name: value for name, value in whole.get("drain", {}).items() if name != "endTrainer"}
+    return {**whole, "drain": drain}

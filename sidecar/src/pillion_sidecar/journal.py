@@ -45,6 +45,8 @@ class Entry:
     """When its last local rank had sealed it, or a rescue had called for it."""
     queued_s: float = 0.0
     """From then until the executor took it up."""
+    last: bool = False
+    """Begun for storage after the pod was to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Journal:
         self._stalled = False
         self.terminating = False
         """The pod is to end: saves are made for that from here on."""
+        self.last_save_committed = False
+        """A save that was begun after that is on storage."""
         self.on_news: Callable[[], None] = lambda: None
         """Called when something happened that others wait for: a commit, a failure, an answer to a demand."""
         self._clock = clock
@@ -91,7 +95,9 @@ class Journal:
             elif self.demands.waiting:
                 cause = home.Cause.ON_DEMAND
             self.demands.began(step)
-        self._saves[step] = Entry(self._clock(), int(self._wall() * 1e9), cause)
+        self._saves[step] = Entry(
+            self._clock(), int(self._wall() * 1e9), cause, last=cause is home.Cause.ON_TERMINATION
+        )
         while len(self._saves) > KEPT_SAVES:
             del self._saves[next(iter(self._saves))]
 
@@ -145,6 +151,7 @@ class Journal:
         metrics.persist_seconds += float(outcome["persist_s"])
         if step in self._saves:
             metrics.queue_seconds += self._saves[step].queued_s
+            self.last_save_committed = self.last_save_committed or self._saves[step].last
         metrics.commit_seconds += float(outcome["commit_s"])
         metrics.last_committed_step = step
         metrics.last_committed_timestamp = now_s

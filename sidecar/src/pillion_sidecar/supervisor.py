@@ -3,7 +3,7 @@ The supervisor: opens the session, and hands what trainers say to the part whose
 
 Called from: the control server (one coroutine a message), `app` (start, drain, stop). Runs on one event loop; never imports torch,
 never touches user data. Its parts: `saves` (claims and seals), `persisting` (the executor's work on them), `loads`, `trainers` (the
-arena, who is connected, announcements), `operation` (the executor).
+arena, who is connected, announcements), `operation` (the executor), `pod_end`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,15 @@ from pillion_sidecar.journal import Journal
 from pillion_sidecar.operation import Operations
 from pillion_sidecar.persisting import Persisting
 from pillion_sidecar.pod import Identity, Pod, check_root, name_of
+from pillion_sidecar.pod_end import PodEnd
 from pillion_sidecar.saves import Saves
 from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LAST_SAVE_S: Final = 10.0
-"""How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
-storage as it is: they may hang."""
 TIDY_S: Final = 10.0
 """How long trainers that say goodbye wait for retention: it is seconds behind the last commit, and what is left then can wait."""
-POLL_S: Final = 0.1
 PARTING_S: Final = 10.0
 """How long a hello waits for what a dead trainer had said last to be read: a few messages."""
 ROOT_TIMEOUT_S: Final = 60.0
@@ -67,6 +64,7 @@ class Supervisor:
         self.persisting = Persisting(self.journal, self.trainers, self.operations, self._released)
         self.saves = Saves(of, self.journal, self.trainers, self.persisting, self._tasks)
         self.loads = loads.Loads(self)
+        self.pod_end = PodEnd(self.journal, self.trainers, self.persisting, self._tasks, in_pod=not of.embedded)
         self._started_with: policy.Policy | None = None
         """The policy of the environment, or of the hello; without what the controller said since."""
         self._policy_told_s = -math.inf
@@ -150,7 +148,7 @@ class Supervisor:
             {
                 "type": "welcome",
                 "version": wire.PROTOCOL_VERSION,
-                "policy": policy.dump(pod.policy),
+                "policy": governing.for_trainers(policy.dump(pod.policy)),
                 "notices": True,
                 "segment": pod.segments[rank].path,
                 "pid": os.getpid(),
@@ -158,6 +156,9 @@ class Supervisor:
                 "store": store,
             },
         )
+        if self.pod_end.ends_trainers:
+            # A launcher has started it again.
+            client.send({"type": "end"})
         _log.info(
             "rank %d joined session %s with the client in %s",
             rank,
@@ -334,7 +335,8 @@ class Supervisor:
         elif message["type"] == "status":
             client.answer(message, self._status())
         elif message["type"] == "policy":
-            client.answer(message, {"type": "policy", "policy": policy.dump(self._policy_now())})
+            document = governing.for_trainers(policy.dump(self._policy_now()))
+            client.answer(message, {"type": "policy", "policy": document})
         elif message["type"] == "notify":
             client.answer(message, {"type": "notified"})
             self.terminating()
@@ -414,35 +416,14 @@ class Supervisor:
         if self.pod is not None:
             self.pod.policy = self.governing.over(self._started_with)
         if self.governing.changed:
-            self.trainers.broadcast({"type": "policy", "policy": governing.document(told)})
+            document = governing.for_trainers(governing.document(told))
+            self.trainers.broadcast({"type": "policy", "policy": document})
 
     # --- ending ------------------------------------------------------------------------------------------------------
 
-    def terminating(self) -> bool:
-        """
-        The pod is to end: living trainers are asked for one more save, as early as possible; whether they were.
-
-        The first call counts: the kubelet's preStop comes at the start of the grace period, SIGTERM when trainers are gone.
-        """
-        pod, first = self.pod, not self.journal.terminating
-        self.journal.terminating = True
-        wanted = pod is not None and pod.policy.trigger.on_termination is policy.OnTermination.SAVE
-        if not (first and wanted and self.trainers.clients):
-            return False
-        _log.info("the pod is terminating: the trainers are asked for a save")
-        self.trainers.save_now()
-        self._tasks.start(self._flush(pod), "flush")
-        return True
-
-    async def _flush(self, pod: Pod | None) -> None:
-        """Persist the newest snapshot although the trainers live, when they make no newer one: they may hang."""
-        if pod is None:
-            return
-        before = pod.table.newest_complete()
-        deadline = time.monotonic() + LAST_SAVE_S
-        while pod.table.newest_complete() is before and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
-        self.persisting.rescue()
+    def terminating(self, *, signalled: bool = False) -> bool:
+        """The pod is to end; see `pod_end`. Whether the trainers are asked for one more save."""
+        return self.pod_end.begin(signalled=signalled)
 
     async def _farewell(self, client: Client, message: messages.Message) -> None:
         """Let a trainer go when its saves are done; the last one to leave makes sure of the newest snapshot."""

@@ -8,7 +8,7 @@ that its answers repeat; an event carries none.
 Client -> sidecar: hello, reserve, claim, sealed, abandon, load, announce, decline, announce_change, decline_change, latest,
                    goodbye.
 Sidecar -> client: welcome, reserved, claimed, refused, load_progress, loaded, failed (answers);
-                   committed, save_failed, save_now, announced, declined, policy, change_announced, change_declined, notice
+                   committed, save_failed, save_now, announced, declined, policy, change_announced, change_declined, notice, end
                    (events).
 
 A `load` is answered with `load_begin` (slot, dtypes; missing: names that are left out of the layout), `load_progress` (items that may be copied),
@@ -17,6 +17,8 @@ missing; `find: true` asks for the choice alone, and is answered with `loaded` a
 
 `policy` says what the sidecar goes by now (trigger, retention, drain, suspend). When saves are due changes at a step that rank 0
 then names with `announce_change`, all ranks hear as `change_announced`, and one that is past it declines: `pillion.cadence`.
+
+`end` says that the pod ends and the last save is on storage: a trainer that has no SIGTERM handler of its own ends (`pillion.stopping`).
 
 A connection begins with `hello`, and is then a trainer's, or with a message of an observer, and may then send more of those
 only: `ping` (answered with `pong` by the supervisor's loop), `status` (its counters and saves), `policy` (what it goes by, for

@@ -186,6 +186,9 @@ class Drain(Section):
     timeout_seconds: int = field(default=300, metadata={"least": 1, "most": 86_400})
     """Seconds to finish what is staged, added to the pod's grace period. Five minutes leave room for a slow volume; a
     day is the most, as a node that drains waits for it."""
+    end_trainer: bool = field(default=True, metadata={"unsaid": True})
+    """Whether trainers without a SIGTERM handler of their own are ended once the last save is committed. Without it a process that
+    ignores SIGTERM, as the first one of a container does, holds the pod for the whole of its grace period."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +276,7 @@ def dump(policy: Policy) -> dict[str, object]:
     """
     The canonical document of a policy: the spec in camelCase, JSON values that share nothing with it, None left out.
 
-    Defaults are written out: a reader of another release, whose defaults may be others, then reads the same policy.
+    Defaults are written out: a reader of another release, whose defaults may be others, then reads the same policy. Left out are those of
+    fields that came later, as a reader of before refuses what it does not know.
     """
     return cast("dict[str, object]", plain(policy))

@@ -166,9 +166,16 @@ class Reading:
 
 
 def plain(value: object) -> object:
-    """A section as JSON values that share nothing with it, None left out."""
+    """
+    A section as JSON values that share nothing with it, None left out, and a default that is `unsaid`: sidecars and clients of before know
+    nothing of the field, and refuse a document that has it.
+    """
     if isinstance(value, Section):
-        known = field_names(type(value)).items()
+        known = [
+            (name, spec)
+            for name, spec in field_names(type(value)).items()
+            if not (spec.metadata.get("unsaid") and getattr(value, spec.name) == spec.default)
+        ]
         fields = ((name, spec.metadata.get("unit"), getattr(value, spec.name)) for name, spec in known)
         return {name: unit.format(each) if unit else plain(each) for name, unit, each in fields if each is not None}
     if isinstance(value, Mapping):

@@ -1,0 +1,80 @@
+"""
+The end of a trainer in a pod that is deleted, where the trainer does not end by itself.
+
+Called from: `session`, in the thread that listens, once the sidecar says that the last save is on storage. The kernel keeps a SIGTERM without a
+handler from a container's first process, and a shell in front of it passes none on: the process would train on until the kubelet kills it.
+
+    SystemExit(143) in the main thread, so that `with` blocks, `finally` and atexit hooks run --> END_BOUND_S --> the process ends as it is
+
+Must never: touch a process that has a handler of its own for SIGTERM, in Python or not: it has heard, and decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from typing import Final
+
+EXIT_TERMINATED: Final = 143
+"""Exit status: that of a process that SIGTERM has ended, as a shell says it (128 + 15)."""
+END_BOUND_S: Final = 10.0
+"""How long the trainer may take to end by itself: a main thread in a collective whose peers are gone hears nothing, and the last save is on
+storage. The pod is waited for meanwhile."""
+FLUSH_BOUND_S: Final = 1.0
+"""How long its output is flushed: a pipe whose reader is gone must not keep the process."""
+
+_stopping = threading.Event()
+
+
+class Terminated(SystemExit):
+    """The pod ends, and what was saved is on storage."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_TERMINATED)
+
+
+def ends_by_itself() -> bool:
+    """Whether the process has said what SIGTERM does to it. None: something else than Python has."""
+    return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+def stop() -> bool:
+    """
+    Have this process end, within END_BOUND_S; whether it will. Blocks: never.
+
+    Called from: any thread but the main one; once is enough.
+    """
+    if ends_by_itself() or _stopping.is_set():
+        return False
+    _stopping.set()
+    print(
+        f"pillion: the pod ends and the last save is on storage: this process ends with status {EXIT_TERMINATED}"
+        " (drain.endTrainer)",
+        file=sys.stderr,
+        flush=True,
+    )
+    main = threading.main_thread().ident
+    if main is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Terminated))
+    threading.Thread(target=_end, name="pillion-end", daemon=True).start()
+    return True
+
+
+def _end() -> None:
+    # Waits for nothing else than the bound: at the interpreter's end daemon threads stop.
+    threading.Event().wait(END_BOUND_S)
+    flushing = threading.Thread(target=_flush, name="pillion-flush", daemon=True)
+    with contextlib.suppress(RuntimeError):
+        flushing.start()
+        flushing.join(FLUSH_BOUND_S)
+    os._exit(EXIT_TERMINATED)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
