@@ -313,7 +313,7 @@ def test_what_cannot_be_had_is_a_usage_error_that_says_what_to_do(tmp_path: Path
             "SAFETENSORS",
         ),
         ({"storage_writer": writer, "planner": stock.DefaultSavePlanner(flatten_state_dict=False)}, "leave the planner out"),
-        ({"storage_writer": writer, "async_stager": stock.staging.DefaultStager(stock.staging.StagingOptions(False, False, False, False))}, "leave it out"),
+        ({"storage_writer": writer, "async_stager": object()}, "AsyncStager"),
         ({"storage_writer": writer, "use_collectives": False}, "leave it out"),
         ({"storage_writer": writer, "async_checkpointer_type": "thread"}, "AsyncCheckpointerType"),
     ]  # fmt: skip

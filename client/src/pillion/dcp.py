@@ -1,114 +1,112 @@
 """
-`async_save` with the signature of `torch.distributed.checkpoint.async_save`, through the sidecar.
+`async_save`, `save` and `load` with the signatures of `torch.distributed.checkpoint`, through the sidecar.
 
-Called from: the training thread of whoever has DCP calls already: one import changes. The first call of a process group opens a
+Called from: the training thread of code that has DCP's calls already: one import changes. The first call of a process group opens a
 session (a collective); later calls run none. Never reads or writes storage itself: the sidecar does.
 
     DCP                                       | here
     ------------------------------------------|---------------------------------------------------------------
-    storage_writer=None, FileSystemWriter     | Pillion's own writer: stock DCP files, committed atomically
-    any other StorageWriter                   | `Writer("package.module:Class", {...})`: made in the sidecar's executor
-    CheckpointException(failures)             | the same class, on every rank; exactly the ranks that could not write. Of ranks that cannot stage
-                                              | their own state, each names itself, and the others name the first of them
-    what a Stateful or a pickling raises, two | DCP raises it at the call on that rank, and the others hang: here it is in every rank's future,
-    values of one name, a state_dict that is  | with that rank
-    no mapping                                |
-    AsyncSaveResponse, async_stager           | never: staged is what the return says. Callers that assert the response keep torch's own
+    storage_writer=None, FileSystemWriter,    | Pillion's own writer: stock DCP files, committed atomically. `file://` and `local://` are
+    FsspecWriter with a local path            | local paths. Options for speed have no effect
+    any other StorageWriter                   | `Writer("package.module:Class", {...})`: made in the sidecar's executor. `write_data` may
+                                              | return anything; to reach `finish` in another pod it must be plain data
+    what else cannot be had: objects of your  | `async_save`: a UsageError that says what to do. `save` and `load`: handed to torch, which does
+    own, other planners, `s3://`,             | them in this process, with its collectives, outside of the sidecar; one line of the log says so.
+    use_collectives=False                     | Of a load also: your own StorageReader and LoadPlanner
+    Metadata that a save returns              | the `Checkpoint`: path and size. The metadata lie on storage, which a trainer in a pod does not
+                                              | see: `FileSystemReader(path).read_metadata()` where it does
+    async_stager                              | DefaultStager, BlockingAsyncStager: accepted, not called, as the state goes into the arena. One of
+                                              | your own is called, waited for, and what it returns is saved: a copy more
+    AsyncSaveResponse                         | returned where the stager stages beside the training (`use_async_staging`, or a `stage` that
+                                              | returns a future); the copy is then beside the training, too, and the next optimizer step waits
     AsyncCheckpointerType, both               | accepted: the writing is in another process in any case
+    CheckpointException(failures)             | the same class, on every rank; exactly the ranks that failed
+    what a Stateful or a pickling raises, two | DCP raises it at the call on that rank, and the others hang: here it is in every rank's future,
+    values of one name, a state_dict that is  | with all ranks that failed so
+    no mapping, a stager's error              |
     a tensor of another shape or type under   | DCP saves one of them in silence: here it is the failure of both ranks. Give values that differ
     the same name on another rank             | from rank to rank (random states, a loader's) names that do, too
     an OSError that says something of a place | fails at once, as with DCP (EACCES, ENOTDIR, EROFS, ...); others are tried again for 20 s
     checkpoint_id that differs between ranks  | one checkpoint has one: of the ranks of a pod the lowest one's counts, and pods that write to
-                                              | different folders fail at the commit
+                                              | different folders fail at the commit. Of a load: an error
     overwrite=False on one rank               | holds for all
     a group without a backend for the CPU     | works; DCP asserts one
     no_dist                                   | as DCP, without its warning: two ranks with one path leave the checkpoint of the last one
     a writer's instance                       | made for each rank and save: what it keeps from save to save is lost
-    DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | not read: they are about DCP's own process
+    load: what the checkpoint lacks           | as DCP: an error, unless the planner has `allow_partial_load`. Any error is a CheckpointException
+                                              | that holds a `LoadError`, and names this rank; digests are checked
+    load: meta tensors in the state dict      | refused; DCP makes them. What was written with extensions or as safetensors: refused
+    load before `Stateful`s in sorted order   | in the order of the dict
+    in a pod                                  | paths below the job's root, and the policy's own writer, only
+    DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | of the executor, which is the process that saves, as DCP's own: no automatic collection, one
+                                              | behind each save. In a pod: variables of the sidecar's container
 """
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import enum
-import json
 import logging
 import os
-import re
-import traceback
-import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent import futures
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, cast, overload
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlanner, StorageWriter
+from torch.distributed import checkpoint as stock
+from torch.distributed.checkpoint import LoadPlanner, SavePlanner, StorageReader, StorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import AsyncStager
 
-try:
-    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
-except ImportError:  # torch 2.6 has no choice to name; can go with the last release that supports it
+from pillion import dcp_options as options
+from pillion import dcp_sessions
+from pillion.dcp_failures import RemoteError
+from pillion.dcp_options import AsyncCheckpointerType, AsyncSaveResponse, Writer
+from pillion.handle import Checkpoint
 
-    class AsyncCheckpointerType(enum.Enum):  # type: ignore[no-redef]
-        """The enum that torch has since 2.7."""
-
-        THREAD = "thread"
-        PROCESS = "process"
-
-
-from pillion import callbacks, ending, group, policy_source, saving, storing
-from pillion import session as session_module
-from pillion.errors import PillionError, RemoteFailure, SidecarUnavailable, UsageError
-from pillion.handle import Checkpoint, SaveHandle
-from pillion.wire import messages, names, policy
-
-__all__ = ["AsyncCheckpointerType", "CheckpointException", "RemoteError", "Writer", "async_save", "close"]
+__all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "CheckpointException",
+    "RemoteError",
+    "Writer",
+    "async_save",
+    "close",
+    "load",
+    "save",
+]
 
 _log = logging.getLogger(__name__)
 
-_FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+), in (?P<name>.*)$')
-_ERRNO: Final = re.compile(r"\[Errno (\d+)\] (.*)", re.DOTALL)
-_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
+
+@overload
+def async_save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | Writer | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> futures.Future[Checkpoint]: ...
 
 
-class RemoteError(Exception):
-    """
-    An error of another process whose class cannot be built here; its text begins with the name of that class.
-
-    It is also the `__cause__` of the errors that were built again, with the remote traceback as its text, as
-    `concurrent.futures` does it.
-    """
-
-    def __init__(self, text: str, failure: RemoteFailure) -> None:
-        self.failure = failure
-        super().__init__(text)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """
-    A DCP `StorageWriter` by name: the executor imports it and makes one for each rank and save as ``Class(**arguments)``.
-
-    The sidecar must be able to import the module: without a cluster it looks where the trainer does (`sys.path`, so also beside the
-    script), in a pod where its own image and PYTHONPATH have it. The writer object itself cannot be sent: no pickle
-    crosses a process boundary.
-
-    Raises:
-        UsageError: the name is no ``package.module:Class``, or an argument is no JSON value.
-    """
-
-    name: str
-    arguments: Mapping[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        document = {"storage": {"writer": {"name": self.name, "arguments": self.arguments}}}
-        try:
-            policy.parse(document, embedded=True)
-            json.dumps(self.arguments, allow_nan=False)
-        except (policy.PolicyError, TypeError, ValueError) as err:
-            raise UsageError(f"Writer({self.name!r}): {err}") from err
+@overload
+def async_save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | Writer | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> futures.Future[Checkpoint] | AsyncSaveResponse: ...
 
 
 def async_save(
@@ -119,10 +117,10 @@ def async_save(
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
-    async_stager: object = None,
+    async_stager: AsyncStager | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
-) -> futures.Future[Checkpoint]:
+) -> futures.Future[Checkpoint] | AsyncSaveResponse:
     """
     Copy the state into the arena and go on training; the sidecar writes and commits it.
 
@@ -135,18 +133,19 @@ def async_save(
         planner: None or a `DefaultSavePlanner` with its default flags.
         process_group: the ranks that save together; None is the default group.
         async_checkpointer_type: both are accepted, and mean the same.
-        async_stager: None; staging into the arena is what Pillion does.
+        async_stager: see the module.
         no_dist: save this rank's state as a checkpoint of its own.
         use_collectives: True; the ranks agree through the sidecars, not by collectives.
 
     Returns:
-        A future of the `Checkpoint`, whose callbacks run one after another in a thread of their own (DCP's future has the `Metadata`, which stays on storage). Its error is a
-        `CheckpointException`; note that DCP derives that from BaseException.
+        A future of the `Checkpoint`, whose callbacks run one after another in a thread of their own (DCP's future has the `Metadata`,
+        which stays on storage). Its error is a `CheckpointException`; note that DCP derives that from BaseException. Where the stager
+        asks for it, an `AsyncSaveResponse` with that future as `upload_completion`.
 
     Ranks: all of the process group, in the same order.
 
     Blocks: for the copy, and while no slot is free (the policy's `staging.overlap`); the first call also for a collective
-        and the sidecar's start.
+        and the sidecar's start. With a stager that stages beside the training, only for what no optimizer steps.
 
     Raises:
         UsageError: the call asks for what cannot be had, or this rank is not in the group; the text says what to do instead. Where DCP
@@ -154,15 +153,131 @@ def async_save(
 
     Source: torch 2.15, torch/distributed/checkpoint/state_dict_saver.py.
     """
-    destination = _destination(checkpoint_id, storage_writer)
-    _check_options(planner, async_stager, async_checkpointer_type, use_collectives=use_collectives)
+    destination = options.destination(checkpoint_id, storage_writer)
+    options.check_planner(planner, use_collectives=use_collectives)
+    options.check_checkpointer_type(async_checkpointer_type)
+    staging = options.staging(async_stager)
+    responds = staging.responds
+
+    def stage() -> Mapping[str, Any]:
+        nonlocal responds
+        if staging.stager is None:
+            return state_dict
+        staged, responds = _staged(staging.stager, state_dict)
+        return staged
+
     try:
-        saves = _saves_of(process_group, distributed=not no_dist and dist.is_available() and dist.is_initialized())
+        saves = dcp_sessions.of_group(process_group, no_dist=no_dist)
     except CheckpointException as err:
-        failed: futures.Future[Checkpoint] = futures.Future()
+        failed: futures.Future[Any] = futures.Future()
         failed.set_exception(err)
-        return failed
-    return saves.save(state_dict, destination)
+        return AsyncSaveResponse(failed, failed) if responds else failed
+    done, saved = saves.save(stage, destination, overlap=staging.responds)
+    # As torch's own annotation has it.
+    return AsyncSaveResponse(done, cast("futures.Future[None]", saved)) if responds else saved
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | Writer | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Checkpoint | Metadata:
+    """
+    Save through the sidecar, and wait for the commit.
+
+    Args: as of `async_save`. What that one refuses is handed to torch's own `save`.
+
+    Returns:
+        The `Checkpoint`; of what torch saved, its `Metadata`.
+
+    Ranks: all of the process group, in the same order.
+
+    Blocks: until the checkpoint is committed, or cannot be; every phase has a bound of its own.
+
+    Raises:
+        CheckpointException: it is not saved; on every rank, with the ranks that failed.
+        UsageError: nothing says where, or this rank is not in the group.
+    """
+    try:
+        destination = options.destination(checkpoint_id, storage_writer)
+        options.check_planner(planner, use_collectives=use_collectives)
+    except options.Unmapped as why:
+        if isinstance(storage_writer, Writer):
+            raise
+        chosen: dict[str, Any] = (
+            {"use_collectives": use_collectives} if not use_collectives else {}
+        )  # torch 2.6 has no choice
+        metadata: Metadata = _by_torch(
+            "save",
+            why,
+            lambda: stock.save(
+                dict(state_dict),
+                checkpoint_id=checkpoint_id,
+                storage_writer=storage_writer,
+                planner=planner,
+                process_group=process_group,
+                no_dist=no_dist,
+                **chosen,
+            ),
+        )
+        return metadata
+    saves = dcp_sessions.of_group(process_group, no_dist=no_dist)
+    return saves.save(lambda: state_dict, destination)[1].result()
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> None:
+    """
+    Fill `state_dict` in place from one checkpoint, of Pillion or of stock DCP; the sidecar reads it, and checks the digests that it has.
+
+    Args:
+        state_dict: as for DCP; tensors are filled in place, other leaves replaced, `Stateful` values get theirs.
+        checkpoint_id: the checkpoint's directory.
+        storage_reader: None, or a `FileSystemReader`, or a `FsspecReader` with a local path: it gives the path. Another one, or an
+            address that is no directory, is handed to torch's own `load`.
+        planner: None or a `DefaultLoadPlanner`, which may allow a partial load. Another one is handed to torch's own `load`.
+        process_group: the ranks that load together; None is the default group.
+        no_dist: load by this rank alone.
+
+    Ranks: all of the process group, in the same order, from the same directory.
+
+    Blocks: for saves in flight and for the read; the first call of a group also for a collective and the sidecar's start.
+
+    Raises:
+        CheckpointException: it cannot be loaded; it holds the `LoadError`, and names this rank.
+        UsageError: nothing says where, this rank is not in the group, or the state dict holds what cannot be filled.
+
+    Source: torch 2.15, torch/distributed/checkpoint/state_dict_loader.py.
+    """
+    try:
+        path, strict = options.source(checkpoint_id, storage_reader, planner)
+    except options.Unmapped as why:
+        _by_torch(
+            "load",
+            why,
+            lambda: stock.load(
+                state_dict,
+                checkpoint_id=checkpoint_id,
+                storage_reader=storage_reader,
+                planner=planner,
+                process_group=process_group,
+                no_dist=no_dist,
+            ),
+        )
+        return
+    dcp_sessions.of_group(process_group, no_dist=no_dist).load(state_dict, path, strict=strict)
 
 
 def close(timeout_s: float | None = None) -> None:
@@ -171,236 +286,22 @@ def close(timeout_s: float | None = None) -> None:
 
     Blocks: up to `timeout_s` for each process group (None: the policy's drain.timeoutSeconds).
     """
-    for key in list(_open):
-        _open.pop(key).close(timeout_s)
+    dcp_sessions.close(timeout_s)
 
 
-# --- what the call means ---------------------------------------------------------------------------------------------
+def _staged(stager: AsyncStager, state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """What somebody's own stager makes of the state, whole; and whether it stages beside the training."""
+    staged = stager.stage(dict(state_dict))
+    if isinstance(staged, futures.Future):
+        return staged.result(), True
+    if stager.should_synchronize_after_execute:
+        with warnings.catch_warnings():
+            # Torch deprecates it, and calls it.
+            warnings.simplefilter("ignore", FutureWarning)
+            stager.synchronize_staging()
+    return staged, False
 
 
-def _destination(
-    checkpoint_id: str | os.PathLike[str] | None, writer: StorageWriter | Writer | None
-) -> dict[str, object]:
-    """The destination document of a claim: path, and writer or overwrite."""
-    where = None if checkpoint_id is None else os.fspath(checkpoint_id)
-    if isinstance(writer, Writer):
-        if names.ENV_RUNTIME_DIR not in os.environ:
-            policy_source.require_module(writer.name)
-        path = where if where is None or "://" in where else os.path.abspath(where)
-        return {"path": path, "writer": {"name": writer.name, "arguments": dict(writer.arguments)}}
-    if writer is not None and type(writer) is not FileSystemWriter:
-        kind = type(writer)
-        raise UsageError(
-            f"a {kind.__qualname__} object cannot be sent to the sidecar: name it, as"
-            f' pillion.dcp.Writer("{kind.__module__}:{kind.__qualname__}", {{its arguments}})'
-        )
-    overwrite = True
-    if isinstance(writer, FileSystemWriter):
-        _check_file_system_writer(writer)
-        overwrite = bool(writer.overwrite)
-        where = where or os.fspath(writer.path)
-    if not where:
-        raise UsageError("checkpoint_id must be given when storage_writer is None")
-    if "://" in where:
-        raise UsageError(f"{where} is no directory: give a pillion.dcp.Writer that writes to it")
-    return {"path": os.path.abspath(where), "overwrite": overwrite}
-
-
-def _check_file_system_writer(writer: FileSystemWriter) -> None:
-    # Both are younger than torch 2.6.
-    form = getattr(getattr(writer, "serialization_format", None), "name", "TORCH_SAVE")
-    extensions = getattr(getattr(writer, "transforms", None), "extensions", ())
-    if form != "TORCH_SAVE" or extensions:
-        what = "stream extensions" if extensions else f"serialization_format={form}"
-        raise UsageError(
-            f"FileSystemWriter with {what} changes the format: leave it out, or name the writer as"
-            ' pillion.dcp.Writer("torch.distributed.checkpoint:FileSystemWriter", {its arguments})'
-        )
-
-
-def _check_options(planner: object, stager: object, checkpointer_type: object, *, use_collectives: bool) -> None:
-    if planner is not None and not _is_default(planner):
-        raise UsageError(
-            f"planner={type(planner).__qualname__}: the sidecar plans as DefaultSavePlanner does with its default flags;"
-            " change the state dict before the call instead, and leave the planner out"
-        )
-    if stager is not None:
-        raise UsageError("async_stager: Pillion stages into the sidecar's arena itself; leave it out")
-    if not use_collectives:
-        raise UsageError(
-            "use_collectives=False: Pillion runs no collectives in a save, and its checkpoints are whole; leave it out"
-        )
-    if not isinstance(checkpointer_type, AsyncCheckpointerType):
-        raise UsageError(f"async_checkpointer_type must be an AsyncCheckpointerType, not {checkpointer_type!r}")
-
-
-def _is_default(planner: object) -> bool:
-    # enable_plan_caching asks for what the executor does anyway.
-    return (
-        type(planner) is DefaultSavePlanner
-        and planner.flatten_state_dict
-        and planner.flatten_sharded_tensors
-        and not planner.dedup_save_to_lowest_rank
-    )
-
-
-# --- sessions --------------------------------------------------------------------------------------------------------
-
-
-class _Saves:
-    """The saves of one process group; the n-th call is step n of the session."""
-
-    def __init__(self, session: session_module.Session) -> None:
-        self._session = session
-        self._saver = saving.Saver(session, overlaps=False)
-        self._calls = 0
-        self._last: SaveHandle | None = None
-        session.listen()
-        ending.drain_at_exit(self)
-
-    def check_process(self) -> None:
-        self._session.check_process()
-
-    def save(self, state_dict: Mapping[str, Any], destination: Mapping[str, Any]) -> futures.Future[Checkpoint]:
-        step = self._calls
-        self._calls += 1
-        rank = self._session.group.rank
-        handle = self._last = self._saver.save(state_dict, step, persist=True, overlap=False, destination=destination)
-        future: futures.Future[Checkpoint] = callbacks.Outcome(handle.note_asked)
-
-        def conclude(done: futures.Future[Checkpoint]) -> None:
-            error = handle.error()
-            if error is None:
-                future.set_result(futures.Future.result(done))
-            else:
-                future.set_exception(_checkpoint_exception(error, rank))
-
-        # Not in the thread of callbacks: whoever waits for the future would wait for what others do there.
-        futures.Future.add_done_callback(handle.committed, conclude)
-        return future
-
-    def close(self, timeout_s: float | None = None) -> None:
-        if self._session.inherited:
-            return
-        owed = self._session.pending()
-        if self._last is not None and self._last not in owed:
-            owed.append(self._last)
-        self._saver.close()
-        drain_s = self._session.policy.drain.timeout_seconds if timeout_s is None else timeout_s
-        try:
-            self._session.close(drain_s=drain_s, clean=not ending.by_exception())
-        except SidecarUnavailable as err:
-            _log.error("pillion: %s", err)
-        finally:
-            ending.closed(self, owed)
-
-
-_open: dict[object, _Saves] = {}
-"""Process group (None: this rank alone) -> its saves. DCP's signature has no object to keep them in."""
-
-
-def _saves_of(process_group: dist.ProcessGroup | None, *, distributed: bool) -> _Saves:
-    key = (process_group or dist.group.WORLD) if distributed else None
-    if key not in _open:
-        _open[key] = _Saves(_open_session(process_group, distributed=distributed))
-    _open[key].check_process()
-    return _open[key]
-
-
-def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool) -> session_module.Session:
-    """
-    Open the session of a group, on all of its ranks or on none.
-
-    Raises:
-        CheckpointException: on every rank, with the ranks that could not.
-    """
-    members = (
-        group.join(process_group, ask_policy=lambda environ: storing.policy_of_all(None, environ))
-        if distributed
-        else _alone()
-    )
-    session = None
-    mine: dict[str, object] | None = None
-    try:
-        session = storing.open_session(
-            members,
-            root="",
-            policy_document=policy_source.document(None, os.environ),
-            key=members.session,
-            on_event=_ignore,
-            process_group=process_group,
-            environ=os.environ,
-        )
-    except Exception as err:  # a boundary: the other ranks wait in the next line
-        text = "".join(traceback.format_exception(err))
-        mine = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text).to_document()
-    # All or none: a rank that would open alone at its next call would run a collective that the others do not.
-    told: list[dict[str, object] | None] = [mine] * members.world_size
-    if members.world_size > 1:
-        dist.all_gather_object(told, mine, group=process_group)
-    failures = {rank: RemoteFailure.from_document(each) for rank, each in enumerate(told) if each is not None}
-    if session is not None and not failures:
-        return session
-    if session is not None:
-        with contextlib.suppress(SidecarUnavailable):
-            session.close(drain_s=0.0, clean=True)
-    raise CheckpointException("open", {rank: _wrapped(failure) for rank, failure in failures.items()})
-
-
-def _alone() -> group.Group:
-    return group.Group(
-        rank=0,
-        world_size=1,
-        pods=((0,),),
-        run_id=os.environ.get(names.ENV_RUN_ID) or os.environ.get("TORCHELASTIC_RUN_ID") or "default",
-        session=uuid.uuid4().hex,
-        store=None,
-        store_problem="a group of one needs no store",
-        attempt=0,
-    )
-
-
-def _ignore(_: messages.Message) -> None:
-    """Announcements are for who asks `Checkpointer.due`."""
-
-
-# --- errors as DCP has them ------------------------------------------------------------------------------------------
-
-
-def _checkpoint_exception(error: BaseException, rank: int) -> CheckpointException:
-    failures: Mapping[int, RemoteFailure] = getattr(error, "failures", {})
-    wrapped: dict[int, tuple[BaseException, traceback.StackSummary]]
-    wrapped = {each: _wrapped(failure) for each, failure in sorted(failures.items())}
-    # Without a rank it is this one's: its sidecar is gone, or it could not stage.
-    made = CheckpointException(str(error), wrapped or {rank: (error, traceback.extract_tb(error.__traceback__))})
-    made.__cause__ = error if isinstance(error, PillionError) else None
-    return made
-
-
-def _wrapped(failure: RemoteFailure) -> tuple[BaseException, traceback.StackSummary]:
-    """A failure as DCP's WRAPPED_EXCEPTION: the error, built again where it is one of Python's own, and its stack."""
-    error = _rebuilt(failure)
-    if failure.traceback_text:
-        error.__cause__ = RemoteError(f'\n"""\n{failure.traceback_text}"""', failure)
-    return error, _stack(failure.traceback_text)
-
-
-def _rebuilt(failure: RemoteFailure) -> Exception:
-    kind = getattr(builtins, failure.type_name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        errno = _ERRNO.fullmatch(failure.message) if issubclass(kind, OSError) else None
-        with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
-            return kind(int(errno[1]), errno[2]) if errno else kind(failure.message)
-    return RemoteError(f"{failure.type_name}: {failure.message}", failure)
-
-
-def _stack(text: str) -> traceback.StackSummary:
-    """The frames of the last traceback in a text: the one of the error itself, not of its causes."""
-    lines = text.rpartition(_TRACEBACK_HEAD)[2].splitlines()
-    frames = []
-    for number, line in enumerate(lines):
-        frame = _FRAME.match(line)
-        if frame:
-            source = lines[number + 1].strip() if lines[number + 1 : number + 2] else ""
-            frames.append((frame["file"], int(frame["line"]), frame["name"], source))
-    return traceback.StackSummary.from_list(frames)
+def _by_torch(what: str, why: options.Unmapped, call: Callable[[], Any]) -> Any:
+    _log.info("pillion: this %s is torch's own, in this process: %s", what, why)
+    return call()

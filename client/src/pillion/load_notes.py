@@ -81,7 +81,7 @@ def empty_containers(state_dict: Mapping[str, Any], path: str = "") -> Iterator[
                 yield name
 
 
-def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool) -> None:
+def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, what: str = "") -> None:
     """
     One warning that names all of it.
 
@@ -90,12 +90,12 @@ def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool) 
         empty: names of the mappings that held nothing.
         first: this is rank 0, which speaks for all.
         alike: all ranks would say the same of their own leaves.
+        what: is loaded; empty: the step, and where it was.
     """
+    what = what or f"step {report.step} from {report.tier}"
     notes = [*(_of_all(report, empty) if first else ()), *(_of_own(report) if first or not alike else ())]
     if notes:
-        _log.warning(
-            "pillion: step %s is loaded from %s, but:%s", report.step, report.tier, "".join(f"\n  - {n}" for n in notes)
-        )
+        _log.warning("pillion: %s is loaded, but:%s", what, "".join(f"\n  - {n}" for n in notes))
 
 
 def _of_own(report: LoadReport) -> Iterator[str]:

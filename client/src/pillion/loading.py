@@ -53,7 +53,7 @@ def load(
     strict: bool = True,
 ) -> tuple[LoadReport, leaves_module.Leaves]:
     """
-    Fill `state_dict` in place. Each `Stateful` in it is asked for its state once, and is given the loaded one once.
+    Fill `state_dict` in place, from the checkpoint in the directory `path` where that is given. Each `Stateful` in it is asked for its state once, and is given the loaded one once.
 
     Returns:
         The report, and the leaves that were asked for: what the next save is like.
@@ -82,6 +82,8 @@ def load(
     filled = _fill_anew(session, leaves, request)
     answer = filled.answer
     found = messages.optional_field(answer, "step", int)
+    if path is not None and (found is None or messages.field(answer, "path", str, "") != path):
+        raise LoadError(f"the sidecar is of a release that loads no directory by its name ({path}): update its image")
     replaced: list[str] = []
     empty = list(load_notes.empty_containers(wanted))
     if found is not None:
@@ -105,7 +107,7 @@ def load(
     for where, why in report.refused.items():
         _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
     alike = messages.field(answer, "alike", bool, True)
-    load_notes.warn(report, empty=empty, first=session.group.rank == 0, alike=alike)
+    load_notes.warn(report, empty=empty, first=session.group.rank == 0, alike=alike, what=path or "")
     return report, leaves
 
 

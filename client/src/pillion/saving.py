@@ -360,6 +360,12 @@ class Saver:
 
     # --- failing -----------------------------------------------------------------------------------------------------
 
+    def give_up(self, step: int, err: Exception) -> SaveHandle:
+        """A save that this rank has no state for, as `err` says: its failure, and told to the other ranks as such. Never raises."""
+        handle = SaveHandle(step)
+        self._failed(handle, err, persist=True)
+        return handle
+
     def _failed(self, handle: SaveHandle, err: BaseException, *, persist: bool) -> None:
         error = err if isinstance(err, PillionError) else StagingError(f"{type(err).__name__}: {err}", step=handle.step)
         error.__cause__ = err if error is not err else err.__cause__

@@ -1,7 +1,7 @@
 """
-The whole of: where a trainer in a pod may have a save of its own written, and by what. Pure.
+The whole of: where a trainer in a pod may have a save of its own written, and by what, and what it may have read. Pure.
 
-Called from: `saves`, at a claim that names a destination. In a pod the sidecar holds what the trainer does not: the storage of all jobs
+Called from: `saves`, at a claim that names a destination; `loads`, at a load that names a directory. In a pod the sidecar holds what the trainer does not: the storage of all jobs
 of the claim, credentials, a token. So a message decides neither what code runs here nor which job's directory is written. Without a
 cluster both are processes of one user, and nothing is refused.
 """
@@ -40,6 +40,21 @@ def check(destination: Mapping[str, Any], *, root: str, writer: policy.Writer | 
     if path is not None and not _is_below(str(path), root):
         raise UsageError(
             f"{path} is not below {root}: in a pod a checkpoint goes into the job's own directory, which {names.ENV_ROOT} names"
+        )
+
+
+def check_source(path: str, *, root: str) -> None:
+    """
+    Args:
+        path: of a load that names a directory.
+        root: the directory of this job's checkpoints.
+
+    Raises:
+        UsageError: says what is allowed.
+    """
+    if not _is_below(path, root):
+        raise UsageError(
+            f"{path} is not below {root}: in a pod a checkpoint is read from the job's own directory, which {names.ENV_ROOT} names"
         )
 
 

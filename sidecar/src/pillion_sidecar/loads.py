@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
 from pillion.wire import messages
-from pillion_sidecar import background
+from pillion_sidecar import background, destinations
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
 from pillion_sidecar.pod import Pod
@@ -51,10 +51,13 @@ class Loads:
                 raise UsageError(
                     f"rank {client.rank} calls {_words(message)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
                 )
-        self._asked[client.rank] = (client, message)
         pod = self._supervisor.pod
         if pod is None:
             raise UsageError("no session is open")
+        path = messages.optional_field(message, "path", str)
+        if path is not None and not self._supervisor.settings.embedded:
+            destinations.check_source(path, root=pod.identity.root)
+        self._asked[client.rank] = (client, message)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._supervisor.settings.peer_timeout_s, self._timeout)
@@ -133,7 +136,7 @@ class Loads:
                 "spare_slot": NO_SLOT if self._lent is None else self._lent,
             }
             result = await supervisor.operations.load(pod, request)
-            if result["step"] is not None:
+            if result["step"] is not None and request["path"] is None:
                 pod.set_aside((tuple(result["order"]), int(result["step"])))
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
                 pod.heard(int(result["step"]), persisted=False)
@@ -156,6 +159,7 @@ class Loads:
             # Clients of an earlier release do not say it.
             "strict": messages.field(first, "strict", bool, True),
             "find": messages.field(first, "find", bool, False),
+            "path": messages.optional_field(first, "path", str),
             "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
             "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
             "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
@@ -240,4 +244,5 @@ def _words(message: messages.Message) -> str:
     if message.get("find"):
         return f"find(step={message.get('step')})"
     strict = "" if message.get("strict", True) else ", strict=False"
-    return f"load(step={message.get('step')}{strict})"
+    what = f"step={message.get('step')}" if message.get("path") is None else f"checkpoint_id={message.get('path')!r}"
+    return f"load({what}{strict})"

@@ -47,11 +47,13 @@ def test_a_pods_trainer_saves_below_its_jobs_root(destination: dict[str, Any]) -
         "/",
     ],
 )
-def test_a_destination_outside_the_jobs_root_is_refused(path: str) -> None:
+def test_a_directory_outside_the_jobs_root_is_neither_written_nor_read(path: str) -> None:
     """Neither another job's directory, nor the root itself or what Pillion keeps in it, nor a place that is no directory."""
     for named in (None, NAMED):
         with pytest.raises(UsageError, match="is not below"):
             destinations.check({"path": path, "writer": named}, root=ROOT, writer=OWN)
+    with pytest.raises(UsageError, match="read from the job's own directory"):
+        destinations.check_source(path, root=ROOT)
 
 
 @pytest.mark.parametrize(

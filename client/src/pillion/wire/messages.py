@@ -13,7 +13,8 @@ Sidecar -> client: welcome, reserved, claimed, refused, load_progress, loaded, f
 
 A `load` is answered with `load_begin` (slot, dtypes; missing: names that are left out of the layout), `load_progress` (items that may be copied),
 again from `load_begin` on where a checkpoint turns out corrupt, and with `loaded`; the client ends it with `load_done`. `strict: false` lets names be
-missing; `find: true` asks for the choice alone, and is answered with `loaded` at once.
+missing; `find: true` asks for the choice alone, and is answered with `loaded` at once. `path` names the directory of the one checkpoint to load; a
+sidecar of before that loads from the root says so in its answer's `path`.
 
 `policy` says what the sidecar goes by now (trigger, retention, drain, suspend). When saves are due changes at a step that rank 0
 then names with `announce_change`, all ranks hear as `change_announced`, and one that is past it declines: `pillion.cadence`.

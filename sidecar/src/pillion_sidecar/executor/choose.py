@@ -7,6 +7,7 @@ So a rollback lasts: what was ahead of it belongs to a branch that was left, unt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,8 +20,9 @@ from pillion.errors import (
     NoCheckpoint,
     PillionError,
 )
+from pillion.wire import names
 from pillion.wire.policy import OnMissing, RestoreMode
-from pillion_sidecar import catalog, milestones, retention
+from pillion_sidecar import catalog, commit, milestones, retention
 from pillion_sidecar.commit import Order
 from pillion_sidecar.executor import exchange
 from pillion_sidecar.executor.context import Context
@@ -91,6 +93,8 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
             raise LoadError(not_shared)
         for offer in offers.values():
             choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
+        if request.path is not None:
+            return choice | _of_directory(context, request.path, refused)
         memory = gathered(offers)
         choice["arena"] = sorted(memory.whole)
         committed = _committed(context)
@@ -127,6 +131,39 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     finally:
         context.watch.idle()
     return choice
+
+
+DIRECTORY_STEP: Final = 0
+"""What a checkpoint is called that is loaded by its directory: its own step is a matter of whoever saved it."""
+
+
+def _of_directory(context: Context, path: str, refused: Mapping[str, str]) -> dict[str, Any]:
+    """
+    The checkpoint in a directory, whatever else there is.
+
+    Raises:
+        NoCheckpoint: nothing is committed there.
+        CorruptCheckpoint: it was refused.
+    """
+    where = f"{STORAGE}:{DIRECTORY_STEP}"
+    if where in refused:
+        raise CorruptCheckpoint(
+            f"the checkpoint in {path} is corrupt: {refused[where]}", reasons={path: refused[where]}
+        )
+    context.watch.storage(f"look at {path}")
+    marker = os.path.join(path, names.COMMIT_MARKER)
+
+    def there() -> bool:
+        try:
+            os.stat(marker)
+        except (FileNotFoundError, NotADirectoryError):
+            # One that was interrupted between its last part and its commit is finished first, as a listing of the root does.
+            return os.path.isdir(path) and commit.finish(path) is not None
+        return True
+
+    if not reading.retried(path, there):
+        raise NoCheckpoint(f"there is no checkpoint in {path}: it has no {names.COMMIT_MARKER}")
+    return {"step": DIRECTORY_STEP, "tier": STORAGE, "path": path}
 
 
 def _wanted_step(context: Context, request: Request) -> int | None:

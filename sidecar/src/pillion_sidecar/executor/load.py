@@ -103,7 +103,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             raise ErrorDocument.from_document(verdict["error"]).to_exception()
         if verdict["corrupt"] is None:
             context.epoch = int(choice["epoch"])
-            if context.coordinator and tier == STORAGE and not verdict["unexpected"]:
+            if context.coordinator and tier == STORAGE and request.path is None and not verdict["unexpected"]:
                 # Every byte of it was read and matched its digest: retention keeps it.
                 with contextlib.suppress(OSError):
                     milestones.note_verified(context.root, step)

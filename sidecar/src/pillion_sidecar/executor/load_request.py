@@ -39,6 +39,8 @@ class Request:
     """What the checkpoint does not have is an error; else it is left as it is, and named."""
     find: bool = False
     """Only choose: read nothing, fill nothing."""
+    path: str | None = None
+    """The checkpoint in this directory, and no other; None: one of the root or of memory."""
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Request:
@@ -56,4 +58,5 @@ class Request:
             spare_slot=int(document["spare_slot"]),
             strict=bool(document["strict"]),
             find=bool(document["find"]),
+            path=document.get("path"),
         )

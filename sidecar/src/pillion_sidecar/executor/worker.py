@@ -32,7 +32,7 @@ from typing import Any, Final
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
 from pillion_sidecar import log, ownership
-from pillion_sidecar.executor import conclude, images, load, load_request, persist, rescue, signals
+from pillion_sidecar.executor import conclude, garbage, images, load, load_request, persist, rescue, signals
 from pillion_sidecar.executor import context as context_module
 from pillion_sidecar.executor.context import with_failover
 from pillion_sidecar.executor.request import Request
@@ -52,6 +52,7 @@ class Worker:
     def __init__(self, sock: socket.socket, broken: Exception | None = None) -> None:
         self._sock = sock
         self._broken = broken
+        self._garbage = garbage.Garbage(os.environ)
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._outgoing: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
@@ -128,6 +129,8 @@ class Worker:
                     raise self._broken
                 answer = self._operations[request["type"]](request)
                 self._done(request, answer, **self._session_state())
+                if request["type"] == "persist":
+                    self._garbage.saved()
             except (
                 BaseException
             ) as raised:  # a boundary: any failure is an answer, a foreign sys.exit too, and the loop goes on

@@ -1,0 +1,84 @@
+"""
+Errors of a save or load as DCP has them: rank -> (error, stack).
+
+Called from: `dcp`, `dcp_sessions`. An error of another process has crossed as text: one of Python's own is built again, another is a
+`RemoteError`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Final
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pillion.errors import PillionError, RemoteFailure
+
+Wrapped = tuple[BaseException, traceback.StackSummary]
+
+_FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+), in (?P<name>.*)$')
+_ERRNO: Final = re.compile(r"\[Errno (\d+)\] (.*)", re.DOTALL)
+_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
+
+
+class RemoteError(Exception):
+    """
+    An error of another process whose class cannot be built here; its text begins with the name of that class.
+
+    It is also the `__cause__` of the errors that were built again, with the remote traceback as its text, as
+    `concurrent.futures` does it.
+    """
+
+    def __init__(self, text: str, failure: RemoteFailure) -> None:
+        self.failure = failure
+        super().__init__(text)
+
+
+def checkpoint_exception(error: BaseException, rank: int, text: str = "") -> CheckpointException:
+    """
+    An error of a save or load as DCP has it.
+
+    Args:
+        error: what ended it.
+        rank: this one, which is named where the error names none.
+        text: of the exception; empty: the error's.
+    """
+    failures: Mapping[int, RemoteFailure] = getattr(error, "failures", {})
+    told = {each: wrapped(failure) for each, failure in sorted(failures.items())}
+    # Without a rank it is this one's: its sidecar is gone, or it could not stage.
+    made = CheckpointException(text or str(error), told or {rank: (error, traceback.extract_tb(error.__traceback__))})
+    made.__cause__ = error if isinstance(error, PillionError) else None
+    return made
+
+
+def wrapped(failure: RemoteFailure) -> Wrapped:
+    """A failure as DCP's WRAPPED_EXCEPTION: the error, built again where it is one of Python's own, and its stack."""
+    error = _rebuilt(failure)
+    if failure.traceback_text:
+        error.__cause__ = RemoteError(f'\n"""\n{failure.traceback_text}"""', failure)
+    return error, _stack(failure.traceback_text)
+
+
+def _rebuilt(failure: RemoteFailure) -> Exception:
+    kind = getattr(builtins, failure.type_name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        errno = _ERRNO.fullmatch(failure.message) if issubclass(kind, OSError) else None
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
+            return kind(int(errno[1]), errno[2]) if errno else kind(failure.message)
+    return RemoteError(f"{failure.type_name}: {failure.message}", failure)
+
+
+def _stack(text: str) -> traceback.StackSummary:
+    """The frames of the last traceback in a text: the one of the error itself, not of its causes."""
+    lines = text.rpartition(_TRACEBACK_HEAD)[2].splitlines()
+    frames = []
+    for number, line in enumerate(lines):
+        frame = _FRAME.match(line)
+        if frame:
+            source = lines[number + 1].strip() if lines[number + 1 : number + 2] else ""
+            frames.append((frame["file"], int(frame["line"]), frame["name"], source))
+    return traceback.StackSummary.from_list(frames)

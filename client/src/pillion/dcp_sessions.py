@@ -1,0 +1,199 @@
+"""
+The session of each process group that DCP's calls name, and its saves and loads.
+
+Called from: `dcp`, on the training thread. DCP's signatures have no object to keep a session in: it is opened by the first call of a
+group, a collective, and kept for later ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pillion import callbacks, dcp_failures, ending, group, loading, policy_source, saving, storing
+from pillion import leaves as leaves_module
+from pillion import session as session_module
+from pillion.errors import LoadError, RemoteFailure, SidecarError, SidecarUnavailable
+from pillion.handle import Checkpoint, SaveHandle
+from pillion.wire import messages, names
+
+_log = logging.getLogger(__name__)
+
+
+class Saves:
+    """The saves and loads of one process group; the n-th save is step n of the session."""
+
+    def __init__(self, session: session_module.Session) -> None:
+        self._session = session
+        self._saver = saving.Saver(session, overlaps=True)
+        self._collector = leaves_module.Collector()
+        self._calls = 0
+        self._last: SaveHandle | None = None
+        session.listen()
+        ending.drain_at_exit(self)
+
+    def check_process(self) -> None:
+        self._session.check_process()
+
+    def save(
+        self,
+        stage: Callable[[], Mapping[str, Any]],
+        destination: Mapping[str, Any],
+        *,
+        overlap: bool = False,
+    ) -> tuple[futures.Future[None], futures.Future[Checkpoint]]:
+        """
+        Save what `stage` returns; the ends of the staging and of the save.
+
+        Args:
+            stage: called here; what it raises is this rank's failure.
+            destination: see `dcp_options.destination`.
+            overlap: copy beside the next forward and backward pass.
+
+        Blocks: for the copy and a free slot.
+        """
+        step = self._calls
+        self._calls += 1
+        rank = self._session.group.rank
+        try:
+            state_dict = stage()
+        except Exception as err:  # a boundary: the other ranks wait for this one's part
+            handle = self._saver.give_up(step, err)
+        else:
+            handle = self._saver.save(state_dict, step, persist=True, overlap=overlap, destination=destination)
+        self._last = handle
+        future: futures.Future[Checkpoint] = callbacks.Outcome(handle.note_asked)
+
+        def conclude(done: futures.Future[Checkpoint]) -> None:
+            error = handle.error()
+            if error is None:
+                future.set_result(futures.Future.result(done))
+            else:
+                future.set_exception(dcp_failures.checkpoint_exception(error, rank))
+
+        # Not in the thread of callbacks: whoever waits for the future would wait for what others do there.
+        futures.Future.add_done_callback(handle.committed, conclude)
+        return handle.staged, future
+
+    def load(self, state_dict: dict[str, Any], path: str, *, strict: bool) -> None:
+        """
+        Fill `state_dict` in place from the checkpoint in a directory.
+
+        Ranks: all. Blocks: as `loading.load`.
+
+        Raises:
+            CheckpointException: with the `LoadError` of this rank.
+            UsageError: see `loading.load`.
+        """
+        self._saver.wait_staged()
+        try:
+            loading.load(self._session, self._collector, state_dict, None, path=path, strict=strict)
+        except (LoadError, SidecarError) as err:
+            raise dcp_failures.checkpoint_exception(err, self._session.group.rank, "load") from err
+
+    def close(self, timeout_s: float | None = None) -> None:
+        if self._session.inherited:
+            return
+        owed = self._session.pending()
+        if self._last is not None and self._last not in owed:
+            owed.append(self._last)
+        self._saver.close()
+        drain_s = self._session.policy.drain.timeout_seconds if timeout_s is None else timeout_s
+        try:
+            self._session.close(drain_s=drain_s, clean=not ending.by_exception())
+        except SidecarUnavailable as err:
+            _log.error("pillion: %s", err)
+        finally:
+            ending.closed(self, owed)
+
+
+_open: dict[object, Saves] = {}
+"""Process group (None: this rank alone) -> its saves. DCP's signature has no object to keep them in."""
+
+
+def of_group(process_group: dist.ProcessGroup | None, *, no_dist: bool) -> Saves:
+    """
+    The saves of a process group. Its first call opens a session, on all of its ranks: a collective, and the sidecar's start.
+
+    Raises:
+        CheckpointException: it cannot be opened; on every rank, with the ranks that could not.
+        UsageError: this process is a forked child of the one that opened it, or this rank is none of the group.
+    """
+    distributed = not no_dist and dist.is_available() and dist.is_initialized()
+    key = (process_group or dist.group.WORLD) if distributed else None
+    if key not in _open:
+        _open[key] = Saves(_open_session(process_group, distributed=distributed))
+    _open[key].check_process()
+    return _open[key]
+
+
+def close(timeout_s: float | None) -> None:
+    """See `dcp.close`."""
+    for key in list(_open):
+        _open.pop(key).close(timeout_s)
+
+
+def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool) -> session_module.Session:
+    """
+    Open the session of a group, on all of its ranks or on none.
+
+    Raises:
+        CheckpointException: on every rank, with the ranks that could not.
+    """
+    members = (
+        group.join(process_group, ask_policy=lambda environ: storing.policy_of_all(None, environ))
+        if distributed
+        else _alone()
+    )
+    session = None
+    mine: dict[str, object] | None = None
+    try:
+        session = storing.open_session(
+            members,
+            root="",
+            policy_document=policy_source.document(None, os.environ),
+            key=members.session,
+            on_event=_ignore,
+            process_group=process_group,
+            environ=os.environ,
+        )
+    except Exception as err:  # a boundary: the other ranks wait in the next line
+        text = "".join(traceback.format_exception(err))
+        mine = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text).to_document()
+    # All or none: a rank that would open alone at its next call would run a collective that the others do not.
+    told: list[dict[str, object] | None] = [mine] * members.world_size
+    if members.world_size > 1:
+        dist.all_gather_object(told, mine, group=process_group)
+    failures = {rank: RemoteFailure.from_document(each) for rank, each in enumerate(told) if each is not None}
+    if session is not None and not failures:
+        return session
+    if session is not None:
+        with contextlib.suppress(SidecarUnavailable):
+            session.close(drain_s=0.0, clean=True)
+    raise CheckpointException("open", {rank: dcp_failures.wrapped(failure) for rank, failure in failures.items()})
+
+
+def _alone() -> group.Group:
+    return group.Group(
+        rank=0,
+        world_size=1,
+        pods=((0,),),
+        run_id=os.environ.get(names.ENV_RUN_ID) or os.environ.get("TORCHELASTIC_RUN_ID") or "default",
+        session=uuid.uuid4().hex,
+        store=None,
+        store_problem="a group of one needs no store",
+        attempt=0,
+    )
+
+
+def _ignore(_: messages.Message) -> None:
+    """Announcements are for who asks `Checkpointer.due`."""
