@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
 from pillion.wire import messages
 from pillion_sidecar import background, destinations
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
+from pillion_sidecar.journal import Journal
+from pillion_sidecar.operation import Operations
+from pillion_sidecar.persisting import Persisting
 from pillion_sidecar.pod import Pod
-
-if TYPE_CHECKING:
-    from pillion_sidecar.supervisor import Supervisor
+from pillion_sidecar.settings import Settings
+from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +29,14 @@ _log = logging.getLogger(__name__)
 class Loads:
     """See the module."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    def __init__(
+        self, of: Settings, trainers: Trainers, operations: Operations, persisting: Persisting, journal: Journal
+    ) -> None:
+        self._settings = of
+        self._trainers = trainers
+        self._operations = operations
+        self._persisting = persisting
+        self._journal = journal
         self._asked: dict[int, tuple[Client, messages.Message]] = {}
         self._running: dict[int, tuple[Client, messages.Message]] = {}
         self._reading: set[int] = set()
@@ -51,16 +59,16 @@ class Loads:
                 raise UsageError(
                     f"rank {client.rank} calls {_words(message)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
                 )
-        pod = self._supervisor.pod
+        pod = self._trainers.pod
         if pod is None:
             raise UsageError("no session is open")
         path = messages.optional_field(message, "path", str)
-        if path is not None and not self._supervisor.settings.embedded:
+        if path is not None and not self._settings.embedded:
             destinations.check_source(path, root=pod.identity.root)
         self._asked[client.rank] = (client, message)
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._supervisor.settings.peer_timeout_s, self._timeout)
+            self._timer = loop.call_later(self._settings.peer_timeout_s, self._timeout)
         if set(self._asked) == set(pod.segments):
             self._timer.cancel()
             self._timer = None
@@ -69,10 +77,10 @@ class Loads:
 
     def _timeout(self) -> None:
         self._timer = None
-        pod = self._supervisor.pod
+        pod = self._trainers.pod
         asked, self._asked = self._asked, {}
         missing = sorted(set(pod.segments if pod is not None else ()) - set(asked))
-        waited = self._supervisor.settings.peer_timeout_s
+        waited = self._settings.peer_timeout_s
         error = LoadError(f"ranks {missing} did not ask to load within {waited:.1f} s; load is called on all ranks")
         for client, message in asked.values():
             client.refuse(message, error)
@@ -97,7 +105,7 @@ class Loads:
     def progress(self, event: messages.Message) -> None:
         """An event of the executor for one rank."""
         slot = event.get("slot")
-        pod = self._supervisor.pod
+        pod = self._trainers.pod
         if event["type"] == "load_begin" and event.get("spare") and pod and isinstance(slot, int):
             # The slot that was lent, or one that it took by itself where none was.
             self._lent = slot
@@ -108,17 +116,16 @@ class Loads:
             client.answer(message, {k: v for k, v in event.items() if k != "event"})
 
     async def _run(self, asked: dict[int, tuple[Client, messages.Message]]) -> None:
-        supervisor = self._supervisor
-        pod = supervisor.pod
+        pod = self._trainers.pod
         try:
             if pod is None:
                 raise UsageError("no session is open")
             # A save in flight may be the newest: it is finished first.
-            await supervisor.persisting.quiet(supervisor.settings.persist_timeout_s)
+            await self._persisting.quiet(self._settings.persist_timeout_s)
             self._release()
             # What its arena holds has a date only once the session has: see Pod.date. A failure shows at the load itself.
             with contextlib.suppress(PillionError):
-                await supervisor.operations.open(pod)
+                await self._operations.open(pod)
             first = next(iter(asked.values()))[1]
             if messages.field(first, "find", bool, False):
                 await self._find(pod, asked, first)
@@ -135,13 +142,13 @@ class Loads:
                 "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
                 "spare_slot": NO_SLOT if self._lent is None else self._lent,
             }
-            result = await supervisor.operations.load(pod, request)
+            result = await self._operations.load(pod, request)
             if result["step"] is not None and request["path"] is None:
                 pod.set_aside((tuple(result["order"]), int(result["step"])))
             if result["tier"] == "arena" and len(pod.identity.pods) > 1:
                 pod.heard(int(result["step"]), persisted=False)
                 # Before any rank can save again, so that it comes first in every pod.
-                supervisor.persisting.rescue_in_turn(pod, supervisor.operations.loads)
+                self._persisting.rescue_in_turn(pod, self._operations.loads)
             self._answer(asked, result)
         except PillionError as err:
             self._fail(asked, ErrorDocument.from_exception(err))
@@ -170,7 +177,7 @@ class Loads:
         self._pinned = pod.table.pin()
         try:
             request = self._request(pod, first) | {"layouts": {}, "spare_slot": NO_SLOT}
-            result = await self._supervisor.operations.load(pod, request)
+            result = await self._operations.load(pod, request)
         finally:
             self._release()
         for client, message in asked.values():
@@ -180,24 +187,23 @@ class Loads:
 
     async def _lend(self) -> int | None:
         """A slot to load into; None: the executor takes one once the pods have agreed on a checkpoint of storage."""
-        supervisor = self._supervisor
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(supervisor.settings.peer_timeout_s):
-                while supervisor.pod is not None:
+            async with asyncio.timeout(self._settings.peer_timeout_s):
+                while self._trainers.pod is not None:
                     self._slot_free.clear()
-                    slot = supervisor.pod.table.lend()
-                    if slot is not None or supervisor.pod.table.crowded():
+                    slot = self._trainers.pod.table.lend()
+                    if slot is not None or self._trainers.pod.table.crowded():
                         return slot
                     await self._slot_free.wait()
-        raise LoadError(f"no slot became free to load into within {supervisor.settings.peer_timeout_s:.1f} s")
+        raise LoadError(f"no slot became free to load into within {self._settings.peer_timeout_s:.1f} s")
 
     def _answer(self, asked: dict[int, tuple[Client, messages.Message]], result: dict[str, Any]) -> None:
-        metrics = self._supervisor.journal.metrics
+        metrics = self._journal.metrics
         metrics.loads_arena += result["tier"] == "arena"
         metrics.loads_storage += result["tier"] == "storage"
         for where, why in result["refused"].items():
             _log.error("refused the checkpoint %s: %s", where, why)
-            self._supervisor.journal.refused(where, why)
+            self._journal.refused(where, why)
         for where, why in result["passed_over"].items():
             _log.warning("%s is newer than what is loaded, and was not used: %s", where, why)
         if result["set_aside"]:
@@ -224,12 +230,12 @@ class Loads:
     def _fail(self, asked: dict[int, tuple[Client, messages.Message]], error: ErrorDocument) -> None:
         self._release()
         step = next(iter(asked.values()))[1].get("step")
-        self._supervisor.journal.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
+        self._journal.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
         for client, message in asked.values():
             client.refuse(message, error)
 
     def _release(self) -> None:
-        pod = self._supervisor.pod
+        pod = self._trainers.pod
         if pod is None:
             return
         pod.table.unpin(self._pinned)

@@ -63,7 +63,7 @@ class Supervisor:
         self.trainers = Trainers(self.operations, self._tasks, on_policy=self._policy_heard)
         self.persisting = Persisting(self.journal, self.trainers, self.operations, self._released)
         self.saves = Saves(of, self.journal, self.trainers, self.persisting, self._tasks)
-        self.loads = loads.Loads(self)
+        self.loads = loads.Loads(of, self.trainers, self.operations, self.persisting, self.journal)
         self.pod_end = PodEnd(self.journal, self.trainers, self.persisting, self._tasks, in_pod=not of.embedded)
         self._started_with: policy.Policy | None = None
         """The policy of the environment, or of the hello; without what the controller said since."""

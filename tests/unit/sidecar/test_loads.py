@@ -32,7 +32,8 @@ def test_each_load_has_all_of_its_bound(monkeypatch: Any) -> None:
         table = types.SimpleNamespace(unpin=lambda _: None, give_back=lambda _: None)
         pod = types.SimpleNamespace(segments={0: None, 1: None}, table=table)
         settings = types.SimpleNamespace(peer_timeout_s=Deadline.REPLY.s)
-        of = loads.Loads(cast("Any", types.SimpleNamespace(pod=pod, settings=settings)))
+        trainers = types.SimpleNamespace(pod=pod)
+        of = loads.Loads(*cast("Any", (settings, trainers, None, None, None)))
         await of.ask(cast("Client", Asking(0)), {"type": "load", "step": None})
         first = of._timer
         of.rank_lost(0)
