@@ -371,7 +371,11 @@ class Saver:
         error.__cause__ = err if error is not err else err.__cause__
         log_lost(handle.step, error)
         self._session.forget(handle)
-        self._session.abandon(handle.step, ErrorDocument.from_exception(error), persist=persist)
+        told = ErrorDocument.from_exception(error)
+        if isinstance(err, SystemExit):
+            # To the job as a trainer that was killed in the middle: no failure of saving.
+            told = ErrorDocument("TrainerDied", "the trainer ended before its state was sealed")
+        self._session.abandon(handle.step, told, persist=persist)
         handle.fail(error)
 
     def prepare(self, layout_of: leaves_module.Leaves) -> None:

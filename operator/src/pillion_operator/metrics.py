@@ -170,6 +170,7 @@ _JOB_COUNTERS: Final = {
     "saves_failed": ("saves", "", ("outcome", "failed")),
     "saves_skipped": ("saves", "", ("outcome", "skipped")),
     "saves_replaced": ("saves", "", ("outcome", "replaced")),
+    "saves_interrupted": ("saves", "", ("outcome", "interrupted")),
     "saves_waited": ("save_waits", "Saves that had to wait for a slot.", None),
     "snapshots": ("snapshots", "Snapshots in memory.", None),
     "loads_arena": ("loads", "Loads, by where from.", ("source", "arena")),

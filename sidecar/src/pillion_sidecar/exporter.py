@@ -27,6 +27,7 @@ OUTCOMES: Final = {
     "failed": "saves_failed",
     "skipped": "saves_skipped",
     "replaced": "saves_replaced",
+    "interrupted": "saves_interrupted",
     "waited": "saves_waited",
 }
 

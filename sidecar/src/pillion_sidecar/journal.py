@@ -24,6 +24,10 @@ KEPT_SAVES: Final = 256
 """Saves that are remembered from their begin on; far more than are on their way at once."""
 STALL_TOLD_S: Final = 10.0
 """Storage that stands still for this long is told, long before it is given up: a block of 8 MiB takes milliseconds."""
+SLOWEST_OF: Final = 8
+"""Commits whose slowest says what a drain takes: a first save is slow, and a busy hour of the storage is not for ever."""
+TRAINER_DIED: Final = "TrainerDied"
+"""What a rank's failure is called whose trainer ended before it had sealed."""
 STORAGE_ERRORS: Final = frozenset({"PersistError", "CommitError"})
 """Errors of a save that are the storage's, as far as a pod can tell."""
 
@@ -50,6 +54,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """The newest load since this sidecar started."""
+
+    step: int
+    tier: str
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """The newest commit since this sidecar started."""
 
@@ -73,11 +86,17 @@ class Journal:
         self.commit: Commit | None = None
         self.storage_problem = ""
         """Why the last save could not be persisted; empty again with the next commit."""
+        self.memory_problem = ""
+        """Why the arena is too small for what the trainers will stage; empty: it is not."""
+        self.loaded: Loaded | None = None
+        self._drains_s: deque[float] = deque(maxlen=SLOWEST_OF)
         self._stalled = False
         self.terminating = False
         """The pod is to end: saves are made for that from here on."""
         self.last_save_committed = False
         """A save that was begun after that is on storage."""
+        self.trainers_end = False
+        """They are ended, or end by themselves: what they were staging is no failure."""
         self.on_news: Callable[[], None] = lambda: None
         """Called when something happened that others wait for: a commit, a failure, an answer to a demand."""
         self._clock = clock
@@ -153,6 +172,7 @@ class Journal:
             metrics.queue_seconds += self._saves[step].queued_s
             self.last_save_committed = self.last_save_committed or self._saves[step].last
         metrics.commit_seconds += float(outcome["commit_s"])
+        self._drains_s.append(float(outcome["persist_s"]) + float(outcome["commit_s"]))
         metrics.last_committed_step = step
         metrics.last_committed_timestamp = now_s
         self.commit = Commit(step, now_s)
@@ -173,13 +193,29 @@ class Journal:
             self._stalled = stalled
             self.on_news()
 
+    @property
+    def drain_s(self) -> float:
+        """The slowest of the last commits, from the seal until it was visible; 0: there was none."""
+        return round(max(self._drains_s, default=0.0), 3)
+
+    def memory(self, problem: str) -> None:
+        """What was found of the arena's room."""
+        if problem != self.memory_problem:
+            self.memory_problem = problem
+            self.on_news()
+
     def snapshot(self) -> None:
         """A save that stays in memory is sealed on every rank of the job."""
         self.metrics.snapshots += 1
 
     def failed(self, step: int, error: PillionError) -> None:
-        """A save is lost."""
+        """A save is lost. One whose trainers ended before they had sealed it is no failure of saving."""
         kind, text = type(error).__name__, str(error)
+        if self.trainers_end or is_interrupted(error):
+            self.metrics.saves_interrupted += 1
+            self.demands.ended(step, f"{kind}: {text}")
+            self.on_news()
+            return
         self.metrics.saves_failed += 1
         self.metrics.failures_by_kind[kind] = self.metrics.failures_by_kind.get(kind, 0) + 1
         if kind in STORAGE_ERRORS:
@@ -209,6 +245,11 @@ class Journal:
         self._note(int(step) if step.isdigit() else -1, home.CHECKPOINT_REFUSED, f"{where}: {why}")
         self.on_news()
 
+    def loaded_from(self, step: int, tier: str) -> None:
+        """A load gave every rank of this pod a checkpoint."""
+        self.loaded = Loaded(step, tier, self._wall())
+        self.on_news()
+
     def load_failed(self, step: int | None, kind: str, text: str) -> None:
         """A load ended with an error on every rank of this pod."""
         self._note(-1 if step is None else step, home.LOAD_FAILED, f"{kind}: {text}")
@@ -218,3 +259,9 @@ class Journal:
         self.failures.append(
             home.Failure(step=step, reason=kind, message=text[: home.TEXT_LIMIT], time=rfc3339(self._wall()))
         )
+
+
+def is_interrupted(error: PillionError) -> bool:
+    """Whether a save came to nothing for no other reason than the end of trainers."""
+    ranks = getattr(error, "failures", {})
+    return bool(ranks) and all(failure.type_name == TRAINER_DIED for failure in ranks.values())

@@ -17,7 +17,7 @@ from pillion_sidecar import background, destinations
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.control import Client
 from pillion_sidecar.journal import Journal
-from pillion_sidecar.operation import Operations
+from pillion_sidecar.operation import Operations, SessionOver
 from pillion_sidecar.persisting import Persisting
 from pillion_sidecar.pod import Pod
 from pillion_sidecar.settings import Settings
@@ -201,6 +201,8 @@ class Loads:
         metrics = self._journal.metrics
         metrics.loads_arena += result["tier"] == "arena"
         metrics.loads_storage += result["tier"] == "storage"
+        if result["step"] is not None:
+            self._journal.loaded_from(int(result["step"]), str(result["tier"]))
         for where, why in result["refused"].items():
             _log.error("refused the checkpoint %s: %s", where, why)
             self._journal.refused(where, why)
@@ -230,7 +232,13 @@ class Loads:
     def _fail(self, asked: dict[int, tuple[Client, messages.Message]], error: ErrorDocument) -> None:
         self._release()
         step = next(iter(asked.values()))[1].get("step")
-        self._journal.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
+        here = self._trainers.clients
+        if error.kind == SessionOver.__name__ or not any(
+            here.get(rank) is client for rank, (client, _) in asked.items()
+        ):
+            _log.info("a load was left, as its trainers have ended: %s", error.message)
+        else:
+            self._journal.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
         for client, message in asked.values():
             client.refuse(message, error)
 

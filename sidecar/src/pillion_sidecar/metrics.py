@@ -20,6 +20,8 @@ class Metrics:
     """Dropped by `overlap: Skip`."""
     saves_replaced: int = 0
     """Dropped by `overlap: Latest` for a newer one."""
+    saves_interrupted: int = 0
+    """Not sealed, as the trainers ended before."""
     saves_waited: int = 0
     """Claims that had to wait for a slot (`overlap: Wait`)."""
     snapshots: int = 0

@@ -22,7 +22,7 @@ from pillion.wire import arena, messages, names, policy
 from pillion_sidecar import settings
 from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena import segment as segment_module
-from pillion_sidecar.arena.growth import Growth
+from pillion_sidecar.arena.growth import SPARE_BYTES, Growth
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
 from pillion_sidecar.session_record import Record
@@ -128,7 +128,16 @@ class Pod:
         self._mode = segment_module.SHARED if shared else segment_module.PRIVATE
         self.identity = identity
         self.policy = of
-        self.limit_bytes = _limit(runtime_dir, of)
+        stats = os.statvfs(runtime_dir)
+        tmpfs_bytes = stats.f_blocks * stats.f_frsize
+        self.limit_bytes = of.staging.size_limit_bytes or int(tmpfs_bytes * DEFAULT_LIMIT_SHARE)
+        said = (
+            "staging.sizeLimit" if of.staging.size_limit_bytes else "half of its tmpfs (staging.sizeLimit is not set)"
+        )
+        self.bounds = {said: self.limit_bytes, "the tmpfs that it is on": tmpfs_bytes}
+        """What the arena may take, in bytes, by what says so."""
+        self.rooms: dict[int, int] = {}
+        """Rank -> the most bytes that it has asked for a slot."""
         self.segments: dict[int, Segment] = {}
         alone = len(identity.pods) == 1
         self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap, alone=alone)
@@ -142,6 +151,8 @@ class Pod:
             raise
         self._growth = Growth(self.segments, self.limit_bytes)
         container = memory_limit.tightest()
+        if container is not None:
+            self.bounds["the memory limit of the sidecar's container"] = container.limit_bytes - SPARE_BYTES
         if (
             of.staging.size_limit_bytes is not None
             and container is not None
@@ -397,13 +408,6 @@ def stride_bytes(limit_bytes: int, *, num_slots: int) -> int:
     """The range of addresses of one slot: room for the whole limit, as long as all slots of the pod have it."""
     wanted = -(-limit_bytes // STRIDE_STEP_BYTES) * STRIDE_STEP_BYTES + STRIDE_STEP_BYTES
     return min(wanted, ADDRESS_SPACE_BYTES // num_slots // STRIDE_STEP_BYTES * STRIDE_STEP_BYTES)
-
-
-def _limit(runtime_dir: str, of: policy.Policy) -> int:
-    if of.staging.size_limit_bytes is not None:
-        return of.staging.size_limit_bytes
-    stats = os.statvfs(runtime_dir)
-    return int(stats.f_blocks * stats.f_frsize * DEFAULT_LIMIT_SHARE)
 
 
 def check_root(root: str) -> list[str]:

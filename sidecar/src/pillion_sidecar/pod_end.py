@@ -106,5 +106,5 @@ class PodEnd:
             _log.info(
                 "what the trainers have saved is on storage: those without a SIGTERM handler of their own are ended"
             )
-            self.ends_trainers = True
+            self.ends_trainers = self._journal.trainers_end = True
             self._trainers.broadcast({"type": "end"})

@@ -25,12 +25,13 @@ from pillion.errors import (
 )
 from pillion.phases import Phase as Point
 from pillion.wire import messages
-from pillion_sidecar import background, destinations, failures, settings
+from pillion_sidecar import background, destinations, failures, preflight, settings
 from pillion_sidecar.arena import slots
 from pillion_sidecar.arena.slots import Phase, Save
 from pillion_sidecar.control import Client
 from pillion_sidecar.journal import Journal
 from pillion_sidecar.persisting import Persisting
+from pillion_sidecar.pod import Pod
 from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Saves:
         if save.filling == {client.rank} and not save.sealed:
             self._journal.began(step, persist=persist)
         room = messages.field(message, "room_bytes", int)
+        self._look_ahead(pod, client.rank, room)
         try:
             capacity = await asyncio.to_thread(pod.grow, client.rank, save.slot, room)
         except PillionError as err:
@@ -133,7 +135,24 @@ class Saves:
     async def reserve(self, rank: int, room_bytes: int) -> list[int]:
         """Have every slot of a rank hold at least `room_bytes`; the capacities."""
         pod = self._trainers.require_pod()
+        self._look_ahead(pod, rank, room_bytes)
         return [await asyncio.to_thread(pod.grow, rank, slot, room_bytes) for slot in range(pod.policy.staging.slots)]
+
+    def _look_ahead(self, pod: Pod, rank: int, room_bytes: int) -> None:
+        """Whether all slots of all ranks will fit, now that a rank says how large its state is."""
+        if room_bytes <= pod.rooms.get(rank, 0):
+            return
+        pod.rooms[rank] = room_bytes
+        problem = preflight.too_small(
+            pod.rooms,
+            num_ranks=len(pod.segments),
+            slots=pod.policy.staging.slots,
+            bounds=pod.bounds,
+        )
+        if problem and not self._journal.memory_problem:
+            _log.warning("%s", problem)
+            self._trainers.notice(rank, problem)
+        self._journal.memory(problem)
 
     def sealed(self, client: Client, step: int, stall_s: float) -> None:
         """A rank has sealed its slot, and was held up for `stall_s` by it; with the last one the save is complete."""

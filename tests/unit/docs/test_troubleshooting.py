@@ -15,10 +15,11 @@ import pytest
 
 from pillion import errors
 from pillion.wire import home
-from pillion_operator.controller import commands, conditions, mirror
+from pillion_operator.controller import commands, conditions, mirror, news
 from pillion_operator.home.refusal import Result
-from pillion_operator.home.registry import Job
+from pillion_operator.home.registry import Job, JobKey
 from pillion_operator.injection import checkpoint_policy, reasons
+from pillion_sidecar import preflight
 from support import reports
 
 ROOT: Final = Path(__file__).parents[3]
@@ -27,8 +28,6 @@ PAGES: Final = GUIDE / "troubleshooting"
 INDEX: Final = (PAGES / "README.md").read_text()
 SECTIONS: Final = ["What you see", "What it means", "What to do", "What Pillion does meanwhile"]
 DOCUMENTS: Final = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(GUIDE.rglob("*.md"))]
-NEVER_A_FAILURE: Final = {"SaveSkipped"}
-"""Dropped as the policy's `overlap` says, and counted apart: no condition and no event has the class."""
 LOST: Final = "storage:400: was committed as the newest, and is not there any more"
 CORRUPT: Final = "/pillion/storage/charlm/step-400/__0_0.1.distcp: 'model.weight' at offset 0 does not match its digest"
 LIMITS: Final[dict[str, Any]] = {
@@ -57,7 +56,7 @@ def codes() -> set[str]:
     enums = (reasons.Reason, conditions.Reason, commands.Reason, commands.WordReason)
     said = {each.value for enum in enums for each in enum} | {mirror.COMMITTED, mirror.REMOVED}
     failed = family(errors.SaveError) | family(errors.LoadError) | {errors.InternalError.__name__}
-    return said | (failed - NEVER_A_FAILURE) | remote_failures()
+    return said | failed | remote_failures()
 
 
 def page(code: str) -> str:
@@ -111,6 +110,8 @@ def sentences() -> Iterator[tuple[str, str]]:
     yield from status().items()
     yield from status(job()).items()
     yield from status(job(storage_error=denied, failures=(failure,))).items()
+    small = preflight.too_small({0: 200 * 2**20}, num_ranks=1, slots=2, bounds={"staging.sizeLimit": 256 * 2**20})
+    yield from status(job(memory_error=small, drain_s=411.2)).items()
     yield from status(suspend=True).items()
     yield from status(trigger={"periodSteps": 50, "snapshotSteps": 60}).items()
     yield from (answer(None), answer(None, late=True), answer(job()), answer(job(), late=True))
@@ -133,6 +134,12 @@ def words() -> Iterator[tuple[str, str]]:
         yield from ((each.reason, each.message) for each in told)
     _, told = commands.Notes(reports.NOW_S - 60).open([note], None, reports.NOW_S + commands.LIFETIME_S)
     yield from ((each.reason, each.message) for each in told)
+    of, key = news.News(), JobKey("team", "charlm")
+    for number, step, time_s in ((0, -1, 0.0), (1, 400, 1.0), (13, 4800, 1000.0)):
+        metrics = {"saves_committed": number, "saves_skipped": number % 12}
+        loaded = {"loaded_step": 400, "loaded_from": "storage", "loaded_time": reports.at(0)} if number else {}
+        report = reports.report(committed_step=step, metrics=metrics, **loaded)
+        yield from ((reason.value, text) for reason, text in of.of(key, report, reports.NOW_S + time_s))
     for reason, step, message in (
         (
             home.LOAD_FAILED,

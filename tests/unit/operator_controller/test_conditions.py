@@ -57,6 +57,8 @@ def test_a_policy_that_nobody_uses_is_ready_and_no_more_is_known() -> None:
         "Ready": ("True", "Valid"),
         "StorageReachable": ("Unknown", "NoJob"),
         "Degraded": ("False", "NoJob"),
+        "DrainTooShort": ("False", "NoJob"),
+        "ArenaTooSmall": ("False", "NoJob"),
     }
     assert (found["observedGeneration"], found["injectedPods"]) == (3, 0)
     assert {each["observedGeneration"] for each in found["conditions"]} == {3}
@@ -90,6 +92,25 @@ def test_jobs_that_save_make_a_policy_reachable_and_not_degraded() -> None:
         "name": f"{reports.JOB}-object",
     }
     assert found["recoveryPointSeconds"] == 15
+
+
+def test_a_save_that_takes_longer_than_the_drain_is_told_before_a_pod_has_to_end() -> None:
+    """What was measured is compared with what injection adds to the grace period; a sidecar of before, which measures nothing, fits."""
+    slow, quick, silent = reports.job(10, drain_s=60.5), reports.job(10, drain_s=60.0), reports.job(10)
+    drain = {"timeoutSeconds": 60}
+    assert said(status(quick, silent, drain=drain))["DrainTooShort"] == ("False", "Fits")
+    found = status(quick, slow, drain=drain)
+    assert said(found)["DrainTooShort"] == ("True", "DrainTooShort")
+    assert conditions.condition(found, "DrainTooShort")["message"].endswith("job run: a save took 61 s")
+    assert said(status(slow, drain={"timeoutSeconds": 61}))["DrainTooShort"] == ("False", "Fits")
+
+
+def test_an_arena_that_is_too_small_is_told_with_the_job() -> None:
+    """As the job's sidecar has found it, with what the trainers said of their state."""
+    assert said(status(reports.job(10)))["ArenaTooSmall"] == ("False", "Fits")
+    found = status(reports.job(10, memory_error="needs 2, has 1"), reports.job(10, job_id="b"))
+    assert said(found)["ArenaTooSmall"] == ("True", "ArenaTooSmall")
+    assert "job run: needs 2, has 1" in conditions.condition(found, "ArenaTooSmall")["message"]
 
 
 def test_a_storage_that_cannot_be_used_is_named_with_the_job() -> None:

@@ -1,6 +1,6 @@
 """What is written down about each save: its cause, its times, and whose fault a failure is."""
 
-from pillion.errors import BarrierTimeout, PersistError, SaveSkipped
+from pillion.errors import BarrierTimeout, PersistError, RemoteFailure, SaveSkipped, StagingError
 from pillion_sidecar import journal
 from pillion_sidecar.journal import Journal
 
@@ -119,6 +119,34 @@ def test_a_dropped_save_answers_whoever_asked_for_it_and_is_no_failure() -> None
     assert of.metrics.saves_failed == 0
     assert list(of.failures) == []
     assert news
+
+
+def test_the_end_of_trainers_is_no_failure_of_saving() -> None:
+    """A save that a killed trainer had not sealed is counted apart and answered; one that failed elsewhere too is a failure."""
+    of, _, news = a_journal()
+    of.demands.take(["a"], 0.0, has_trainers=True)
+    died = RemoteFailure("TrainerDied", "the trainer ended before its state was sealed")
+    of.began(3, persist=True)
+    of.failed(3, StagingError("the trainer died", step=3, failures={1: died}))
+    (answer,) = of.demands.acknowledgements()
+    assert answer.progress == "Failed"
+    assert (of.metrics.saves_interrupted, of.metrics.saves_failed, list(of.failures)) == (1, 0, [])
+    assert news
+    both = {0: RemoteFailure("OSError", "full"), 1: died}
+    of.failed(4, PersistError("step 4 was not saved", step=4, failures=both))
+    assert (of.metrics.saves_interrupted, of.metrics.saves_failed, len(of.failures)) == (1, 1, 1)
+    of.trainers_end = True
+    of.failed(5, StagingError("ended", step=5))
+    assert (of.metrics.saves_interrupted, of.metrics.saves_failed) == (2, 1)
+
+
+def test_the_slowest_of_the_last_commits_is_what_a_drain_takes() -> None:
+    """From the seal until it was visible; an hour in which storage was busy is forgotten after eight commits."""
+    of, _, _ = a_journal()
+    assert of.drain_s == 0.0
+    for step in range(1 + journal.SLOWEST_OF):
+        of.committed(step, {"size_bytes": 1, "persist_s": 100.0 if step == 0 else 1.0, "commit_s": 0.5})
+        assert of.drain_s == (100.5 if step < journal.SLOWEST_OF else 1.5)
 
 
 def test_nothing_grows_without_a_bound() -> None:

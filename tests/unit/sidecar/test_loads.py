@@ -9,7 +9,10 @@ import contextlib
 import types
 from typing import Any, cast
 
-from pillion_sidecar import loads
+import pytest
+
+from pillion.errors import ErrorDocument
+from pillion_sidecar import journal, loads
 from pillion_sidecar.control import Client
 from support.deadlines import Deadline, soon
 
@@ -47,3 +50,18 @@ def test_each_load_has_all_of_its_bound(monkeypatch: Any) -> None:
 
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         loop.run_until_complete(story())
+
+
+@pytest.mark.parametrize(
+    ("here", "kind", "failed"),
+    [(True, "CorruptCheckpoint", True), (True, "SessionOver", False), (False, "LoadError", False)],
+    ids=["trainers that wait", "a session that is over", "trainers that are gone"],
+)
+def test_a_load_whose_trainers_have_ended_is_no_failure(here: bool, kind: str, failed: bool) -> None:
+    """A restart in the middle of a load is part of a restart: no condition and no Warning of it; who waits is answered in any case."""
+    asking, of_journal = Asking(0), journal.Journal()
+    trainers = types.SimpleNamespace(pod=None, clients={0: asking if here else Asking(0)})
+    of = loads.Loads(*cast("Any", (None, trainers, None, None, of_journal)))
+    of._fail({0: (cast("Client", asking), {"type": "load", "step": None})}, ErrorDocument(kind, "why"))
+    assert [each.reason for each in of_journal.failures] == (["LoadFailed"] if failed else [])
+    assert len(asking.refused) == 1

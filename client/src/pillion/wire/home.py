@@ -140,6 +140,15 @@ class Report:
     committed_time: str = ""
     storage_error: str = ""
     """Why the storage cannot be used now; empty: it can."""
+    memory_error: str = ""
+    """Why the arena is too small for all that the trainers will stage, before a save is lost over it; empty: it is not."""
+    drain_s: float = 0.0
+    """The slowest of the last saves, from its seal until it was visible: what the end of the pod has to wait for. 0: none yet."""
+    loaded_step: int = -1
+    """Step of the last load; -1: none since this sidecar started, or there was nothing to load."""
+    loaded_from: str = ""
+    """``arena`` or ``storage``."""
+    loaded_time: str = ""
     draining: bool = False
     checkpoints: tuple[CommittedCheckpoint, ...] = ()
     """On storage now, newest first."""

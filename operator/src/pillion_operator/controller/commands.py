@@ -61,6 +61,8 @@ class WordReason(StrEnum):
     FAILED = "SaveFailed"
     LOAD_FAILED = home.LOAD_FAILED
     REFUSED = home.CHECKPOINT_REFUSED
+    SKIPPED = "SaveSkipped"
+    LOADED = "Loaded"
     NOT_TAKEN = "SaveNotTaken"
 
 

@@ -5,6 +5,7 @@ Called from: `reconcile`. Pure.
 Must never: change when nothing happened: what grows with every second (the age of a commit) is a metric, and not in here.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, Final
@@ -19,6 +20,8 @@ Json = dict[str, Any]
 READY: Final = "Ready"
 STORAGE: Final = "StorageReachable"
 DEGRADED: Final = "Degraded"
+DRAIN: Final = "DrainTooShort"
+MEMORY: Final = "ArenaTooSmall"
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
 _NAMED_MOST: Final = 3
 """Jobs that a message names: a person begins with one."""
@@ -38,6 +41,9 @@ class Reason(StrEnum):
     STORAGE_ERROR = "StorageError"
     SAVING = "Saving"
     SAVE_FAILED = "SaveFailed"
+    FITS = "Fits"
+    DRAIN_TOO_SHORT = "DrainTooShort"
+    ARENA_TOO_SMALL = "ArenaTooSmall"
 
 
 def status(
@@ -64,6 +70,8 @@ def status(
         (READY, *_ready(found)),
         (STORAGE, *_storage(jobs)),
         (DEGRADED, *_degraded(jobs)),
+        (DRAIN, *_drain(found, jobs)),
+        (MEMORY, *_memory(jobs)),
     )
     known = {each.get("type"): each for each in before.get("conditions") or []}
     result: Json = {
@@ -134,6 +142,31 @@ def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
         said = ((job.report.job_id, told(each)) for job, each in zip(failing, newest, strict=True))
         return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
     return FALSE, Reason.SAVING, "No job under the policy fails to save."
+
+
+def _drain(found: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+    """Whether what the end of a pod has to wait for fits into the time that injection adds to its grace period."""
+    if not jobs or found.spec is None:
+        return FALSE, Reason.NO_JOB, "No job under the policy reports."
+    given_s = found.spec.drain.timeout_seconds
+    slow = [job for job in jobs if job.report.drain_s > given_s]
+    if slow:
+        said = ((job.report.job_id, f"a save took {math.ceil(job.report.drain_s)} s") for job in slow)
+        text = (
+            f"drain.timeoutSeconds gives the end of a pod {given_s} s, and saves take longer: {_named(said, len(slow))}"
+        )
+        return TRUE, Reason.DRAIN_TOO_SHORT, text
+    return FALSE, Reason.FITS, f"The last saves took no longer than the {given_s} s of drain.timeoutSeconds."
+
+
+def _memory(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+    if not jobs:
+        return FALSE, Reason.NO_JOB, "No job under the policy reports."
+    small = [job for job in jobs if job.report.memory_error]
+    if small:
+        said = ((job.report.job_id, job.report.memory_error) for job in small)
+        return TRUE, Reason.ARENA_TOO_SMALL, "The arena is too small: " + _named(said, len(small))
+    return FALSE, Reason.FITS, "The arena holds the state of every job that has said how large it is."
 
 
 def told(failure: home.Failure) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from pillion.wire import home
 from pillion_operator import metrics
-from pillion_operator.controller import commands, conditions
+from pillion_operator.controller import commands, conditions, news
 from pillion_operator.controller.population import Population
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import injected, registry, times
@@ -49,12 +49,18 @@ class Desk:
         self._post = post
         self._clock = clock
         self._notes = commands.Notes(clock())
+        self._news = news.News()
 
     def reported(self, received: Received) -> None:
         """A report was taken in."""
+        report, before = received.job.report, received.before
+        if not received.stale:
+            for reason, text in self._news.of(received.job.key, report, self._clock()):
+                # On what made the pod, which is what people look at.
+                action = "Load" if reason is commands.WordReason.LOADED else "Save"
+                self._post(self._abouts(report)[-1], reason, text, action=action)
         if not received.changed:
             return
-        report, before = received.job.report, received.before
         self._reconciler.mark_job(received.job.key)
         self._reconciler.mark_policy((report.namespace, report.policy))
         if before is not None and before.report.policy != report.policy:
@@ -71,10 +77,11 @@ class Desk:
         return commands.commands(self._reconciler.checkpoints.open_requests(key), open_notes)
 
     def sweep(self) -> None:
-        """Give up what was asked of jobs that do not report."""
+        """Give up what was asked of jobs that do not report, and forget what was said of them."""
         for key in self._population.jobs_with_notes():
             if self._jobs.get(key) is None:
                 self._open_notes(key)
+        self._news.keep([job.key for job in self._jobs.jobs()])
 
     def rows(self) -> Iterable[metrics.JobRow]:
         """The jobs' metrics."""
@@ -109,18 +116,21 @@ class Desk:
 
     def _failed(self, report: home.Report, failure: home.Failure) -> None:
         """An event on the pod that says so, and on what made the pod, which is what people look at."""
-        pod = self._pods.get(report.namespace, report.pod)
-        named = {"apiVersion": "v1", "kind": "Pod", "name": report.pod, "uid": report.pod_uid}
-        abouts = [named]
-        if pod is not None and (owner := pod.owner) is not None:
-            abouts.append({"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid})
         own = {each.value: each for each in (commands.WordReason.LOAD_FAILED, commands.WordReason.REFUSED)}
         reason = own.get(failure.reason, commands.WordReason.FAILED)
-        for about in abouts:
+        for about in self._abouts(report):
             self._post(
-                about | {"namespace": report.namespace},
+                about,
                 reason,
                 conditions.told(failure),
                 warning=True,
                 action="Save" if reason is commands.WordReason.FAILED else "Load",
             )
+
+    def _abouts(self, report: home.Report) -> list[dict[str, Any]]:
+        """The pod that reports, and what made it."""
+        abouts = [{"apiVersion": "v1", "kind": "Pod", "name": report.pod, "uid": report.pod_uid}]
+        pod = self._pods.get(report.namespace, report.pod)
+        if pod is not None and (owner := pod.owner) is not None:
+            abouts.append({"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid})
+        return [about | {"namespace": report.namespace} for about in abouts]

@@ -282,6 +282,8 @@ _GOOD: Final = {
     conditions.READY: checkpoints.TRUE,
     conditions.STORAGE: checkpoints.TRUE,
     conditions.DEGRADED: checkpoints.FALSE,
+    conditions.DRAIN: checkpoints.FALSE,
+    conditions.MEMORY: checkpoints.FALSE,
 }
 
 

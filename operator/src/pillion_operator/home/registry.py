@@ -222,6 +222,8 @@ def _bounded(report: home.Report) -> home.Report:
         report,
         session=report.session[:NAME_MOST],
         storage_error=report.storage_error[: home.TEXT_LIMIT],
+        memory_error=report.memory_error[: home.TEXT_LIMIT],
+        loaded_from=report.loaded_from[:NAME_MOST],
         failures=failures,
         metrics=dict(sorted(numbers)[:NUMBERS_MOST]),
     )
