@@ -8,6 +8,7 @@ Must never: run a collective in the test process (the ranks are forked from it).
 import contextlib
 import json
 import os
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ TESTS: Final = str(Path(__file__).parents[1])
 COMMIT_S: Final = Deadline.COMMITTED.s
 ONE_POD: Final = None
 TWO_PODS: Final = ("a", "a", "b", "b")
+UNSTAGED: Final = ({1}, {0, 3}, {0, 1, 2, 3})
+"""Ranks that have a leaf that cannot be pickled."""
 WHOLE: Final = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
 """Seven rows: four ranks hold 2, 2, 2 and 1 of them."""
 
@@ -118,7 +121,8 @@ def _set(variables: Mapping[str, str | None]) -> None:
 def test_a_save_by_our_own_writer_is_loaded_by_stock_dcp(
     ranks: Ranks, tmp_path: Path, pods: tuple[str, ...] | None
 ) -> None:
-    """A path, a FileSystemWriter, either checkpointer type, and no_dist give checkpoints that stock `dcp.load` reads."""
+    """A path, a FileSystemWriter, either checkpointer type, no_dist and `save` give checkpoints that stock `dcp.load` and Pillion's
+    read; what ranks cannot stage is every rank's failure, with exactly those ranks."""
 
     def body(peer: Peer) -> list[Any]:
         os.chdir(tmp_path)
@@ -148,17 +152,34 @@ def test_a_save_by_our_own_writer_is_loaded_by_stock_dcp(
         with environment(PILLION_POD=f"alone{peer.rank}"):
             mine = {"w": torch.full((2,), float(peer.rank))}
             dcp.async_save(mine, checkpoint_id=f"alone{peer.rank}", no_dist=True).result(COMMIT_S)
+
+        def unstaged(ranks_that_fail: set[int]) -> Any:
+            mine = {"w": torch.ones(2)} | ({"leaf": threading.Lock()} if peer.rank in ranks_that_fail else {})
+            return dcp.async_save(mine, checkpoint_id="unstaged")
+
+        failed = [sorted(failures_of(lambda: unstaged(which))) for which in UNSTAGED]  # noqa: B023
+        loaded = []
+        for name, value in (("one", 1.0), ("three", 4.0)):
+            into = state(peer, 0.0)
+            dcp.load(into, checkpoint_id=name)
+            wanted = state(peer, value)
+            local = [each["model"]["layers"][0]["sharded"].to_local() for each in (into, wanted)]
+            equal = torch.equal(*local) and torch.equal(*(each["mine"][f"rank{peer.rank}"] for each in (into, wanted)))
+            loaded.append(equal and into["counter"].value == int(value) and into["note"] == ("text", value))
+        dcp.save(state(peer, 6.0), checkpoint_id="six")
         # Last, so that a session that ends with a save that failed leaves nothing behind either.
         failures = failures_of(refused)
         dcp.close()
-        return [told, failures]
+        return [told, failures, failed, loaded]
 
     job = ranks.start(body, num_ranks=4, pods=pods, env={"OMP_NUM_THREADS": "1"})
-    for told, failures in job.finish():
+    for told, failures, failed, loaded in job.finish(Deadline.SCRIPT):
+        assert failed == [sorted(which) for which in UNSTAGED]
+        assert loaded == [True, True]
         assert told == [(str(tmp_path / name), True) for name in ("one", "two", "three", "three")]
         assert failures.keys() == {0, 1, 2, 3}
         assert all(kind == "RuntimeError" and "already exists" in text for kind, text in failures.values())
-    for name, value in {"one": 1.0, "two": 2.0, "three": 4.0, "five": 5.0}.items():
+    for name, value in {"one": 1.0, "two": 2.0, "three": 4.0, "five": 5.0, "six": 6.0}.items():
         assert holds(tmp_path / name, value, 4), name
     for rank in range(4):
         alone = {"w": torch.zeros(2)}

@@ -38,7 +38,9 @@ class RemoteError(Exception):
         super().__init__(text)
 
 
-def checkpoint_exception(error: BaseException, rank: int, text: str = "") -> CheckpointException:
+def checkpoint_exception(
+    error: BaseException, rank: int, text: str = "", others: Mapping[int, RemoteFailure] | None = None
+) -> CheckpointException:
     """
     An error of a save or load as DCP has it.
 
@@ -46,11 +48,14 @@ def checkpoint_exception(error: BaseException, rank: int, text: str = "") -> Che
         error: what ended it.
         rank: this one, which is named where the error names none.
         text: of the exception; empty: the error's.
+        others: failures of ranks that the error does not name.
     """
     failures: Mapping[int, RemoteFailure] = getattr(error, "failures", {})
-    told = {each: wrapped(failure) for each, failure in sorted(failures.items())}
+    told = {each: wrapped(failure) for each, failure in failures.items()}
     # Without a rank it is this one's: its sidecar is gone, or it could not stage.
-    made = CheckpointException(text or str(error), told or {rank: (error, traceback.extract_tb(error.__traceback__))})
+    told = told or {rank: (error, traceback.extract_tb(error.__traceback__))}
+    told |= {each: wrapped(failure) for each, failure in (others or {}).items() if each not in told}
+    made = CheckpointException(text or str(error), dict(sorted(told.items())))
     made.__cause__ = error if isinstance(error, PillionError) else None
     return made
 

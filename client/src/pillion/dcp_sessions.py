@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,19 +23,79 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pillion import callbacks, dcp_failures, ending, group, loading, policy_source, saving, storing
 from pillion import leaves as leaves_module
 from pillion import session as session_module
-from pillion.errors import LoadError, RemoteFailure, SidecarError, SidecarUnavailable
+from pillion.errors import ErrorDocument, LoadError, RemoteFailure, SidecarError, SidecarUnavailable
 from pillion.handle import Checkpoint, SaveHandle
 from pillion.wire import messages, names
 
 _log = logging.getLogger(__name__)
 
 
+FAILURES_KNOWN_S: Final = 30.0
+"""How long a save that this rank could not stage waits for the names of the other ranks that failed: its sidecar gathers them within seconds,
+and pods tell each other within their exchange. Nobody waits for it but who asks the future."""
+REMEMBERED: Final = 64
+"""Failures that came before this rank had failed itself."""
+
+Failures = Mapping[int, RemoteFailure]
+
+
+class Events:
+    """What the sidecar says to a session of DCP's: the failures of all ranks, where one could not stage. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: dict[int, Failures] = {}
+        self._waiting: dict[int, Callable[[Failures], None]] = {}
+
+    def __call__(self, message: messages.Message) -> None:
+        if message["type"] != "save_failures":
+            return  # announcements are for who asks `Checkpointer.due`
+        step = messages.field(message, "step", int)
+        failures = ErrorDocument.from_document(messages.field(message, "error", dict)).failures
+        with self._lock:
+            settle = self._waiting.pop(step, None)
+            if settle is None:
+                self._told[step] = failures
+                while len(self._told) > REMEMBERED:
+                    del self._told[next(iter(self._told))]
+        if settle is not None:
+            settle(failures)
+
+    def when_known(self, step: int, settle: Callable[[Failures], None]) -> None:
+        """Have `settle` called once, with the failures of all ranks, or after FAILURES_KNOWN_S with none."""
+        with self._lock:
+            known = self._told.pop(step, None)
+            if known is None:
+                self._waiting[step] = settle
+        if known is not None:
+            settle(known)
+            return
+        timer = threading.Timer(FAILURES_KNOWN_S, self._give_up, [step])
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:  # the interpreter ends
+            self._give_up(step)
+
+    def _give_up(self, step: int) -> None:
+        with self._lock:
+            settle = self._waiting.pop(step, None)
+        if settle is not None:
+            settle({})
+
+    def close(self) -> None:
+        """The session is over: nothing more is said."""
+        for step in list(self._waiting):
+            self._give_up(step)
+
+
 class Saves:
     """The saves and loads of one process group; the n-th save is step n of the session."""
 
-    def __init__(self, session: session_module.Session) -> None:
+    def __init__(self, session: session_module.Session, events: Events) -> None:
         self._session = session
-        self._saver = saving.Saver(session, overlaps=True)
+        self._events = events
+        self._saver = saving.Saver(session, overlaps=True, gathers=True)
         self._collector = leaves_module.Collector()
         self._calls = 0
         self._last: SaveHandle | None = None
@@ -77,8 +138,15 @@ class Saves:
             error = handle.error()
             if error is None:
                 future.set_result(futures.Future.result(done))
+                return
+
+            def fail(others: Failures) -> None:
+                future.set_exception(dcp_failures.checkpoint_exception(error, rank, others=others))
+
+            if handle.incomplete:
+                self._events.when_known(step, fail)
             else:
-                future.set_exception(dcp_failures.checkpoint_exception(error, rank))
+                fail({})
 
         # Not in the thread of callbacks: whoever waits for the future would wait for what others do there.
         futures.Future.add_done_callback(handle.committed, conclude)
@@ -113,6 +181,7 @@ class Saves:
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
         finally:
+            self._events.close()
             ending.closed(self, owed)
 
 
@@ -131,7 +200,8 @@ def of_group(process_group: dist.ProcessGroup | None, *, no_dist: bool) -> Saves
     distributed = not no_dist and dist.is_available() and dist.is_initialized()
     key = (process_group or dist.group.WORLD) if distributed else None
     if key not in _open:
-        _open[key] = Saves(_open_session(process_group, distributed=distributed))
+        events = Events()
+        _open[key] = Saves(_open_session(process_group, events, distributed=distributed), events)
     _open[key].check_process()
     return _open[key]
 
@@ -142,7 +212,9 @@ def close(timeout_s: float | None) -> None:
         _open.pop(key).close(timeout_s)
 
 
-def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool) -> session_module.Session:
+def _open_session(
+    process_group: dist.ProcessGroup | None, events: Events, *, distributed: bool
+) -> session_module.Session:
     """
     Open the session of a group, on all of its ranks or on none.
 
@@ -162,7 +234,7 @@ def _open_session(process_group: dist.ProcessGroup | None, *, distributed: bool)
             root="",
             policy_document=policy_source.document(None, os.environ),
             key=members.session,
-            on_event=_ignore,
+            on_event=events,
             process_group=process_group,
             environ=os.environ,
         )
@@ -193,7 +265,3 @@ def _alone() -> group.Group:
         store_problem="a group of one needs no store",
         attempt=0,
     )
-
-
-def _ignore(_: messages.Message) -> None:
-    """Announcements are for who asks `Checkpointer.due`."""

@@ -96,6 +96,8 @@ class SaveHandle:
         self.stall_s = 0.0
         self.asked = False
         """Somebody has learned what became of it: nobody else has to be told at the end."""
+        self.incomplete = False
+        """Other ranks may have failed, too: the sidecar says which, later than it says that the save is lost."""
 
     def result(self, timeout_s: float | None = None) -> Checkpoint:
         """

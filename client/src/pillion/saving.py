@@ -112,12 +112,14 @@ class Saver:
 
     Args:
         overlaps: whether saves may overlap: then it has to know the optimizers from the beginning.
+        gathers: somebody waits for the failures of all ranks, where one cannot stage.
 
     Owns: the staging thread of an overlapped save, and the optimizer hook.
     """
 
-    def __init__(self, session: Session, *, overlaps: bool) -> None:
+    def __init__(self, session: Session, *, overlaps: bool, gathers: bool = False) -> None:
         self._session = session
+        self._gathers = gathers and session.group.world_size > 1 and bool(session.welcome.get("gathers"))
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
         self._looked_at: layout.Layout | None = None
@@ -375,7 +377,8 @@ class Saver:
         if isinstance(err, SystemExit):
             # To the job as a trainer that was killed in the middle: no failure of saving.
             told = ErrorDocument("TrainerDied", "the trainer ended before its state was sealed")
-        self._session.abandon(handle.step, told, persist=persist)
+        handle.incomplete = self._gathers
+        self._session.abandon(handle.step, told, persist=persist, gathers=self._gathers)
         handle.fail(error)
 
     def prepare(self, layout_of: leaves_module.Leaves) -> None:

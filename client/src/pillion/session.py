@@ -301,6 +301,7 @@ class Session:
             handle = self._take(step)
             if handle is not None:
                 log_lost(step, error)
+                handle.incomplete = messages.field(message, "more", bool, False)
                 handle.fail(error)
         elif message["type"] == "notice":
             _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
@@ -429,7 +430,7 @@ class Session:
         """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
         self._link.send({"type": "sealed", "step": step, "stall_s": stall_s})
 
-    def abandon(self, step: int, error: ErrorDocument, *, persist: bool) -> None:
+    def abandon(self, step: int, error: ErrorDocument, *, persist: bool, gathers: bool = False) -> None:
         """
         Tell the sidecar that this rank will not seal `step`; its successor, when it is gone: the other pods wait for this one's part.
 
@@ -437,7 +438,13 @@ class Session:
         """
         if self.inherited:
             return
-        message = {"type": "abandon", "step": step, "persist": persist, "error": error.to_document()}
+        message = {
+            "type": "abandon",
+            "step": step,
+            "persist": persist,
+            "error": error.to_document(),
+            "gathers": gathers,
+        }
         try:
             self._connection.send(message)
         except SidecarUnavailable:

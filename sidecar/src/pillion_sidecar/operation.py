@@ -371,13 +371,17 @@ class Operations:
         about = {"current": current, "slice_s": slice_s, "retention": policy.dump(pod.policy)["retention"]}
         return bool((await self._run(pod, {"type": "retain", **about}))["more"])
 
-    async def withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool, rescued: bool) -> None:
-        """Tell the other pods that this one has no part in `step`."""
+    async def withdraw(
+        self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool, rescued: bool
+    ) -> PillionError | None:
+        """Tell the other pods that this one has no part in `step`; what all of them then know of it."""
         about = {"step": step, "persist": persist, "rescued": rescued, "error": error.to_document()}
         try:
             await self._run(pod, {"type": "withdraw", **about})
         except PillionError as err:
             _log.info("step %d was withdrawn: %s", step, err)
+            return err
+        return None
 
     async def signal(self, pod: Pod, message: dict[str, Any]) -> bool:
         """Tell every pod of the job; whether it was told. Lost when there is no way now: whoever needs it asks again."""

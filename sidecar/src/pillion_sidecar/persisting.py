@@ -266,7 +266,7 @@ class Persisting:
             return None
         if self._withdrawn:
             step, persist, rescued, error = self._withdrawn.pop(0)
-            return self._operations.withdraw(pod, step, error, persist=persist, rescued=rescued)
+            return self._withdraw(pod, step, error, persist=persist, rescued=rescued)
         for save in sorted(pod.table.saves.values(), key=lambda s: s.order):
             if save.phase is Phase.COMPLETE and not save.failures:
                 pod.table.start_persist(save)
@@ -276,6 +276,11 @@ class Persisting:
         if self._retain_after is not None:
             return self._retain(pod, self._retain_after)
         return None
+
+    async def _withdraw(self, pod: Pod, step: int, error: ErrorDocument, *, persist: bool, rescued: bool) -> None:
+        known = await self._operations.withdraw(pod, step, error, persist=persist, rescued=rescued)
+        if known is not None and self._trainers.pod is pod:
+            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(known)})
 
     async def _retain(self, pod: Pod, step: int) -> None:
         """One slice of retention. It fails no save: what stays is tried again after the next commit."""
@@ -393,8 +398,11 @@ class Persisting:
         _log.warning(text)
         self._trainers.notice(0, text)
 
-    def report_failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
-        """Tell the trainers of this pod that a save made no checkpoint; `but` is the rank that knows already."""
+    def report_failed(self, save: Save, error: SaveError, *, but: int | None = None, more: bool = False) -> None:
+        """
+        Tell the trainers of this pod that a save made no checkpoint; `but` is the rank that knows already. `more`: other ranks may have
+        failed, too, which is told later.
+        """
         step = save.step
         if isinstance(error, SaveSkipped):
             # Another pod had no slot for it, as the policy's `overlap` allows.
@@ -404,4 +412,5 @@ class Persisting:
         else:
             self._journal.failed(step, error)
             _log.error("save of step %d failed: %s", step, error, extra={"step": step})
-        self._trainers.broadcast({"type": "save_failed", "step": step, "error": failures.document(error)}, but=but)
+        told = {"type": "save_failed", "step": step, "error": failures.document(error), "more": more}
+        self._trainers.broadcast(told, but=but)

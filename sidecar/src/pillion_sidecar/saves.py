@@ -11,6 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import Final
 
 from pillion import phases
@@ -36,8 +39,20 @@ from pillion_sidecar.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
+GATHER_S: Final = 5.0
+"""How long a save that a rank could not stage waits for what the other local ranks say of it, where the trainers ask for all failures: ranks
+come to a save within a step or two of each other."""
 NOTICE_S: Final = 10.0
 """Between two notices to a claim that waits: a third of what the client gives a silent sidecar (session.REQUEST_TIMEOUT_S)."""
+
+
+@dataclass
+class _Gathering:
+    """A save that some rank could not stage, until every local rank has said what became of its part."""
+
+    persist: bool
+    settled: set[int]
+    timer: asyncio.TimerHandle
 
 
 class Saves:
@@ -61,6 +76,10 @@ class Saves:
         """Claims whose client wants notices; by rank and message."""
         self._seal_timers: dict[tuple[str, int], asyncio.TimerHandle] = {}
         """By session and step: trainers that come back save the same steps again, each with all of the bound."""
+        self._gathering: dict[tuple[str, int], _Gathering] = {}
+        """By session and step."""
+        self._withdrawn: deque[tuple[str, int]] = deque(maxlen=slots.REMEMBERED_SKIPS)
+        """What the other pods were told of; a rank that fails later than GATHER_S is told to those of this pod alone."""
 
     async def claim(self, client: Client, message: messages.Message) -> None:
         """A rank wants to fill a slot. While it waits it is told so, every NOTICE_S: a sidecar that hangs tells nothing."""
@@ -164,6 +183,7 @@ class Saves:
             self._journal.complete(step)
             self._forget_timer(step)
             self._persisting.wake()
+        self._settled(step, client.rank)
         self.released()
 
     def _seal_timeout(self, session: str, step: int) -> None:
@@ -187,19 +207,58 @@ class Saves:
         self._failed(save, error)
         self.released()
 
-    def fail_rank(self, step: int, rank: int, error: ErrorDocument, *, persist: bool) -> None:
-        """A rank will not seal `step`."""
+    def fail_rank(self, step: int, rank: int, error: ErrorDocument, *, persist: bool, gathers: bool = False) -> None:
+        """
+        A rank will not seal `step`.
+
+        Args:
+            persist: it was to go to storage.
+            gathers: the trainers wait for the failures of all ranks, within GATHER_S.
+        """
         pod = self._trainers.require_pod()
         first = step not in pod.table.saves and not pod.table.settled(step)
         save = pod.table.fail_rank(step, rank, error)
         told = failures.staging_error(step, {rank: error})
         if save is not None:
             # The rank itself knows, and better: its handle has the error as it was raised.
-            self._failed(save, told, but=rank)
+            self._failed(save, told, but=rank, gathers=gathers)
         elif first:
             self._journal.abandoned(step, told)
-            self._persisting.withdraw(step, told, persist=persist)
+            if not gathers:
+                self._persisting.withdraw(step, told, persist=persist)
+        if gathers:
+            self._gather(step, rank, set() if save is None else save.sealed, persist=persist)
         self.released()
+
+    def _gather(self, step: int, rank: int, sealed: Set[int], *, persist: bool) -> None:
+        key = self._trainers.require_pod().identity.session, step
+        if key not in self._gathering:
+            timer = asyncio.get_running_loop().call_later(GATHER_S, self._gathered, key)
+            self._gathering[key] = _Gathering(persist, set(sealed), timer)
+        self._settled(step, rank)
+
+    def _settled(self, step: int, rank: int) -> None:
+        """A rank has sealed `step`, or has said why not, or is gone."""
+        pod = self._trainers.pod
+        of = self._gathering.get((pod.identity.session, step)) if pod is not None else None
+        if of is not None and pod is not None:
+            of.settled.add(rank)
+            if of.settled >= pod.table.ranks:
+                self._gathered((pod.identity.session, step))
+
+    def _gathered(self, key: tuple[str, int]) -> None:
+        """Tell everybody which ranks of this pod could not stage a step; with other pods, when those have told theirs."""
+        of, (session, step) = self._gathering.pop(key), key
+        of.timer.cancel()
+        pod = self._trainers.pod
+        if pod is None or pod.identity.session != session:
+            return
+        told = failures.staging_error(step, pod.table.failures(step))
+        if len(pod.identity.pods) > 1 and key not in self._withdrawn:
+            self._withdrawn.append(key)
+            self._persisting.withdraw(step, told, persist=of.persist)
+        else:
+            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(told)})
 
     def rank_lost(self, client: Client) -> None:
         """A trainer is gone; without a goodbye what it was filling is torn."""
@@ -212,11 +271,14 @@ class Saves:
         error = StagingError("the trainer died", failures={client.rank: failure})
         for save in pod.table.rank_lost(client.rank, ErrorDocument.from_exception(error)):
             self._failed(save, error)
+        for _, step in list(self._gathering):
+            self._settled(step, client.rank)
 
-    def _failed(self, save: Save, error: SaveError, *, but: int | None = None) -> None:
+    def _failed(self, save: Save, error: SaveError, *, but: int | None = None, gathers: bool = False) -> None:
         self._forget_timer(save.step)
-        self._persisting.withdraw(save.step, error, persist=save.persist)
-        self._persisting.report_failed(save, error, but=but)
+        if not gathers:
+            self._persisting.withdraw(save.step, error, persist=save.persist)
+        self._persisting.report_failed(save, error, but=but, more=gathers)
 
     def _forget_timer(self, step: int) -> None:
         pod = self._trainers.pod

@@ -150,6 +150,7 @@ class Supervisor:
                 "version": wire.PROTOCOL_VERSION,
                 "policy": governing.for_trainers(policy.dump(pod.policy)),
                 "notices": True,
+                "gathers": True,
                 "segment": pod.segments[rank].path,
                 "pid": os.getpid(),
                 "executor_pid": self.operations.executor_pid,
@@ -301,7 +302,9 @@ class Supervisor:
         elif kind == "abandon":
             error = ErrorDocument.from_document(messages.field(message, "error", dict))
             persist = messages.field(message, "persist", bool, True)
-            self.saves.fail_rank(messages.field(message, "step", int), client.rank, error, persist=persist)
+            gathers = messages.field(message, "gathers", bool, False)
+            step = messages.field(message, "step", int)
+            self.saves.fail_rank(step, client.rank, error, persist=persist, gathers=gathers)
         elif kind == "reserve":
             capacities = await self.saves.reserve(client.rank, messages.field(message, "room_bytes", int))
             client.answer(message, {"type": "reserved", "capacities": capacities})

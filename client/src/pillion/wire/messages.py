@@ -8,7 +8,7 @@ that its answers repeat; an event carries none.
 Client -> sidecar: hello, reserve, claim, sealed, abandon, load, announce, decline, announce_change, decline_change, latest,
                    goodbye.
 Sidecar -> client: welcome, reserved, claimed, refused, load_progress, loaded, failed (answers);
-                   committed, save_failed, save_now, announced, declined, policy, change_announced, change_declined, notice, end
+                   committed, save_failed, save_failures, save_now, announced, declined, policy, change_announced, change_declined, notice, end
                    (events).
 
 A `load` is answered with `load_begin` (slot, dtypes; missing: names that are left out of the layout), `load_progress` (items that may be copied),
@@ -25,6 +25,9 @@ A connection begins with `hello`, and is then a trainer's, or with a message of 
 only: `ping` (answered with `pong` by the supervisor's loop), `status` (its counters and saves), `policy` (what it goes by, for
 ranks that are about to agree on who they are), `notify` (the pod is terminating: the trainers are asked for a save; answered
 with `notified` at once). Whoever may open the socket may send them.
+
+A save that a rank could not stage is told at once, by `save_failed` to the others. Where that rank's `abandon` says `gathers: true`, that
+event says `more: true`, and `save_failures` follows to all ranks, within seconds, with the failures of all. `welcome` says `gathers` where it does.
 
 Breaking: removing a message or a field, another meaning. Not breaking: a new message, a new optional field
 (both sides ignore what they do not know).

@@ -186,6 +186,10 @@ class SlotTable:
         """Whether `step` was skipped or has failed: every later claim of it is refused."""
         return step in self._skipped or step in self._doomed
 
+    def failures(self, step: int) -> Mapping[int, ErrorDocument]:
+        """What the local ranks that will not seal `step` have said."""
+        return dict(self._doomed.get(step, {}))
+
     def forget_doomed(self) -> None:
         """After a load a step may come again."""
         self._doomed.clear()
