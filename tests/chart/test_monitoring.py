@@ -70,6 +70,11 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "at": {"1h30m": None, "1h42m": "A load of job team/llm passed over a corrupt checkpoint.", "2h50m": None},
         "labels": JOB,
     },
+    "loads that find nothing corrupt": {
+        "alert": "PillionCorruptCheckpoint",
+        "series": {f"pillion_job_checkpoints_refused_total{AS_LABELS}": "_x10 0x120"},
+        "at": {"12m": None, "1h30m": None},
+    },
     "a save that failed before the first scrape": {
         "alert": "PillionSavesFail",
         "series": {FAILED: "_x10 1x60"},
@@ -132,6 +137,16 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         },
         "labels": {"decision": "deny", "reason": "InternalError"},
     },
+    "pods that are denied for what they say": {
+        "alert": "PillionInjectionErrors",
+        "series": {'pillion_admission_requests_total{decision="deny",reason="BadAnnotation"}': "_x10 1+1x60"},
+        "at": {"12m": None, "40m": None},
+    },
+    "a cache that is filled within five minutes": {
+        "alert": "PillionPolicyCacheNotSynced",
+        "series": {'pillion_policy_cache_synced{service="pillion-webhook"}': "0x4 1x20"},
+        "at": {"4m": None, "6m": None, "15m": None},
+    },
     "a cache that is not filled": {
         "alert": "PillionPolicyCacheNotSynced",
         "series": {
@@ -179,6 +194,22 @@ CASES: Final[dict[str, dict[str, Any]]] = {
             " without a sidecar.",
         },
         "labels": {"service": "pillion-webhook"},
+    },
+    "a webhook that is being rolled out": {
+        "alert": "PillionWebhookGone",
+        "series": {
+            'pillion_policy_cache_synced{service="pillion-webhook",pod="a"}': "1x5",
+            'pillion_policy_cache_synced{service="pillion-webhook",pod="b"}': "_x8 1x20",
+        },
+        "at": {"7m": None, "20m": None},
+    },
+    "a certificate that is renewed": {
+        "alert": "PillionCertificateExpires",
+        "series": {
+            'pillion_certificate_expiry_timestamp_seconds{pod="a"}': f"{30 * 86400}x{30 * HOUR}",
+            'pillion_certificate_expiry_timestamp_seconds{pod="waits"}': f"0x{30 * HOUR}",
+        },
+        "at": {"1h": None, "29h": None},
     },
     "a certificate of eight days": {
         "alert": "PillionCertificateExpires",
@@ -265,6 +296,26 @@ def test_an_alert_fires_when_it_should_and_not_before(case: str, promtool: str, 
     }
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
     assert "SUCCESS" in _run(promtool, "test", "rules", str(tmp_path / "test.yaml"))
+
+
+def test_each_alert_has_a_story_in_which_it_fires_and_one_in_which_it_never_does() -> None:
+    """An alert that nobody has seen fire may never do so; one that was only seen to fire may always do so."""
+    fires = {case["alert"] for case in CASES.values() if any(case["at"].values())}
+    never = {case["alert"] for case in CASES.values() if not any(case["at"].values())}
+    assert fires == never == set(alerts())
+
+
+def test_the_dashboard_shows_what_a_save_costs_and_what_a_loss_would_cost() -> None:
+    """Stall, queueing, lag, throughput and recovery point have a panel each."""
+    asked = " ".join(target["expr"] for panel in dashboard()["panels"] for target in panel["targets"])
+    for name in (
+        "stall_seconds_total",
+        "queue_seconds_total",
+        "lag_steps",
+        "persisted_bytes_total",
+        "recovery_point_seconds",
+    ):
+        assert f"pillion_job_{name}" in asked
 
 
 def test_every_alert_says_how_bad_it_is_and_what_happened() -> None:

@@ -171,3 +171,14 @@ def test_what_a_report_makes_us_keep_is_bounded() -> None:
     assert {type(each) for each in kept.metrics.values()} == {int}
     assert (len(kept.failures[0].reason), len(kept.failures[0].message)) == (registry.NAME_MOST, home.TEXT_LIMIT)
     assert len(kept.storage_error) == home.TEXT_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("step", "committed", "lag"),
+    [(120, 100, 20.0), (100, 100, 0.0), (60, 100, 0.0), (-1, 100, None), (120, -1, None)],
+    ids=["ahead of storage", "on storage", "behind a rollback", "nothing in memory", "nothing on storage"],
+)
+def test_how_far_storage_is_behind_memory_counts_steps(step: int, committed: int, lag: float | None) -> None:
+    """What a loss of the pods costs in steps, as far as memory knows; no number where there is nothing to count between."""
+    made = dataclasses.replace(reports.report(), step=step, committed_step=committed)
+    assert registry.lag_steps(made) == lag

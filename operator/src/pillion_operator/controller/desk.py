@@ -93,6 +93,7 @@ class Desk:
                 "last_committed_timestamp_seconds": times.parse(report.committed_time),
                 "recovery_point_seconds": registry.recovery_point_s(job, now_s),
                 "snapshot_recovery_point_seconds": registry.recovery_point_s(job, now_s, with_snapshot=True),
+                "lag_steps": registry.lag_steps(report),
                 "storage_reachable": float(not report.storage_error),
                 "pods": float(report.num_pods),
                 "checkpoints": float(len(report.checkpoints)) if report.listed else None,

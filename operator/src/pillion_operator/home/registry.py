@@ -184,6 +184,14 @@ def recovery_point_s(job: Job, now_s: float, *, with_snapshot: bool = False) -> 
     return None if newest_s is None else max(0.0, now_s - newest_s)
 
 
+def lag_steps(report: home.Report) -> float | None:
+    """Training steps that are in memory and not on storage. None: there was no commit, or no snapshot, to count between."""
+    if report.step < 0 or report.committed_step < 0:
+        return None
+    # Behind a rollback the newest commit may be of a larger step, which training went back behind.
+    return float(max(0, report.step - report.committed_step))
+
+
 def _commit_gap_s(report: home.Report, before: Job | None) -> float | None:
     last_s = times.parse(report.committed_time)
     if last_s is None:
