@@ -318,6 +318,13 @@ def test_the_dashboard_shows_what_a_save_costs_and_what_a_loss_would_cost() -> N
         assert f"pillion_job_{name}" in asked
 
 
+def test_the_picture_in_the_page_is_of_this_dashboard() -> None:
+    """Its panels are those of the dashboard, in this order, and each of them had data."""
+    drawn = (PAGE.parent / "dashboard.svg").read_text()
+    assert re.findall(r'font-weight="bold">([^<]*)<', drawn) == [panel["title"] for panel in dashboard()["panels"]]
+    assert "no data" not in drawn
+
+
 def test_every_alert_says_how_bad_it_is_and_what_happened() -> None:
     """Each alert has one of two severities, and a sentence for people."""
     for name, rule in alerts().items():
