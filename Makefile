@@ -74,7 +74,7 @@ cluster-down: $(STAMP)  ## take it down again
 fuzz: $(STAMP)  ## feed RUNS (a million) inputs to what strangers can reach; SEED=2 for others, ARGS=admission for one target
 	cd tests && ../$(BIN)/python -m fuzz --runs $(or $(RUNS),1000000) --seed $(or $(SEED),1) $(ARGS)
 
-matrix: $(STAMP)  ## every phase broken by every fault that fits (an hour); writes the table of docs/reliability.md
+matrix: $(STAMP)  ## every phase broken by every fault that fits (an hour); writes docs/records/matrix.md
 	mkdir -p $(dir $(REPORT)); rm -f $(REPORT).matrix
 	PILLION_MATRIX=all PILLION_MATRIX_REPORT=$(abspath $(REPORT)).matrix $(BIN)/python -m pytest tests/distributed/test_matrix.py tests/distributed/test_stories.py $(ARGS)
 	$(BIN)/python tools/reliability.py matrix $(REPORT).matrix

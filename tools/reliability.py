@@ -1,5 +1,5 @@
 """
-The whole of: the generated parts of docs/reliability.md, from the raw results of `make matrix`, `make campaign` and `make soak`.
+The whole of: the generated tables of docs/records, from the raw results of `make matrix`, `make campaign` and `make soak`.
 
     tools/reliability.py matrix FILE | campaign FILE | soak FILE
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
-PAGE: Final = ROOT / "docs" / "reliability.md"
+RECORDS: Final = ROOT / "docs" / "records"
 BARS: Final = "0123456789"
 sys.path[:0] = [str(ROOT / each) for each in ("tests", "client/src", "sidecar/src")]
 
@@ -28,10 +28,10 @@ def main() -> None:
     lines = [json.loads(line) for line in of.file.read_text().splitlines()]
     made = {"matrix": matrix, "campaign": campaign, "soak": soak}[of.part](lines)
     begin, end = f"<!-- {of.part}: generated -->", f"<!-- {of.part}: end -->"
-    page = PAGE.read_text()
-    before, rest = page.split(begin)
+    page = RECORDS / f"{of.part}.md"
+    before, rest = page.read_text().split(begin)
     _, after = rest.split(end)
-    PAGE.write_text(f"{before}{begin}\n\n{made}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{made}\n{end}{after}")
 
 
 def matrix(lines: list[dict[str, Any]]) -> str:

@@ -1,5 +1,5 @@
 """
-The whole of: the matrix's expected outcomes, its cells, and the table of docs/reliability.md say the same.
+The whole of: the matrix's expected outcomes, its cells, and the table of docs/records/matrix.md say the same.
 
 Called from: pytest.
 """
@@ -10,7 +10,7 @@ from typing import Final
 from support import matrix
 from support.matrix import Cell
 
-PAGE: Final = Path(__file__).parents[3] / "docs" / "reliability.md"
+PAGE: Final = Path(__file__).parents[3] / "docs" / "records" / "matrix.md"
 LETTERS: Final = {letter.lower() if letter == "A" else letter: outcome for letter, outcome in matrix.LETTERS.items()}
 """As the page has them."""
 
