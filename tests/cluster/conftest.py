@@ -20,7 +20,7 @@ from cluster.harness import binaries, clusters
 from cluster.harness.machine import HarnessError
 from support import jobs
 from support.deadlines import Deadline, eventually
-from support.kube import Json, Kube
+from support.kube import Json, Kube, undeclared
 from support.release import NAMESPACE, Release
 
 PREFIX: Final = "pillion-test-"
@@ -86,11 +86,16 @@ def release(cluster: clusters.Cluster) -> Iterator[Release]:
 
 
 @pytest.fixture
-def kube(cluster: clusters.Cluster, release: Release) -> Iterator[Kube]:
-    """A fresh namespace on the cluster with the product."""
+def kube(cluster: clusters.Cluster, release: Release, request: pytest.FixtureRequest) -> Iterator[Kube]:
+    """
+    A fresh namespace on the cluster with the product. At the end every Warning of Pillion's in it has to be one that the story declares
+    with the marker `may_warn`: one that nobody expects is a false alarm, or a defect that the story did not look for.
+    """
     del release
+    declared = [pattern for marker in request.node.iter_markers("may_warn") for pattern in marker.args]
     with _namespace(cluster) as found:
         yield found
+        assert undeclared(found.warnings(), declared) == [], "Warnings that the story does not declare"
 
 
 def _is_bound(kube: Kube, claim: str) -> bool:

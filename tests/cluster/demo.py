@@ -94,6 +94,8 @@ def tell(cluster: clusters.Cluster) -> None:
     show(kube, "get", "job", "charlm")
     show(kube, "get", "checkpoints", "-o", "wide")
     show(kube, "describe", "checkpointpolicy", "llm")
+    warned = kube.warnings()
+    check(not warned, f"a killed trainer and a deleted pod made no Warning{''.join(f': {each}' for each in warned)}")
     check((folder / "charlm" / "step-200" / ".metadata").exists(), "the last step is on the shared volume")
 
 

@@ -34,6 +34,7 @@ def refused(kube: Kube, document: Json) -> str:
     return str(failed.value)
 
 
+@pytest.mark.may_warn("PolicyMissing")
 def test_a_job_waits_for_its_policy(training: Training) -> None:
     """Without the policy no pod is made, the Job's events say which one is missing, and it runs once it is there."""
     kube = training.kube
@@ -69,6 +70,7 @@ def test_each_job_gets_the_policy_that_it_names(training: Training) -> None:
         assert arena["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
 
 
+@pytest.mark.may_warn("BadAnnotation")
 def test_a_bad_annotation_is_named_with_what_is_allowed(training: Training) -> None:
     """A value that is not allowed, or an annotation that does not exist, is refused with its name."""
     kube = training.kube
@@ -93,6 +95,7 @@ def test_a_pod_that_opts_out_or_does_not_opt_in_is_left_alone(training: Training
         assert "pillion.dev/injected" not in found["metadata"].get("labels", {})
 
 
+@pytest.mark.may_warn("PolicySuspended")
 def test_a_suspended_policy_injects_no_new_pod(training: Training) -> None:
     """While a policy is suspended, new pods start as they are."""
     kube = training.kube
@@ -103,6 +106,7 @@ def test_a_suspended_policy_injects_no_new_pod(training: Training) -> None:
     assert "initContainers" not in found["spec"]
 
 
+@pytest.mark.may_warn("BadAnnotation")
 def test_a_policy_that_ignores_failures_lets_the_pod_start_untouched(training: Training) -> None:
     """With failurePolicy Ignore, a bad annotation costs the injection, not the pod."""
     kube = training.kube

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from cluster.conftest import Training
 from support import jobs
 from support.deadlines import Deadline
@@ -42,6 +44,7 @@ def test_torchrun_gives_up_and_the_jobs_next_attempt_goes_on(training: Training,
     kube.until(lambda: condition(kube.get("job", "train"), "Complete"), Deadline.TRAINED, "the Job to complete")
 
 
+@pytest.mark.may_warn("CheckpointRefused", "SaveFailed: Saves or loads fail: .*CheckpointRefused")
 def test_a_corrupt_newest_checkpoint_is_refused_loudly(
     training: Training, release: Release, record_property: Measure
 ) -> None:

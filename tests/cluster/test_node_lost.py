@@ -60,6 +60,7 @@ def in_service(release: Release) -> Iterator[None]:
 
 @pytest.mark.usefixtures("in_service")
 @pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.may_warn("SaveFailed", "StorageError", "LoadFailed: .*BarrierTimeout")
 def test_training_goes_on_without_a_node(
     training: Training, cluster: Cluster, rank: int, record_property: Callable[[str, object], None]
 ) -> None:

@@ -33,6 +33,7 @@ while True:
 """Takes memory until the container's limit is reached."""
 
 
+@pytest.mark.may_warn("SaveFailed", "ArenaTooSmall")
 def test_a_sidecar_that_is_killed_for_its_memory_takes_over_again(
     training: Training, record_property: Callable[[str, object], None]
 ) -> None:

@@ -7,6 +7,8 @@ Called from: pytest.
 import itertools
 from typing import Final
 
+import pytest
+
 from cluster.conftest import Training
 from cluster.harness.clusters import Cluster
 from support import jobs
@@ -17,6 +19,7 @@ LONGEST_PAUSE_S: Final = 20.0
 """Between two words of a trainer that says one every 4 s, on a machine that is busy with starting a container."""
 
 
+@pytest.mark.may_warn("SaveFailed: .*SidecarUnavailable")
 def test_a_killed_sidecar_is_replaced_and_adopts_the_arena(training: Training, cluster: Cluster) -> None:
     """After SIGKILL of its sidecar the trainer goes on stepping, and later saves commit again."""
     kube = training.kube
@@ -43,6 +46,7 @@ def _inode(training: Training, pod: str) -> str:
     return training.kube.exec(pod, jobs.CONTAINER, "stat", "-c", "%i", "/pillion/arena/segment-0.arena")
 
 
+@pytest.mark.may_warn("SaveFailed")
 def test_training_of_two_pods_goes_on_when_the_coordinator_loses_its_sidecar(
     training: Training, cluster: Cluster
 ) -> None:

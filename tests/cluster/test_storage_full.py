@@ -4,6 +4,8 @@ The story: the volume is full, training goes on, everybody is told, and saves wo
 Called from: pytest.
 """
 
+import pytest
+
 from cluster.conftest import Training
 from cluster.harness.clusters import Cluster
 from support import jobs
@@ -14,6 +16,7 @@ VOLUME_MIB = 24
 STATE_MIB = 6
 
 
+@pytest.mark.may_warn("StorageError", "SaveFailed")
 def test_a_full_volume_is_reported_and_heals(training: Training, cluster: Cluster) -> None:
     """A save that finds no room fails with its reason, the one before stays, and room brings the next one."""
     kube = training.kube

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support import deadlines, leaks
+from pillion_operator.cluster import events
+from support import deadlines, kube, leaks
 
 # The interpreter in between ends at once, so that its child is re-parented; the child lives until it is killed.
 ORPHAN = """
@@ -96,3 +97,17 @@ def test_eventually_says_what_did_not_come(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(deadlines.SCALE_VARIABLE, "0.001")
     with pytest.raises(deadlines.DeadlinePassed, match=r"for: the moon \(REPLY: .*last seen: 0"):
         deadlines.eventually(lambda: 0, deadlines.Deadline.REPLY, "the moon")
+
+
+def test_a_warning_that_a_story_does_not_declare_is_found() -> None:
+    """Each pattern matches from the beginning of reason and text; without one every Warning is unexpected."""
+    said = ["SaveFailed: step 3: No space left on device", "LoadFailed: SessionOver: session a is over"]
+    assert kube.undeclared(said, ["SaveFailed: .*No space left"]) == said[1:]
+    assert kube.undeclared(said, ["No space", "Load"]) == said[:1]
+    assert kube.undeclared(said, []) == said
+    assert kube.undeclared([], []) == []
+
+
+def test_the_warnings_that_are_read_are_those_of_the_operator() -> None:
+    """Events name who reports them, and the stories look for that name."""
+    assert kube.OPERATOR == events.CONTROLLER

@@ -6,16 +6,20 @@ Must never: wait without a deadline, or hide what kubectl said.
 """
 
 import json
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from support.deadlines import Deadline, eventually
 
 Json = dict[str, Any]
 T = TypeVar("T")
+
+OPERATOR: Final = "pillion.dev/operator"
+"""Who Pillion's events are from: `pillion_operator.cluster.events.CONTROLLER`."""
 
 
 class KubectlFailed(AssertionError):
@@ -114,6 +118,13 @@ class Kube:
         found = self.all("events")
         return [event for event in found if not of or event["involvedObject"].get("name") == of]
 
+    def warnings(self) -> list[str]:
+        """What Pillion has warned of in the namespace: reason and text. Kubernetes' own Warnings are not Pillion's to say."""
+        found = [
+            each for each in self.events() if each["type"] == "Warning" and each.get("reportingComponent") == OPERATOR
+        ]
+        return [f"{each['reason']}: {each.get('message', '')}" for each in found]
+
     def until(self, predicate: Callable[[], T], deadline: Deadline, what: str) -> T:
         """`eventually`, with what the namespace holds in the message when it never comes true."""
         try:
@@ -163,6 +174,12 @@ def _containers(pod: Json) -> list[str]:
 def _exit_code(pod: Json, container: str) -> int:
     state = container_status(pod, container).get("state") or {}
     return int((state.get("terminated") or {}).get("exitCode", 0))
+
+
+def undeclared(warnings: Iterable[str], declared: Iterable[str]) -> list[str]:
+    """The Warnings that a story has not declared. `declared` are regular expressions for their beginnings."""
+    expected = [re.compile(each) for each in declared]
+    return [each for each in warnings if not any(pattern.match(each) for pattern in expected)]
 
 
 def condition(document: Json | None, kind: str) -> Json:
