@@ -19,6 +19,7 @@ from typing import Any
 
 import kopf
 
+from pillion_operator import listener
 from pillion_operator.certificates import issue
 from pillion_operator.cluster import client
 from pillion_operator.controller import app, checkpoints, mirror, policies
@@ -54,7 +55,8 @@ def pod_uid(job: int, index: int) -> str:
 
 def token(job: int) -> str:
     """Looks like a service account's token of the job's first pod; only our simulated API server takes it."""
-    claims = {"aud": [AUDIENCE], "exp": 4102444800, "job": job}
+    bound = {"namespace": NAMESPACE, "pod": {"name": pod_name(job, 0), "uid": pod_uid(job, 0)}}
+    claims = {"aud": [AUDIENCE], "exp": 4102444800, "job": job, "kubernetes.io": bound}
     body = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
     return f"e30.{body}.{'s' * 342}"
 
@@ -212,7 +214,7 @@ class _Watcher:
 
 
 async def serve(num_jobs: int, num_pods: int, num_checkpoints: int) -> None:
-    app.bound_tls_memory()
+    listener.bound_tls_memory()
     api: Any = SimulatedApi(num_jobs, num_pods, num_checkpoints)
     settings = Settings(
         namespace="pillion-system",

@@ -74,6 +74,14 @@ async def make_token(api: client.Client, namespace: str, audience: str, pod: rep
     return str((await api.create(path, {"spec": spec}))["status"]["token"])
 
 
+class AnyPod:
+    """Every pod counts as injected: whose a token is, the API server says."""
+
+    async def find(self, namespace: str, name: str, uid: str) -> object | None:
+        """As `injected.Pods` does it."""
+        return object()
+
+
 async def refused(authenticator: authenticate.Authenticator, token: str) -> int:
     with pytest.raises(Refused) as caught:
         await authenticator.authenticate(f"Bearer {token}")
@@ -86,7 +94,7 @@ def test_a_projected_token_is_its_pod_and_no_other_token_is(api: Api) -> None:
     async def scenario(found: client.Client, namespace: str) -> None:
         pod = await make_pod(found, namespace)
         token = await make_token(found, namespace, AUDIENCE, pod)
-        authenticator = authenticate.Authenticator(found, AUDIENCE)
+        authenticator = authenticate.Authenticator(found, AUDIENCE, AnyPod())
         identity = await authenticator.authenticate(f"Bearer {token}")
         assert identity == authenticate.Identity(
             namespace=namespace, pod="run-0", pod_uid=pod["metadata"]["uid"], service_account="trainer"
@@ -101,7 +109,7 @@ def test_a_projected_token_is_its_pod_and_no_other_token_is(api: Api) -> None:
         answer = await found.create(authenticate.PATH, review)
         assert isinstance(authenticate.judge(answer["status"], AUDIENCE), Refused)
         await found.delete(f"/api/v1/namespaces/{namespace}/pods/run-0")
-        gone = authenticate.Authenticator(found, AUDIENCE)
+        gone = authenticate.Authenticator(found, AUDIENCE, AnyPod())
 
         async def is_refused() -> bool:
             try:

@@ -252,9 +252,22 @@ class NoApi:
         """As `cluster.client.Client` does it."""
         raise client.Unreachable("nobody is there")
 
+    async def get(self, path: str, *, metadata_only: bool = False) -> dict[str, Any]:
+        """As `create`."""
+        raise client.Unreachable("nobody is there")
+
+
+class NoCache:
+    """A cache without pods."""
+
+    def get(self, namespace: str, name: str) -> injected.Pod | None:
+        """As `cluster.reflector.Reflector` does it."""
+        return None
+
 
 def _tokens(stack: contextlib.ExitStack) -> Feed:
-    authenticator = authenticate.Authenticator(NoApi(), reports.AUDIENCE, clock=lambda: reports.NOW_S)
+    pods = injected.Pods(NoCache(), NoApi())
+    authenticator = authenticate.Authenticator(NoApi(), reports.AUDIENCE, pods, clock=lambda: reports.NOW_S)
     loop = asyncio.new_event_loop()
     stack.callback(loop.close)
 

@@ -5,9 +5,11 @@ Called from: pytest. The API server behind it is the fake, which passes the real
 """
 
 import base64
+import contextlib
 import datetime
 import http.client
 import json
+import resource
 import ssl
 import threading
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ NAMESPACE: Final = "pillion-system"
 SECRET: Final = f"/api/v1/namespaces/{NAMESPACE}/secrets/pillion-tls"
 POLICIES: Final = "/apis/pillion.dev/v1alpha1/namespaces/team-a/checkpointpolicies"
 EVENTS: Final = "/apis/events.k8s.io/v1/namespaces/team-a/events"
+JOB: Final = "/apis/batch/v1/namespaces/team-a/jobs/train"
 POD: Final[Json] = {
     "metadata": {
         "generateName": "train-",
@@ -40,6 +43,8 @@ POD: Final[Json] = {
     },
     "spec": {"containers": [{"name": "trainer", "image": "example/train:1"}]},
 }
+MOST_HELD_MIB: Final = 70.0
+"""What bodies of 4 MiB in all, their TLS and the allocator may take; before there was a bound, the test's 40 bodies took 120, and any number took its own."""
 UNHEARD_OF: Final = POD | {"spec": {"containers": 5}}
 """What no API server sends, and injection is not made for."""
 NOW: Final = datetime.datetime.now(UTC)
@@ -126,6 +131,8 @@ def cluster() -> Iterator[FakeApi]:
     with FakeApi() as found:
         found.put(SECRET, secret())
         found.put(f"{POLICIES}/llm", policy())
+        uid = found.put(JOB, {"apiVersion": "batch/v1", "kind": "Job"})["metadata"]["uid"]
+        POD["metadata"]["ownerReferences"][0]["uid"] = uid
         yield found
 
 
@@ -180,6 +187,7 @@ def test_a_pod_is_injected_with_the_authority_to_call_home_to(webhook: Webhook, 
     env = {each["name"]: each.get("value") for each in sidecar["env"]}
     assert env["PILLION_HOME_CA"] == AUTHORITY.certificate
     assert cluster.count("get") == 0, "nothing is asked about what is in the cache"
+    assert cluster.find(EVENTS) == [], "the controller says it, when the pod is there"
 
 
 def test_a_certificate_changes_without_a_refused_connection(webhook: Webhook, cluster: FakeApi) -> None:
@@ -290,8 +298,9 @@ def test_an_error_of_ours_is_the_policys_to_judge(webhook: Webhook, cluster: Fak
 
 def test_a_dry_run_leaves_nothing_behind(webhook: Webhook, cluster: FakeApi) -> None:
     """A dry run is answered like any other, and nobody is told of it."""
-    assert "patch" in webhook.admit(POD, dryRun=True)
-    assert webhook.admit(POD)["allowed"] is True
+    pod = POD | {"metadata": POD["metadata"] | {"annotations": {"pillion.dev/policy": "absent"}}}
+    assert "PolicyMissing" in json.dumps(webhook.admit(pod, dryRun=True))
+    assert "PolicyMissing" in json.dumps(webhook.admit(pod))
     events = eventually(lambda: cluster.find(EVENTS), Deadline.API, "the event of the other one")
     assert [event.get("series", {}).get("count", 1) for event in events] == [1]
 
@@ -305,11 +314,48 @@ def test_what_is_no_review_is_refused_and_forgotten(webhook: Webhook) -> None:
     finally:
         connection.close()
     connection = webhook.connect()
-    try:
+    # An error: the answer came before the body had been sent.
+    with contextlib.suppress(OSError), contextlib.closing(connection):
         assert ask(connection, b" " * (webhook_server.BODY_MOST_BYTES + 1))[0] == 413
-    finally:
-        connection.close()
     assert webhook.admit(POD)["allowed"] is True
+
+
+def test_a_stranger_costs_a_bounded_amount_and_leaves_nothing_behind(webhook: Webhook, cluster: FakeApi) -> None:
+    """Slow bodies, silent connections and made-up reviews: memory is bounded, no Event is written, and the API server is answered."""
+    before = resident_mib(webhook)
+    slow = []
+    try:
+        for number in range(40):
+            connection = webhook.connect()
+            slow.append(connection)
+            connection.putrequest("POST", "/mutate")
+            connection.putheader("Content-Length", str(webhook_server.BODY_MOST_BYTES))
+            connection.endheaders()
+            # An error: it had to make room.
+            with contextlib.suppress(OSError):
+                connection.send(b"x" * (webhook_server.BODY_MOST_BYTES - 1))
+            if number % 8 == 0:
+                assert webhook.admit(POD)["allowed"] is True
+        held = resident_mib(webhook) - before
+        assert held < MOST_HELD_MIB, f"40 bodies of 3 MiB took {held:.0f} MiB"
+        metadata = POD["metadata"] | {"ownerReferences": [POD["metadata"]["ownerReferences"][0] | {"uid": "made-up"}]}
+        text = "pillion.dev/CLUSTER COMPROMISED"
+        forged = POD | {"metadata": metadata | {"annotations": {"pillion.dev/policy": "absent", text: "x"}}}
+        assert webhook.admit(forged)["allowed"] is False
+        real = POD | {"metadata": POD["metadata"] | {"annotations": {"pillion.dev/policy": "absent"}}}
+        assert webhook.admit(real)["allowed"] is False
+        events = eventually(lambda: cluster.find(EVENTS), Deadline.API, "the Event of the real one")
+        assert [each["reason"] for each in events] == ["PolicyMissing"]
+        assert text not in json.dumps(events)
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def resident_mib(webhook: Webhook) -> float:
+    """Memory of the process."""
+    pages = int(Path(f"/proc/{webhook.run.popen.pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def test_it_goes_on_serving_while_the_cluster_learns_that_it_ends(
@@ -325,7 +371,8 @@ def test_it_goes_on_serving_while_the_cluster_learns_that_it_ends(
         eventually(lambda: webhook.health("/readyz")[0] == 503, Deadline.REPLY, "it to be not ready")
         status, _, connection_header = ask(kept, json.dumps(review(POD)).encode())
         assert (status, connection_header) == (200, "close")
-        assert webhook.admit(POD)["allowed"] is True
+        refused = POD | {"metadata": POD["metadata"] | {"annotations": {"pillion.dev/policy": "absent"}}}
+        assert webhook.admit(refused)["allowed"] is False
         assert webhook.health("/healthz")[0] == 200
     finally:
         kept.close()

@@ -39,8 +39,8 @@ class ApiInMemory:
         """The objects of a collection, in all namespaces."""
         return [each for path, each in sorted(self.objects.items()) if path.split("/")[-2] == kind]
 
-    async def get(self, path: str, *, metadata_only: bool = False) -> Json:
-        del metadata_only
+    async def get(self, path: str, *, metadata_only: bool = False, timeout_s: float = 0.0) -> Json:
+        del metadata_only, timeout_s
         await self._called("get", path)
         return copy.deepcopy(self._find(path))
 

@@ -19,11 +19,12 @@ ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "pillion"
 NAME: Final = "pillion"
 NAMESPACE: Final = "pillion-system"
-IMAGES: Final = {
+VALUES: Final = {
     "image": {"repository": "localhost/pillion/operator", "tag": "test", "pullPolicy": "Never"},
     "sidecar": {"image": {"repository": "localhost/pillion/sidecar", "tag": "test", "pullPolicy": "Never"}},
+    "monitoring": {"jobSeries": True},
 }
-"""Values: the images that the harness builds and brings to the nodes."""
+"""Values: the images that the harness builds and brings to the nodes, and the series of jobs, which stories read."""
 
 
 class HelmFailed(AssertionError):
@@ -62,7 +63,7 @@ class Release:
         self.run(
             *("upgrade", "--install", NAME, str(chart), "--create-namespace", "--wait", "--values=-"),
             f"--timeout={Deadline.ROLLED_OUT.s:.0f}s",
-            given=json.dumps(_merged(IMAGES, values or {})),
+            given=json.dumps(_merged(VALUES, values or {})),
         )
 
     def uninstall(self) -> None:

@@ -113,9 +113,18 @@ def pod(name: str = f"{JOB}-0", **changes: Any) -> Json:
     return {"metadata": metadata | changes}
 
 
-def token(audience: str = AUDIENCE, *, end_s: float = NOW_S + 3600, name: str = "") -> str:
-    """What looks like a service account's token. Tokens of another `name` differ."""
-    claims = json.dumps({"aud": [audience], "exp": end_s, "name": name}).encode()
+def token(
+    audience: str = AUDIENCE,
+    *,
+    end_s: float = NOW_S + 3600,
+    name: str = "",
+    pod: str = f"{JOB}-0",
+    uid: str = "pod-uid-0",
+    namespace: str = NAMESPACE,
+) -> str:
+    """What looks like a service account's token, bound to a pod. Tokens of another `name` differ."""
+    bound = {"namespace": namespace, "pod": {"name": pod, "uid": uid}}
+    claims = json.dumps({"aud": [audience], "exp": end_s, "name": name, "kubernetes.io": bound}).encode()
     return f"e30.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.signature"
 
 

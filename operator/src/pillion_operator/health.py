@@ -6,7 +6,8 @@ The whole of: the port that a kubelet and Prometheus ask: health, readiness, met
     GET /metrics     Prometheus' text format
 
 Called from: webhook and controller, each with its own idea of ready.
-Must never: say anything about a pod, a policy or a job: everybody in the cluster may ask.
+Must never: name a pod, a policy or a job, as everybody in the cluster may ask: but for the series of jobs in /metrics, which are there
+only where the chart's value `monitoring.jobSeries` says so (docs/decisions).
 """
 
 from collections.abc import Callable, Sequence

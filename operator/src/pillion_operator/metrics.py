@@ -52,7 +52,7 @@ ADMISSION_REQUESTS: Final = Counter(
 )
 ADMISSION_BAD_REQUESTS: Final = Counter(
     "pillion_admission_bad_requests",
-    "Requests that were no AdmissionReview of a pod, by HTTP status.",
+    "Requests that were no AdmissionReview of a pod, or could not be read, by HTTP status.",
     ["status"],
     registry=REGISTRY,
 )
@@ -68,7 +68,7 @@ ADMISSION_IN_FLIGHT: Final = Gauge(
 )
 POLICY_LOOKUPS: Final = Counter(
     "pillion_policy_lookups",
-    "Policies that were looked up for a pod, by where the answer came from (cache, api).",
+    "Policies that were looked up for a pod, by where the answer came from (cache, api), or refused: too many names at one time.",
     ["source"],
     registry=REGISTRY,
 )
@@ -208,12 +208,16 @@ class Fleet(Collector):
     """
 
     def __init__(self) -> None:
+        self.is_named = True
+        """Whether there are series with the names of namespaces, jobs and policies; without them there is the number of jobs."""
         self.jobs: Callable[[], Iterable[JobRow]] = tuple
         self.pods: Callable[[], Iterable[tuple[tuple[str, str], int]]] = tuple
 
     def collect(self) -> Iterator[Metric]:
         rows = list(self.jobs())
         yield GaugeMetricFamily("pillion_jobs", "Jobs that report.", value=len(rows))
+        if not self.is_named:
+            return
         pods = GaugeMetricFamily(
             "pillion_policy_injected_pods", "Injected pods that run under the policy.", labels=("namespace", "policy")
         )

@@ -93,10 +93,16 @@ class Settings:
     """Address that all ports are opened on. Empty: every one of the pod, IPv4 and IPv6."""
     webhook_port: int = field(default=8443, metadata={"env": "PILLION_WEBHOOK_LISTEN_PORT", **_PORT})
     """TLS port of the webhook. 0: any that is free, and the log says which."""
+    webhook_client_ca: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_CA"})
+    """Certificates, PEM, that the API server's own is signed by. Empty: the webhook answers whoever reaches its port."""
+    webhook_client_names: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_NAMES"})
+    """Common or DNS names of that certificate, separated by commas. Empty: whoever has one of that authority may ask."""
     home_port: int = field(default=8444, metadata={"env": "PILLION_HOME_LISTEN_PORT", **_PORT})
     """TLS port that sidecars call home to."""
     health_port: int = field(default=8080, metadata={"env": "PILLION_HEALTH_PORT", **_PORT})
     """Port of health, readiness and metrics, in the clear."""
+    job_series: bool = field(default=False, metadata={"env": "PILLION_JOB_SERIES", "allowed": ("true", "false")})
+    """Whether /metrics has the series of jobs and policies, with their names: everybody who reaches the port can read them."""
     home_enabled: bool = field(default=True, metadata={"env": "PILLION_HOME_ENABLED", "allowed": ("true", "false")})
     """Whether the controller serves sidecars that call home."""
     certificate_mode: CertificateMode = field(
@@ -174,6 +180,7 @@ def from_env(environ: Mapping[str, str], *, namespace_file: str = NAMESPACE_FILE
         values["failure_policy"] = policy.FailurePolicy(values["failure_policy"])
     if "certificate_mode" in values:
         values["certificate_mode"] = CertificateMode(values["certificate_mode"])
-    if "home_enabled" in values:
-        values["home_enabled"] = values["home_enabled"] == "true"
+    for name in ("home_enabled", "job_series"):
+        if name in values:
+            values[name] = values[name] == "true"
     return Settings(**values)

@@ -5,14 +5,12 @@ Called from: pytest. Its life as a process is in tests/process and tests/cluster
 """
 
 import asyncio
+import dataclasses
 import time
-from asyncio import sslproto
 from typing import Any
 
-import pytest
-
 from pillion_operator.cluster import reflector
-from pillion_operator.controller import app
+from pillion_operator.controller import app, endpoint
 from pillion_operator.settings import Settings
 from support.api_in_memory import ApiInMemory
 
@@ -54,9 +52,18 @@ def test_a_leader_is_not_ready_before_it_knows_what_there_is() -> None:
     assert not any("caches" in each for each in controller.missing())
 
 
-def test_a_tls_connection_costs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What asyncio sets aside for each connection is bounded before the first is opened."""
-    monkeypatch.setattr(sslproto.SSLProtocol, "max_size", 256 * 1024)
-    app.bound_tls_memory()
-    protocol = sslproto.SSLProtocol
-    assert protocol.max_size == app.TLS_BUFFER_BYTES
+def test_a_leader_that_cannot_write_its_address_is_not_ready() -> None:
+    """No sidecar reaches it then, as where OpenShift refuses the endpoint; without an address or call-home there is none to write."""
+    controller = made()
+    controller.settings = dataclasses.replace(controller.settings, pod_ip="192.0.2.1")
+    assert not any("endpoint" in each for each in controller.missing())
+    controller.is_leading = True
+    assert any("endpoint" in each for each in controller.missing())
+    api: Any = ApiInMemory()
+    controller.endpoint = endpoint.Endpoint(api, controller.settings, 8444)
+    assert any("endpoint" in each for each in controller.missing())
+    controller.endpoint.is_written = True
+    assert not any("endpoint" in each for each in controller.missing())
+    controller.endpoint = None
+    controller.settings = dataclasses.replace(controller.settings, home_enabled=False)
+    assert not any("endpoint" in each for each in controller.missing())

@@ -5,6 +5,8 @@ Called from: pytest.
 """
 
 import asyncio
+import base64
+import json
 from typing import Any
 
 import pytest
@@ -24,10 +26,22 @@ class Clock:
         return self.s
 
 
-def made(**review: Any) -> tuple[authenticate.Authenticator, ApiInMemory, Clock]:
+class Pods:
+    """Injected pods: those of these UIDs, or all."""
+
+    def __init__(self, *uids: str) -> None:
+        self.uids = uids
+
+    async def find(self, namespace: str, name: str, uid: str) -> object | None:
+        del namespace, name
+        return object() if not self.uids or uid in self.uids else None
+
+
+def made(*uids: str, **review: Any) -> tuple[authenticate.Authenticator, ApiInMemory, Clock]:
+    """An authenticator that knows the injected pods of these UIDs; none given: all that are named."""
     api, clock = ApiInMemory(), Clock()
     api.review = lambda _: reports.review(**review)
-    return authenticate.Authenticator(api, reports.AUDIENCE, clock=clock), api, clock
+    return authenticate.Authenticator(api, reports.AUDIENCE, Pods(*uids), clock=clock), api, clock
 
 
 def ask(authenticator: authenticate.Authenticator, token: str) -> authenticate.Identity:
@@ -162,7 +176,7 @@ def test_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         authenticator, api, _ = made()
         api.gate = asyncio.Event()
         tasks = [
-            asyncio.create_task(authenticator.authenticate(f"Bearer {reports.token(name=str(number))}"))
+            asyncio.create_task(authenticator.authenticate(f"Bearer {reports.token(uid=str(number))}"))
             for number in range(13)
         ]
         for _ in range(50):
@@ -176,6 +190,66 @@ def test_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.gather(*tasks[:12])
         assert len(authenticator._known) == 5
         assert authenticator._asking == {}
+        assert authenticator._asking_for == {}
+
+    asyncio.run(scenario())
+
+
+def test_a_token_that_names_no_injected_pod_costs_no_question() -> None:
+    """A stranger's token, however many there are, is refused with 403 before the API server is asked, and nothing is kept of it."""
+    authenticator, api, _ = made("pod-uid-0")
+    for number in range(50):
+        found = refused(authenticator, f"Bearer {reports.token(uid=str(number))}")
+        assert (found.status, found.result) == (403, Result.FORBIDDEN)
+    assert api.calls == []
+    assert (len(authenticator._refused), len(authenticator._asking)) == (0, 0)
+    assert ask(authenticator, reports.token()).pod == "run-0"
+
+
+@pytest.mark.parametrize(
+    "bound", [None, [], {}, {"namespace": "a"}, {"namespace": "a", "pod": {"name": "p", "uid": 5}}]
+)
+def test_a_token_that_is_bound_to_no_pod_costs_no_question(bound: Any) -> None:
+    """A person's token, or one of a Secret, says itself that no pod has it."""
+    authenticator, api, _ = made()
+    claims = json.dumps({"aud": [reports.AUDIENCE], "exp": reports.NOW_S + 60, "kubernetes.io": bound}).encode()
+    found = refused(authenticator, f"Bearer a.{base64.urlsafe_b64encode(claims).decode()}.b")
+    assert (found.status, api.calls) == (403, [])
+
+
+def test_refusals_push_no_good_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever knows an injected pod may make up tokens for it; the good one is remembered, and they are bounded."""
+    monkeypatch.setattr(authenticate, "REMEMBERED_MOST", 2)
+    monkeypatch.setattr(authenticate, "REFUSALS_MOST", 3)
+    authenticator, api, _ = made()
+    ask(authenticator, reports.token())
+    api.review = lambda _: {"status": {"authenticated": False}}
+    for number in range(10):
+        assert refused(authenticator, f"Bearer {reports.token(name=str(number))}").status == 401
+    assert len(authenticator._refused) == 3
+    before = len(api.calls)
+    ask(authenticator, reports.token())
+    assert len(api.calls) == before
+
+
+def test_one_pods_tokens_do_not_keep_anothers_waiting() -> None:
+    """While as many tokens of one pod are asked about as may be, its next is told to come again, and another pod's is taken."""
+
+    async def scenario() -> None:
+        authenticator, api, _ = made()
+        api.gate = asyncio.Event()
+        mine = [
+            asyncio.create_task(authenticator.authenticate(f"Bearer {reports.token(name=str(number))}"))
+            for number in range(authenticate.ASKED_FOR_A_POD + 1)
+        ]
+        other = asyncio.create_task(authenticator.authenticate(f"Bearer {reports.token(uid='another')}"))
+        while not mine[-1].done():
+            await asyncio.sleep(0)
+        error = mine[-1].exception()
+        assert isinstance(error, Refused)
+        assert error.result is Result.BUSY
+        api.gate.set()
+        await asyncio.gather(*mine[:-1], other)
 
     asyncio.run(scenario())
 

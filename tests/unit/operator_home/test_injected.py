@@ -144,6 +144,34 @@ def test_answers_about_pods_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(scenario())
 
 
+def test_questions_about_unknown_pods_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes up pods is told to come again after the first few, and a pod that is in the cache is found all the same."""
+    monkeypatch.setattr(injected, "ASKED_BURST", 3.0)
+    monkeypatch.setattr(injected, "ASKED_PER_S", 0.0)
+
+    async def scenario() -> None:
+        api = ApiInMemory()
+        pods = injected.Pods(Cache(projected()), api)
+        for number in range(3):
+            assert await pods.find("team-a", f"p{number}", "uid") is None
+        with pytest.raises(Refused) as caught:
+            await pods.find("team-a", "p4", "uid")
+        assert (caught.value.status, len(api.calls)) == (503, 3)
+        assert await pods.find("team-a", "run-0", "pod-uid-0") == projected()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name"), [("team-a", "../secrets/x"), ("a/b", "p"), ("", "p"), ("team-a", "P?x")]
+)
+def test_what_is_no_name_is_not_asked_about(namespace: str, name: str) -> None:
+    """A token that nobody has checked yet says both; neither can lead a question to another object."""
+    api = ApiInMemory()
+    assert asyncio.run(injected.Pods(Cache(), api).find(namespace, name, "uid")) is None
+    assert api.calls == []
+
+
 @given(st.text(max_size=50) | st.datetimes().map(lambda each: each.isoformat() + "Z"))
 def test_a_time_is_one_that_the_api_server_takes_or_none(text: str) -> None:
     """Whatever a report holds in place of a time, what is written is RFC 3339 to the second, or empty."""

@@ -42,9 +42,10 @@ class Called:
         self.policy = server.PolicyNow(SPEC, 7)
         self.url = ""
         self.session: aiohttp.ClientSession
+        pods = injected.Pods(self, self.api)
         self.home = server.Home(
-            authenticate.Authenticator(self.api, reports.AUDIENCE, clock=lambda: reports.NOW_S),
-            injected.Pods(self, self.api),
+            authenticate.Authenticator(self.api, reports.AUDIENCE, pods, clock=lambda: reports.NOW_S),
+            pods,
             self.registry,
             policy_of=self._policy_of,
             commands_of=self._commands_of,
@@ -210,7 +211,7 @@ def test_a_stale_report_is_answered_and_changes_nothing() -> None:
             reports.review() if token == reports.token() else reports.review(pod="run-1", uid="pod-uid-1")
         )
         new = reports.report(20, pod="run-1", pod_uid="pod-uid-1", session="b" * 32)
-        assert (await called.post(new, token=reports.token(name="1")))[0] == 200
+        assert (await called.post(new, token=reports.token(pod="run-1", uid="pod-uid-1")))[0] == 200
         status, text = await called.post(reports.report(10))
         assert status == 200
         assert home.decode_answer(text.encode()).commands == ()

@@ -58,17 +58,27 @@ class Serving:
     """
 
     def __init__(
-        self, api: client.Client, namespace: str, secret: str, *, on_change: Callable[[Material], None] | None = None
+        self,
+        api: client.Client,
+        namespace: str,
+        secret: str,
+        *,
+        client_authority: str = "",
+        on_change: Callable[[Material], None] | None = None,
     ) -> None:
         """
         Args:
             api: access to the API server.
             namespace: of the Secret.
             secret: its name.
+            client_authority: certificates, PEM, that a client's has to be signed by. Empty: a client needs none.
             on_change: called in the loop with what is served from now on.
+
+        Raises:
+            ssl.SSLError: `client_authority` holds no certificate.
         """
-        self.context: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._client_authority = client_authority
+        self.context: Final = self._empty_context()
         # Called for each handshake, with a server name or without one. Another context has no key of an earlier certificate,
         # as it would after load_cert_chain in place, where a key of another kind is kept beside the new one.
         self.context.sni_callback = self._choose
@@ -96,10 +106,9 @@ class Serving:
 
     def take(self, found: Material) -> bool:
         """Serve this from now on; False, with the reason in the log, where it cannot be served."""
-        fresh = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        fresh.minimum_version = ssl.TLSVersion.TLSv1_2
+        fresh = self._empty_context()
         try:
-            _load(fresh, found)
+            load(fresh, found)
         except (ssl.SSLError, OSError) as err:
             metrics.CERTIFICATE_LOADS.labels("refused").inc()
             _log.error("the certificate in the Secret %s cannot be served: %s", self._name, err)
@@ -117,6 +126,15 @@ class Serving:
             self._on_change(found)
         return True
 
+    def _empty_context(self) -> ssl.SSLContext:
+        """A context without a certificate. Each of them asks for the client's: a connection is checked by the one that it was given."""
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self._client_authority:
+            made.load_verify_locations(cadata=self._client_authority)
+            made.verify_mode = ssl.CERT_REQUIRED
+        return made
+
     def _changed(self, _: reflector.Key, old: Material | None, new: Material | None) -> None:
         if new is None:
             _log.warning("the Secret %s is gone; its last certificate is served on", self._name)
@@ -130,8 +148,10 @@ class Serving:
         return None
 
 
-def _load(context: ssl.SSLContext, found: Material) -> None:
+def load(context: ssl.SSLContext, found: Material) -> None:
     """
+    Have a context show a certificate.
+
     OpenSSL reads certificates from files only; these are in memory, and gone with their descriptors.
 
     Raises:

@@ -16,17 +16,14 @@ import asyncio
 import logging
 import signal
 import time
-from asyncio import sslproto
 from collections.abc import Callable, Coroutine, Sequence
 from enum import IntEnum
 from typing import Any, Final
 
-from aiohttp import web
-
-from pillion_operator import health, metrics
+from pillion_operator import health, listener, metrics
 from pillion_operator.certificates import rotation, serving
 from pillion_operator.cluster import client, events, lease, reflector
-from pillion_operator.controller import checkpoints, endpoint, handlers, population
+from pillion_operator.controller import arrivals, checkpoints, endpoint, handlers, population
 from pillion_operator.controller.desk import Desk
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import authenticate, injected, server
@@ -43,14 +40,7 @@ CLOSE_S: Final = 2.0
 """For reports that are being answered."""
 SWEEP_S: Final = 60.0
 """Between two looks for requests by annotation that nobody takes up."""
-BACKLOG: Final = 1024
-"""Connections that may wait to be accepted: after a change of the leader all jobs come at once."""
 RETRY_S: Final = 2.0
-TLS_BUFFER_BYTES: Final = 32 * 1024
-"""
-What asyncio sets aside for each TLS connection to read into; by itself it is 256 KiB, and the C library keeps all of it once connections
-have come and gone: 500 jobs were 105 MiB. Two records of TLS; most reports are smaller than one.
-"""
 
 _log = logging.getLogger(__name__)
 
@@ -70,13 +60,8 @@ class Exit(IntEnum):
 
 def run(settings: Settings) -> Exit:
     """Run until SIGTERM. Blocks: for the process's life."""
-    bound_tls_memory()
+    listener.bound_tls_memory()
     return asyncio.run(_run(settings))
-
-
-def bound_tls_memory() -> None:
-    """For all connections of this process that are opened from now on."""
-    sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
 async def _run(settings: Settings) -> Exit:
@@ -126,7 +111,7 @@ class Controller:
             label_selector=injected.LABEL_SELECTOR,
             field_selector=injected.FIELD_SELECTOR,
             metadata_only=True,
-            on_change=self.population.pod_changed,
+            on_change=self._pod_changed,
         )
         self.job_objects = reflector.Reflector(
             api,
@@ -142,6 +127,8 @@ class Controller:
         self.desk = Desk(self.jobs, self.population, self.reconciler, self.pods, self.events.post)
         self.serving = serving.Serving(api, settings.namespace, settings.secret_name)
         self.health = health.Health(settings.listen_address, settings.health_port, self.missing, self.stuck)
+        self.endpoint: endpoint.Endpoint | None = None
+        """Where sidecars are sent, once they are served."""
         self._api = api
         self._mend_signals = mend_signals
         self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)
@@ -175,8 +162,15 @@ class Controller:
             parts += [
                 ("the caches are not filled yet", not self._known.is_set()),
                 ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
+                ("no sidecar is sent here yet: the endpoint is not written", self._is_unreachable()),
             ]
         return [text for text, is_missing in parts if is_missing]
+
+    def _is_unreachable(self) -> bool:
+        """Whether sidecars do not know yet where the leader is, though it can say so."""
+        if not (self.settings.home_enabled and self.settings.pod_ip):
+            return False
+        return self.endpoint is None or not self.endpoint.is_written
 
     async def _until_trusted(self) -> None:
         """Not ready before that, on any replica: who waits for an install to be complete may create pods right after."""
@@ -226,6 +220,7 @@ class Controller:
 
     def _parts(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         metrics.FLEET.jobs, metrics.FLEET.pods = self.desk.rows, self.population.counts
+        metrics.FLEET.is_named = self.settings.job_series
         parts: list[tuple[str, Coroutine[Any, Any, None]]] = [
             ("events", self.events.run()),
             ("pods", self.pods.run()),
@@ -266,41 +261,46 @@ class Controller:
             await asyncio.sleep(SWEEP_S)
 
     async def _serve_home(self) -> None:
+        pods = injected.Pods(self.pods, self._api)
         home = server.Home(
-            authenticate.Authenticator(self._api, self.settings.token_audience),
-            injected.Pods(self.pods, self._api),
+            authenticate.Authenticator(self._api, self.settings.token_audience, pods),
+            pods,
             self.jobs,
             policy_of=self.reconciler.policies.now,
             commands_of=self.desk.commands_of,
             on_report=self.desk.reported,
         )
-        runner = web.AppRunner(
-            home.application(), access_log=None, keepalive_timeout=server.KEEP_ALIVE_S, shutdown_timeout=CLOSE_S
+        door = listener.Listener(
+            home.application(),
+            address=self.settings.listen_address,
+            port=self.home_port,
+            context=self.serving.context,
+            keep_alive_s=server.KEEP_ALIVE_S,
+            close_s=CLOSE_S,
         )
-        try:
-            await runner.setup()
-            address = self.settings.listen_address or None
-            context = self.serving.context
-            await web.TCPSite(runner, address, self.home_port, ssl_context=context, backlog=BACKLOG).start()
-            self.home_port = runner.addresses[0][1]
+        async with door:
+            self.home_port = door.port
             _log.info("serves sidecars that call home", extra={Field.PORT: self.home_port})
             if not self.settings.pod_ip:
                 _log.warning("PILLION_POD_IP is not set: nobody is told where to call")
                 await asyncio.Event().wait()
-            own = endpoint.Endpoint(self._api, self.settings, self.home_port)
+            self.endpoint = endpoint.Endpoint(self._api, self.settings, self.home_port)
             try:
-                await own.run()
+                await self.endpoint.run()
             finally:
                 if not self._lease.lost.is_set():
-                    await own.remove()
-        finally:
-            await runner.cleanup()
+                    await self.endpoint.remove()
 
     async def _end(self, parts: Sequence[asyncio.Task[None]]) -> None:
         """Stop in order: first nobody is sent here any more, then what is known is not written any more, then what was said."""
         by_name = {part.get_name(): part for part in parts}
         await _cancel([by_name[name] for name in ("home", "writer") if name in by_name], STOP_S)
         await self.events.flush()
+
+    def _pod_changed(self, key: reflector.Key, old: injected.Pod | None, new: injected.Pod | None) -> None:
+        self.population.pod_changed(key, old, new)
+        if old is None and new is not None:
+            arrivals.arrived(new, self.events.post, time.time())
 
     def _policy_changed(self, key: population.PolicyKey) -> None:
         self.reconciler.mark_policy(key)

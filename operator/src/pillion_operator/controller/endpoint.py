@@ -30,6 +30,8 @@ class Endpoint:
     """The leader's entry."""
 
     def __init__(self, api: client.Client, settings: Settings, port: int) -> None:
+        self.is_written = False
+        """Whether sidecars are sent here, as far as is known."""
         self._api = api
         self._settings = settings
         self._port = port
@@ -42,6 +44,7 @@ class Endpoint:
             pause_s = AGAIN_S
             try:
                 await self._write([self._settings.pod_ip])
+                self.is_written = True
             except (client.ApiError, client.Unreachable) as err:
                 _log.warning("the endpoint of %s could not be written: %s", self._settings.home_service, err)
                 pause_s = RETRY_S
@@ -49,6 +52,7 @@ class Endpoint:
 
     async def remove(self) -> None:
         """Take it away: whoever follows writes its own."""
+        self.is_written = False
         try:
             await self._write([])
         except (client.ApiError, client.Unreachable) as err:

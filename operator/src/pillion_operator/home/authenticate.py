@@ -3,7 +3,10 @@ The whole of: which pod a token belongs to, as the API server says, asked once a
 
 Called from: the server, for each report, before its body is read.
 Must never: log or keep a token (its digest stands for it); trust what a token says of itself, which only saves a question to the
-API server when it is a refusal anyway.
+API server when it is a refusal anyway; let those without a good token keep out those with one.
+
+A token names its pod. One that names no injected pod is refused before the API server is asked; one that does costs a question, two at
+one time for each pod. So a stranger, who knows no injected pod's UID, reaches neither the API server nor what is remembered of others.
 Source: Kubernetes documentation, "Managing Service Accounts", bound tokens; API reference, TokenReview.
 """
 
@@ -13,15 +16,16 @@ import hashlib
 import json
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from pillion_operator.cluster import client
 from pillion_operator.home.refusal import Refused, Result
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
 KNOWN_S: Final = 60.0
@@ -29,11 +33,15 @@ KNOWN_S: Final = 60.0
 REFUSED_S: Final = 10.0
 """How long a refusal holds: a pod that comes every few seconds with a bad token costs one question in ten."""
 REMEMBERED_MOST: Final = 4096
-"""Tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
+"""Good tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
+REFUSALS_MOST: Final = 1024
+"""Refusals that are remembered, apart from the good ones: they are made up at no cost."""
 ASKED_AT_ONCE: Final = 8
 """Questions to the API server at one time: after a restart all jobs come at once, and each answer takes it milliseconds."""
 WAITING_MOST: Final = 512
 """Tokens whose question waits. More are told to come again."""
+ASKED_FOR_A_POD: Final = 2
+"""Questions at one time about tokens that name the same pod: the token that it has, and its successor."""
 TOKEN_MOST: Final = 8192
 """Characters of a token; a service account's has about a thousand."""
 SAID_AGAIN_S: Final = 30.0
@@ -41,6 +49,9 @@ SAID_AGAIN_S: Final = 30.0
 _POD_NAME: Final = "authentication.kubernetes.io/pod-name"
 _POD_UID: Final = "authentication.kubernetes.io/pod-uid"
 _USER: Final = "system:serviceaccount"
+_BOUND_TO: Final = "kubernetes.io"
+"""The claim of a service account's token that names its namespace and pod."""
+_BOUND_TO_NO_POD: Final = "the token is bound to no pod: a projected volume makes one that is"
 
 _log = logging.getLogger(__name__)
 
@@ -55,26 +66,48 @@ class Identity:
     service_account: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Claims:
+    """What a token says of itself, in our name or not."""
+
+    end_s: float
+    """When it ends, in seconds since 1970."""
+    namespace: str
+    pod: str
+    pod_uid: str
+
+
 class Api(Protocol):
     """What is needed of `cluster.client.Client`."""
 
     async def create(self, path: str, body: Json) -> Json: ...
 
 
+class Pods(Protocol):
+    """What is needed of `injected.Pods`."""
+
+    async def find(self, namespace: str, name: str, uid: str) -> object | None: ...
+
+
 class Authenticator:
     """Tokens to pods."""
 
-    def __init__(self, api: Api, audience: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, api: Api, audience: str, pods: Pods, *, clock: Callable[[], float] = time.time) -> None:
         """
         Args:
             api: access to the API server.
             audience: what the tokens have to be made for.
+            pods: the injected ones.
             clock: seconds since 1970: a token's end is such a time.
         """
         self._api = api
         self._audience = audience
         self._clock = clock
-        self._known: OrderedDict[bytes, tuple[float, Identity | Refused]] = OrderedDict()
+        self._pods = pods
+        self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[float, Refused]] = OrderedDict()
+        self._asking_for: Counter[str] = Counter()
+        """Questions under way, by the UID of the pod that the token names."""
         self._asking: dict[bytes, asyncio.Task[Identity]] = {}
         self._slots = asyncio.Semaphore(ASKED_AT_ONCE)
         self._said_s = -SAID_AGAIN_S
@@ -94,26 +127,30 @@ class Authenticator:
         if scheme.lower() != "bearer" or not token:
             raise Refused(Result.UNAUTHENTICATED, "a header 'Authorization: Bearer <service account token>' is needed")
         now_s = self._clock()
-        end_s = self._claimed_end(token, now_s)
+        claims = self._claims(token, now_s)
         digest = hashlib.sha256(token.encode()).digest()
         until_s, known = self._known.get(digest, (0.0, None))
         if known is not None and now_s < until_s:
             self._known.move_to_end(digest)
-            if isinstance(known, Refused):
-                raise Refused(known.result, str(known))
             return known
+        until_s, refused = self._refused.get(digest, (0.0, None))
+        if refused is not None and now_s < until_s:
+            raise Refused(refused.result, str(refused))
+        if await self._pods.find(claims.namespace, claims.pod, claims.pod_uid) is None:
+            raise Refused(Result.FORBIDDEN, "the token is of a pod that was not injected, or is gone")
         asking = self._asking.get(digest)
         if asking is None:
-            if len(self._asking) >= WAITING_MOST:
+            if len(self._asking) >= WAITING_MOST or self._asking_for[claims.pod_uid] >= ASKED_FOR_A_POD:
                 raise Refused(Result.BUSY, "too many new tokens wait to be checked; come again")
-            asking = asyncio.create_task(self._ask(token, digest, end_s), name="token review")
+            asking = asyncio.create_task(self._ask(token, digest, claims.end_s), name="token review")
             self._asking[digest] = asking
-            asking.add_done_callback(lambda done: self._asked(digest, done))
+            self._asking_for[claims.pod_uid] += 1
+            asking.add_done_callback(lambda done: self._asked(digest, claims.pod_uid, done))
         # Whoever asked first may go away; the others still want to know.
         return await asyncio.shield(asking)
 
-    def _claimed_end(self, token: str, now_s: float) -> float:
-        """When the token says that it ends, after the refusals that need no API server."""
+    def _claims(self, token: str, now_s: float) -> _Claims:
+        """What the token says of itself, after the refusals that need no API server."""
         if len(token) > TOKEN_MOST:
             raise Refused(Result.UNAUTHENTICATED, f"the token is longer than {TOKEN_MOST} characters")
         try:
@@ -128,12 +165,24 @@ class Authenticator:
             raise Refused(
                 Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {self._audience}"
             )
-        if end_s <= now_s:
+        # NaN is in no order with anything.
+        if not end_s > now_s:
             raise Refused(Result.UNAUTHENTICATED, "the token has expired")
-        return end_s
+        try:
+            bound = claims[_BOUND_TO]
+            found = bound["namespace"], bound["pod"]["name"], bound["pod"]["uid"]
+            if not all(isinstance(each, str) and each for each in found):
+                raise TypeError
+        except (KeyError, TypeError) as err:
+            raise Refused(Result.FORBIDDEN, _BOUND_TO_NO_POD) from err
+        namespace, pod, uid = found
+        return _Claims(end_s=end_s, namespace=namespace, pod=pod, pod_uid=uid)
 
-    def _asked(self, digest: bytes, done: asyncio.Task[Identity]) -> None:
+    def _asked(self, digest: bytes, pod_uid: str, done: asyncio.Task[Identity]) -> None:
         self._asking.pop(digest, None)
+        self._asking_for[pod_uid] -= 1
+        if not self._asking_for[pod_uid]:
+            del self._asking_for[pod_uid]
         # Retrieved, also when nobody waits any more.
         if not done.cancelled():
             done.exception()
@@ -154,14 +203,18 @@ class Authenticator:
             raise Refused(Result.UNAVAILABLE, "the token cannot be checked now; come again") from err
         now_s = self._clock()
         found = judge(answer.get("status") or {}, self._audience)
-        lifetime_s = KNOWN_S if isinstance(found, Identity) else REFUSED_S
-        self._known[digest] = min(now_s + lifetime_s, end_s), found
-        self._known.move_to_end(digest)
-        while len(self._known) > REMEMBERED_MOST:
-            self._known.popitem(last=False)
         if isinstance(found, Refused):
+            _remember(self._refused, digest, (min(now_s + REFUSED_S, end_s), found), REFUSALS_MOST)
             raise found
+        _remember(self._known, digest, (min(now_s + KNOWN_S, end_s), found), REMEMBERED_MOST)
         return found
+
+
+def _remember(answers: OrderedDict[bytes, T], digest: bytes, answer: T, most: int) -> None:
+    answers[digest] = answer
+    answers.move_to_end(digest)
+    while len(answers) > most:
+        answers.popitem(last=False)
 
 
 def judge(review: Json, audience: str) -> Identity | Refused:
@@ -178,5 +231,5 @@ def judge(review: Json, audience: str) -> Identity | Refused:
     if ":".join(parts[:2]) != _USER or len(parts) != 4:
         return Refused(Result.FORBIDDEN, "the token is not of a service account")
     if not pod or not uid:
-        return Refused(Result.FORBIDDEN, "the token is bound to no pod: a projected volume makes one that is")
+        return Refused(Result.FORBIDDEN, _BOUND_TO_NO_POD)
     return Identity(namespace=parts[2], pod=str(pod), pod_uid=str(uid), service_account=parts[3])

@@ -5,6 +5,7 @@ Called from: the server, for each report; the controller, which counts pods and 
 Must never: keep more of a pod than is here: there may be five thousand, and the API server sends each whole.
 """
 
+import re
 import sys
 import time
 from collections import OrderedDict
@@ -26,6 +27,13 @@ REMEMBERED_MOST: Final = 1024
 """Answers of the API server about single pods. Only pods that are not in the cache are asked for."""
 REMEMBERED_S: Final = 10.0
 """How long such an answer holds: a pod that is refused asks again every few seconds."""
+ASKED_PER_S: Final = 5.0
+"""Questions a second on average about pods that are not in the cache: anybody can name one. Those who have a reason to be asked about are
+the few that were just made, and those that drain after an eviction."""
+ASKED_BURST: Final = 50.0
+"""Such questions that may come at once: a node that is drained has as many pods."""
+# What the API server takes as the name of a pod or a namespace; it becomes a part of a path.
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _NOTE_FIELD: Final = f"f:{annotations.SAVE_NOW}"
 
 
@@ -127,26 +135,38 @@ class Pods:
         self._cache = cache
         self._api = api
         self._asked: OrderedDict[tuple[str, str, str], tuple[float, Pod | None]] = OrderedDict()
+        self._questions = ASKED_BURST
+        self._counted_s = time.monotonic()
 
     async def find(self, namespace: str, name: str, uid: str) -> Pod | None:
         """
         The pod, or None where it is not there, another of that name is, or it was not injected.
 
         Raises:
-            Refused: the API server cannot be asked.
+            Refused: the API server cannot be asked, or not now.
         """
         cached = self._cache.get(namespace, name)
         if cached is not None and cached.uid == uid:
             return cached
+        if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name)):
+            return None
         key, now_s = (namespace, name, uid), time.monotonic()
         until_s, found = self._asked.get(key, (0.0, None))
         if now_s >= until_s:
+            self._count_question(now_s)
             found = await self._ask(namespace, name, uid)
             self._asked[key] = now_s + REMEMBERED_S, found
             self._asked.move_to_end(key)
             while len(self._asked) > REMEMBERED_MOST:
                 self._asked.popitem(last=False)
         return found
+
+    def _count_question(self, now_s: float) -> None:
+        self._questions = min(ASKED_BURST, self._questions + (now_s - self._counted_s) * ASKED_PER_S)
+        self._counted_s = now_s
+        if self._questions < 1:
+            raise Refused(Result.BUSY, "too many pods are asked about that are not known; come again")
+        self._questions -= 1
 
     async def _ask(self, namespace: str, name: str, uid: str) -> Pod | None:
         try:

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from pillion.wire import home
 from pillion_operator import metrics
+from pillion_operator.bodies import Bodies, Unread
 from pillion_operator.home import authenticate, injected
 from pillion_operator.home.refusal import Refused, Result
 from pillion_operator.home.registry import JobKey, Received, Registry
@@ -24,9 +25,14 @@ from pillion_operator.log import Field
 DEADLINE_S: Final = 10.0
 """For one request: its body, the question about its token, and the answer. A sidecar waits about as long."""
 IN_FLIGHT_MOST: Final = 256
-"""Requests at one time; with bodies of at most a MiB each. More are told to come again."""
+"""Requests at one time. More are told to come again."""
+BODIES_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Of all reports at one time, from the first byte to the answer; one is some ten KiB, and of a job with a thousand checkpoints 200."""
 KEEP_ALIVE_S: Final = 15.0
 """How long an idle connection stays: longer than the usual interval, so that a job needs no new TLS handshake for each report."""
+
+_UNREAD: Final = {408: Result.SLOW, 413: Result.BAD, 503: Result.BUSY}
+"""What a body that could not be read makes of its report."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,10 +76,13 @@ class Home:
         self._commands_of = commands_of
         self._on_report = on_report
         self._in_flight = 0
+        self._bodies = Bodies(
+            longest=home.MAX_REPORT_BYTES, most_bytes=BODIES_MOST_BYTES, most=IN_FLIGHT_MOST, within_s=DEADLINE_S
+        )
 
     def application(self) -> web.Application:
         """What a server runs."""
-        application = web.Application(client_max_size=home.MAX_REPORT_BYTES)
+        application = web.Application()
         application.router.add_post(home.REPORT_PATH, self._post)
         return application
 
@@ -97,11 +106,12 @@ class Home:
         # Before the body: a stranger is not worth a MiB of memory.
         identity = await self._authenticator.authenticate(request.headers.get("Authorization", ""))
         try:
-            report = home.decode_report(await request.read())
+            async with self._bodies.read(request) as body:
+                report = home.decode_report(body)
         except home.BadReport as err:
             raise Refused(Result.BAD, str(err)) from err
-        except web.HTTPRequestEntityTooLarge as err:
-            raise Refused(Result.BAD, f"the report is longer than {home.MAX_REPORT_BYTES} bytes") from err
+        except Unread as err:
+            raise Refused(_UNREAD[err.status], str(err)) from err
         pod = await self._pods.find(identity.namespace, identity.pod, identity.pod_uid)
         if pod is None:
             raise Refused(Result.FORBIDDEN, f"the pod {identity.pod} was not injected, or is gone")

@@ -15,27 +15,19 @@ import dataclasses
 import gc
 import logging
 import signal
-from asyncio import sslproto
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final
 
-from aiohttp import web
-
-from pillion_operator import health
+from pillion_operator import health, listener
 from pillion_operator.certificates import serving
 from pillion_operator.cluster import client, events
 from pillion_operator.log import Field
 from pillion_operator.settings import Settings
-from pillion_operator.webhook import policies, server
+from pillion_operator.webhook import policies, refusals, server
 
 CLOSE_S: Final = 5.0
 """For requests that are being answered when the grace is over: each has a deadline below it."""
-TLS_BUFFER_BYTES: Final = 32 * 1024
-"""For each connection. asyncio takes 256 KiB, in memory that is touched at once; a review has some 10, and a burst of pods opens
-hundreds of connections."""
-BACKLOG: Final = 1024
-"""Connections that may wait to be accepted: a burst of pods while the loop is busy."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +53,7 @@ async def _run(settings: Settings) -> Exit:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
+    listener.bound_tls_memory()
     try:
         async with await client.Client.connect() as api:
             return await Webhook(api, settings).run(stop)
@@ -77,9 +69,14 @@ class Webhook:
         self.settings = settings
         self.events = events.Events(api, settings.pod_name)
         self.policies = policies.Policies(api)
-        self.server = server.Server(self.policies, self.events, settings)
+        self.refusals = refusals.Refusals(api, self.events)
+        self.server = server.Server(self.policies, self.refusals, settings)
         self.serving = serving.Serving(
-            api, settings.namespace, settings.secret_name, on_change=self._certificate_changed
+            api,
+            settings.namespace,
+            settings.secret_name,
+            client_authority=settings.webhook_client_ca,
+            on_change=self._certificate_changed,
         )
         self.health = health.Health(settings.listen_address, settings.health_port, self.missing)
         self.port = settings.webhook_port
@@ -92,21 +89,21 @@ class Webhook:
                 ("certificate", self.serving.run()),
                 ("policies", self.policies.run()),
                 ("events", self.events.run()),
+                ("refusals", self.refusals.run()),
             )
         ]
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        runner = web.AppRunner(
+        door = listener.Listener(
             self.server.application(),
-            access_log=None,
-            keepalive_timeout=server.IDLE_S,
-            shutdown_timeout=CLOSE_S,
+            address=self.settings.listen_address,
+            port=self.port,
+            context=self.serving.context,
+            keep_alive_s=server.IDLE_S,
+            close_s=CLOSE_S,
         )
         try:
-            async with self.health:
-                await runner.setup()
-                address = self.settings.listen_address or None
-                await web.TCPSite(runner, address, self.port, ssl_context=self.serving.context, backlog=BACKLOG).start()
-                self.port = runner.addresses[0][1]
+            async with self.health, door:
+                self.port = door.port
                 # What was imported never goes away. Looking through it for garbage takes 20 ms, which some pod would wait for.
                 gc.collect()
                 gc.freeze()
@@ -120,7 +117,6 @@ class Webhook:
                     _log.error("the part %s ended", part.get_name(), exc_info=part.exception())
                 return Exit.INTERNAL
         finally:
-            await runner.cleanup()
             for task in (*parts, stopping):
                 task.cancel()
             await asyncio.gather(*parts, stopping, return_exceptions=True)
@@ -142,6 +138,7 @@ class Webhook:
         self.server.is_ending = True
         # A part that ends now changes nothing for those who are served from what is known.
         await asyncio.wait(parts, timeout=self.settings.shutdown_grace_s, return_when=asyncio.ALL_COMPLETED)
+        await self.refusals.flush()
         await self.events.flush()
 
     def _certificate_changed(self, found: serving.Material) -> None:

@@ -3,7 +3,7 @@ The whole of: the CheckpointPolicy that a pod names: from the cache, or, where i
 
 Called from: `server`, for each pod. A policy that was made a moment ago may not be in the cache yet, and one pod of a job that is
 refused for it is one too many: so a miss is asked about, once for all who ask at the same time.
-Must never: ask about what is in the cache; take longer than `LOOKUP_S`.
+Must never: ask about what is in the cache; take longer than `LOOKUP_S`; ask more often because somebody makes up names.
 """
 
 import asyncio
@@ -24,6 +24,12 @@ MISSING_S: Final = 1.0
 """How long a policy that is not there is taken for missing: a job with a wrong name makes pods by the hundred."""
 MISSING_MOST: Final = 1024
 """Missing policies that are remembered."""
+ASKED_AT_ONCE: Final = 16
+"""Questions at one time. A name that is in the cache costs none, and all pods of one policy cost one."""
+ASKED_PER_S: Final = 20.0
+"""Questions a second on average: a policy is missing from the cache for the milliseconds that its watch takes."""
+ASKED_BURST: Final = 50.0
+"""Questions that may come at once: as many policies made with their jobs by one tool."""
 Key = tuple[str, str]
 
 
@@ -41,6 +47,9 @@ class Policies:
         )
         self._asked: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
         self._missing: OrderedDict[Key, float] = OrderedDict()
+        self._questions = ASKED_BURST
+        """That may be asked now; see `ASKED_PER_S`."""
+        self._counted_s = time.monotonic()
 
     @property
     def ready(self) -> bool:
@@ -63,7 +72,7 @@ class Policies:
         The policy of that name, or None: there is none.
 
         Raises:
-            LookupFailed: the API server does not say.
+            LookupFailed: the API server does not say, or may not be asked now.
         """
         found = self._reflector.get(namespace, name)
         if found is not None:
@@ -74,11 +83,21 @@ class Policies:
             metrics.POLICY_LOOKUPS.labels("cache").inc()
             return None
         if key not in self._asked:
+            self._count_question()
             task = asyncio.create_task(self._ask(key), name="policy")
             self._asked[key] = task
             task.add_done_callback(lambda _: self._asked.pop(key, None))
         # Who asked first may be gone before the answer comes; the others still want it.
         return await asyncio.shield(self._asked[key])
+
+    def _count_question(self) -> None:
+        now_s = time.monotonic()
+        self._questions = min(ASKED_BURST, self._questions + (now_s - self._counted_s) * ASKED_PER_S)
+        self._counted_s = now_s
+        if self._questions < 1 or len(self._asked) >= ASKED_AT_ONCE:
+            metrics.POLICY_LOOKUPS.labels("refused").inc()
+            raise LookupFailed("too many policies that are not in the cache are asked about at one time")
+        self._questions -= 1
 
     async def _ask(self, key: Key) -> CheckpointPolicy | None:
         metrics.POLICY_LOOKUPS.labels("api").inc()

@@ -2,10 +2,13 @@
 The whole of: answering the API server: one POST, one AdmissionReview.
 
 Called from: `app`. What an error of ours means for a pod, its policy says, or the operator's setting where no policy is known.
-Must never: leave a request without an answer of ours within `DEADLINE_S`, after which the API server would give up on us.
+Must never: leave a request without an answer of ours within `DEADLINE_S`, after which the API server would give up on us; take what
+comes for the API server's word: everybody who reaches the port can send a review, so that it costs a bounded amount, and leaves no
+Event that was not verified.
 
     POST /mutate     an AdmissionReview of a pod that is to be made; 200 with the answer
-                     400: no AdmissionReview; 413: longer than `BODY_MOST_BYTES`
+                     400: no AdmissionReview; 403: not the API server's certificate, where one is asked for
+                     408, 413, 503: the body is too slow, too long, or one of too many
 """
 
 import asyncio
@@ -17,17 +20,24 @@ from aiohttp import web
 
 from pillion.wire import policy
 from pillion_operator import metrics
-from pillion_operator.cluster import events
+from pillion_operator.bodies import Bodies, Unread
 from pillion_operator.injection import annotations, checkpoint_policy, decide, pods, shape
 from pillion_operator.injection.reasons import Reason
 from pillion_operator.log import Field
 from pillion_operator.settings import Settings
-from pillion_operator.webhook import policies, review
+from pillion_operator.webhook import callers, policies, refusals, review
 
 DEADLINE_S: Final = 4.0
 """For one request: the webhook is registered with `timeoutSeconds: 5`, and the way there and back takes some of it."""
-BODY_MOST_BYTES: Final = 8 * 1024 * 1024
-"""A review holds a pod twice at most, and the API server takes no object above 3 MiB."""
+BODY_S: Final = 2.0
+"""The part of it for the body, which the API server sends in milliseconds; `policies.LOOKUP_S` is the other half."""
+BODY_MOST_BYTES: Final = 3 * 1024 * 1024
+"""A review of a pod's making holds it once; the API server takes no object above 3 MiB, and etcd none above 1.5 MiB."""
+BODIES_MOST_BYTES: Final = 4 * 1024 * 1024
+"""Of all bodies at one time, from the first byte to the answer. JSON takes up to 36 times its length once it is read: with what the process
+has to begin with, 144 MiB are within the 256 MiB of its pod. 200 pods at one time, as many as an API server asks about, are 2 MiB."""
+BODIES_MOST: Final = 512
+"""Requests at one time."""
 IDLE_S: Final = 120.0
 """How long a connection without a request stays open. The API server closes its own after 90 s, and who closes first has to be the
 one who sends: else a request meets a connection that ends."""
@@ -40,38 +50,59 @@ _QUIET: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_
 class Server:
     """The handler, and what it decides with."""
 
-    def __init__(self, found: policies.Policies, told: events.Events, settings: Settings) -> None:
+    def __init__(self, found: policies.Policies, told: refusals.Refusals, settings: Settings) -> None:
+        """
+        Args:
+            found: the policies of the cluster.
+            told: who says on a pod's owner that the pod was refused.
+            settings: see there.
+        """
         self.settings = settings
         """With what pods are injected from now on; replaced when the certificate's authority changes."""
         self.is_ending = False
         """Whether connections are closed with their next answer, so that the API server finds another replica."""
         self._policies = found
-        self._events = told
+        self._refusals = told
+        self._bodies = Bodies(longest=BODY_MOST_BYTES, most_bytes=BODIES_MOST_BYTES, most=BODIES_MOST, within_s=BODY_S)
 
     def application(self) -> web.Application:
         """To be served."""
-        application = web.Application(client_max_size=BODY_MOST_BYTES)
+        application = web.Application()
         application.router.add_post("/mutate", self._mutate)
         return application
 
     async def _mutate(self, request: web.Request) -> web.Response:
         begun_s = time.monotonic()
+        if self.settings.webhook_client_ca and not self._is_api_server(request):
+            return self._refuse(403, "the certificate is not the API server's")
         with metrics.ADMISSION_IN_FLIGHT.track_inprogress():
             try:
-                question = review.read(await request.read())
-            except web.HTTPRequestEntityTooLarge:
-                metrics.ADMISSION_BAD_REQUESTS.labels("413").inc()
-                raise
+                async with self._bodies.read(request) as body:
+                    read_s = time.monotonic()
+                    question = review.read(body)
+                    until_s = asyncio.get_running_loop().time() + DEADLINE_S - (read_s - begun_s)
+                    decision = await self.decision(question, until_s) if question.pod is not None else None
+                    answer = review.answer(question, decision)
+            except Unread as err:
+                return self._refuse(err.status, str(err))
             except review.BadReview as err:
-                metrics.ADMISSION_BAD_REQUESTS.labels("400").inc()
-                return self._respond(str(err).encode(), status=400, content_type="text/plain")
-            decision = await self.decision(question) if question.pod is not None else None
-            body = review.answer(question, decision)
+                return self._refuse(400, str(err))
         elapsed_s = time.monotonic() - begun_s
         metrics.ADMISSION_DURATION.observe(elapsed_s)
         if decision is not None:
             self._tell(question, decision, elapsed_s)
-        return self._respond(body, status=200, content_type="application/json")
+        return self._respond(answer, status=200, content_type="application/json")
+
+    def _is_api_server(self, request: web.Request) -> bool:
+        certificate = request.transport.get_extra_info("peercert") if request.transport is not None else None
+        return callers.may_ask(certificate, self.settings.webhook_client_names)
+
+    def _refuse(self, status: int, why: str) -> web.Response:
+        metrics.ADMISSION_BAD_REQUESTS.labels(str(status)).inc()
+        response = self._respond(f"{why}\n".encode(), status=status, content_type="text/plain")
+        # What is left of its body is nothing that a next request could follow.
+        response.force_close()
+        return response
 
     def _respond(self, body: bytes, *, status: int, content_type: str) -> web.Response:
         response = web.Response(body=body, status=status, content_type=content_type)
@@ -79,11 +110,13 @@ class Server:
             response.force_close()
         return response
 
-    async def decision(self, question: review.Question) -> decide.Decision:
-        """The decision about a pod, whatever happens. Blocks: up to `DEADLINE_S`."""
+    async def decision(self, question: review.Question, until_s: float) -> decide.Decision:
+        """
+        The decision about a pod, whatever happens. Blocks: until `until_s`, by the loop's clock.
+        """
         pod, found = question.pod or {}, None
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout_at(until_s):
                 # The name is judged before it becomes a part of a path.
                 wishes, _ = annotations.parse(pods.metadata_map(pod, "annotations"))
                 if wishes.policy and wishes.inject:
@@ -122,9 +155,8 @@ class Server:
                 Field.ELAPSED: round(elapsed_s, 4),
             },
         )
-        # A dry run leaves nothing behind, and the webhook is registered without side effects for it.
-        if is_quiet or question.is_dry_run:
+        # A dry run leaves nothing behind, and the webhook is registered without side effects for it. That a pod was injected the
+        # controller says, when the pod is there.
+        if is_quiet or question.is_dry_run or isinstance(decision, decide.Inject):
             return
-        if isinstance(decision, decide.Inject):
-            message += f" (policy {decision.status.policy}, job {decision.status.job_id})"
-        self._events.post(about, decision.reason.value, message, warning=not isinstance(decision, decide.Inject))
+        self._refusals.post(about, decision.reason.value, message)

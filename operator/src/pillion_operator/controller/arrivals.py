@@ -1,0 +1,45 @@
+"""
+The whole of: the Event that a pod was injected, on the pod's owner.
+
+Called from: the controller that leads, with each pod that its watch brings. The webhook says nothing of it: whoever reaches its port could
+have it speak of pods that there never were.
+Must never: speak again of pods that were there before this replica led.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from pillion_operator.home import injected, times
+from pillion_operator.injection.reasons import Reason
+
+NEW_S: Final = 60.0
+"""A pod that is older when the watch brings it is no news: it comes with the first list of a new leader."""
+
+
+def arrived(pod: injected.Pod, post: Callable[..., None], now_s: float) -> None:
+    """
+    Say that a pod was injected, where it is new.
+
+    Args:
+        pod: as it is now.
+        post: `cluster.events.Events.post`.
+        now_s: seconds since 1970.
+    """
+    made_s = times.parse(pod.created)
+    if made_s is None or abs(now_s - made_s) > NEW_S:
+        return
+    message = f"{Reason.INJECTED.sentence} (policy {pod.policy}, job {pod.job_id})"
+    post(about(pod), Reason.INJECTED.value, message)
+
+
+def about(pod: injected.Pod) -> dict[str, str]:
+    """The object that the Event is on: the pod's owner, or the pod itself where nobody owns it."""
+    if pod.owner is None:
+        return {"apiVersion": "v1", "kind": "Pod", "namespace": pod.namespace, "name": pod.name, "uid": pod.uid}
+    return {
+        "apiVersion": pod.owner.api_version,
+        "kind": pod.owner.kind,
+        "namespace": pod.namespace,
+        "name": pod.owner.name,
+        "uid": pod.owner.uid,
+    }

@@ -1,0 +1,139 @@
+"""
+The whole of: Events about pods that are refused or start without a sidecar: on their owner, once the API server says that it exists.
+
+Called from: `server`, with `post`, which never waits and never fails; `run` is one task of the process.
+Must never: write an Event because a review says so: whoever reaches the port can send one, and the Event would be in any namespace,
+in our name. An owner's UID is known to those only who may read it.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pillion_operator import metrics
+from pillion_operator.cluster import client, events
+from pillion_operator.cluster.client import Json
+from pillion_operator.log import Field
+
+OWNERS: Final = {
+    ("batch/v1", "Job"): "/apis/batch/v1/namespaces/{namespace}/jobs",
+    ("apps/v1", "ReplicaSet"): "/apis/apps/v1/namespaces/{namespace}/replicasets",
+    ("apps/v1", "StatefulSet"): "/apis/apps/v1/namespaces/{namespace}/statefulsets",
+    ("kubeflow.org/v1", "PyTorchJob"): "/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs",
+    ("ray.io/v1", "RayCluster"): "/apis/ray.io/v1/namespaces/{namespace}/rayclusters",
+    ("batch.volcano.sh/v1alpha1", "Job"): "/apis/batch.volcano.sh/v1alpha1/namespaces/{namespace}/jobs",
+    ("argoproj.io/v1alpha1", "Workflow"): "/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows",
+}
+"""Owners that can be looked up, each a right of the webhook's account. A pod of another owner is refused without an Event: its owner
+is given the same words by the API server, and most make an Event of them."""
+WAITING_MOST: Final = 256
+"""Refusals that wait for the look at their owner. More are dropped, and counted."""
+LOOKS_PER_S: Final = 10.0
+"""At owners, on average: a job that is refused tries again for ever, and its owner is looked at once in `KNOWN_S`."""
+KNOWN_S: Final = 60.0
+"""How long an answer about an owner holds."""
+KNOWN_MOST: Final = 1024
+"""Answers that are remembered."""
+LOOKUP_S: Final = 2.0
+"""For one look."""
+# A DNS subdomain, which cannot leave its place in a path.
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,251}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_NAME_MOST: Final = 253
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    about: Json
+    reason: str
+    message: str
+
+
+class Refusals:
+    """A bounded queue of refusals, and the one task that looks at their owners."""
+
+    def __init__(self, api: client.Client, told: events.Events) -> None:
+        self._client = api
+        self._events = told
+        self._waiting: asyncio.Queue[_Refusal] = asyncio.Queue(WAITING_MOST)
+        self._known: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
+        """By path and UID: until when it holds, and whether there is such an owner."""
+
+    def post(self, about: Json, reason: str, message: str) -> None:
+        """
+        Say on a pod's owner what became of the pod. Never blocks, never raises.
+
+        Args:
+            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of the owner, as the review says.
+            reason: a code in CamelCase.
+            message: for a person.
+        """
+        if path_of(about) is None:
+            return
+        try:
+            self._waiting.put_nowait(_Refusal(about, reason, message))
+        except asyncio.QueueFull:
+            metrics.EVENTS_DROPPED.labels("queue").inc()
+
+    async def run(self) -> None:
+        """Look, and post. Blocks: until it is cancelled."""
+        while True:
+            refusal = await self._waiting.get()
+            try:
+                if await self._exists(refusal.about):
+                    self._events.post(refusal.about, refusal.reason, refusal.message, warning=True)
+                else:
+                    metrics.EVENTS_DROPPED.labels("unverified").inc()
+            except (client.ApiError, client.Unreachable) as err:
+                metrics.EVENTS_DROPPED.labels("unverified").inc()
+                _log.debug("the owner of a refused pod was not looked at: %s", err)
+            finally:
+                self._waiting.task_done()
+
+    async def flush(self) -> None:
+        """Blocks: until all that was posted was looked at, while `run` runs; `events.FLUSH_S` at most."""
+        try:
+            async with asyncio.timeout(events.FLUSH_S):
+                await self._waiting.join()
+        except TimeoutError:
+            metrics.EVENTS_DROPPED.labels("queue").inc(self._waiting.qsize())
+
+    async def _exists(self, about: Json) -> bool:
+        path, uid = path_of(about), str(about["uid"])
+        if path is None:
+            return False
+        now_s = time.monotonic()
+        until_s, known = self._known.get((path, uid), (0.0, False))
+        if now_s < until_s:
+            return known
+        await asyncio.sleep(1 / LOOKS_PER_S)
+        try:
+            found = await self._client.get(path, metadata_only=True, timeout_s=LOOKUP_S)
+            known = (found.get("metadata") or {}).get("uid") == uid
+        except client.NotFound:
+            known = False
+        self._known[path, uid] = now_s + KNOWN_S, known
+        self._known.move_to_end((path, uid))
+        while len(self._known) > KNOWN_MOST:
+            self._known.popitem(last=False)
+        if not known:
+            _log.debug("a review names an owner that there is not", extra={Field.NAMESPACE: about.get("namespace")})
+        return known
+
+
+def path_of(about: Json) -> str | None:
+    """Where an owner is in the API; None: it cannot be looked up."""
+    collection = OWNERS.get((str(about.get("apiVersion")), str(about.get("kind"))))
+    name, namespace = about.get("name"), about.get("namespace")
+    if collection is None or not about.get("uid") or not (_is_name(name) and _is_name(namespace)):
+        return None
+    return f"{collection.format(namespace=namespace)}/{name}"
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= _NAME_MOST and _NAME.fullmatch(text) is not None
