@@ -6,17 +6,19 @@ Must never: repeat a name that the settings have; the settings are asked.
 """
 
 import dataclasses
+import json
 from typing import Any, Final
 
 import pytest
 import yaml
 
-from chart.variants import CERT_MANAGER, VARIANTS
+from chart.variants import CA, CERT_MANAGER, VARIANTS
 from pillion_operator import settings
 from support import helm
 from support.release import CHART, NAMESPACE
 
 COMPONENTS: Final = ("webhook", "controller")
+SCRAPERS: Final = ("serviceMonitor", "prometheusRule")
 READ: Final = {each.metadata["env"] for each in dataclasses.fields(settings.Settings)}
 """The variables that the operator reads."""
 
@@ -99,7 +101,7 @@ def test_services_select_the_pods_that_they_are_for() -> None:
 
 
 def test_network_policies_let_in_what_the_operator_serves() -> None:
-    """Each policy is about the pods of its Deployment, and opens the ports that they declare, to everybody."""
+    """Each policy is about the pods of its Deployment, and opens the ports that they declare, to everybody where the values do not say."""
     objects = helm.render(VARIANTS["network-policy"])
     for component in COMPONENTS:
         spec = helm.one(objects, "NetworkPolicy", f"pillion-{component}")["spec"]
@@ -108,6 +110,47 @@ def test_network_policies_let_in_what_the_operator_serves() -> None:
         assert spec["podSelector"] == selected
         assert {port["port"] for rule in spec["ingress"] for port in rule["ports"]} == declared
         assert all(rule.keys() == {"ports"} for rule in spec["ingress"])
+
+
+def test_networks_of_the_values_are_who_is_let_in() -> None:
+    """The webhook's port is the API server's alone, health is for those who measure, and sidecars call from everywhere."""
+    objects = helm.render(VARIANTS["network-policy-of-networks"])
+
+    def let_in(component: str) -> dict[int, list[str] | None]:
+        ingress = helm.one(objects, "NetworkPolicy", f"pillion-{component}")["spec"]["ingress"]
+        return {
+            rule["ports"][0]["port"]: [each["ipBlock"]["cidr"] for each in rule["from"]] if "from" in rule else None
+            for rule in ingress
+        }
+
+    assert let_in("webhook") == {10250: ["10.0.0.0/28", "fd00::/8"], 8080: ["10.1.0.0/16"]}
+    assert let_in("controller") == {8444: None, 8080: ["10.1.0.0/16"]}
+
+
+def test_the_webhooks_port_is_one_value() -> None:
+    """`webhook.port` reaches the process, the pod and, by name, the Service; nothing else has the number."""
+    values = VARIANTS["network-policy-of-networks"]
+    assert settings.from_env(given("webhook", values), in_cluster=True).webhook_port == 10250
+    assert {each["name"]: each["containerPort"] for each in container("webhook", values)["ports"]}["https"] == 10250
+    assert "8443" not in json.dumps(helm.render(values))
+
+
+def test_the_api_servers_certificate_reaches_the_webhook_alone() -> None:
+    """Authority and names are settings of the webhook; the controller, whom all sidecars call, asks for no certificate."""
+    values = VARIANTS["network-policy-of-networks"]
+    found = settings.from_env(given("webhook", values), in_cluster=True)
+    assert (found.webhook_client_ca, found.webhook_client_names) == (CA, "kube-apiserver,other")
+    assert settings.from_env(given("controller", values), in_cluster=True).webhook_client_ca == ""
+
+
+@pytest.mark.parametrize(
+    ("monitoring", "named"),
+    [({}, False), ({"jobSeries": True}, True), *(({each: {"enabled": True}}, True) for each in SCRAPERS)],
+)
+def test_names_of_jobs_are_in_metrics_where_somebody_asked_for_them(monitoring: dict[str, Any], named: bool) -> None:
+    """By default /metrics, which everybody in the cluster can read, names no job; with a scraper of the chart's it does."""
+    found = settings.from_env(given("controller", {"monitoring": monitoring}), in_cluster=True)
+    assert found.job_series is named
 
 
 def test_names_that_rights_are_given_for_are_the_operators() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from chart.variants import VARIANTS
 from support import helm
+from support.release import ROOT
 
 RESTRICTED: Final = {
     "allowPrivilegeEscalation": False,
@@ -18,12 +19,8 @@ RESTRICTED: Final = {
     "capabilities": {"drop": ["ALL"]},
 }
 """Exactly, and nothing beside it: `privileged` is not there, nor an added capability."""
-OF_POD: Final = {
-    "runAsNonRoot": True,
-    "runAsUser": 65532,
-    "runAsGroup": 65532,
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
+OF_POD: Final = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+"""And no user: the image has one, and OpenShift refuses a pod that names another than its namespace's."""
 HOST: Final = ("hostPID", "hostIPC", "hostNetwork", "volumes", "shareProcessNamespace")
 """What a pod could reach its node by. None has volumes: nothing is written, and certificates are read through the API."""
 
@@ -50,6 +47,12 @@ def test_every_pod_is_as_restricted_as_kubernetes_can_make_it(variant: str) -> N
         assert "initContainers" not in spec, name
         for container in spec["containers"]:
             assert container["securityContext"] == RESTRICTED, name
+
+
+def test_the_images_say_who_runs_in_them() -> None:
+    """Both end as the same user by number, as the kubelet asks of a pod that must not be root and names no user."""
+    users = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("USER ")]
+    assert users == ["USER 65532:65532"] * 2
 
 
 def test_no_pod_reaches_its_node() -> None:
@@ -98,7 +101,7 @@ def test_a_deployment_stays_available_while_it_changes(component: str) -> None:
     budget = helm.one(objects, "PodDisruptionBudget", f"pillion-{component}")["spec"]
     selected = spec["selector"]
     (spread,) = spec["template"]["spec"]["topologySpreadConstraints"]
-    assert budget == {"minAvailable": 1, "selector": selected}
+    assert budget == {"minAvailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": selected}
     assert spread["labelSelector"] == selected
     assert selected["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
 

@@ -36,17 +36,32 @@ IN_CLUSTER: Final = {
     "ValidatingAdmissionPolicyBinding",
 }
 """Kinds without a namespace. All others name the release's, but for the rights of `helm test`."""
+GUARD: Final = {
+    ("ValidatingAdmissionPolicy", "pillion-controller"),
+    ("ValidatingAdmissionPolicyBinding", "pillion-controller"),
+}
+"""What holds the controller to the caBundle, where it writes one."""
 CHANGES: Final = {
     "cert-manager": {
+        *GUARD,
         ("Issuer", "pillion-self-signed"),
         ("Certificate", "pillion-authority"),
         ("Issuer", "pillion"),
         ("Certificate", "pillion"),
     },
-    "cert-manager-issuer": {("Certificate", "pillion")},
+    "cert-manager-issuer": {*GUARD, ("Certificate", "pillion")},
+    "provided": GUARD,
     "monitoring": {("ServiceMonitor", "pillion"), ("PrometheusRule", "pillion"), ("ConfigMap", "pillion-dashboard")},
     "network-policy": {("NetworkPolicy", "pillion-webhook"), ("NetworkPolicy", "pillion-controller")},
-    "no-validation": {("ValidatingAdmissionPolicy", "pillion"), ("ValidatingAdmissionPolicyBinding", "pillion")},
+    "network-policy-of-networks": {("NetworkPolicy", "pillion-webhook"), ("NetworkPolicy", "pillion-controller")},
+    "no-validation": {
+        *GUARD,
+        *(
+            (kind, name)
+            for kind in ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+            for name in ("pillion", "pillion-status")
+        ),
+    },
     "no-crds": {
         ("CustomResourceDefinition", "checkpointpolicies.pillion.dev"),
         ("CustomResourceDefinition", "checkpoints.pillion.dev"),

@@ -45,6 +45,11 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     ({"failurePolicy": "Deny"}, "/failurePolicy'"),
     ({"monitoring": {"serviceMonitor": {"interval": "30"}}}, "/monitoring/serviceMonitor/interval'"),
     ({"monitoring": {"prometheusRule": {"recoveryPointSeconds": 0}}}, "recoveryPointSeconds'"),
+    ({"webhook": {"port": 0}}, "/webhook/port'"),
+    ({"webhook": {"apiServer": {"clientCA": "ca.crt"}}}, "/webhook/apiServer/clientCA'.*BEGIN CERTIFICATE"),
+    ({"webhook": {"apiServer": {"clientNames": ["a,b"]}}}, "/webhook/apiServer/clientNames/0'"),
+    ({"networkPolicy": {"apiServerCIDRs": ["10.0.0.1"]}}, "/networkPolicy/apiServerCIDRs/0'"),
+    ({"enabled": "yes"}, "/enabled'.*string.*boolean"),
     ({"crds": {"keep": "no"}}, "/crds/keep'.*string.*boolean"),
 ]
 """Values, and what the message has to say: the path, and what is allowed where that is a list."""

@@ -6,11 +6,16 @@ Must never: be made from what is rendered.
 """
 
 import base64
+import json
+import re
+from pathlib import Path
 from typing import Any, Final
 
+import kubernetes_validate  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 from chart.variants import CA, CERT_MANAGER, PROVIDED, VARIANTS
+from pillion_operator.injection import annotations
 from support import helm
 from support.release import NAMESPACE
 
@@ -112,3 +117,44 @@ def test_a_pod_whose_sidecar_lost_its_restart_policy_is_refused() -> None:
     assert spec["failurePolicy"] == "Fail"
     assert spec["matchConstraints"]["objectSelector"] == {"matchLabels": {"pillion.dev/injected": "true"}}
     assert binding == {"policyName": "pillion", "validationActions": ["Deny"]}
+
+
+def policy(name: str, values: dict[str, Any]) -> tuple[helm.Json, helm.Json]:
+    """The spec of a ValidatingAdmissionPolicy and of its binding."""
+    objects = helm.render(values)
+    kinds = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+    spec, binding = (helm.one(objects, kind, name)["spec"] for kind in kinds)
+    return spec, binding
+
+
+def test_what_injection_wrote_on_a_pod_does_not_change() -> None:
+    """A change of the status annotation or of the label is refused, on injected pods only, and no creation is looked at."""
+    spec, binding = policy("pillion-status", {})
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    assert (rule["operations"], rule["resources"]) == (["UPDATE"], ["pods"])
+    assert spec["matchConstraints"]["objectSelector"] == {"matchLabels": {annotations.INJECTED: "true"}}
+    compared = [each["expression"] for each in spec["validations"]]
+    assert all(part in text for part, text in zip((annotations.STATUS, annotations.INJECTED), compared, strict=True))
+    assert all("object.metadata" in text and "oldObject.metadata" in text for text in compared)
+    assert binding == {"policyName": "pillion-status", "validationActions": ["Deny"]}
+
+
+def test_the_controller_is_held_to_the_bundle_of_certificates() -> None:
+    """The policy is about its account alone, and compares every field of a webhook that Kubernetes knows, but the caBundle."""
+    spec, binding = policy("pillion-controller", {})
+    (condition,) = spec["matchConditions"]
+    assert condition["expression"].endswith(f"== 'system:serviceaccount:{NAMESPACE}:pillion-controller'")
+    assert spec["failurePolicy"] == "Fail"
+    assert binding == {"policyName": "pillion-controller", "validationActions": ["Deny"]}
+    text = spec["validations"][1]["expression"]
+    own, of_client = (set(re.findall(rf"new\.{prefix}\??\.?\??(\w+) == old", text)) for prefix in ("", "clientConfig"))
+    assert own | {"clientConfig"} == fields("MutatingWebhook")
+    assert of_client | {"caBundle"} == fields("WebhookClientConfig")
+
+
+def fields(kind: str) -> set[str]:
+    """The fields of a type of admissionregistration.k8s.io/v1, as the schema of the newest Kubernetes that is known here has them."""
+    schemas = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+    newest = max(schemas.glob("v*-local"), key=lambda each: [int(part) for part in re.findall(r"\d+", each.name)])
+    definitions = json.loads((newest / "_definitions.json").read_text())["$defs"]
+    return set(definitions[f"io.k8s.api.admissionregistration.v1.{kind}"]["properties"])

@@ -51,6 +51,18 @@ USES: Final = (
     _webhook(*_POLICIES, ("get",), "webhook/policies.py", "a policy that the cache does not have yet"),
     _webhook(*_SECRETS, FOLLOWED, "certificates/serving.py", "the certificate that is served"),
     _webhook(*_EVENTS, ("create", "patch"), "cluster/events.py", "a decision, and how often it was made"),
+    *(
+        _webhook(group, resource, ("get",), "webhook/refusals.py", "whether the owner of a refused pod exists")
+        for group, resource in (
+            ("batch", "jobs"),
+            ("apps", "replicasets"),
+            ("apps", "statefulsets"),
+            ("kubeflow.org", "pytorchjobs"),
+            ("ray.io", "rayclusters"),
+            ("batch.volcano.sh", "jobs"),
+            ("argoproj.io", "workflows"),
+        )
+    ),
     _controller(*_POLICIES, FOLLOWED, "controller/handlers.py", "kopf, and the list that makes it good"),
     _controller(PILLION, "checkpointpolicies/status", ("patch",), "controller/reconcile.py", "a policy's conditions"),
     _controller(*_CHECKPOINTS, FOLLOWED, "controller/app.py", "the objects that there are, requests among them"),
@@ -63,6 +75,9 @@ USES: Final = (
     _controller(*_EVENTS, ("create", "patch"), "cluster/events.py", "what happened, and how often"),
     _controller(*_LEASES, ("get", "create", "update"), "cluster/lease.py", "which replica is active"),
     _controller(*_SLICES, ("patch", "create"), "controller/endpoint.py", "the leader's address; an apply makes it too"),
+    _controller(
+        "discovery.k8s.io", "endpointslices/restricted", ("create",), "controller/endpoint.py", "OpenShift asks for it"
+    ),
     _controller(*_SLICES, ("delete",), "controller/endpoint.py", "an address of another family"),
     _controller(*_SECRETS, FOLLOWED, "certificates/serving.py", "the certificate that is served"),
     _controller(*_SECRETS, FOLLOWED, "certificates/rotation.py", "somebody deletes or changes a Secret of ours"),

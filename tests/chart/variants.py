@@ -27,6 +27,15 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "provided": PROVIDED,
     "monitoring": MONITORING,
     "network-policy": {"networkPolicy": {"enabled": True}},
+    "network-policy-of-networks": {
+        "networkPolicy": {
+            "enabled": True,
+            "apiServerCIDRs": ["10.0.0.0/28", "fd00::/8"],
+            "metricsCIDRs": ["10.1.0.0/16"],
+        },
+        "webhook": {"port": 10250, "apiServer": {"clientCA": CA, "clientNames": ["kube-apiserver", "other"]}},
+    },
+    "of-an-umbrella": {"enabled": True, "global": {"any": "thing"}},
     "no-validation": {"validation": {"enabled": False}},
     "no-crds": {"crds": {"enabled": False}},
     "crds-not-kept": {"crds": {"keep": False, "annotations": {"example.com/note": "ours"}}},

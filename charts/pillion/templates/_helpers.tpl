@@ -38,11 +38,16 @@ app.kubernetes.io/component: {{ .component }}
 - {name: PILLION_FAILURE_POLICY, value: {{ .Values.failurePolicy | quote }}}
 - {name: PILLION_TOKEN_AUDIENCE, value: {{ .Values.tokenAudience | quote }}}
 - {name: PILLION_HOME_URL, value: "https://pillion-home.{{ .Release.Namespace }}.svc:443"}
+{{- with .Values.monitoring }}
+{{- if or .jobSeries .serviceMonitor.enabled .prometheusRule.enabled }}
+- {name: PILLION_JOB_SERIES, value: "true"}
+{{- end }}
+{{- end }}
 - {name: PILLION_CERTIFICATE_MODE, value: {{ .Values.certificates.mode | quote }}}
 - {name: PILLION_SECRET_NAME, value: {{ .Values.certificates.secretName | quote }}}
 {{- end }}
 
-{{/* The Deployment of a component: dict "root" "component" "values" "ports" (name: number). */}}
+{{/* The Deployment of a component: dict "root" "component" "values" "ports" (name: number) "env" (its own variables). */}}
 {{- define "pillion.deployment" -}}
 {{- $root := .root }}
 {{- $selector := include "pillion.selector" . }}
@@ -94,9 +99,8 @@ spec:
       dnsPolicy: ClusterFirstWithHostNet
       {{- end }}
       securityContext:
+        # No user: the image says 65532, and OpenShift gives each namespace users of its own.
         runAsNonRoot: true
-        runAsUser: 65532
-        runAsGroup: 65532
         seccompProfile: {type: RuntimeDefault}
       containers:
       - name: {{ .component }}
@@ -105,6 +109,9 @@ spec:
         args: [{{ .component }}]
         env:
           {{- include "pillion.env" $root | nindent 10 }}
+          {{- with .env }}
+          {{- toYaml . | nindent 10 }}
+          {{- end }}
         ports:
         {{- range $name, $number := .ports }}
         - {name: {{ $name }}, containerPort: {{ $number }}}
@@ -158,6 +165,8 @@ metadata:
     {{- include "pillion.labels" .root | nindent 4 }}
 spec:
   minAvailable: 1
+  # A replica that is not ready protects nobody, and a node that is drained does not wait for it.
+  unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
       {{- include "pillion.selector" . | nindent 6 }}

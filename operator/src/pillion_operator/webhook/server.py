@@ -87,7 +87,7 @@ class Server:
                 return self._refuse(err.status, str(err))
             except review.BadReview as err:
                 return self._refuse(400, str(err))
-        elapsed_s = time.monotonic() - begun_s
+        elapsed_s = time.monotonic() - read_s
         metrics.ADMISSION_DURATION.observe(elapsed_s)
         if decision is not None:
             self._tell(question, decision, elapsed_s)
