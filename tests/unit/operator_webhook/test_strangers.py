@@ -243,6 +243,32 @@ def test_handshakes_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     run(scenario)
 
 
+def test_what_comes_with_the_end_of_a_handshake_is_not_lost() -> None:
+    """The protocol that speaks from then on is told all of it, in order, as if it had been there from the start."""
+    said: list[object] = []
+
+    class Speaks(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            said.append("made")
+
+        def data_received(self, data: bytes) -> None:
+            said.append(data)
+
+        def eof_received(self) -> None:
+            said.append("end")
+
+    class Handed(asyncio.Transport):
+        def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+            said.append(type(protocol))
+
+    guest = listener._Guest(lambda _guest, _transport: None)
+    guest.data_received(b"POST ")
+    guest.data_received(b"/mutate")
+    guest.eof_received()
+    guest.hand_over(Handed(), Speaks())
+    assert said == [Speaks, "made", b"POST ", b"/mutate", "end"]
+
+
 # --- reviews that nobody asked about
 
 
