@@ -53,7 +53,7 @@ def runtime_directory(key: str, environ: Mapping[str, str]) -> str:
         return injected
     # Whoever counts as one pod has to find one directory; torchrun's number of the node may change at a restart.
     pod = group.pod_identity(environ)
-    digest = hashlib.sha256(f"{key}\0{pod}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(f"{key}\0{pod}")).hexdigest()[:16]  # a path may hold any bytes
     base = "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     return os.path.join(base, f"{names.RUNTIME_PREFIX}{os.getuid()}-{digest}")
 

@@ -18,16 +18,18 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from pillion.wire import names
-from pillion_sidecar import background, control, log
+from pillion_sidecar import affinity, background, control, leftovers, log
 from pillion_sidecar.pod_end import LAST_SAVE_S
 from pillion_sidecar.settings import Settings
 from pillion_sidecar.supervisor import Supervisor
@@ -70,6 +72,8 @@ async def run(settings: Settings) -> Exit:
         return Exit.ALREADY_RUNNING
     if settings.embedded:
         log.tend(settings.runtime_dir)
+        affinity.forget_memory_policy()
+        _remove_leftovers(settings.runtime_dir)
     with contextlib.suppress(OSError):
         os.nice(NICE)
     supervisor = Supervisor(settings)
@@ -127,6 +131,14 @@ async def run(settings: Settings) -> Exit:
             # The lock file goes last, with the folder: whoever comes next makes both anew.
             shutil.rmtree(settings.runtime_dir, ignore_errors=True)
         os.close(lock)
+
+
+def _remove_leftovers(runtime_dir: str) -> None:
+    """Free what sidecars before this one have left in memory, beside everything else. A folder that somebody has named has no others beside it."""
+    base, name = os.path.split(runtime_dir)
+    if name.startswith(names.RUNTIME_PREFIX):
+        remove = functools.partial(leftovers.remove, base, but=runtime_dir)
+        threading.Thread(target=remove, name="pillion-leftovers", daemon=True).start()
 
 
 def _calling(supervisor: Supervisor) -> calling.Calling | None:

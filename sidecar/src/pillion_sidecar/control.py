@@ -21,8 +21,8 @@ from pillion_sidecar.peer import Peer
 
 _log = logging.getLogger(__name__)
 
-CLIENT_LIMIT: Final = 256
-"""Connections at once: a node has at most some ten ranks; this bounds what a broken loop can open."""
+CLIENT_LIMIT: Final = 512
+"""Connections at once: a rank a processor on the largest nodes; this bounds what a broken loop can open. Who comes beyond it is refused."""
 HELLO_TIMEOUT_S: Final = 30.0
 """Bound for the first message of a connection."""
 WRITE_LIMIT_BYTES: Final = 64 * 1024**2
@@ -151,9 +151,10 @@ class Server:
             os.unlink(self._path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= CLIENT_LIMIT:
+        if len(self._clients) >= CLIENT_LIMIT * 2:  # not even a refusal: those who wait for one are as many
             writer.close()
             return
+        too_many = len(self._clients) >= CLIENT_LIMIT
         self._clients.add(writer)
         client = Client(writer)
         client.watch()
@@ -166,6 +167,10 @@ class Server:
                 if not data:
                     break
                 for message in decoder.feed(data):
+                    if too_many:
+                        text = f"{CLIENT_LIMIT} connections are open, and more are not allowed: too many ranks on one node, or a program that opens one after another"
+                        client.refuse(message, SidecarError(text))
+                        return
                     if greeted:
                         await self._dispatch(client, message)
                     elif message["type"] == "hello":

@@ -168,6 +168,7 @@ class Loads:
             "find": messages.field(first, "find", bool, False),
             "path": messages.optional_field(first, "path", str),
             "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
+            "near": {str(rank): pid for rank, pid in pod.near.items()},
             "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
             "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
         }

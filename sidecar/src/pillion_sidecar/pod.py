@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion.wire import arena, messages, names, policy
-from pillion_sidecar import settings
+from pillion_sidecar import affinity, settings
 from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena import segment as segment_module
 from pillion_sidecar.arena.growth import SPARE_BYTES, Growth
@@ -139,6 +139,8 @@ class Pod:
         self.rooms: dict[int, int] = {}
         """Rank -> the most bytes that it has asked for a slot."""
         self.segments: dict[int, Segment] = {}
+        self.near: dict[int, int] = {}
+        """rank -> process of its trainer, which its memory is to be near to."""
         alone = len(identity.pods) == 1
         self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap, alone=alone)
         try:
@@ -263,7 +265,8 @@ class Pod:
             ArenaExhausted: over the policy's limit for the pod, or the container's; or the tmpfs is full.
             SidecarError: the executor grows a slot for a load, and does not end.
         """
-        return self._growth.grow(rank, slot, room_bytes)
+        with affinity.beside(self.near.get(rank, 0)):
+            return self._growth.grow(rank, slot, room_bytes)
 
     def date(self, order: tuple[int, int]) -> None:
         """

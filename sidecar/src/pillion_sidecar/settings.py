@@ -264,6 +264,11 @@ def _convert(kind: str, text: str, least: int) -> object:
     return text
 
 
+def is_policy_file(source: str) -> bool:
+    """Whether a policy is given as the path of a file, and not as its text."""
+    return bool(source) and not source.lstrip().startswith("{")
+
+
 def read_policy(source: Mapping[str, object] | str | None) -> policy.Policy:
     """
     A policy from a document, a JSON text or a file's path.
@@ -274,7 +279,7 @@ def read_policy(source: Mapping[str, object] | str | None) -> policy.Policy:
     document: object = source or {}
     if isinstance(source, str) and source:
         text, origin = source, "the policy"
-        if not source.lstrip().startswith("{"):
+        if is_policy_file(source):
             origin = source
             try:
                 with open(source, encoding="utf-8") as file:

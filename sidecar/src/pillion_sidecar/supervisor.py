@@ -18,9 +18,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from pillion import wire
-from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError, UsageError
+from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError
 from pillion.wire import messages, policy
-from pillion_sidecar import aside, background, catalog, governing, loads, ownership, returning, session_record, settings
+from pillion_sidecar import (
+    affinity,
+    aside,
+    background,
+    catalog,
+    governing,
+    loads,
+    ownership,
+    returning,
+    session_record,
+    settings,
+)
 from pillion_sidecar.control import Client
 from pillion_sidecar.governing import Governing
 from pillion_sidecar.journal import Journal
@@ -36,8 +47,6 @@ T = TypeVar("T")
 
 TIDY_S: Final = 10.0
 """How long trainers that say goodbye wait for retention: it is seconds behind the last commit, and what is left then can wait."""
-PARTING_S: Final = 10.0
-"""How long a hello waits for what a dead trainer had said last to be read: a few messages."""
 ROOT_TIMEOUT_S: Final = 60.0
 """Bound for the storage to show whether it can be used, or what its newest checkpoint is; network file systems under load take seconds."""
 SETTLE_SHARE: Final = 1 / 4
@@ -71,8 +80,6 @@ class Supervisor:
         self._policy_told_to = ""
         self._bad_generation = -1
         self._hello_lock = asyncio.Lock()
-        self._returning: tuple[returning.Process, ...] = ()
-        """Trainers of an adopted session, until they are here or others take their place."""
         self._aside, self._looking = aside.Aside("root"), asyncio.Lock()
 
     @property
@@ -82,20 +89,21 @@ class Supervisor:
     async def start(self) -> None:
         self.persisting.start(self._tasks)
         self._tasks.start(self.saves.notices(), "notices")
-        self._adopt()
+        await self._adopt()
+        if self._started_with is None and not self.settings.embedded:
+            with contextlib.suppress(PillionError):  # whoever needs it is told why it is none
+                self._started_with = await self._read_policy(self.settings.policy)
         await self.operations.prestart()
 
-    def _adopt(self) -> None:
+    async def _adopt(self) -> None:
         """Go on with the session of a sidecar before this one: what it left in the arena is persisted, trainers or not."""
         record = session_record.read(self.settings.runtime_dir)
         if record is None:
             return
         try:
-            self._started_with = settings.read_policy(
-                (record.policy or self.settings.policy)
-                if self.settings.embedded
-                else (self.settings.policy or record.policy)
-            )
+            given, kept = self.settings.policy, record.policy
+            source = (kept or given) if self.settings.embedded else (given or kept)
+            self._started_with = await self._read_policy(source)
             identity = Identity.from_hello(dict(record.hello), root=record.root)
             pod = Pod(
                 self.settings.runtime_dir,
@@ -107,7 +115,7 @@ class Supervisor:
             _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
             return
         _log.warning("adopted session %s with %d snapshots in memory", record.session, len(pod.adopted))
-        self.trainers.pod, self._returning = pod, record.trainers
+        self.trainers.pod, self.trainers.returning = pod, record.trainers
         self.trainers.crashed = True
         self.operations.session(pod, record)
         self.persisting.wake()
@@ -127,16 +135,16 @@ class Supervisor:
         theirs = messages.field(message, "version", int)
         if theirs != wire.PROTOCOL_VERSION:
             raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
-        await self._let_return(messages.field(message, "session", str))
+        await self.trainers.let_return(messages.field(message, "session", str))
         async with self._hello_lock:
-            await self._part_from_the_dead()
+            await self.trainers.part_from_the_dead()
             pod = await self._session(client, message)
         rank = messages.field(message, "rank", int)
         if rank not in pod.segments:
             raise messages.BadFrame(f"hello: rank {rank} is not of this pod, whose ranks are {sorted(pod.segments)}")
         client.rank = rank
-        self.trainers.clients[rank] = client
-        self.trainers.parted, self._returning = False, ()
+        self.trainers.join(rank, client)
+        affinity.widen((os.getpid(), self.operations.executor_pid or 0), affinity.of(client.pid))
         self.operations.joined(returning.process(client.pid))
         if self.operations.state is not ownership.State.TRAINING:
             self._tasks.start(self._show_state(), "showing the session's state")
@@ -168,53 +176,18 @@ class Supervisor:
             extra={"rank": rank, "pid": client.pid},
         )
 
-    async def _let_return(self, session: str) -> None:
-        """
-        Give the trainers of an adopted session the time to come back, before others take their place.
-
-        Raises:
-            UsageError: they live.
-        """
-        adopted = self.pod
-        if not self._returning or adopted is None or adopted.identity.session == session:
-            return
-        alive = await returning.wait(self._returning, lambda: bool(self.trainers.clients))
-        if alive and self.pod is adopted and not self.trainers.clients:
-            raise UsageError(
-                f"another training (run {adopted.identity.run_id!r}, process {alive[0]}) has this root, and its sidecar was just replaced:"
-                " one job a root at a time"
-            )
-        self._returning = ()
-
-    async def _part_from_the_dead(self) -> None:
-        """Trainers whose processes have ended are no trainers of another job: the ends of their connections are waited for."""
-        for client in [each for each in self.trainers.clients.values() if each.gone]:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PARTING_S):
-                    await client.ended.wait()
-
-    def _taken(self, client: Client) -> UsageError:
-        """Why `client` cannot open another session now."""
-        if client.pid > 0 and client.pid in {other.pid for other in self.trainers.clients.values()}:
-            return UsageError(
-                f"this process (pid {client.pid}) has this root open with another Checkpointer: close() that one first"
-            )
-        return UsageError(
-            f"another job (ranks {sorted(self.trainers.clients)}) uses this root's sidecar now: one job a root at a time"
-        )
-
     async def _session(self, client: Client, message: messages.Message) -> Pod:
         trainers = self.trainers
         session = messages.field(message, "session", str)
         if trainers.pod is not None and trainers.pod.identity.session == session:
             return trainers.pod
         if trainers.clients:
-            raise self._taken(client)
+            raise trainers.taken(client)
         root = self.settings.root or messages.field(message, "root", str, "")
         # In a pod the injected one holds. Without a cluster the variable is the trainer's own, and its argument wins over it.
         given: Any = message.get("policy")
         source = (given or self.settings.policy) if self.settings.embedded else (self.settings.policy or given)
-        self._started_with = settings.read_policy(source)
+        self._started_with = await self._read_policy(source)
         problems = await self._look_at(root, lambda: check_root(root)) if root else []
         if problems:
             raise SettingsError(problems)
@@ -382,6 +355,16 @@ class Supervisor:
             _log.warning("another pod said what is not understood here: %s", err)
 
     # --- the policy --------------------------------------------------------------------------------------------------
+
+    async def _read_policy(self, source: Mapping[str, object] | str) -> policy.Policy:
+        """
+        Raises:
+            SettingsError: it is none.
+            SidecarError: it is a file, and the storage that has it hangs.
+        """
+        if isinstance(source, str) and settings.is_policy_file(source):
+            return await self._look_at(source, lambda: settings.read_policy(source))
+        return settings.read_policy(source)
 
     def _policy_now(self) -> policy.Policy:
         if self._started_with is None:

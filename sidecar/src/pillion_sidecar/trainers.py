@@ -7,16 +7,21 @@ at once, and to those of other pods through the executor and the job's store.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
-from pillion.errors import SidecarError
+from pillion.errors import SidecarError, UsageError
 from pillion.wire import messages
-from pillion_sidecar import background
+from pillion_sidecar import background, returning
 from pillion_sidecar.control import Client
 from pillion_sidecar.operation import Operations
 from pillion_sidecar.pod import Pod
+
+PARTING_S: Final = 10.0
+"""How long a hello waits for what a dead trainer had said last to be read: a few messages."""
 
 
 class Trainers:
@@ -32,6 +37,8 @@ class Trainers:
         """Every trainer of the session ended well: an embedded sidecar is not needed any more."""
         self.crashed = False
         """A trainer of this session died, or ended by an exception: a restart may come for the arena."""
+        self.returning: tuple[returning.Process, ...] = ()
+        """Trainers of an adopted session, until they are here or others take their place."""
         self.on_rescue: Callable[[str], None] = lambda _: None
         """Called when a pod of the job calls all of them to persist the newest snapshot that all of them hold."""
         self._on_policy = on_policy
@@ -43,6 +50,52 @@ class Trainers:
         if self.pod is None:
             raise SidecarError("no session is open")
         return self.pod
+
+    async def let_return(self, session: str) -> None:
+        """
+        Give the trainers of an adopted session the time to come back, before others take their place.
+
+        Raises:
+            UsageError: they live.
+        """
+        adopted = self.pod
+        if not self.returning or adopted is None or adopted.identity.session == session:
+            return
+        alive = await returning.wait(self.returning, lambda: bool(self.clients))
+        if alive and self.pod is adopted and not self.clients:
+            raise UsageError(
+                f"another training (run {adopted.identity.run_id!r}, process {alive[0]}) has this root, and its sidecar was just replaced:"
+                " one job a root at a time"
+            )
+        self.returning = ()
+
+    async def part_from_the_dead(self) -> None:
+        """Trainers whose processes have ended are no trainers of another job: the ends of their connections are waited for."""
+        for client in [each for each in self.clients.values() if each.gone]:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PARTING_S):
+                    await client.ended.wait()
+
+    def join(self, rank: int, client: Client) -> None:
+        """A rank's trainer is here."""
+        self.clients[rank] = client
+        self.parted, self.returning = False, ()
+        if self.pod is None:
+            return
+        self.pod.near[rank] = client.pid
+        if self.clients.keys() == self.pod.segments.keys():
+            # Of a session that was adopted nobody knew whether its trainers live: all of them do.
+            self.crashed = False
+
+    def taken(self, client: Client) -> UsageError:
+        """Why `client` cannot open another session now."""
+        if client.pid > 0 and client.pid in {other.pid for other in self.clients.values()}:
+            return UsageError(
+                f"this process (pid {client.pid}) has this root open with another Checkpointer: close() that one first"
+            )
+        return UsageError(
+            f"another job (ranks {sorted(self.clients)}) uses this root's sidecar now: one job a root at a time"
+        )
 
     def broadcast(self, message: Mapping[str, Any], *, but: int | None = None) -> None:
         """Tell the trainers of this pod."""

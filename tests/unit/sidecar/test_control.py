@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pillion.wire import messages
+from pillion_sidecar import control
 from pillion_sidecar.control import Client, Server
 from support.deadlines import Deadline, soon
 
@@ -61,3 +62,31 @@ def test_a_sidecar_that_ends_while_a_trainer_waits_logs_no_traceback(tmp_path: P
     with trainer:
         asyncio.run(scenario())
     assert complaints == []
+
+
+def test_a_connection_too_many_is_told_so_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was closed without a word, and came again at once until its bound."""
+    monkeypatch.setattr(control, "CLIENT_LIMIT", 1)
+    path = str(tmp_path / "control")
+    first, second = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+
+    async def scenario() -> messages.Message:
+        handler = Waiting()
+        server = Server(path, handler)
+        await server.start()
+        first.connect(path)
+        first.sendall(messages.encode({"type": "hello", "id": 1}))
+        await soon(lambda: handler.greeted, Deadline.REPLY, "the first one is heard")
+        second.connect(path)
+        second.sendall(messages.encode({"type": "hello", "id": 7}))
+        second.setblocking(False)
+        async with asyncio.timeout(Deadline.REPLY.s):
+            answer = messages.Decoder().feed(await asyncio.get_running_loop().sock_recv(second, messages.RECV_BYTES))
+        await soon(lambda: server.num_connections == 1, Deadline.REPLY, "the second one is gone")
+        server.stop_listening()
+        return next(iter(answer))
+
+    with first, second:
+        refused = asyncio.run(scenario())
+    assert (refused["type"], refused["id"]) == ("failed", 7)
+    assert "1 connections are open, and more are not allowed" in refused["error"]["message"]

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from pillion.wire import arena, layout, manifest
-from pillion_sidecar import catalog
+from pillion_sidecar import affinity, catalog
 from pillion_sidecar.executor import matching
 from pillion_sidecar.executor.context import Context, Progress
 from pillion_sidecar.executor.load_request import Request, Wanted
@@ -113,7 +113,8 @@ def begin(
     segment, slot = context.segments[rank], request.spare_slot
     # Behind the last tensor a page that direct I/O may touch, or the opaque leaves, which are written when the tensors are there.
     needed = arena.PAGE_BYTES + found.layout.tensors_bytes + max(arena.PAGE_BYTES, opaque_bytes)
-    context.growth.grow(rank, slot, needed)
+    with affinity.beside(request.near.get(rank, 0)):
+        context.growth.grow(rank, slot, needed)
     progress(
         {
             "type": "load_begin",

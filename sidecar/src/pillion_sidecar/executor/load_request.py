@@ -7,7 +7,7 @@ Producer: `loads`. Consumer: `load`, `choose`, `arena_load`, `fill`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pillion.wire import layout
@@ -35,6 +35,8 @@ class Request:
     """Snapshots of another world that were found in the arena: step, number of ranks, order."""
     spare_slot: int
     """A slot that may be filled; NO_SLOT: one is taken once the pods have agreed on what to fill it with."""
+    near: Mapping[int, int] = field(default_factory=dict)
+    """rank -> process of its trainer, which memory for it is to be near to."""
     strict: bool = True
     """What the checkpoint does not have is an error; else it is left as it is, and named."""
     find: bool = False
@@ -56,6 +58,7 @@ class Request:
                 (int(step), int(ranks), (int(order[0]), int(order[1]))) for step, ranks, order in document["strangers"]
             ),
             spare_slot=int(document["spare_slot"]),
+            near={int(rank): int(pid) for rank, pid in document["near"].items()},
             strict=bool(document["strict"]),
             find=bool(document["find"]),
             path=document.get("path"),

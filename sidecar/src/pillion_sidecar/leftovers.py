@@ -1,0 +1,86 @@
+"""
+The whole of: arenas that no process has any more: what a sidecar left that could not bring its newest snapshot to storage, or was killed.
+
+Called from: `app`, in a thread, when an embedded sidecar starts. Nobody else would ever free that memory before the next boot.
+Must never: touch what somebody holds (the lock of its sidecar, the lease of a segment), what belongs to another user, or what has changed within
+KEPT_S: trainers that are started again on its root adopt it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import time
+from typing import Final
+
+from pillion.wire import names
+
+_log = logging.getLogger(__name__)
+
+KEPT_S: Final = 24 * 3600.0
+"""How long an arena waits for its trainers after its last change: a job that ended at night is started again the next day."""
+
+
+def remove(base: str, *, but: str, now_s: float | None = None) -> list[str]:
+    """
+    Remove every runtime directory of this user below `base` that nobody holds and that has not changed for KEPT_S.
+
+    Args:
+        base: the tmpfs.
+        but: the caller's own.
+        now_s: the time; None: now.
+
+    Blocks: about 0.1 s a GiB.
+
+    Returns:
+        What was removed.
+    """
+    now_s = time.time() if now_s is None else now_s
+    prefix = f"{names.RUNTIME_PREFIX}{os.getuid()}-"
+    removed = []
+    try:
+        found = [os.path.join(base, name) for name in os.listdir(base) if name.startswith(prefix)]
+    except OSError:
+        return []
+    for path in found:
+        with contextlib.suppress(OSError):
+            if path != but and _is_old(path, now_s) and _remove(path):
+                _log.warning(
+                    "removed the arena %s: no process has it, and for %.0f h nobody came for it", path, KEPT_S / 3600
+                )
+                removed.append(path)
+    return removed
+
+
+def _is_old(path: str, now_s: float) -> bool:
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        return False
+    times = [status.st_mtime, *(os.lstat(os.path.join(path, name)).st_mtime for name in os.listdir(path))]
+    return now_s - max(times) > KEPT_S
+
+
+def _remove(path: str) -> bool:
+    with contextlib.ExitStack() as held:
+        # The lock file first and to the end, as a sidecar does: one that starts meanwhile finds the folder gone, and makes it anew.
+        taken = [_take(os.path.join(path, names.SIDECAR_LOCK), held, os.O_CREAT)]
+        taken += [_take(os.path.join(path, name), held) for name in os.listdir(path) if name.endswith(".arena")]
+        if not all(taken):
+            return False
+        shutil.rmtree(path)
+        return True
+
+
+def _take(path: str, held: contextlib.ExitStack, flags: int = 0) -> bool:
+    """Lock a file for ourselves; False: somebody has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    held.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
