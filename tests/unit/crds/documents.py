@@ -26,7 +26,16 @@ _WHOLE: Final[dict[str, Any]] = {
     "drain": {"timeoutSeconds": 300},
     "failurePolicy": "Ignore",
     "suspend": True,
-    "sidecar": {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": 2, "memory": "1Gi"}}},
+    "sidecar": {
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": 2, "memory": "1Gi"}},
+        "runAsUser": 0,
+        "runAsGroup": 0,
+        "env": [
+            {"name": "AWS_REGION", "value": "here"},
+            {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "token"}}},
+        ],
+        "envFrom": [{"secretRef": {"name": "s3-credentials"}}],
+    },
 }
 _ABSENT: Final = object()
 
@@ -108,5 +117,13 @@ BAD: Final[dict[str, dict[str, Any]]] = {
     "a memory request above its limit": _with("sidecar.resources.requests.memory", "1025Mi"),
     "a CPU finer than a thousandth": _with("sidecar.resources.limits.cpu", "0.0001"),
     "a resource that a sidecar does not take": _with("sidecar.resources.limits.gpu", 1),
+    "a negative user": _with("sidecar.runAsUser", -1),
+    "a user of 33 bits": _with("sidecar.runAsUser", 2**32),
+    "a variable twice": _with("sidecar.env", [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]),
+    "a variable without a value": _with("sidecar.env", [{"name": "A"}]),
+    "a variable that injection sets": _with("sidecar.env", [{"name": "PILLION_ROOT", "value": "/elsewhere"}]),
+    "variables that are an object": _with("sidecar.env", {"A": "1"}),
+    "a source that is no Secret": _with("sidecar.envFrom", [{"configMapRef": {"name": "a"}}]),
+    "a Secret without a name": _with("sidecar.envFrom", [{"secretRef": {}}]),
     "a field that is not there": _with("trigger.periodMinutes", 5),
 }

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import yaml
 
+from pillion.wire import names
+
 CRDS: Final = Path(__file__).parents[3] / "crds"
 Schema = dict[str, Any]
 
@@ -71,6 +73,10 @@ RULES: Final[dict[str, Callable[[Any], bool]]] = {
     "(self.mode == 'Step') == has(self.step)": lambda self: (self["mode"] == "Step") == ("step" in self),
     _fits_text("cpu"): _fits("cpu"),
     _fits_text("memory"): _fits("memory"),
+    "has(self.value) != has(self.valueFrom)": lambda self: ("value" in self) != ("valueFrom" in self),
+    "!(self in [" + ", ".join(f"'{each}'" for each in names.SET_BY_INJECTION) + "])": (
+        lambda self: self not in names.SET_BY_INJECTION
+    ),
     # A transition rule: there is no old object where one is made.
     "self == oldSelf": lambda self: True,
 }
@@ -82,7 +88,6 @@ _ANNOTATIONS: Final = {
     "format",
     "anyOf",
     "x-kubernetes-list-type",
-    "x-kubernetes-list-map-keys",
 }
 
 
@@ -158,6 +163,9 @@ def _wrong(schema: Schema, value: Any, path: str) -> Iterator[tuple[str, str]]:
                 holds = not isinstance(value, str) or re.search(f"{allowed[:-1]}\\Z", value) is not None
             case "required":
                 holds = set(allowed) <= value.keys()
+            case "x-kubernetes-list-map-keys":
+                keys = [tuple(each.get(key) for key in allowed) for each in value if isinstance(each, dict)]
+                holds = len(set(keys)) == len(keys)
             case "type" | "properties" | "items" | "x-kubernetes-int-or-string" | "x-kubernetes-validations":
                 holds = True
             case "x-kubernetes-preserve-unknown-fields":

@@ -44,6 +44,8 @@ ENV_POLICY_NAME: Final = "PILLION_POLICY_NAME"
 """Name of the CheckpointPolicy object that `PILLION_POLICY` was read from."""
 ENV_JOB_KIND: Final = "PILLION_JOB_KIND"
 ENV_JOB_NAME: Final = "PILLION_JOB_NAME"
+ENV_OWNER_UID: Final = "PILLION_OWNER_UID"
+"""UID of the object that the pod belongs to, the same for every retry of it. Empty: the pod does not tell it."""
 ENV_HOME_URL: Final = "PILLION_HOME_URL"
 """Where the sidecar calls home (`pillion.wire.home`). Unset: it does not."""
 ENV_HOME_CA: Final = "PILLION_HOME_CA"
@@ -52,6 +54,15 @@ ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
 """The service account token to call home with; the kubelet renews the file."""
 ENV_METRICS_PORT: Final = "PILLION_METRICS_PORT"
 """Port of the sidecar's Prometheus endpoint. Unset or 0: none is opened."""
+
+SET_BY_INJECTION: Final = (
+    *(ENV_RUNTIME_DIR, ENV_ROOT, ENV_POD, ENV_POLICY, ENV_RUN_ID, ENV_LOG_LEVEL),
+    *(ENV_POD_NAME, ENV_POD_NAMESPACE, ENV_POD_IP, ENV_NODE_NAME, ENV_COMPLETION_INDEX),
+    *(ENV_POLICY_NAME, ENV_JOB_KIND, ENV_JOB_NAME, ENV_OWNER_UID),
+    *(ENV_HOME_URL, ENV_HOME_CA, ENV_TOKEN_FILE, ENV_METRICS_PORT),
+    *("HOME", "NVIDIA_VISIBLE_DEVICES"),
+)
+"""What injection sets in the sidecar's container, and a policy cannot."""
 
 # --- the runtime directory ---------------------------------------------------------------------------------------
 

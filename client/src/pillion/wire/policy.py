@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, cast
 
+from pillion.wire import names
 from pillion.wire.policy_document import TOLD_MOST, Broken, Reading, Section, nearest, plain
 from pillion.wire.policy_document import PolicyError as PolicyError
 from pillion.wire.policy_document import PolicyProblem as PolicyProblem
@@ -220,14 +221,84 @@ class Resources(Section):
                 yield Broken(("requests", "limits"), f"requests.{name}", unit.format(wanted), allowed)
 
 
+_OBJECT_NAME: Final = _text("the name of an object of the namespace", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_ENTRIES_MOST: Final = 64
+"""Variables, and sources of variables, of a sidecar: each is in the policy, and the policy in each pod."""
+_USER_MOST: Final = 2**31 - 1
+"""Kubernetes takes no larger number of a user or group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretKey(Section):
+    """One key of a Secret."""
+
+    name: str = field(metadata=_OBJECT_NAME)
+    """The Secret, in the namespace of the pod."""
+    key: str = field(metadata=_text("a key of a Secret", r"[-._a-zA-Z0-9]{1,253}"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvSource(Section):
+    """Where the value of a variable comes from."""
+
+    secret_key_ref: SecretKey
+    """Read by the kubelet: the value is in no object that the operator sees."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvVar(Section):
+    """A variable of the sidecar, as a pod has it."""
+
+    name: str = field(metadata=_text("the name of a variable", r"[-._a-zA-Z][-._a-zA-Z0-9]{0,252}"))
+    value: str | None = field(default=None, metadata=_text("a text without a zero byte", r"[^\0]*"))
+    """The kubelet expands $(NAME) in it."""
+    value_from: EnvSource | None = None
+
+    def broken(self, embedded: bool) -> Iterator[Broken]:
+        if (self.value is None) == (self.value_from is None):
+            yield Broken(("value", "value_from"), "", None, "exactly one of value and valueFrom")
+        if self.name in names.SET_BY_INJECTION:
+            yield Broken(("name",), "name", self.name, "a name that injection does not set itself")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretName(Section):
+    """A Secret."""
+
+    name: str = field(metadata=_OBJECT_NAME)
+    """In the namespace of the pod."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvFrom(Section):
+    """Variables of the sidecar, one for each key of a Secret."""
+
+    secret_ref: SecretName
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar(Section):
-    """The sidecar's container."""
+    """The sidecar's container. A run without a cluster has none of it."""
 
     resources: Resources = Resources(
         requests=ResourceList(cpu_millicores=500, memory_bytes=2**30), limits=ResourceList(memory_bytes=2**30)
     )
     """The default has no CPU limit: throttling would slow the drain. Given resources replace the default as a whole."""
+    run_as_user: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
+    """Its user; 0 for a volume that only root may write. None: the trainer's where the pod says it, else the operator's setting."""
+    run_as_group: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
+    """Its group. None: likewise."""
+    env: tuple[EnvVar, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
+    """Variables: settings of the sidecar, or what a `storage.writer` reads. A pod's own word for one wins."""
+    env_from: tuple[EnvFrom, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
+    """Secrets whose keys are variables: credentials of a `storage.writer`, in the sidecar and nowhere else."""
+
+    def broken(self, embedded: bool) -> Iterator[Broken]:
+        seen = set[str]()
+        for index, each in enumerate(self.env):
+            if each.name in seen:
+                yield Broken(("env",), f"env[{index}].name", each.name, "each name once")
+            seen.add(each.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,3 +351,8 @@ def dump(policy: Policy) -> dict[str, object]:
     fields that came later, as a reader of before refuses what it does not know.
     """
     return cast("dict[str, object]", plain(policy))
+
+
+def dump_section(section: Section) -> dict[str, object]:
+    """One section of a policy, as it stands in its document."""
+    return cast("dict[str, object]", plain(section))

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import NoneType
-from typing import Any, Final, NamedTuple, cast, get_args, get_type_hints
+from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 from pillion.wire.quantities import INT64_MAX
 
@@ -104,7 +104,7 @@ class Reading:
                 self.section(type(spec.default), f"{at}{name}", {})  # For its rules: some do not hold for nothing.
             elif spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in given:
                 if spec.name not in doubtful:
-                    self.refuse(f"{at}{name}", None, spec.metadata["allowed"])
+                    self.refuse(f"{at}{name}", None, spec.metadata.get("allowed", "an object"))
                 given[spec.name] = None
         section = kind(**given)
         for broken in section.broken(self.embedded):
@@ -115,6 +115,8 @@ class Reading:
     def value(self, section: type[Section], spec: dataclasses.Field[Any], path: str, value: object) -> object:
         """A value of the document as the field's annotation wants it; after a refusal the answer means nothing."""
         hint, rule = get_type_hints(section)[spec.name], spec.metadata
+        if get_origin(hint) is tuple:
+            return self.sections(get_args(hint)[0], path, value, rule["most"])
         kind = next((each for each in get_args(hint) if hint == each | None), hint)
         if isinstance(kind, type) and issubclass(kind, Section):
             return self.section(kind, path, value)
@@ -146,6 +148,13 @@ class Reading:
         else:
             self.refuse(path, value, "an object of named values")
         return value
+
+    def sections(self, kind: type[Section], path: str, value: object, most: int) -> object:
+        """A list of objects, all of one kind."""
+        if not isinstance(value, list | tuple) or len(value) > most:
+            self.refuse(path, value, f"a list of at most {most} objects")
+            return ()
+        return tuple(self.section(kind, f"{path}[{index}]", each) for index, each in enumerate(value))
 
     def json(self, path: str, value: object, depth: int = 0) -> object:
         """A deep copy of a JSON value: no later change of the document reaches a frozen policy."""
