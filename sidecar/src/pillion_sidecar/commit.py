@@ -280,6 +280,7 @@ def make_manifest(
     started_ns: int = 0,
     cause: str = "",
     differing: Sequence[str] = (),
+    owner: str = "",
 ) -> manifest.Manifest:
     return manifest.Manifest(
         step=step,
@@ -295,6 +296,7 @@ def make_manifest(
         metadata_digest=digest.digest(metadata),
         parts=tuple(sorted(parts, key=lambda p: p.ranks)),
         differing=tuple(differing),
+        owner=owner,
     )
 
 

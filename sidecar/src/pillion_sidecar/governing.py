@@ -75,4 +75,5 @@ def document(of: policy.Policy) -> dict[str, Any]:
 def for_trainers(whole: Mapping[str, Any]) -> dict[str, Any]:
     """A policy's document without what is no trainer's business: a client of before would refuse a field that it does not know."""
     drain = {name: value for name, value in whole.get("drain", {}).items() if name != "endTrainer"}
-    return {**whole, "drain": drain}
+    sidecar = {name: value for name, value in whole.get("sidecar", {}).items() if name == "resources"}
+    return {**whole, "drain": drain, "sidecar": sidecar}

@@ -63,6 +63,8 @@ class Record:
     """For people: job and pod, or host and process."""
     root: str = ""
     """As this owner names it."""
+    owner: str = ""
+    """In a cluster the object that the pods belong to, with its UID: the same for every retry of it. Empty: none, or not known."""
     nonce: str = ""
     """Drawn at the claim: a pod that reads it back shares the root."""
     beats: int = 0
@@ -72,7 +74,7 @@ class Record:
     """Nothing of it is on its way any more."""
 
     def encode(self) -> bytes:
-        short = replace(self, name=_cut(self.name), root=_cut(self.root))
+        short = replace(self, name=_cut(self.name), root=_cut(self.root), owner=_cut(self.owner))
         return json.dumps(asdict(short)).encode().ljust(RECORD_BYTES)
 
     @classmethod
@@ -84,6 +86,7 @@ class Record:
                 session=str(document["session"]),
                 name=str(document["name"]),
                 root=str(document["root"]),
+                owner=str(document.get("owner", "")),
                 nonce=str(document["nonce"]),
                 beats=int(document["beats"]),
                 draining=bool(document["draining"]),
@@ -265,6 +268,7 @@ def claim(
     for _ in range(CLAIMS_MOST):
         number = 1 + wait_until_free(root, name=record.name, known=known, silent_s=silent_s, succeeds=succeeds)
         if _create(root, number, record):
+            _say_whose(root, number - 1, record)
             _prune(root, number)
             return number, record
     raise UsageError(f"{CLAIMS_MOST} other sessions have begun on the root {root} meanwhile; this is {record.name}")
@@ -294,6 +298,14 @@ def _create(root: str, number: int, record: Record) -> bool:
         os.unlink(temporary)
     directio.fsync_directory(_folder(root))
     return True
+
+
+def _say_whose(root: str, before: int, record: Record) -> None:
+    """Log that the checkpoints here are those of another object, such as a job of the same name that was deleted."""
+    with contextlib.suppress(OSError):
+        last = read(root, before)
+        if last is not None and last.owner and record.owner and last.owner != record.owner:
+            _log.warning("%s holds the checkpoints of %s: %s goes on from them", root, last.owner, record.owner)
 
 
 def _prune(root: str, number: int) -> None:

@@ -349,6 +349,7 @@ class Pod:
         return {
             "session": identity.session,
             "name": name_of(of, identity),
+            "owner": owner_of(of),
             "owner_silent_s": of.owner_silent_s,
             "run_id": identity.run_id,
             "world_size": identity.world_size,
@@ -402,9 +403,14 @@ class Pod:
 def name_of(of: settings.Settings, identity: Identity) -> str:
     """Who trains here, for people: job and pod; without a cluster the host and the run."""
     if of.pod_name:
-        job = f"{of.job_kind} {of.job_name}".strip() or identity.run_id
-        return f"{job} (pod {of.pod_namespace}/{of.pod_name})"
+        return f"{owner_of(of) or identity.run_id} (pod {of.pod_namespace}/{of.pod_name})"
     return f"run {identity.run_id!r} on {socket.gethostname()} (sidecar's pid {os.getpid()})"
+
+
+def owner_of(of: settings.Settings) -> str:
+    """The object that the pod belongs to: kind, name and, where it is known, UID; empty without a cluster."""
+    uid = f"({of.owner_uid})" if of.owner_uid else ""
+    return " ".join(each for each in (of.job_kind, of.job_name, uid) if each)
 
 
 def stride_bytes(limit_bytes: int, *, num_slots: int) -> int:

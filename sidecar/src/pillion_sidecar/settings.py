@@ -179,6 +179,13 @@ class Settings:
         default="", metadata={"env": names.ENV_JOB_KIND, "text": "Kind of what the user made, a Job say."}
     )
     job_name: str = field(default="", metadata={"env": names.ENV_JOB_NAME, "text": "Its name."})
+    owner_uid: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_OWNER_UID,
+            "text": "Its UID, which tells it from another of that name. Empty: not known.",
+        },
+    )
     job_id: str = field(
         default="", metadata={"env": names.ENV_RUN_ID, "text": "The id that names the job's checkpoints."}
     )

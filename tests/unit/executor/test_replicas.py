@@ -39,7 +39,9 @@ def test_the_manifest_names_them_and_is_as_before_where_there_are_none() -> None
     """An earlier release reads it either way."""
     about = {"step": 1, "generation": "1", "run_id": "r", "world_size": 2, "plan_id": "p", "parts": [], "size_bytes": 0}
     plain = commit.make_manifest(**about, metadata=b"")  # type: ignore[arg-type]  # a mapping of all its fields
-    named = commit.make_manifest(**about, metadata=b"", differing=["rng"])  # type: ignore[arg-type]  # as above
+    named = commit.make_manifest(**about, metadata=b"", differing=["rng"], owner="Job a (u)")  # type: ignore[arg-type]  # as above
     assert b"differing" not in plain.encode()
     assert manifest.decode_manifest(plain.encode()).differing == ()
     assert manifest.decode_manifest(named.encode()).differing == ("rng",)
+    owners = [manifest.decode_manifest(each.encode()).owner for each in (plain, named)]
+    assert owners == ["", "Job a (u)"]

@@ -76,3 +76,11 @@ def test_what_goes_to_other_pods_is_read_there_as_the_same() -> None:
     there = governing.Governing()
     there.take(policy.parse(governing.document(of), embedded=True), 1, STARTED_WITH)
     assert governing.document(there.over(STARTED_WITH)) == governing.document(of)
+
+
+def test_trainers_get_no_field_that_is_none_of_their_business() -> None:
+    """A client of before refuses a field that it does not know: user, variables and Secrets of the sidecar stay in the sidecar."""
+    sidecar = {"runAsUser": 0, "runAsGroup": 0, "env": [{"name": "A", "value": "x"}]}
+    sidecar["envFrom"] = [{"secretRef": {"name": "s3"}}]
+    given = governing.for_trainers(policy.dump(told(sidecar=sidecar)))
+    assert given == governing.for_trainers(policy.dump(STARTED_WITH))

@@ -187,11 +187,23 @@ def test_a_pod_on_the_same_root_reads_the_nonce_back_and_one_on_another_does_not
 def test_a_record_is_written_whole_whatever_it_holds(tmp_path: Path) -> None:
     """Names are cut and escaped, so that its length is always the same: a beat never leaves half of the one before."""
     for text in ("x", "\N{SNOWMAN}", "\\", '"', "\udcff", "\0"):
-        record = Record(session="a" * 32, name=text * 1000, root=text * 1000, nonce="c" * 32, beats=2**62)
+        long = text * 1000
+        record = Record(session="a" * 32, name=long, root=long, owner=long, nonce="c" * 32, beats=2**62)
         assert len(record.encode()) == ownership.RECORD_BYTES
         found = Record.decode(record.encode())
         assert found is not None
         assert found.session == record.session
+
+
+def test_a_root_says_whose_checkpoints_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A job made again under its name goes on, and the log has both UIDs; a retry of one job says nothing; older records have no owner."""
+    first = dataclasses.replace(FIRST, owner="Job llm (uid-1)", left=True)
+    old = first.encode().replace(b'"owner": "Job llm (uid-1)", ', b"")
+    assert Record.decode(old) == dataclasses.replace(first, owner="")
+    for owner in ("Job llm (uid-1)", "Job llm (uid-1)", "Job llm (uid-2)"):
+        ownership.claim(str(tmp_path), dataclasses.replace(first, owner=owner), silent_s=SILENT_S)
+    said = [each.getMessage() for each in caplog.records if "goes on from" in each.getMessage()]
+    assert said == [f"{tmp_path} holds the checkpoints of Job llm (uid-1): Job llm (uid-2) goes on from them"]
 
 
 def test_a_lease_ends_by_itself_when_a_newer_session_has_removed_its_record(tmp_path: Path, living: Lease) -> None:

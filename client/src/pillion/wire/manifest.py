@@ -203,6 +203,8 @@ class Manifest:
     """What made the save due, as `pillion.wire.home.Cause` has it; empty: not known."""
     differing: tuple[str, ...] = ()
     """Names that several ranks had with other values; the checkpoint has the lowest rank's. Optional; at most 256."""
+    owner: str = ""
+    """In a cluster the object whose pods saved it: kind, name and UID. Optional, for people."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -223,6 +225,7 @@ class Manifest:
                     {"name": p.name, "ranks": p.ranks, "digest": p.digest, "length": p.length} for p in self.parts
                 ],
                 **({"differing": self.differing} if self.differing else {}),
+                **({"owner": self.owner} if self.owner else {}),
             },
             separators=(",", ":"),
         ).encode()
@@ -254,6 +257,7 @@ def decode_manifest(data: bytes) -> Manifest:
             created_ns=int(document["created_ns"]),
             cause=_text(document.get("cause", "")),
             differing=tuple(_text(fqn) for fqn in document.get("differing", ())),
+            owner=_text(document.get("owner", "")),
             size_bytes=int(document["size_bytes"]),
             digest_algorithm=_text(document["digest_algorithm"]),
             metadata_digest=_text(document["metadata_digest"]),

@@ -213,6 +213,7 @@ def _commit(
         started_ns=request.started_ns,
         cause=request.cause,
         differing=differing,
+        owner=context.owner,
     )
     files = {str(d["part"]): int(d["length"]) for d in documents.values()}
     for document in documents.values():

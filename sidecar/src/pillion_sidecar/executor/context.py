@@ -72,6 +72,8 @@ class Context:
     """Coordinator: of these, the first ones whose keys are gone from the exchange."""
     last_choice: tuple[str, dict[str, Any]] | None = None
     """Coordinator: what the last rescue decided, and under which phase: a pod may not have heard it."""
+    owner: str = ""
+    """In a cluster the object that the pods belong to; it goes into the record of the session and into each manifest."""
     lease: ownership.Lease | None = None
     """Coordinator: what shows on the root that this session lives."""
     not_shared: str = ""
@@ -186,6 +188,7 @@ def open_context(document: Mapping[str, Any], watch: Watch) -> Context:
         epoch=int(document.get("epoch", 0)),
         rescues=int(document.get("rescues", 0)),
         store_lost=lost,
+        owner=str(document.get("owner", "")),
     )
     phases.serving(local_ranks)
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
@@ -236,7 +239,7 @@ def _agree_on_generation(context: Context, document: Mapping[str, Any]) -> int:
         return generation
     os.makedirs(context.root, exist_ok=True)
     silent_s = float(document["owner_silent_s"])
-    ours = ownership.Record(session=context.session, name=str(document["name"]), root=context.root)
+    ours = ownership.Record(session=context.session, name=str(document["name"]), root=context.root, owner=context.owner)
     if generation:
         record = ownership.read(context.root, generation) or ours
     else:
