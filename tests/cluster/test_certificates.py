@@ -34,7 +34,10 @@ def test_a_rotation_of_the_authority_refuses_no_admission_and_no_report(training
         {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"generateName": "probe-", "annotations": {"pillion.dev/policy": "llm"}},
+            "metadata": {
+                "generateName": "probe-",
+                "annotations": {"pillion.dev/policy": "llm", "pillion.dev/job-id": "probe"},
+            },
             "spec": {"containers": [{"name": "main", "image": jobs.IMAGE}]},
         }
     )

@@ -60,6 +60,16 @@ class Kube:
         """Create objects."""
         self.run("create", "-f", "-", given=_list(documents))
 
+    def warned(self, document: Json) -> str:
+        """What kubectl says on its standard error when an object is created, without making it."""
+        command = [str(self.kubectl), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}"]
+        asked = [*command, "create", "--dry-run=server", "-f", "-"]
+        done = subprocess.run(
+            asked, input=json.dumps(document), capture_output=True, text=True, check=False, timeout=Deadline.API.s + 5
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
     def get(self, kind: str, name: str) -> Json | None:
         """An object, or None where there is none."""
         text = self.run("get", kind, name, "--ignore-not-found", "-o", "json")
