@@ -316,7 +316,12 @@ def _texts(_: contextlib.ExitStack) -> Feed:
         noted = {name: lines[n % len(lines)] for n, name in enumerate(annotations.KNOWN)}
         noted[f"pillion.dev/{lines[0]}"] = lines[-1]
         wishes, _ = annotations.parse(noted)
-        overrides.apply(_FOUND, wishes, None, SETTINGS)
+        limited = {"metadata": {"annotations": noted | {"kubernetes.io/limit-ranger": text}}, "spec": {}}
+        overrides.apply(_FOUND, wishes, limited, None, SETTINGS)
+        found = identity.identify(
+            {"metadata": {"name": lines[0], "labels": noted, "annotations": noted}}, wishes.job_id
+        )
+        assert isinstance(found, identity.Unclear) or annotations.is_job_id(found.id)
         for name in ("cpu", "memory"):
             quantities.same(name, lines[0], lines[-1])
             quantities.add(name, lines[0], lines[-1])

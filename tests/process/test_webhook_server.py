@@ -249,7 +249,7 @@ def test_a_policy_that_was_just_made_is_found(webhook: Webhook, cluster: FakeApi
     """A policy that the watch has not told of yet is asked for, so that no pod of a new job is refused for it."""
     cluster.be_silent()
     cluster.put(f"{POLICIES}/llm2", policy())
-    pod = POD | {"metadata": {"generateName": "a-", "annotations": {"pillion.dev/policy": "llm2"}}}
+    pod = POD | {"metadata": {"name": "a", "annotations": {"pillion.dev/policy": "llm2"}}}
     assert webhook.admit(pod)["allowed"] is True
     assert cluster.count("get", f"{POLICIES}/llm2") == 1
 

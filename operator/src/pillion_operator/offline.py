@@ -23,6 +23,12 @@ _TEMPLATES: Final = {
     "StatefulSet": ("spec.template",),
     "JobSet": ("spec.replicatedJobs.*.template.spec.template",),
     "PyTorchJob": ("spec.pytorchReplicaSpecs.*.template",),
+    "TFJob": ("spec.tfReplicaSpecs.*.template",),
+    "MPIJob": ("spec.mpiReplicaSpecs.*.template",),
+    "XGBoostJob": ("spec.xgbReplicaSpecs.*.template",),
+    "PaddleJob": ("spec.paddleReplicaSpecs.*.template",),
+    "JAXJob": ("spec.jaxReplicaSpecs.*.template",),
+    "RayJob": ("spec.rayClusterSpec.headGroupSpec.template", "spec.rayClusterSpec.workerGroupSpecs.*.template"),
     "LeaderWorkerSet": ("spec.leaderWorkerTemplate.leaderTemplate", "spec.leaderWorkerTemplate.workerTemplate"),
     "VolcanoJob": ("spec.tasks.*.template",),
 }
@@ -54,7 +60,7 @@ def inject(
         for where, pod, job in _pods(document):
             wanted = pods.metadata_map(pod, "annotations").get(annotations.POLICY, "")
             found = next((each for each in policies if each.name in ("", wanted)), None)
-            decision = decide.inject(pod, found, settings, job=job)
+            decision = decide.inject(pod, found, settings, made_by=job, claim=_claim(documents, document, found))
             if isinstance(decision, decide.Inject):
                 _replace(pod, decision.pod)
             outcomes.append(Outcome(where=where, decision=decision))
@@ -81,7 +87,21 @@ def made_elsewhere(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{each['kind']}/{(each.get('metadata') or {}).get('name') or ''}" for each in kinds]
 
 
-def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | None]]:
+def _claim(documents: Sequence[Json], of: Json, found: checkpoint_policy.CheckpointPolicy | None) -> Json | None:
+    """The claim that a policy names, where one of the documents is it."""
+    wanted = found.spec.storage.persistent_volume_claim if found and found.spec else None
+    namespace = (of.get("metadata") or {}).get("namespace")
+    for each in documents if wanted else ():
+        metadata = each.get("metadata") or {}
+        is_claim = each.get("kind") == "PersistentVolumeClaim" and metadata.get("name") == (
+            wanted and wanted.claim_name
+        )
+        if is_claim and metadata.get("namespace") == namespace:
+            return each
+    return None
+
+
+def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | identity.Unclear | None]]:
     """The pods in a document: where, the pod, and its job where the document says it."""
     kind = str(document.get("kind"))
     name = str((document.get("metadata") or {}).get("name") or "")
@@ -92,8 +112,19 @@ def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | None]]:
         kind = "VolcanoJob"
     for path in _TEMPLATES.get(kind, ()):
         for at, template in _at(document, path.split(".")):
-            job = identity.Job(kind=kind, name=name, id=name) if name else None
+            job = _job(kind, name, document) if name else None
             yield f"{kind}/{name} {at}", template, job
+
+
+def _job(kind: str, name: str, document: Json) -> identity.Job | identity.Unclear:
+    """The training that the pods of a template belong to."""
+    if kind != "LeaderWorkerSet":
+        return identity.Job(kind=kind, name=name, id=name)
+    if (document.get("spec") or {}).get("replicas", 1) != 1:
+        return identity.Unclear(
+            why=f"each group of LeaderWorkerSet {name!r:.80} is a training of its own, and they have one template: the webhook injects them"
+        )
+    return identity.Job(kind=kind, name=name, id=f"{name}-0")
 
 
 def _at(value: Any, path: Sequence[str], done: str = "") -> Iterator[tuple[str, Json]]:

@@ -67,9 +67,9 @@ class Settings:
     sidecar_metrics_port: int = field(default=0, metadata={"env": "PILLION_SIDECAR_METRICS_PORT", **_PORT})
     """Port of the sidecar's Prometheus endpoint. 0: none is opened; the controller has the series of each job."""
     run_as_user: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_USER", "least": 1})
-    """User of the sidecar where the trainer declares none, or root."""
+    """User of the sidecar where neither policy nor pod says one."""
     run_as_group: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_GROUP", "least": 1})
-    """Group of the sidecar where the trainer declares none."""
+    """Group of the sidecar where neither policy nor pod says one, and the sidecar is not root."""
     failure_policy: policy.FailurePolicy = field(
         default=policy.FailurePolicy.FAIL,
         metadata={"env": "PILLION_FAILURE_POLICY", "allowed": tuple(policy.FailurePolicy)},

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +44,8 @@ def agree(kind: Any, schema: structural.Schema, path: str = "") -> None:
     for name in here:
         field, part, at = fields[name], schema["properties"][name], f"{path}{name}"
         hint = hints[field.name]
-        wanted = next((each for each in get_args(hint) if hint == each | None), hint)
+        is_list = get_origin(hint) is tuple
+        wanted = hint if is_list else next((each for each in get_args(hint) if hint == each | None), hint)
         required = field.default is field.default_factory is dataclasses.MISSING
         assert not required or name in schema["required"], at
         if is_section(wanted):
@@ -66,6 +67,9 @@ def agree(kind: Any, schema: structural.Schema, path: str = "") -> None:
         elif wanted is str:
             assert part["type"] == "string", at
             assert "pattern" in part, at
+        elif is_list:
+            assert (part["type"], part["maxItems"]) == ("array", field.metadata["most"]), at
+            agree(get_args(wanted)[0], part["items"], f"{at}[].")
         else:
             assert wanted == Mapping[str, object], at
             assert part["x-kubernetes-preserve-unknown-fields"] is True, at
@@ -74,7 +78,7 @@ def agree(kind: Any, schema: structural.Schema, path: str = "") -> None:
 def expected_default(field: "dataclasses.Field[Any]") -> object:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    absent = field.default is None or field.default is dataclasses.MISSING
+    absent = field.default in (None, ()) or field.default is dataclasses.MISSING
     return dataclasses.MISSING if absent else field.default
 
 
@@ -95,9 +99,8 @@ def judged(document: dict[str, Any]) -> tuple[list[str], list[str]]:
         assert policy.parse(whole, embedded=False) == read
         plain = policy.dump(read)
         assert plain == policy.dump(policy.parse(plain, embedded=False))
-        assert structural.defaulted(SPEC, plain) == plain, (
-            "the schema's defaults add nothing to what the model writes out"
-        )
+        # What the model leaves unsaid, for readers of before, is what the schema fills in.
+        assert policy.parse(structural.defaulted(SPEC, plain), embedded=False) == read
     return by_schema, []
 
 
@@ -124,6 +127,20 @@ words = st.sampled_from(
     ["Save", "Skip", "Wait", "Latest", "Step", "None", "Fresh", "Fail", "Sidecar", "Workload", "Own", "x", None]
 )
 lists_of_amounts = st.fixed_dictionaries({}, optional={"cpu": cpus, "memory": amounts})
+users = st.sampled_from([0, 1000, 2**31 - 1, 2**31, -1, "0", True, None])
+secrets = st.fixed_dictionaries({}, optional={"name": st.sampled_from(["s3", "S3", "", None])})
+variables = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["REGION", "a.b-c", "1A", "PILLION_ROOT", "A\n", None]),
+        "value": st.sampled_from(["", "$(X)", "a\0", 1, None]),
+        "valueFrom": st.fixed_dictionaries(
+            {},
+            optional={"secretKeyRef": st.fixed_dictionaries({"name": st.just("s3")}, optional={"key": st.just("id")})},
+        ),
+    },
+)
+sources = st.fixed_dictionaries({}, optional={"secretRef": secrets})
 specs = st.fixed_dictionaries(
     {},
     optional={
@@ -165,7 +182,11 @@ specs = st.fixed_dictionaries(
             optional={
                 "resources": st.fixed_dictionaries(
                     {}, optional={"requests": lists_of_amounts, "limits": lists_of_amounts}
-                )
+                ),
+                "runAsUser": users,
+                "runAsGroup": users,
+                "env": st.lists(variables, max_size=3) | st.none(),
+                "envFrom": st.lists(sources, max_size=2) | st.none(),
             },
         ),
     },
@@ -248,6 +269,7 @@ def test_the_id_of_a_job_fits_into_a_checkpoint() -> None:
     schema = dict(structural.walk(structural.schema_of(structural.read("checkpoints"))))["spec.jobID"]
     wishes, problems = annotations.parse({annotations.JOB_ID: "A" + "_" * 251 + "9"})
     job = identity.identify({"metadata": {"name": "a." * 126 + "a"}})
-    assert (problems, job is not None) == ([], True)
-    for job_id in (wishes.job_id, job.id if job else ""):
+    assert problems == []
+    assert isinstance(job, identity.Job)
+    for job_id in (wishes.job_id, job.id):
         assert structural.problems(schema, job_id) == []

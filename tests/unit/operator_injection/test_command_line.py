@@ -45,6 +45,13 @@ WORKLOADS: Final[list[dict[str, Any]]] = [
         "kind": "LeaderWorkerSet",
         "spec": {"leaderWorkerTemplate": {"workerTemplate": TEMPLATE}},
     },
+    {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "spec": {
+            "rayClusterSpec": {"headGroupSpec": {"template": TEMPLATE}, "workerGroupSpecs": [{"template": TEMPLATE}]}
+        },
+    },
     {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "spec": {"tasks": [{"template": TEMPLATE}]}},
 ]
 
@@ -74,10 +81,49 @@ def test_each_template_is_injected_under_the_id_of_its_workload(
     out = capsys.readouterr().out
     num_templates = str(workload).count("'containers'")
     assert out.count("name: pillion-sidecar\n") == num_templates
-    assert out.count("value: /pillion/storage/llama\n") == 2 * num_templates
+    # The only group of a LeaderWorkerSet has the id that the webhook gives it.
+    job_id = "llama-0" if workload["kind"] == "LeaderWorkerSet" else "llama"
+    assert out.count(f"value: /pillion/storage/{job_id}\n") == 2 * num_templates
     injected = write(tmp_path, *yaml.safe_load_all(out))
     assert __main__.main(["inject", "-f", injected, "--remove"]) == 0
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == [named, service]
+
+
+def test_one_template_of_several_trainings_is_left_to_the_webhook(
+    tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template has no index: a sweep, and the groups of a LeaderWorkerSet, are refused with the reason."""
+    sweep = TEMPLATE | {"metadata": {"annotations": {"pillion.dev/policy": "llm", "pillion.dev/job-id": "s-$(index)"}}}
+    for document in (
+        {"apiVersion": "batch/v1", "kind": "Job", "spec": {"template": sweep}},
+        {
+            "apiVersion": "leaderworkerset.x-k8s.io/v1",
+            "kind": "LeaderWorkerSet",
+            "spec": {"replicas": 2, "leaderWorkerTemplate": {"workerTemplate": TEMPLATE}},
+        },
+    ):
+        path = write(tmp_path, document | {"metadata": {"name": "s"}})
+        assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.DENIED
+        told = capsys.readouterr().err
+        assert "JobUnclear" in told
+        assert "the webhook injects them" in told
+
+
+def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
+    tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A claim for one node, which a file may hold and the webhook does not read, is doubted for a training of several pods."""
+    gang = {"kueue.x-k8s.io/pod-group-name": "gang"}
+    notes = {"pillion.dev/policy": "llm", "kueue.x-k8s.io/pod-group-total-count": "2"}
+    pod = {"apiVersion": "v1", "kind": "Pod", "spec": TEMPLATE["spec"]}
+    pod["metadata"] = {"name": "gang-0", "labels": gang, "annotations": notes}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "checkpoints"}}
+    for modes, doubted in ((["ReadWriteOnce"], True), (["ReadWriteOnce", "ReadWriteMany"], False)):
+        path = write(tmp_path, pod, claim | {"spec": {"accessModes": modes}})
+        assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.INJECTED
+        told = capsys.readouterr().err
+        assert ("the claim checkpoints is ReadWriteOnce" in told) is doubted
+        assert "the pod says no runAsUser" in told
 
 
 def test_a_diff_shows_only_what_changes(tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]) -> None:

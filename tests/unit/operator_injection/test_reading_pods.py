@@ -16,7 +16,6 @@ from pillion_operator.injection import (
     annotations,
     checkpoint_policy,
     decide,
-    identity,
     overrides,
     quantities,
     reasons,
@@ -29,40 +28,6 @@ SPEC: dict[str, Any] = {
     "staging": {"sizeLimit": "8Gi"},
     "storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}},
 }
-
-
-def owned(kind: str, name: str, labels: dict[str, str], **metadata: Any) -> dict[str, Any]:
-    owner = {"kind": kind, "name": name, "controller": True}
-    return {"metadata": {"labels": labels, "ownerReferences": [owner]} | metadata, "spec": {}}
-
-
-@pytest.mark.parametrize(
-    ("pod", "expected"),
-    [
-        (owned("Job", "a", {"batch.kubernetes.io/job-name": "a"}), ("Job", "a", "a")),
-        (owned("Job", "a", {"job-name": "a"}), ("Job", "a", "a")),
-        (owned("Job", "s-n-0", {"jobset.sigs.k8s.io/jobset-name": "s", "job-name": "s-n-0"}), ("JobSet", "s", "s")),
-        (
-            owned("Job", "t-n-0", {"trainer.kubeflow.org/trainjob-name": "t", "jobset.sigs.k8s.io/jobset-name": "t"}),
-            ("TrainJob", "t", "t"),
-        ),
-        (owned("PyTorchJob", "p", {"training.kubeflow.org/job-name": "p"}), ("PyTorchJob", "p", "p")),
-        (
-            owned("StatefulSet", "l-1", {"leaderworkerset.sigs.k8s.io/name": "l", "leaderworkerset.sigs.k8s.io/group-index": "1"}),
-            ("LeaderWorkerSet", "l", "l-1"),
-        ),
-        (owned("Job", "v", {}, annotations={"volcano.sh/job-name": "v"}), ("VolcanoJob", "v", "v")),
-        (owned("ReplicaSet", "d-5f7c", {"pod-template-hash": "5f7c"}), ("Deployment", "d", "d")),
-        (owned("StatefulSet", "x", {}), ("StatefulSet", "x", "x")),
-        ({"metadata": {"name": "alone"}}, ("Pod", "alone", "alone")),
-        ({"metadata": {"generateName": "alone-"}}, ("Pod", "alone", "alone")),
-        ({}, None),
-    ],
-)  # fmt: skip
-def test_the_job_is_the_object_that_the_user_made(pod: dict[str, Any], expected: tuple[str, str, str] | None) -> None:
-    """Every pod of a job has the same id, after every restart, whatever stands between the user's object and the pod."""
-    job = identity.identify(pod)
-    assert (job and (job.kind, job.name, job.id)) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from pillion.wire import policy
+from pillion.wire import names, policy
 from pillion_operator.injection import apply, checkpoint_policy, decide, sidecar_spec
 from pillion_operator.settings import Settings
 
@@ -42,7 +42,7 @@ def own_containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sidecar_of(pod: dict[str, Any]) -> dict[str, Any]:
-    return own_containers(pod)[0]
+    return next(each for each in own_containers(pod) if each["name"] == "pillion-sidecar")
 
 
 @pytest.fixture(params=CASES, ids=[case.name for case in CASES])
@@ -66,14 +66,18 @@ def test_the_sidecar_is_native_and_nothing_waits_for_it(any_pod: dict[str, Any])
 
 def test_our_containers_keep_to_the_restricted_profile(any_pod: dict[str, Any]) -> None:
     """Source: Kubernetes documentation, "Pod Security Standards", Restricted; each rule that a container can break."""
-    asked_for_root = any_pod["metadata"].get("name") == "declared"
+    asked_for_root = sidecar_of(any_pod)["securityContext"]["runAsUser"] == 0
     for container in own_containers(any_pod):
         context = container["securityContext"]
         assert context["allowPrivilegeEscalation"] is False
-        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["capabilities"]["drop"] == ["ALL"]
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert context["readOnlyRootFilesystem"] is True
-        if not (asked_for_root and container["name"] == "pillion-sidecar"):
+        if asked_for_root and container["name"] == "pillion-sidecar":
+            # Root may write where another user has written before; the baseline profile allows that much.
+            assert context["capabilities"]["add"] == ["DAC_OVERRIDE"]
+        else:
+            assert context["capabilities"].keys() == {"drop"}
             assert context["runAsNonRoot"] is True
             assert context["runAsUser"] != 0
     kinds = {key for volume in any_pod["spec"]["volumes"] for key in volume if volume["name"].startswith("pillion-")}
@@ -84,8 +88,8 @@ def test_our_containers_say_what_they_take_and_take_no_gpu(any_pod: dict[str, An
     """Requests and a memory limit are always there, as a namespace with a quota asks, and cpu and memory are all there is."""
     for container in own_containers(any_pod):
         resources = container["resources"]
-        assert resources["requests"].keys() == {"cpu", "memory"}
-        assert {"memory"} <= resources["limits"].keys() <= {"cpu", "memory"}
+        assert {"cpu", "memory"} <= resources["requests"].keys() <= {"cpu", "memory", "ephemeral-storage"}
+        assert {"memory"} <= resources["limits"].keys() <= {"cpu", "memory", "ephemeral-storage"}
 
 
 def test_storage_and_token_are_the_sidecars_alone(any_pod: dict[str, Any]) -> None:
@@ -153,11 +157,121 @@ def test_a_guaranteed_pod_stays_guaranteed() -> None:
         assert container["resources"]["limits"].keys() == {"cpu", "memory"}
 
 
-@pytest.mark.parametrize(("limits", "expected"), [({"cpu": "8"}, "2"), ({"memory": "8Gi"}, None)])
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({"cpu": "8"}, "2"), ({"cpu": "1"}, "1"), ({"cpu": "100m"}, "500m"), ({"memory": "8Gi"}, None)],
+)
 def test_a_cpu_limit_comes_only_where_the_others_have_one(limits: dict[str, str], expected: str | None) -> None:
-    """A quota on CPU limits is met; without one the drain is not throttled."""
+    """A quota on CPU limits is met, and a namespace's largest limit, as far as the others tell it; else the drain is not throttled."""
     pod = inject(a_pod({"name": "trainer", "image": "example/train:1", "resources": {"limits": limits}}))
     assert sidecar_of(pod)["resources"]["limits"].get("cpu") == expected
+
+
+def test_the_client_takes_what_the_sidecar_takes_without_the_arena() -> None:
+    """What a namespace demands of each container at least, a policy can give to both."""
+    amounts = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "3Gi"}}
+    client = own_containers(inject(a_pod(), SPEC | {"sidecar": {"resources": amounts}}))[1]
+    assert client["resources"] == amounts
+
+
+DISK: Final = "ephemeral-storage"
+
+
+@pytest.mark.parametrize("part", ["requests", "limits"])
+def test_local_storage_is_said_where_the_pod_says_it(part: str) -> None:
+    """The kubelet takes the sum of such limits for the pod's, so that one of ours alone would be the trainer's limit."""
+    said = {"name": "trainer", "image": "example/train:1", "resources": {part: {DISK: "10Gi"}}}
+    for container in own_containers(inject(a_pod(said))):
+        assert container["resources"][part][DISK] == "384Mi"
+    for container in own_containers(inject(a_pod())):
+        assert not {DISK} & {*container["resources"]["limits"], *container["resources"]["requests"]}
+
+
+def declared(**container: Any) -> dict[str, Any]:
+    return {"initContainers": [{"name": "pillion-sidecar", "image": "example/pillion-sidecar:1", **container}]}
+
+
+def test_defaults_of_a_limit_range_are_not_the_pods_word() -> None:
+    """What the API server has filled in and marked is dropped, and what the author has written stays."""
+    amounts = {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}}
+    pod = a_pod(**declared(resources=amounts))
+    set_by = "cpu, memory request for init container pillion-sidecar; cpu limit for init container pillion-sidecar"
+    pod["metadata"]["annotations"]["kubernetes.io/limit-ranger"] = f"LimitRanger plugin set: {set_by}"
+    spec = SPEC | {"sidecar": {"resources": {"requests": {"cpu": "500m"}, "limits": {"memory": "1Gi"}}}}
+    resources = sidecar_of(inject(pod, spec))["resources"]
+    assert resources["requests"]["cpu"] == "500m"
+    arena_bytes = policy.quantity_bytes(resources["limits"]["memory"]) - 512 * 2**20
+    assert arena_bytes >= 8 * 2**30
+    assert "cpu" not in resources["limits"]
+
+
+@pytest.mark.parametrize(
+    ("in_pod", "of_trainer", "of_policy", "own", "expected"),
+    [
+        ({}, {}, {}, {}, (65532, 65532)),
+        ({"runAsUser": 1000}, {}, {}, {}, (1000, 65532)),
+        ({"runAsUser": 1000, "runAsGroup": 5}, {"runAsUser": 2000}, {}, {}, (2000, 5)),
+        ({"runAsUser": 0}, {}, {}, {}, (0, 0)),
+        ({"runAsUser": 0}, {"runAsUser": 1000}, {}, {}, (1000, 65532)),
+        ({"runAsUser": 1000}, {}, {"runAsUser": 0}, {}, (0, 0)),
+        ({"runAsUser": 1000}, {}, {"runAsUser": 0, "runAsGroup": 7}, {"runAsUser": 3000}, (3000, 7)),
+    ],
+)
+def test_the_sidecars_user_is_the_pods_word_the_policys_or_the_trainers(
+    in_pod: dict[str, int],
+    of_trainer: dict[str, int],
+    of_policy: dict[str, int],
+    own: dict[str, int],
+    expected: tuple[int, int],
+) -> None:
+    """A root trainer has a root sidecar, which may write where it may; the container of the client is never root."""
+    trainer = {"name": "trainer", "image": "example/train:1", "securityContext": of_trainer}
+    extra = declared(securityContext=own) if own else {}
+    pod = inject(a_pod(trainer, securityContext=in_pod, **extra), SPEC | {"sidecar": of_policy})
+    context = sidecar_of(pod)["securityContext"]
+    assert (context["runAsUser"], context["runAsGroup"], context["runAsNonRoot"]) == (*expected, expected[0] != 0)
+    assert ("add" in context["capabilities"]) is (expected[0] == 0)
+    client = next(each for each in own_containers(pod) if each["name"] == "pillion-client")["securityContext"]
+    assert client["runAsUser"] != 0
+
+
+def test_variables_and_secrets_of_the_policy_are_the_sidecars_alone() -> None:
+    """They come beside what the pod declares, whose own word for a variable wins; a second look changes nothing."""
+    sidecar = {
+        "env": [{"name": "REGION", "value": "policy"}, {"name": "EMPTY", "value": ""}],
+        "envFrom": [{"secretRef": {"name": "s3"}}],
+    }
+    pod = a_pod(**declared(env=[{"name": "REGION", "value": "pod"}], envFrom=[{"configMapRef": {"name": "own"}}]))
+    done = inject(pod, SPEC | {"sidecar": sidecar})
+    container = sidecar_of(done)
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert (env["REGION"], env["EMPTY"]) == ("pod", None)
+    assert container["envFrom"] == [{"configMapRef": {"name": "own"}}, {"secretRef": {"name": "s3"}}]
+    assert not any(each.get("envFrom") for each in done["spec"]["containers"])
+    assert inject(done, SPEC | {"sidecar": sidecar}) == done
+    assert apply.remove(done) == pod
+
+
+def test_no_service_of_the_namespace_names_a_setting() -> None:
+    """The kubelet sets NAME_PORT for a Service; each setting of such a name is written out, and so is not the kubelet's."""
+    written = {each["name"] for each in sidecar_of(inject(a_pod()))["env"]}
+    at_risk = {each for each in names.SET_BY_INJECTION if each.endswith(("_PORT", "_HOST"))}
+    assert at_risk <= written
+
+
+def test_volumes_on_disk_keep_no_node_alive() -> None:
+    """The cluster autoscaler may lose each of ours with the node, and the pod's own word on its volumes stays."""
+    pod = a_pod()
+    key = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
+    pod["metadata"]["annotations"][key] = "scratch"
+    done = inject(pod)
+    on_disk = [
+        each["name"]
+        for each in done["spec"]["volumes"]
+        if "emptyDir" in each and each["emptyDir"].get("medium") != "Memory"
+    ]
+    assert done["metadata"]["annotations"][key].split(",") == ["scratch", *on_disk]
+    assert apply.remove(done) == pod
 
 
 def test_resources_that_say_little_are_filled_up() -> None:

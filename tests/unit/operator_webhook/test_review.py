@@ -19,7 +19,7 @@ from pillion_operator.webhook import review
 from support import json_patch
 
 POD: dict[str, Any] = {
-    "metadata": {"generateName": "train-", "annotations": {"pillion.dev/policy": "llm"}},
+    "metadata": {"name": "train", "annotations": {"pillion.dev/policy": "llm"}},
     "spec": {"containers": [{"name": "trainer", "image": "example/train:1"}]},
 }
 POLICY = checkpoint_policy.from_object(
@@ -62,6 +62,8 @@ def test_an_injection_is_a_patch_of_the_pod_that_was_sent() -> None:
     assert isinstance(decision, decide.Inject)
     response = answered(decision)
     assert response["allowed"] is True
+    # The pod says no user: what will probably not do what its author means is a line for a person.
+    assert [each[:9] for each in response["warnings"]] == ["pillion: "]
     assert response["patchType"] == "JSONPatch"
     assert json_patch.apply(POD, json.loads(base64.b64decode(response["patch"]))) == decision.pod
     assert response["auditAnnotations"] == {"decision": "inject", "reason": "Injected"}
@@ -159,5 +161,5 @@ def test_an_event_is_about_the_pods_controller() -> None:
     owned = POD | {"metadata": POD["metadata"] | {"ownerReferences": owners}}
     expected = {"apiVersion": "batch/v1", "kind": "Job", "name": "train", "uid": "2", "namespace": "team-a"}
     assert review.about(question(object=owned)) == expected
-    assert review.about(question())["name"] == "train-"
+    assert review.about(question())["name"] == "train"
     assert review.about(question())["kind"] == "Pod"

@@ -45,6 +45,9 @@ _OBJECT_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-
 _CONTAINER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # A part of a path: neither empty, nor hidden, nor '..'.
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
+JOB_ID_ALLOWED: Final = "at most 253 letters, digits, '-', '_' and '.', a letter or digit first and last"
+JOB_ID_FIELD: Final = re.compile(r"\$\((index|job-index)\)")
+"""What stands in the annotation for a part that differs between the pods of one template."""
 _IMAGE: Final = re.compile(r"[^\s@:/][^\s@]{0,511}(@sha256:[0-9a-f]{64})?")
 _NAME_MOST: Final = 253
 _UNKNOWN_MOST: Final = 20
@@ -68,7 +71,7 @@ class Wishes:
     containers: tuple[str, ...] = ()
     """Trainer containers. Empty: injection chooses."""
     job_id: str = ""
-    """Empty: from the pod's owner."""
+    """Empty: from the pod's owner. It may hold `JOB_ID_FIELD`."""
     client: Client = Client.INJECTED
     image: str = ""
     """Empty: the operator's setting."""
@@ -107,18 +110,29 @@ def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
         allowed = "names of the pod's containers, each once, separated by commas"
         problems.append(f"{CONTAINERS}: got {_clip(annotations[CONTAINERS])}; allowed: {allowed}")
         names = ()
+    job_id = annotations.get(JOB_ID, "")
+    if JOB_ID in annotations and not is_job_id(JOB_ID_FIELD.sub("0", job_id)):
+        problems.append(
+            f"{JOB_ID}: got {_clip(job_id)}; allowed: {JOB_ID_ALLOWED}; $(index) and $(job-index) stand for the pod's"
+        )
+        job_id = ""
     wishes = Wishes(
         # An empty name is what matchConditions takes as not opted in, so it is no mistake here either.
         policy=read(POLICY, _OBJECT_NAME, "the name of a CheckpointPolicy") if annotations.get(POLICY) else "",
         inject=inject != "false",
         containers=names,
-        job_id=read(JOB_ID, _JOB_ID, "at most 253 letters, digits, '-', '_' and '.', a letter or digit first and last"),
+        job_id=job_id,
         client=Client(client) if client in list(Client) else Client.INJECTED,
         image=read(SIDECAR_IMAGE, _IMAGE, "an image reference"),
         resources={name: annotations[name] for name in RESOURCES if name in annotations},
         staging_size_limit=annotations.get(STAGING_SIZE_LIMIT),
     )
     return wishes, problems
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a text can name a job's checkpoints: it is one part of a path, and fits into a Checkpoint object."""
+    return len(text) <= _NAME_MOST and _JOB_ID.fullmatch(text) is not None
 
 
 def _clip(text: str) -> str:

@@ -18,6 +18,8 @@ from pillion_operator.injection.sidecar_spec import Parts
 DEFAULT_GRACE_S: Final = 30
 """Source: Kubernetes API reference, PodSpec, terminationGracePeriodSeconds."""
 _MESH_PROXIES: Final = ("istio-proxy", "linkerd-proxy")
+_EVICTABLE: Final = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
+"""Annotation: volumes on a node's disk, separated by commas, that the cluster autoscaler may lose with the node."""
 _OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
 
 
@@ -41,6 +43,9 @@ def remove(pod: Json) -> Json:
     metadata = bare["metadata"]
     for key, name in (("annotations", annotations.STATUS), ("labels", annotations.INJECTED)):
         kept = {each: value for each, value in (metadata.get(key) or {}).items() if each != name}
+        if text := kept.pop(_EVICTABLE, "") if key == "annotations" else "":
+            others = [each for each in text.split(",") if each not in sidecar_spec.VOLUMES]
+            kept |= {_EVICTABLE: ",".join(others)} if others else {}
         _set(metadata, key, kept)
     return bare
 
@@ -74,10 +79,15 @@ def insert(pod: Json, bare: Json, parts: Parts) -> tuple[Json, status.Before]:
     )
 
 
-def mark(pod: Json, of: status.Status) -> None:
-    """Write status annotation and label into a pod that `insert` made."""
+def mark(pod: Json, of: status.Status, parts: Parts) -> None:
+    """Write status annotation and label into a pod that `insert` made, and that none of its volumes on disk keeps a node alive."""
     metadata = pod["metadata"]
-    metadata["annotations"] = (metadata.get("annotations") or {}) | {annotations.STATUS: status.dump(of)}
+    known = metadata.get("annotations") or {}
+    others = [each for each in known.get(_EVICTABLE, "").split(",") if each and each not in sidecar_spec.VOLUMES]
+    on_disk = [
+        each["name"] for each in parts.volumes if each.get("emptyDir", {"medium": "Memory"}).get("medium") is None
+    ]
+    metadata["annotations"] = known | {_EVICTABLE: ",".join([*others, *on_disk]), annotations.STATUS: status.dump(of)}
     metadata["labels"] = (metadata.get("labels") or {}) | {annotations.INJECTED: "true"}
 
 
@@ -85,8 +95,9 @@ def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
     """
     The init containers with ours among them.
 
-    Where ours are already, they stay. Else the sidecar goes behind a mesh's native proxy, which it needs to call home, or
-    first, so that it reads the last checkpoint while other init containers run; the client goes right behind the sidecar.
+    Where ours are already, they stay. Else the sidecar goes in front of the first init container that ends, so that it reads the
+    last checkpoint while that one runs, and behind the native sidecars there: one of them may serve its volume (a FUSE driver's),
+    and one its network (a mesh's proxy, which it stands behind wherever that is). The client goes right behind the sidecar.
     """
     result = [each for each in init_containers if parts.client or each.get("name") != sidecar_spec.CLIENT]
     where = {each.get("name"): index for index, each in enumerate(result)}
@@ -96,7 +107,8 @@ def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
         proxies = [
             where[name] for name in _MESH_PROXIES if name in where and pods.is_native_sidecar(result[where[name]])
         ]
-        at = max(proxies, default=-1) + 1
+        ending = [index for index, each in enumerate(result) if not pods.is_native_sidecar(each)]
+        at = max([min(ending, default=len(result)), *(each + 1 for each in proxies)])
         result.insert(at, pods.copied(parts.sidecar))
     if parts.client:
         where = {each.get("name"): index for index, each in enumerate(result)}
@@ -113,6 +125,8 @@ def _keep_additions(current: Json, wanted: Json) -> Json:
     result.update(pods.copied(wanted))
     for key, by in (("env", "name"), ("volumeMounts", "mountPath")):
         _set(result, key, _merge(current.get(key), wanted.get(key) or [], by, ()))
+    sources = current.get("envFrom") or []
+    _set(result, "envFrom", [*sources, *(each for each in wanted.get("envFrom") or [] if each not in sources)])
     if "livenessProbe" not in wanted:
         result.pop("livenessProbe", None)
     return result

@@ -9,17 +9,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from pillion.wire import policy
-from pillion_operator.injection import annotations, apply, identity, overrides, patch, pods, sidecar_spec, status
+from pillion_operator.injection import (
+    annotations,
+    apply,
+    doubts,
+    identity,
+    overrides,
+    patch,
+    pods,
+    sidecar_spec,
+    status,
+    trainers,
+)
 from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
 from pillion_operator.injection.pods import Json
 from pillion_operator.injection.reasons import Reason
 from pillion_operator.settings import Settings
 
 _MIRROR: Final = "kubernetes.io/config.mirror"
-_DEFAULT_CONTAINER: Final = "kubectl.kubernetes.io/default-container"
-_ACCELERATORS: Final = ("nvidia.com/gpu", "amd.com/gpu", "google.com/tpu")
-_NOT_TRAINERS: Final = ("istio-proxy", "linkerd-proxy")
-"""Sidecars of another make that may stand first among the regular containers."""
+_OS_LABEL: Final = "kubernetes.io/os"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +39,8 @@ class Inject:
     patch: list[patch.Operation]
     """What makes `pod` of the pod that was given. Empty: nothing is left to do."""
     status: status.Status
+    warnings: tuple[str, ...] = ()
+    """What will probably not do what its author means."""
     reason: Reason = Reason.INJECTED
 
 
@@ -56,12 +66,17 @@ Decision = Inject | Skip | Deny
 
 def message(decision: Decision) -> str:
     """A decision in words: the reason's sentence, then what is particular."""
-    details = () if isinstance(decision, Inject) else decision.details
+    details = decision.warnings if isinstance(decision, Inject) else decision.details
     return " ".join([decision.reason.sentence, *([f"({'; '.join(details)})"] if details else [])])
 
 
 def inject(
-    pod: Json, found: CheckpointPolicy | None, settings: Settings, *, job: identity.Job | None = None
+    pod: Json,
+    found: CheckpointPolicy | None,
+    settings: Settings,
+    *,
+    made_by: identity.Job | identity.Unclear | None = None,
+    claim: Json | None = None,
 ) -> Decision:
     """
     Decide about a pod.
@@ -70,7 +85,8 @@ def inject(
         pod: as the API server sends it.
         found: the policy that its annotation names; None: there is none.
         settings: the operator's.
-        job: what the pod belongs to, for a template, which no controller has labelled yet. None: the pod tells.
+        made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: the pod tells.
+        claim: the PersistentVolumeClaim that the policy names. None: not known.
     """
     wishes, problems = annotations.parse(pods.metadata_map(pod, "annotations"))
     if _MIRROR in pods.metadata_map(pod, "annotations"):
@@ -93,70 +109,45 @@ def inject(
 
     bare = apply.remove(pod)
     declared = pods.named(pods.init_containers(bare), sidecar_spec.SIDECAR)
-    effective, in_annotations, in_container = overrides.apply(found.spec, wishes, declared, settings)
-    trainers, not_there = _trainers(bare, wishes, status.read(pod))
-    belongs_to = job or identity.identify(bare)
-    job_id = wishes.job_id or (belongs_to.id if belongs_to else "")
-    unsupported = _unsupported(bare)
-    if not job_id:
-        unsupported.append(f"it has no name and no owner: say which job it is with {annotations.JOB_ID}")
+    effective, in_annotations, in_container = overrides.apply(found.spec, wishes, bare, declared, settings)
+    chosen, not_there = trainers.choose(bare, wishes, status.read(pod))
+    belongs_to = identity.identify(bare, wishes.job_id, made_by=made_by)
+    unclear = [belongs_to.why] if isinstance(belongs_to, identity.Unclear) else []
     for reason, details in (
-        (Reason.UNSUPPORTED_POD, unsupported),
+        (Reason.UNSUPPORTED_POD, _unsupported(bare)),
         (Reason.BAD_ANNOTATION, [*problems, *in_annotations, *not_there]),
+        (Reason.JOB_UNCLEAR, unclear),
         (Reason.BAD_SIDECAR_CONTAINER, [*_misplaced(bare), *in_container]),
-        (Reason.RESERVED_NAME, _collisions(bare, trainers)),
+        (Reason.RESERVED_NAME, _collisions(bare, chosen)),
     ):
         if details:
             return refuse(reason=reason, details=tuple(details))
+    assert isinstance(belongs_to, identity.Job), "what is unclear was refused"
 
-    whose = identity.Job(
-        kind=belongs_to.kind if belongs_to else "Pod", name=belongs_to.name if belongs_to else job_id, id=job_id
-    )
-    parts = sidecar_spec.build(bare, effective, whose, wishes, declared, trainers, settings)
+    parts = sidecar_spec.build(bare, effective, belongs_to, wishes, declared, chosen, settings)
+    if declared and (details := overrides.container_problems(declared, parts.sidecar)):
+        return refuse(reason=Reason.BAD_SIDECAR_CONTAINER, details=tuple(details))
     done, before = apply.insert(pod, bare, parts)
     what = status.Status(
         policy=wishes.policy,
         policy_uid=found.uid,
         policy_generation=found.generation,
-        job_kind=whose.kind,
-        job_name=whose.name,
-        job_id=whose.id,
+        job_kind=belongs_to.kind,
+        job_name=belongs_to.name,
+        job_id=belongs_to.id,
         image=effective.image,
-        containers=trainers,
+        containers=chosen,
         before=before,
     )
-    apply.mark(done, what)
-    return Inject(pod=done, patch=patch.diff(pod, done), status=what)
-
-
-def _trainers(
-    bare: Json, wishes: annotations.Wishes, earlier: status.Status | None
-) -> tuple[tuple[str, ...], list[str]]:
-    """The trainer containers: the annotation's, else those with an accelerator, else the main one; and what is wrong."""
-    names = [str(each.get("name")) for each in pods.containers(bare)]
-    if wishes.containers:
-        missing = [name for name in wishes.containers if name not in names]
-        there = f"allowed: containers of the pod, which are {', '.join(names)}"
-        return wishes.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
-    # A webhook in between may have put another container first: what was chosen stays chosen.
-    if earlier and set(earlier.containers) <= set(names):
-        return earlier.containers, []
-    if training := tuple(str(each["name"]) for each in pods.containers(bare) if _has_accelerator(each)):
-        return training, []
-    main = pods.metadata_map(bare, "annotations").get(_DEFAULT_CONTAINER, "")
-    candidates = [name for name in names if name not in _NOT_TRAINERS] or names
-    return ((main,) if main in candidates else tuple(candidates[:1])), []
-
-
-def _has_accelerator(container: Json) -> bool:
-    resources = container.get("resources") or {}
-    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
-    return any(str(asked.get(name, "0")) != "0" for name in _ACCELERATORS)
+    apply.mark(done, what, parts)
+    warnings = doubts.find(bare, done, effective.policy, wishes, declared, chosen, settings, claim)
+    return Inject(pod=done, patch=patch.diff(pod, done), status=what, warnings=tuple(warnings))
 
 
 def _unsupported(bare: Json) -> list[str]:
     problems = [] if pods.containers(bare) else ["it has no container"]
-    if (pods.spec(bare).get("os") or {}).get("name") == "windows":
+    spec = pods.spec(bare)
+    if "windows" in ((spec.get("os") or {}).get("name"), (spec.get("nodeSelector") or {}).get(_OS_LABEL)):
         problems.append("its operating system is windows; shared memory of Linux is needed")
     return problems
 
@@ -167,7 +158,7 @@ def _misplaced(bare: Json) -> list[str]:
     return [f"container {sidecar_spec.SIDECAR}: declare it under initContainers, where a native sidecar is"]
 
 
-def _collisions(bare: Json, trainers: tuple[str, ...]) -> list[str]:
+def _collisions(bare: Json, chosen: tuple[str, ...]) -> list[str]:
     """Names and paths of ours that the pod uses for something else, all of them."""
     found = [
         f"volume {each['name']}"
@@ -177,7 +168,7 @@ def _collisions(bare: Json, trainers: tuple[str, ...]) -> list[str]:
     if pods.named([*pods.init_containers(bare), *pods.containers(bare)], sidecar_spec.CLIENT):
         found.append(f"container {sidecar_spec.CLIENT}")
     for container in pods.containers(bare):
-        if container.get("name") in trainers:
+        if container.get("name") in chosen:
             where = f"container {container['name']}"
             set_already = {each.get("name") for each in container.get("env") or []}
             found += [f"{where}: variable {name}" for name in sidecar_spec.TRAINER_ENV if name in set_already]

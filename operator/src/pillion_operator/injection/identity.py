@@ -1,14 +1,18 @@
 """
-The whole of: which job a pod belongs to, and the id under which that job's checkpoints are kept.
+The whole of: which training a pod belongs to, and the id under which its checkpoints are kept. It is certain, or the pod is refused.
 
-Called from: `decide`. The id is the same for every pod of a job and after every restart, as it is part of the path of the
-job's checkpoints. Must never: use what differs between the pods of a job, or between its attempts.
+Called from: `decide`. The id is the same for every pod of a training and for each retry of it, as it is part of the path of its
+checkpoints; and no other training has it. An owner that is known to make one training gives it; what the pod says itself wins.
+Must never: guess. An id that is too coarse mixes trainings, and one that is too fine begins each retry from nothing.
+
+Of labels, only those are read that the pod's known owner puts there. Sources: the controllers' documentation of their labels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from pillion_operator.injection import pods
+from pillion_operator.injection import annotations, pods
 from pillion_operator.injection.pods import Json
 
 
@@ -22,43 +26,159 @@ class Job:
     """Its name."""
     id: str
     """Names the job's checkpoints in its namespace; a part of a path."""
+    uid: str = ""
+    """UID of that object. Empty: the pod does not tell it."""
 
 
-_LABELS: Final = (
-    ("TrainJob", "trainer.kubeflow.org/trainjob-name"),
-    ("JobSet", "jobset.sigs.k8s.io/jobset-name"),
-    ("LeaderWorkerSet", "leaderworkerset.sigs.k8s.io/name"),
-    ("PyTorchJob", "training.kubeflow.org/job-name"),
-    ("VolcanoJob", "volcano.sh/job-name"),
-    ("Job", "batch.kubernetes.io/job-name"),
-    ("Job", "job-name"),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unclear:
+    """Nothing tells for certain which training a pod belongs to."""
+
+    why: str
+    """And what to write on the pod."""
+
+
+_BATCH_JOB: Final = ("batch", "Job")
+_STATEFUL_SET: Final = ("apps", "StatefulSet")
+_REPLICA_SET: Final = ("apps", "ReplicaSet")
+_RAY_CLUSTER: Final = ("ray.io", "RayCluster")
+_ONE_TRAINING: Final = {
+    ("batch.volcano.sh", "Job"): "VolcanoJob",
+    ("trainer.kubeflow.org", "TrainJob"): "TrainJob",
+    ("jobset.x-k8s.io", "JobSet"): "JobSet",
+    **{("kubeflow.org", kind): kind for kind in ("PyTorchJob", "TFJob", "MPIJob", "XGBoostJob", "PaddleJob", "JAXJob")},
+}
+"""Owners that make one training: the id is their name, and each retry is by the same owner."""
+_MAKERS_OF_A_JOB: Final = (
+    ("TrainJob", "trainer.kubeflow.org/trainjob-name", ""),
+    ("JobSet", "jobset.sigs.k8s.io/jobset-name", "jobset.sigs.k8s.io/jobset-uid"),
+    ("MPIJob", "training.kubeflow.org/job-name", ""),
 )
-"""The user's object first: a TrainJob makes a JobSet, which makes Jobs, and each of them labels the pod."""
+"""Kinds that make Jobs, with the labels of their name and UID on the pods. The user's object first: a TrainJob makes a JobSet."""
 
+_LWS_NAME: Final = "leaderworkerset.sigs.k8s.io/name"
 _LWS_GROUP: Final = "leaderworkerset.sigs.k8s.io/group-index"
 _TEMPLATE_HASH: Final = "pod-template-hash"
+_RAY_MADE_FROM_KIND: Final = "ray.io/originated-from-crd"
+_RAY_MADE_FROM_NAME: Final = "ray.io/originated-from-cr-name"
+_POD_GROUP: Final = "kueue.x-k8s.io/pod-group-name"
+_COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+_INDEX_FAILURES: Final = "batch.kubernetes.io/job-index-failure-count"
+"""On each pod of a Job with `backoffLimitPerIndex`: one index is tried again, and the others train on."""
+_AIRFLOW: Final = ("dag_id", "task_id")
+
+_INDICES: Final = {
+    "index": (_COMPLETION_INDEX, "apps.kubernetes.io/pod-index"),
+    "job-index": ("jobset.sigs.k8s.io/job-index",),
+}
+"""By the name in `pillion.dev/job-id`: the label or annotation that holds it. Each is the same for every retry."""
+_HINTS: Final = {
+    "Workflow": ', such as "{{workflow.name}}-{{inputs.parameters.name}}"',
+    "flyteworkflow": ", such as the execution's id and the task's name",
+    "RayCluster": "; a RayJob is one training, and needs none",
+}
+"""By kind of a well-known owner of several trainings."""
+_HINT: Final = f" with {annotations.JOB_ID}, the same for each retry of it and for no other training"
 
 
-def identify(pod: Json) -> Job | None:
-    """The job of a pod, by the labels of its controllers, then by its owner, then by its own name. None: it has no name."""
+def identify(pod: Json, job_id: str = "", *, made_by: Job | Unclear | None = None) -> Job | Unclear:
+    """
+    The job of a pod.
+
+    Args:
+        pod: the pod, without what injection put there.
+        job_id: what its annotation says, with `$(index)` in it perhaps. Empty: nothing.
+        made_by: the object whose template the pod is. None: the pod is one that its controller made.
+    """
+    found = made_by or _by_owner(pod)
+    if job_id:
+        resolved = _resolved(pod, job_id, is_template=made_by is not None)
+        if isinstance(resolved, Unclear):
+            return resolved
+        owner = pods.controller(pod) or {}
+        kind, name = str(owner.get("kind") or "Pod"), str(owner.get("name") or pods.name(pod) or resolved)
+        known = found if isinstance(found, Job) else Job(kind=kind, name=name, id="", uid=str(owner.get("uid") or ""))
+        found = Job(kind=known.kind, name=known.name, id=resolved, uid=known.uid)
+    if isinstance(found, Job) and not annotations.is_job_id(found.id):
+        return Unclear(
+            why=f"{found.kind} {found.name!r:.80} gives no id: allowed is {annotations.JOB_ID_ALLOWED}; say one{_HINT}"
+        )
+    return found
+
+
+def _by_owner(pod: Json) -> Job | Unclear:
     labels = pods.metadata_map(pod, "labels")
-    # Volcano has the name in an annotation of every pod, and in a label since 1.3.
-    known = pods.metadata_map(pod, "annotations") | labels
-    for kind, label in _LABELS:
-        if name := known.get(label):
-            # Each group of a LeaderWorkerSet is a world of its own.
-            group = labels.get(_LWS_GROUP, "") if kind == "LeaderWorkerSet" else ""
-            return Job(kind=kind, name=name, id=f"{name}-{group}" if group else name)
-    if owner := pods.controller(pod):
-        kind, name = str(owner.get("kind")), str(owner.get("name"))
-        template_hash = labels.get(_TEMPLATE_HASH, "")
-        if kind == "ReplicaSet" and template_hash:
-            return Job(
-                kind="Deployment",
-                name=name.removesuffix(f"-{template_hash}"),
-                id=name.removesuffix(f"-{template_hash}"),
-            )
-        return Job(kind=kind, name=name, id=name)
+    owner = pods.controller(pod)
+    if owner is None:
+        return _of_nobody(pod, labels)
+    group = str(owner.get("apiVersion") or "").rpartition("/")[0]
+    kind, name, uid = (str(owner.get(key) or "") for key in ("kind", "name", "uid"))
+    match (group, kind):
+        case known if known in _ONE_TRAINING:
+            return Job(kind=_ONE_TRAINING[known], name=name, id=name, uid=uid)
+        case known if known == _BATCH_JOB:
+            return _of_a_job(pod, name, uid)
+        case known if known == _STATEFUL_SET:
+            if lws := labels.get(_LWS_NAME):
+                # Each group of a LeaderWorkerSet is a world of its own.
+                return Job(kind="LeaderWorkerSet", name=lws, id=f"{lws}-{labels.get(_LWS_GROUP, '0')}")
+            return Job(kind=kind, name=name, id=name, uid=uid)
+        case known if known == _REPLICA_SET:
+            template_hash = labels.get(_TEMPLATE_HASH, "")
+            if template_hash and name.endswith(f"-{template_hash}"):
+                made_by = name.removesuffix(f"-{template_hash}")
+                return Job(kind="Deployment", name=made_by, id=made_by)
+            return Job(kind=kind, name=name, id=name, uid=uid)
+        case known if known == _RAY_CLUSTER and labels.get(_RAY_MADE_FROM_KIND) == "RayJob":
+            # Each retry of a RayJob is by another RayCluster.
+            made_by = labels.get(_RAY_MADE_FROM_NAME, "")
+            return Job(kind="RayJob", name=made_by, id=made_by)
+    if gang := labels.get(_POD_GROUP):
+        return Job(kind="PodGroup", name=gang, id=gang)
+    what = f"{kind} {name!r:.80}" + (f" of {group}" if group else "")
+    return Unclear(
+        why=f"{what} may make several trainings, and it is not said which this is: say it{_HINT}{_HINTS.get(kind, '')}"
+    )
+
+
+def _of_a_job(pod: Json, name: str, uid: str) -> Job | Unclear:
+    labels = pods.metadata_map(pod, "labels")
+    for kind, label, uid_label in _MAKERS_OF_A_JOB:
+        if made_by := labels.get(label):
+            return Job(kind=kind, name=made_by, id=made_by, uid=labels.get(uid_label, ""))
+    if _INDEX_FAILURES in pods.metadata_map(pod, "annotations"):
+        return Unclear(
+            why=f"Job {name!r:.80} tries each index again by itself (backoffLimitPerIndex), so that its indices are runs of their own:"
+            f' say {annotations.JOB_ID}: "{name:.80}-$(index)"'
+        )
+    return Job(kind="Job", name=name, id=name, uid=uid)
+
+
+def _of_nobody(pod: Json, labels: Mapping[str, str]) -> Job | Unclear:
+    if gang := labels.get(_POD_GROUP):
+        return Job(kind="PodGroup", name=gang, id=gang)
     metadata = pod.get("metadata") or {}
-    name = metadata.get("name") or str(metadata.get("generateName") or "").rstrip("-.")
-    return Job(kind="Pod", name=name, id=name) if name else None
+    if all(each in labels for each in _AIRFLOW):
+        hint = ', such as "{{ dag.dag_id }}-{{ task.task_id }}-{{ ts_nodash }}"'
+        return Unclear(why=f"Airflow gives each try a pod of another name: say which training it is{_HINT}{hint}")
+    if prefix := metadata.get("generateName"):
+        return Unclear(
+            why=f"each pod of the generateName {prefix!r:.80} has another name, and no owner: say which training it is{_HINT}"
+        )
+    if name := pods.name(pod):
+        return Job(kind="Pod", name=name, id=name)
+    return Unclear(why=f"it has no name and no owner: say which training it is{_HINT}")
+
+
+def _resolved(pod: Json, job_id: str, *, is_template: bool) -> str | Unclear:
+    """The annotation's id with the pod's own indices in it."""
+    known = pods.metadata_map(pod, "labels") | pods.metadata_map(pod, "annotations")
+    values = {name: next((known[each] for each in places if each in known), None) for name, places in _INDICES.items()}
+    named = annotations.JOB_ID_FIELD.findall(job_id)
+    if missing := [name for name in named if values.get(name) is None]:
+        where = " or ".join(_INDICES[missing[0]])
+        text = f"{annotations.JOB_ID}: the pod has no $({missing[0]}): it would be in {where}"
+        if is_template:
+            text += "; a template has none, as it differs between its pods: the webhook injects them"
+        return Unclear(why=text)
+    return annotations.JOB_ID_FIELD.sub(lambda match: str(values[match[1]]), job_id)

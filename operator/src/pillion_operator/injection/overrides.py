@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion.wire import policy
-from pillion_operator.injection import annotations, quantities
+from pillion_operator.injection import amounts, annotations, quantities, users
 from pillion_operator.injection.pods import Json
 from pillion_operator.settings import Settings
 
@@ -21,6 +21,7 @@ _DECLARED_ONLY_BY_US: Final = (
     *("command", "args", "workingDir", "ports", "lifecycle"),
     *("startupProbe", "readinessProbe", "livenessProbe", "stdin", "tty"),
 )
+_AMOUNTS: Final = ("cpu", "memory", amounts.STORAGE)
 _DECLARED_SECURITY: Final = ("runAsUser", "runAsGroup", "runAsNonRoot")
 
 
@@ -34,12 +35,12 @@ class Effective:
 
 
 def apply(
-    given: policy.Policy, wishes: annotations.Wishes, declared: Json | None, settings: Settings
+    given: policy.Policy, wishes: annotations.Wishes, bare: Json, declared: Json | None, settings: Settings
 ) -> tuple[Effective, list[str], list[str]]:
-    """What holds for the pod, and all that is wrong with its annotations and with the container that it declares."""
+    """What holds for the pod, and all that is wrong with its annotations and with the amounts and the image that it declares."""
     in_annotations: list[str] = []
-    in_container = _container_problems(declared) if declared else []
-    asked = _asked(wishes, declared)
+    in_container: list[str] = []
+    asked = _asked(wishes, bare, declared)
     effective = given
     while asked:  # One of them goes with each problem.
         try:
@@ -78,11 +79,11 @@ def allowed_repositories(settings: Settings) -> tuple[str, ...]:
     return listed or (repository(settings.sidecar_image),)
 
 
-def _asked(wishes: annotations.Wishes, declared: Json | None) -> dict[str, tuple[object, str]]:
+def _asked(wishes: annotations.Wishes, bare: Json, declared: Json | None) -> dict[str, tuple[object, str]]:
     """By path in the policy: what the pod asks for, and where it says so."""
     asked: dict[str, tuple[object, str]] = {}
-    for part in ("requests", "limits"):
-        for name, amount in (((declared or {}).get("resources") or {}).get(part) or {}).items():
+    for part, said in amounts.said(bare, declared).items():
+        for name, amount in said.items():
             if name in ("cpu", "memory"):
                 asked[f"sidecar.resources.{part}.{name}"] = (amount, f"{_CONTAINER}: resources.{part}.{name}")
     for annotation, amount in wishes.resources.items():
@@ -104,22 +105,32 @@ def _with(given: policy.Policy, asked: Mapping[str, tuple[object, str]]) -> dict
     return document
 
 
-def _container_problems(declared: Json) -> list[str]:
-    problems = [f"{key}: injection sets it" for key in _DECLARED_ONLY_BY_US if declared.get(key)]
+def container_problems(declared: Json, given: Json) -> list[str]:
+    """
+    What is wrong with how a pod declares the sidecar's container.
+
+    Args:
+        declared: as the API server hands it on: its plug-ins may have filled in what nobody wrote.
+        given: the container as injection sets it; what says the same, or less, is no problem.
+    """
+    problems = [
+        f"{key}: injection sets it"
+        for key in _DECLARED_ONLY_BY_US
+        if declared.get(key) and declared[key] != given.get(key)
+    ]
     if declared.get("restartPolicy", "Always") != "Always":
         problems.append(f"restartPolicy: got {declared['restartPolicy']!r}; allowed: Always, or nothing")
     security: Mapping[str, Any] = declared.get("securityContext") or {}
     problems += [
         f"securityContext.{key}: injection sets it; a pod may say {', '.join(_DECLARED_SECURITY)}"
-        for key in security
-        if key not in _DECLARED_SECURITY
+        for key, value in security.items()
+        if key not in _DECLARED_SECURITY and not users.asks_for_no_more(key, value, given["securityContext"])
     ]
     for part in ("requests", "limits"):
-        amounts = (declared.get("resources") or {}).get(part) or {}
         problems += [
-            f"resources.{part}.{name}: a sidecar takes cpu and memory only"
-            for name in amounts
-            if name not in ("cpu", "memory")
+            f"resources.{part}.{name}: a sidecar takes {', '.join(_AMOUNTS)} only"
+            for name in (declared.get("resources") or {}).get(part) or {}
+            if name not in _AMOUNTS
         ]
     return [f"{_CONTAINER}: {problem}" for problem in problems]
 

@@ -28,6 +28,11 @@ def metadata_map(pod: Json, name: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
+def name(pod: Json) -> str:
+    """The pod's name; empty where it has none yet."""
+    return str((pod.get("metadata") or {}).get("name") or "")
+
+
 def spec(pod: Json) -> Json:
     """The pod's spec; empty where there is none."""
     return pod.get("spec") or {}

@@ -31,6 +31,10 @@ class Reason(StrEnum):
     )
     POLICY_INVALID = "PolicyInvalid", "The CheckpointPolicy cannot be used; its condition Ready says the same."
     BAD_ANNOTATION = "BadAnnotation", "An annotation of the pod has a value that is not allowed."
+    JOB_UNCLEAR = (
+        "JobUnclear",
+        "Nothing tells for certain which training the pod belongs to; say it with the annotation pillion.dev/job-id.",
+    )
     BAD_SIDECAR_CONTAINER = (
         "BadSidecarContainer",
         "The pod declares a container pillion-sidecar that asks for what is not allowed.",

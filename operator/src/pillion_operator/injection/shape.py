@@ -14,7 +14,7 @@ _INT64: Final = 2**63
 """The API server has no larger integers; one of 4,300 digits cannot even be written down when something was added to it."""
 _SCALAR: Final = (str, int, float)
 _AMOUNTS: Final = {"requests": {"*": _SCALAR}, "limits": {"*": _SCALAR}}
-_SECURITY: Final = {"runAsUser": int, "runAsGroup": int}
+_SECURITY: Final = {"runAsUser": int, "runAsGroup": int, "capabilities": {}, "seLinuxOptions": {}}
 _CONTAINER: Final = {
     "name": str,
     "image": str,
@@ -23,7 +23,7 @@ _CONTAINER: Final = {
     "env": [{"name": str, "value": str}],
     "envFrom": [{}],
     "volumeMounts": [{"name": str, "mountPath": str}],
-    "resources": _AMOUNTS,
+    "resources": _AMOUNTS | {"claims": list},
     "securityContext": _SECURITY,
 }
 _POD: Final[dict[str, Any]] = {
@@ -40,6 +40,8 @@ _POD: Final[dict[str, Any]] = {
         "volumes": [{"name": str}],
         "terminationGracePeriodSeconds": int,
         "os": {"name": str},
+        "nodeSelector": {"*": str},
+        "dnsPolicy": str,
         "resources": _AMOUNTS,
         "securityContext": _SECURITY,
     },

@@ -19,10 +19,10 @@ What the API server fills in by default is written out, so that a second look at
 
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from pillion.wire import names, policy
-from pillion_operator.injection import annotations, identity, overrides, pods, quantities
+from pillion_operator.injection import amounts, annotations, identity, overrides, pods, users
 from pillion_operator.injection.pods import Json
 from pillion_operator.settings import Settings
 
@@ -66,12 +66,6 @@ HEADROOM_LEAST_BYTES: Final = 64 * 2**20
 """Room in the arena's file system for what is no slot: segment headers, pages at the ends, the socket, the log."""
 HEADROOM_SHARE: Final = 50
 """One part in so many of a large arena: the kubelet evicts a pod whose volume is fuller than its limit."""
-FALLBACK: Final = policy.ResourceList(cpu_millicores=500, memory_bytes=2**30)
-"""For what neither policy nor pod says: a container without requests and limits is refused in a namespace with a quota."""
-CPU_LIMIT_MILLICORES: Final = 2000
-"""Where each container of the pod has a CPU limit (a quota asks for it) and policy and pod say none for the sidecar."""
-_CLIENT_AMOUNTS: Final = {"cpu": "500m", "memory": "128Mi"}
-"""Requests and limits, equal, so that they do not change the pod's class of service. An interpreter and a copy of a few files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +101,7 @@ def build(
     arena_bytes = _with_headroom(of.staging.size_limit_bytes)
     injects_client = wishes.client is annotations.Client.INJECTED
 
-    env = [
+    env: list[Json] = [
         _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
         _literal(names.ENV_ROOT, root),
         _literal(names.ENV_RUN_ID, job.id),
@@ -115,6 +109,8 @@ def build(
         _literal(names.ENV_POLICY_NAME, wishes.policy),
         _literal(names.ENV_JOB_KIND, job.kind),
         _literal(names.ENV_JOB_NAME, job.name),
+        # Always: the kubelet sets it, too, for a Service `pillion-metrics` in the pod's namespace.
+        _literal(names.ENV_METRICS_PORT, str(settings.sidecar_metrics_port)),
         _literal(names.ENV_LOG_LEVEL, settings.log_level),
         # torch and tempfile want a home and a /tmp; the root file system is read-only.
         _literal("HOME", "/tmp"),
@@ -122,8 +118,7 @@ def build(
         _literal("NVIDIA_VISIBLE_DEVICES", "void"),
         *(_from_field(name, path) for name, path in _DOWNWARD.items()),
     ]
-    if settings.sidecar_metrics_port:
-        env.append(_literal(names.ENV_METRICS_PORT, str(settings.sidecar_metrics_port)))
+    env += [_literal(names.ENV_OWNER_UID, job.uid)] if job.uid else []
     no_account = _mount(NO_ACCOUNT_VOLUME, ACCOUNT_DIR) | {"readOnly": True}
     mounts = [
         _mount(ARENA_VOLUME, RUNTIME_DIR),
@@ -152,6 +147,10 @@ def build(
         mounts.append(_mount(TOKEN_VOLUME, TOKEN_DIR) | {"readOnly": True})
         volumes.append(_token_volume(settings))
 
+    # The pod's own word for a variable wins over the policy's, which is for many pods.
+    own = {each.get("name") for each in (declared or {}).get("env") or []}
+    env += [_variable(each) for each in of.sidecar.env if each.name not in own]
+    beside = [each for each in (*pods.containers(bare), *pods.init_containers(bare)) if each.get("name") != SIDECAR]
     charged_bytes = arena_bytes if of.staging.memory_accounting is policy.MemoryAccounting.SIDECAR else 0
     sidecar: Json = {
         "name": SIDECAR,
@@ -160,11 +159,13 @@ def build(
         "restartPolicy": "Always",
         "command": ["pillion-sidecar", "run"],
         "env": env,
-        "resources": _resources(of.sidecar.resources, bare, charged_bytes),
+        "resources": amounts.of_sidecar(of.sidecar.resources, beside, charged_bytes, amounts.said(bare, declared)),
         "volumeMounts": mounts,
-        "securityContext": _security_context(bare, trainers, declared, settings),
+        "securityContext": users.of_sidecar(of.sidecar, bare, trainers, declared, settings),
         "lifecycle": {"preStop": {"exec": {"command": ["pillion-sidecar", "notify"]}}},
     }
+    if of.sidecar.env_from:
+        sidecar["envFrom"] = [policy.dump_section(each) for each in of.sidecar.env_from]
     if settings.liveness == "Exec":
         sidecar["livenessProbe"] = {
             "exec": {"command": ["pillion-sidecar", "ping"]},
@@ -179,9 +180,9 @@ def build(
         "image": effective.image,
         "imagePullPolicy": effective.image_pull_policy,
         "command": ["pillion-sidecar", "client", "--to", CLIENT_DIR],
-        "resources": {"requests": dict(_CLIENT_AMOUNTS), "limits": dict(_CLIENT_AMOUNTS)},
+        "resources": amounts.of_client(of.sidecar.resources, beside),
         "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR), no_account],
-        "securityContext": _security_context(bare, trainers, None, settings),
+        "securityContext": users.of_client(of.sidecar, bare, trainers, settings),
     }
     return Parts(
         sidecar=sidecar,
@@ -205,6 +206,11 @@ def build(
 def _literal(name: str, value: str) -> Json:
     # The kubelet expands $(NAME) in a value and reads $$ as one $.
     return {"name": name, "value": value.replace("$", "$$")}
+
+
+def _variable(of: policy.EnvVar) -> Json:
+    # The API server leaves an empty value out.
+    return {key: value for key, value in policy.dump_section(of).items() if value != ""}
 
 
 def _from_field(name: str, path: str) -> Json:
@@ -231,67 +237,3 @@ def _with_headroom(arena_bytes: int | None) -> int:
         return 0
     whole = arena_bytes + max(HEADROOM_LEAST_BYTES, arena_bytes // HEADROOM_SHARE)
     return -(-whole // 2**20) * 2**20
-
-
-def _security_context(bare: Json, trainers: tuple[str, ...], declared: Json | None, settings: Settings) -> Json:
-    """
-    The restricted Pod Security profile, under the trainer's user where it has one, so that both may open the arena's files.
-
-    A pod may name another user for its sidecar, root too: a volume that only root may write leaves no other choice.
-    """
-    trainer = (pods.named(pods.containers(bare), trainers[0]) or {}).get("securityContext") or {}
-    pod = pods.spec(bare).get("securityContext") or {}
-    own = (declared or {}).get("securityContext") or {}
-    user = own.get("runAsUser", trainer.get("runAsUser", pod.get("runAsUser")) or settings.run_as_user)
-    group = own.get("runAsGroup", trainer.get("runAsGroup", pod.get("runAsGroup")) or settings.run_as_group)
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "readOnlyRootFilesystem": True,
-        "runAsNonRoot": user != 0,
-        "runAsUser": user,
-        "runAsGroup": group,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _resources(of: policy.Resources, bare: Json, charged_bytes: int) -> Json:
-    """
-    Requests and limits, both always there, with the arena in the memory.
-
-    A pod of the class Guaranteed stays one: it would lose its own cores otherwise. A CPU limit is set only where each container
-    of the pod has one, as it slows the drain.
-    """
-    requests, limits = of.requests, of.limits
-    memory = requests.memory_bytes or limits.memory_bytes or FALLBACK.memory_bytes or 0
-    memory_limit = limits.memory_bytes or memory
-    cpu = requests.cpu_millicores or limits.cpu_millicores or FALLBACK.cpu_millicores or 0
-    cpu_limit = limits.cpu_millicores
-    beside = [*pods.containers(bare), *pods.init_containers(bare)]
-    if all(_is_guaranteed(each) for each in beside):
-        memory, cpu_limit = memory_limit, cpu_limit or cpu
-        cpu = cpu_limit
-    elif cpu_limit is None and all(_amount(each, "limits", "cpu") for each in beside):
-        cpu_limit = max(cpu, CPU_LIMIT_MILLICORES)
-    return {
-        "requests": _amounts(cpu, memory + charged_bytes),
-        "limits": _amounts(cpu_limit, memory_limit + charged_bytes),
-    }
-
-
-def _amounts(millicores: int | None, memory_bytes: int) -> dict[str, str]:
-    cpu = {} if millicores is None else {"cpu": quantities.format_millicores(millicores)}
-    return cpu | {"memory": policy.format_bytes(memory_bytes)}
-
-
-def _amount(container: Json, part: str, name: str) -> Any:
-    return ((container.get("resources") or {}).get(part) or {}).get(name)
-
-
-def _is_guaranteed(container: Json) -> bool:
-    """Whether a container's requests are its limits. Source: Kubernetes documentation, "Pod Quality of Service Classes"."""
-    for name in ("cpu", "memory"):
-        limit, request = _amount(container, "limits", name), _amount(container, "requests", name)
-        if limit is None or (request is not None and not quantities.same(name, request, limit)):
-            return False
-    return True

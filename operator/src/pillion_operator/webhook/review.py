@@ -97,6 +97,8 @@ def answer(question: Question, decision: decide.Decision | None) -> bytes:
     elif isinstance(decision, decide.Inject) and decision.patch:
         patch = json.dumps(decision.patch, separators=(",", ":")).encode()
         response |= {"patchType": "JSONPatch", "patch": base64.b64encode(patch).decode()}
+    if isinstance(decision, decide.Inject) and decision.warnings:
+        response["warnings"] = [_clip(f"pillion: {each}", _WARNING_MOST) for each in decision.warnings]
     document = {"apiVersion": API_VERSION, "kind": "AdmissionReview", "response": response}
     return json.dumps(document, separators=(",", ":")).encode()
 

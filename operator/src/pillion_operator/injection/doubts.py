@@ -1,0 +1,130 @@
+"""
+The whole of: what of a pod that is injected will probably not do what its author means.
+
+Called from: `decide`. Each doubt is a sentence of its own with the remedy in it, for the warning of an API request and for the event.
+Must never: refuse anything; or doubt what cannot be known of the cluster.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import urlsplit
+
+from pillion.wire import policy
+from pillion_operator.injection import annotations, pods, quantities, trainers, users
+from pillion_operator.injection.pods import Json
+from pillion_operator.settings import Settings
+
+GRACE_MOST_S: Final = 600
+"""Seconds that a pod may take to end before it is worth a word: drains of nodes, preemption and retries of a job wait for it, and
+cluster autoscalers give it ten minutes."""
+ARENA_MOST_BYTES: Final = 32 * 2**40
+"""The memory of the largest node that can be rented."""
+_COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+_SIZES: Final = ("kueue.x-k8s.io/pod-group-total-count", "leaderworkerset.sigs.k8s.io/size")
+"""Annotations and labels with the number of pods in a training."""
+_ONE_NODE: Final = ("ReadWriteOnce", "ReadWriteOncePod")
+
+
+def find(
+    bare: Json,
+    done: Json,
+    of: policy.Policy,
+    wishes: annotations.Wishes,
+    declared: Json | None,
+    chosen: tuple[str, ...],
+    settings: Settings,
+    claim: Json | None,
+) -> list[str]:
+    """
+    The doubts about one pod.
+
+    Args:
+        bare: the pod without what injection puts into it.
+        done: the pod with it.
+        of: the policy that holds for it.
+        wishes: its annotations.
+        declared: the sidecar that it declares itself, or None.
+        chosen: its trainer containers.
+        settings: the operator's.
+        claim: the PersistentVolumeClaim of its storage; None: not known.
+    """
+    return [
+        *_about_trainers(bare, wishes, chosen),
+        *_about_the_user(bare, of, declared, chosen, settings),
+        *_about_the_network(bare, settings),
+        *_about_the_end(done),
+        *_about_the_arena(bare, of, chosen),
+        *_about_the_claim(bare, claim),
+    ]
+
+
+def _about_trainers(bare: Json, wishes: annotations.Wishes, chosen: tuple[str, ...]) -> Iterator[str]:
+    if trainers.is_guessed(bare, wishes):
+        names = ", ".join(str(each.get("name")) for each in pods.containers(bare))
+        yield (
+            f"of the containers {names} nothing tells which one trains: {', '.join(chosen)} is taken; say it with {annotations.CONTAINERS}"
+        )
+
+
+def _about_the_user(
+    bare: Json, of: policy.Policy, declared: Json | None, chosen: tuple[str, ...], settings: Settings
+) -> Iterator[str]:
+    said = ((declared or {}).get("securityContext") or {}).get("runAsUser")
+    if said is None and of.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
+        yield (
+            f"the pod says no runAsUser, so that the sidecar runs as {settings.run_as_user}, which may not write to a fresh volume: say"
+            " runAsUser or fsGroup in the pod, or sidecar.runAsUser in the policy (0 where only root may write)"
+        )
+
+
+def _about_the_network(bare: Json, settings: Settings) -> Iterator[str]:
+    spec = pods.spec(bare)
+    in_cluster = (urlsplit(settings.home_url).hostname or "").endswith(".svc")
+    if in_cluster and spec.get("hostNetwork") and spec.get("dnsPolicy") in (None, "ClusterFirst", "Default"):
+        yield (
+            "hostNetwork with the node's resolver finds no Service, so that the sidecar cannot call home: say dnsPolicy: ClusterFirstWithHostNet"
+        )
+
+
+def _about_the_end(done: Json) -> Iterator[str]:
+    grace_s = pods.spec(done).get("terminationGracePeriodSeconds") or 0
+    if grace_s > GRACE_MOST_S:
+        yield (
+            f"with the drain the pod may take {grace_s} s to end, and whoever drains its node waits: lower the policy's"
+            " drain.timeoutSeconds or the pod's terminationGracePeriodSeconds"
+        )
+
+
+def _about_the_arena(bare: Json, of: policy.Policy, chosen: tuple[str, ...]) -> Iterator[str]:
+    arena_bytes = of.staging.size_limit_bytes
+    if arena_bytes is None:
+        return
+    size = policy.format_bytes(arena_bytes)
+    if arena_bytes > ARENA_MOST_BYTES:
+        yield f"no node has the {size} of memory that the arena may take: lower staging.sizeLimit"
+    elif of.staging.memory_accounting is policy.MemoryAccounting.WORKLOAD:
+        own = [quantities.num_bytes(_limit(pods.spec(bare)))]
+        each = [quantities.num_bytes(_limit(one)) for one in pods.containers(bare) if one.get("name") in chosen]
+        limits = own if own[0] is not None else each
+        total_bytes = sum(found for found in limits if found is not None)
+        if None not in limits and arena_bytes >= total_bytes:
+            yield (
+                f"the workload pays for an arena of {size} and may have {policy.format_bytes(total_bytes)} in all: raise the trainer's"
+                " memory limit, or lower staging.sizeLimit"
+            )
+
+
+def _limit(of: Json) -> object:
+    return ((of.get("resources") or {}).get("limits") or {}).get("memory")
+
+
+def _about_the_claim(bare: Json, claim: Json | None) -> Iterator[str]:
+    modes = ((claim or {}).get("spec") or {}).get("accessModes") or []
+    known = pods.metadata_map(bare, "labels") | pods.metadata_map(bare, "annotations")
+    several = known.get(_COMPLETION_INDEX, "0") != "0" or any(known.get(each, "1") != "1" for each in _SIZES)
+    if several and modes and all(each in _ONE_NODE for each in modes):
+        name = ((claim or {}).get("metadata") or {}).get("name")
+        yield (
+            f"the claim {name} is {', '.join(modes)} and the training has several pods, which are on one node or do not start:"
+            " all of them need one volume, ReadWriteMany"
+        )

@@ -1,0 +1,92 @@
+"""
+The whole of: as which user our containers run, and with which rights.
+
+Called from: `sidecar_spec`; `doubts`, for what is not known of the trainer's user.
+Must never: give more than the restricted Pod Security profile has, except to a sidecar that is root.
+"""
+
+from typing import Any, Final
+
+from pillion.wire import policy
+from pillion_operator.injection import pods
+from pillion_operator.injection.pods import Json
+from pillion_operator.settings import Settings
+
+ROOT: Final = 0
+
+
+def of_sidecar(
+    of: policy.Sidecar, bare: Json, trainers: tuple[str, ...], declared: Json | None, settings: Settings
+) -> Json:
+    """
+    The sidecar's security context: under the user that the pod declares for it, else the policy's, else the trainer's, so that both
+    may open the arena's files and a volume that the trainer may write, else the operator's setting.
+
+    A root sidecar may write where another user has written before, as root does; of root's rights it has that one.
+    """
+    own = (declared or {}).get("securityContext") or {}
+    user = _first(own.get("runAsUser"), of.run_as_user, _said(bare, trainers, "runAsUser"), settings.run_as_user)
+    # A root trainer's group is root's, but none is said.
+    fallback = ROOT if user == ROOT else settings.run_as_group
+    said = _said(bare, trainers, "runAsGroup")
+    group = _first(own.get("runAsGroup"), of.run_as_group, said if said or user == ROOT else None, fallback)
+    return _context(user, group, bare, trainers)
+
+
+def of_client(of: policy.Sidecar, bare: Json, trainers: tuple[str, ...], settings: Settings) -> Json:
+    """The security context of the container that lays out the client, which is never root: an empty volume takes any user's files."""
+    users = (of.run_as_user, _said(bare, trainers, "runAsUser"))
+    groups = (of.run_as_group, _said(bare, trainers, "runAsGroup"))
+    user = next((each for each in users if each), settings.run_as_user)
+    return _context(user, next((each for each in groups if each), settings.run_as_group), bare, trainers)
+
+
+def is_unknown(bare: Json, trainers: tuple[str, ...]) -> bool:
+    """Whether the trainer's user is that of its image, root perhaps, and its volumes are not made writable for a group."""
+    user, not_root = _said(bare, trainers, "runAsUser"), _said(bare, trainers, "runAsNonRoot")
+    return user is None and not not_root and _of_pod(bare).get("fsGroup") is None
+
+
+def asks_for_no_more(key: str, value: Any, given: Json) -> bool:
+    """Whether a key of a declared security context says what the sidecar gets anyway, or less than that."""
+    match key:
+        case "privileged":
+            return value is False
+        case "capabilities":
+            return not (isinstance(value, dict) and value.get("add"))
+        case "procMount":
+            return bool(value == "Default")
+        case _:
+            return bool(value == given.get(key))
+
+
+def _context(user: Any, group: Any, bare: Json, trainers: tuple[str, ...]) -> Json:
+    # Containers of other SELinux labels cannot open each other's files.
+    selinux = _of_trainer(bare, trainers).get("seLinuxOptions")
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]} | ({"add": ["DAC_OVERRIDE"]} if user == ROOT else {}),
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": user != ROOT,
+        "runAsUser": user,
+        "runAsGroup": group,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    } | ({"seLinuxOptions": pods.copied(selinux)} if selinux else {})
+
+
+def _of_trainer(bare: Json, trainers: tuple[str, ...]) -> Json:
+    found = pods.named(pods.containers(bare), trainers[0]) if trainers else None
+    return (found or {}).get("securityContext") or {}
+
+
+def _of_pod(bare: Json) -> Json:
+    return pods.spec(bare).get("securityContext") or {}
+
+
+def _said(bare: Json, trainers: tuple[str, ...], key: str) -> Any:
+    """What holds for the first trainer: its own word, else the pod's, else None."""
+    return _first(_of_trainer(bare, trainers).get(key), _of_pod(bare).get(key))
+
+
+def _first(*values: Any) -> Any:
+    return next((each for each in values if each is not None), None)
