@@ -308,7 +308,9 @@ class Crowd:
                 "labels": {JOB_LABEL: f"llm-{index % num_jobs:04d}"},
             }
             if policy:
-                metadata["annotations"] = {annotations.POLICY: policy}
+                # Pods of nobody: their label alone makes no job of them.
+                job_id = metadata["labels"][JOB_LABEL]
+                metadata["annotations"] = {annotations.POLICY: policy, annotations.JOB_ID: job_id}
             resources = {"requests": {"cpu": "100m", "memory": "256Mi"}}
             container = {"name": "trainer", "image": "example/trainer:1", "command": ["train"], "resources": resources}
             spec = {
