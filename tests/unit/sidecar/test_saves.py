@@ -1,0 +1,85 @@
+"""
+The whole of: what claims and reserves tell of the arena's room, and what in a pod they are refused.
+
+Called from: pytest.
+Must never: start an executor, or a trainer.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillion.errors import ArenaExhausted, UsageError
+from pillion.wire import policy
+from pillion_sidecar import background, settings
+from pillion_sidecar.journal import Journal
+from pillion_sidecar.pod import Pod
+from pillion_sidecar.saves import Saves
+from pillion_sidecar.trainers import Trainers
+from support.identities import identity
+
+MIB = 2**20
+
+
+class Scene:
+    """The front half of saves in a pod of one rank, without the back half."""
+
+    def __init__(self, folder: Path, *, embedded: bool = True, **spec: Any) -> None:
+        arguments = ["--runtime-dir", str(folder), *(["--embedded"] if embedded else [])]
+        self.told: list[dict[str, Any]] = []
+        self.journal = Journal()
+        nobody: Any = None
+        tasks = background.Tasks()
+        trainers = Trainers(nobody, tasks, on_policy=lambda _: None)
+        self.pod = trainers.pod = Pod(str(folder), identity("a" * 32, folder, None), policy.parse(spec, embedded=True))
+        trainer: Any = self
+        trainers.clients[0] = trainer
+        self.rank = 0
+        self.saves = Saves(settings.from_arguments(arguments, {}), self.journal, trainers, nobody, tasks)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.told.append(message)
+
+
+def test_an_arena_that_is_too_small_is_told_before_a_save_is_lost(tmp_path: Path) -> None:
+    """At the first word of the state's size: in the journal for the controller, and once in the trainer's log; nothing while it fits."""
+    scene = Scene(tmp_path, staging={"sizeLimit": "4Mi", "slots": 2})
+    assert len(asyncio.run(scene.saves.reserve(0, MIB))) == 2
+    assert (scene.journal.memory_problem, scene.told) == ("", [])
+    for _ in range(2):
+        with pytest.raises(ArenaExhausted):
+            asyncio.run(scene.saves.reserve(0, 3 * MIB))
+    assert scene.journal.memory_problem.startswith(f"the state needs {6 * MIB} bytes of arena")
+    assert [each["text"] for each in scene.told] == [scene.journal.memory_problem]
+    scene.pod.close()
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["without a cluster", "in a pod"])
+def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, embedded: bool) -> None:
+    """Without a cluster both are one user's, and the trainer's writer is taken."""
+    scene = Scene(tmp_path, embedded=embedded)
+    writer = {"name": "os:system", "arguments": {"command": "id"}}
+    claim = {
+        "type": "claim",
+        "step": 1,
+        "persist": True,
+        "room_bytes": 100,
+        "destination": {"path": None, "writer": writer},
+    }
+    answers: list[Any] = []
+    client: Any = scene
+    scene.answer = lambda _, answer: answers.append(answer)  # type: ignore[attr-defined] # a client answers
+
+    async def claimed() -> None:
+        await scene.saves.claim(client, claim)
+
+    if embedded:
+        asyncio.run(claimed())
+        assert answers[0]["type"] == "claimed"
+    else:
+        with pytest.raises(UsageError, match="is not the policy's"):
+            asyncio.run(claimed())
+        assert scene.pod.table.saves == {}
+    scene.pod.close()
