@@ -130,11 +130,10 @@ def publish(
     """
     if not over_strangers and is_strangers(directory):
         raise CommitError(f"{directory} {STRANGERS}")
-    ready = {
-        name: _lay_down(directory, name, of.generation, data)
-        for name, data in ((names.MANIFEST, of.encode()), (names.COMMIT_MARKER, metadata))
-    }
+    ready: dict[str, str] = {}
     try:
+        for name, data in ((names.MANIFEST, of.encode()), (names.COMMIT_MARKER, metadata)):
+            ready[name] = _lay_down(directory, name, of.generation, data)
         _refuse_older(directory, of.generation)
         _look_for(directory, files, late_s)
         for name, temporary in ready.items():
@@ -199,10 +198,16 @@ def _wrong(directory: str, files: Mapping[str, int]) -> dict[str, str]:
 def _lay_down(directory: str, name: str, generation: str, data: bytes) -> str:
     """A durable file with the generation in its name; its path."""
     path = os.path.join(directory, f".{name}.{generation}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        # Of a full disk, say; a later try of the same save lays down another one.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
     return path
 
 
@@ -424,6 +429,23 @@ def newest_generation(root: str) -> int:
     except FileNotFoundError:
         return 0
     return max([0, *map(_number, entries)])
+
+
+def newest_written(directory: str) -> int:
+    """
+    The newest generation that has committed in a directory, or has left files there; 0: none has, or there is no such directory.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        entries = os.listdir(directory)
+    except FileNotFoundError:
+        return 0
+    found = [committed_as(directory), *map(laid_down_by, entries)]
+    found += [data[2] for name in entries if (data := names.parse_data_file(name))]
+    found += [part[1] for name in entries if (part := names.parse_part_file(name))]
+    return max([0, *(generation_order(each)[0] for each in found if each is not None)])
 
 
 def fence(root: str, generation: int) -> None:

@@ -159,10 +159,12 @@ def _age_s(root: str, generation: int) -> float:
     """Seconds since a record was written, by the clock that sets the time stamps of both it and a new file."""
     probe = os.path.join(_folder(root), f".now-{secrets.token_hex(8)}")
     with open(probe, "xb") as file:
-        file.write(b"\0")
-        file.flush()
-        now_s = os.fstat(file.fileno()).st_mtime
-    os.unlink(probe)
+        try:
+            file.write(b"\0")
+            file.flush()
+            now_s = os.fstat(file.fileno()).st_mtime
+        finally:
+            os.unlink(probe)
     try:
         return now_s - os.stat(os.path.join(_folder(root), str(generation))).st_mtime
     except FileNotFoundError:
@@ -278,10 +280,15 @@ def _create(root: str, number: int, record: Record) -> bool:
     """Make a record that nobody has made before; whether it is ours. Never seen empty where the file system has hard links."""
     path = os.path.join(_folder(root), str(number))
     temporary = os.path.join(_folder(root), f".{number}-{secrets.token_hex(8)}")
-    with open(temporary, "xb") as file:
-        file.write(record.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "xb") as file:
+            file.write(record.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     try:
         os.link(temporary, path)
     except FileExistsError:

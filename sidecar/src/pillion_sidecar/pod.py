@@ -26,6 +26,7 @@ from pillion_sidecar.arena.growth import SPARE_BYTES, Growth
 from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.arena.slots import Phase, Save, SlotTable
 from pillion_sidecar.session_record import Record
+from pillion_sidecar.storage import folders
 
 _log = logging.getLogger(__name__)
 
@@ -426,7 +427,7 @@ def check_root(root: str) -> list[str]:
     # At random: in containers every pod's process has the same number, and all of them look at once.
     probe = os.path.join(root, names.INTERNAL_DIR, f"probe-{secrets.token_hex(8)}")
     try:
-        os.makedirs(os.path.dirname(probe), exist_ok=True)
+        folders.make(os.path.dirname(probe))
         with open(probe, "wb") as file:
             file.write(b"pillion")
         os.rename(probe, f"{probe}.renamed")

@@ -4,6 +4,7 @@ The whole of: what the pods remember of layouts and plans: the newest few, and n
 Called from: pytest.
 """
 
+import dataclasses
 import random
 import types
 from pathlib import Path
@@ -12,28 +13,30 @@ from typing import Any, cast
 import pytest
 
 from pillion.wire import layout, policy
+from pillion_sidecar import commit
 from pillion_sidecar.executor import exchange, persist, planning
 from pillion_sidecar.executor.agreed import KEPT_PLANS, Agreed, layout_name, plan_name
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.executor.watch import Watch
 from support.deadlines import Deadline
+from support.parts import write_part
 
 PODS = 3
 ROUNDS = 60
 
 
-def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A list of dicts that grows (a trainer's log history) made executor and store grow with each save, for as long as the session."""
+def alone(root: str) -> tuple[Context, exchange.LocalExchange]:
+    """A session of one pod."""
     between = exchange.LocalExchange(0)
     of = policy.parse({}, embedded=True)
-    context = Context(
+    made = Context(
         session="a" * 32,
         run_id="test",
         world_size=1,
         pods=((0,),),
         local_ranks=(0,),
-        root=str(tmp_path),
+        root=root,
         segments={},
         exchange=between,
         generation=1,
@@ -44,13 +47,40 @@ def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Pat
         write_threads=1,
         watch=Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
     )
+    return made, between
+
+
+def picture_of(of: layout.Layout) -> Any:
+    """A rank's snapshot, as far as pods agree on it."""
+    return types.SimpleNamespace(layout=of, opaque_lengths=(1,) * len(of.opaque))
+
+
+def test_a_place_that_a_clock_ahead_has_written_to_is_not_shut(tmp_path: Path) -> None:
+    """Without a root (`pillion.dcp`) generations are times: a save was fenced off for as long as another run's clock had been ahead."""
+    context, _ = alone("")
+    context.generation = 100
+    folder = tmp_path / "latest"
+    folder.mkdir()
+    write_part(folder, 0, world_size=1, generation="5000-1")
+    commit.finish(str(folder))
+    destination = {"path": str(folder)}
+    request = Request.from_document({"step": 1, "slot": 0, "persist": True, "sequence": 2, "destination": destination})
+    persist._agree(context, request, "save/0/1", {0: picture_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
+    assert context.generation == 5001
+    elsewhere = dataclasses.replace(request, step=2, destination={"path": str(tmp_path / "new")})
+    persist._agree(context, elsewhere, "save/0/2", {0: picture_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
+    assert context.generation == 5001, "it never goes back"
+
+
+def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A list of dicts that grows (a trainer's log history) made executor and store grow with each save, for as long as the session."""
+    context, between = alone(str(tmp_path))
     sizes = []
     for step in range(1, 30):
         names = tuple(f"history.{number}" for number in range(step))
         found = layout.Layout((), names, {name: (name,) for name in names})
-        picture: Any = types.SimpleNamespace(layout=found, opaque_lengths=(1,) * step)
         request = cast("Request", types.SimpleNamespace(step=step, persist=step % 3 > 0))
-        plan = persist._agree(context, request, f"save/0/{step}", {0: picture}, {})
+        plan = persist._agree(context, request, f"save/0/{step}", {0: picture_of(found)}, {})
         assert plan.plan_id == planning.plan_id({0: found.digest})
         sizes.append((len(between._published), len(between._posted), len(context.agreed.layouts)))
     published, posted, remembered = (max(each) for each in zip(*sizes, strict=True))

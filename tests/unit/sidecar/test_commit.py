@@ -1,6 +1,9 @@
 """Commits, fences and interrupted commits on a real directory."""
 
 import dataclasses
+import errno
+import itertools
+import os
 import re
 import threading
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import pillion
 from pillion.wire import names
 from pillion_sidecar import catalog, commit, retention
+from pillion_sidecar.storage import directio, folders
 from support.parts import begin_session, write_part
 
 
@@ -169,3 +173,48 @@ def test_a_file_of_a_steps_name_is_no_checkpoint_and_in_nobodys_way(tmp_path: Pa
 def write(folder: Path) -> None:
     folder.mkdir()
     write_part(folder, 0, world_size=1)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_commit_on_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """What it lays down has a new name at each try, so that nobody would ever remove it."""
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    write_part(folder, 0, world_size=1)
+    before = sorted(folder.iterdir())
+    calls = itertools.count(1)
+
+    def full(_: int) -> None:
+        if next(calls) == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        commit.finish(str(folder))
+    assert sorted(folder.iterdir()) == before
+
+
+def test_the_newest_generation_that_has_written_to_a_place_is_found(tmp_path: Path) -> None:
+    """Committed or not; a place that is not there has none."""
+    folder = tmp_path / "latest"
+    assert commit.newest_written(str(folder)) == 0
+    folder.mkdir()
+    assert commit.newest_written(str(folder)) == 0
+    write_part(folder, 0, world_size=1, generation="7-3")
+    commit.finish(str(folder))
+    assert commit.newest_written(str(folder)) == 7
+    write_part(folder, 0, world_size=2, generation="11-1")
+    (folder / "model.safetensors").touch()
+    assert commit.newest_written(str(folder)) == 11
+
+
+def test_every_folder_that_is_made_for_a_checkpoint_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint_id may name folders that are not there yet; the nearest alone was synced."""
+    synced: list[str] = []
+    monkeypatch.setattr(directio, "fsync_directory", lambda path: synced.append(str(path)))
+    folders.make(str(tmp_path / "runs" / "today" / "latest"))
+    assert synced == [str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "runs" / "today")]
+    folders.make(str(tmp_path / "runs" / "today" / "latest"))
+    assert len(synced) == 3

@@ -23,6 +23,7 @@ from pillion_sidecar.arena.segment import Segment
 from pillion_sidecar.executor import exchange, images, storage_exchange
 from pillion_sidecar.executor.agreed import Agreed
 from pillion_sidecar.executor.watch import Watch, Watched
+from pillion_sidecar.storage import folders
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -237,7 +238,7 @@ def _agree_on_generation(context: Context, document: Mapping[str, Any]) -> int:
         generation = generation or time.time_ns()
         context.exchange.publish("generation", {"generation": generation})
         return generation
-    os.makedirs(context.root, exist_ok=True)
+    folders.make(context.root)
     silent_s = float(document["owner_silent_s"])
     ours = ownership.Record(session=context.session, name=str(document["name"]), root=context.root, owner=context.owner)
     if generation:

@@ -221,9 +221,11 @@ def _agree(
     publish_layouts(context, pictures)
     context.exchange.post(f"{phase}/plan", document)
     if context.coordinator:
+        _rise_above(context, request)
         _publish_decision(context, phase, persist=request.persist)
     # The coordinator waits as long for its peers, and then has to tell.
     decision = agreed.decision(context, phase, context.peer_timeout_s * 2)
+    context.generation = max(context.generation, int(decision["generation"]))
     remote_failures.raise_told(decision, request.step)
     plan_id = str(decision["plan_id"])
     if not request.persist:
@@ -234,6 +236,29 @@ def _agree(
         plan = planning.Plan.from_document(document)
     context.agreed.remember(plan)
     return plan
+
+
+def _rise_above(context: Context, request: Request) -> None:
+    """
+    (coordinator) Without a root generations are times, and a run whose clock was ahead would shut the place that it wrote to for all that
+    come later: this session goes on above whatever lies there.
+    """
+    if context.root or not request.persist:
+        return
+    directory = directory_of(context, request)
+    context.watch.storage(f"look into {directory}")
+    try:
+        lies = commit.newest_written(directory)
+    except OSError as err:
+        _log.warning("cannot look into %s, the write will tell: %s", directory, err)
+        return
+    finally:
+        context.watch.idle()
+    if lies > context.generation:
+        _log.warning(
+            "%s was written by a clock that is ahead, or by a session that is younger: its files make room", directory
+        )
+        context.generation = lies + 1
 
 
 def publish_layouts(context: Context, pictures: Mapping[int, images.Image]) -> None:
@@ -277,7 +302,8 @@ def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:
         decision = {
             "failures": remote_failures.documents({rank: remote_failures.of_exception(err) for rank in err.ranks})
         }
-    context.exchange.publish(f"{phase}/plan", decision | context.agreed.notice())
+    about = {"generation": context.generation, **context.agreed.notice()}
+    context.exchange.publish(f"{phase}/plan", decision | about)
     # Behind the decision, which every pod waits for.
     context.exchange.unpublish(gone)
 

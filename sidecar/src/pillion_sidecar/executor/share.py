@@ -19,7 +19,7 @@ from pillion_sidecar import commit
 from pillion_sidecar.executor import images, planning, remote_failures, replicas
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
-from pillion_sidecar.storage import digest, directio
+from pillion_sidecar.storage import digest, directio, folders
 
 SWITCH_S: Final = 0.0005
 """sys.setswitchinterval of this process: a thread that goes on with the next block does not wait 5 ms for one that digests."""
@@ -55,7 +55,7 @@ class Share:
         watch.storage(f"write {self.directory}")
         if self._repeated and commit.is_committed_as(self.directory, self.generation):
             return self._written_before()
-        os.makedirs(self.directory, exist_ok=True)
+        folders.make(self.directory)
         sys.setswitchinterval(SWITCH_S)
         failures: dict[int, Exception] = {}
         places: dict[int, tuple[images.Image, RankPlace]] = {}
