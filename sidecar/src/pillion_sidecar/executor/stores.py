@@ -95,15 +95,14 @@ class StoreExchange:
         self._pods = {int(pod[0]): [int(rank) for rank in pod] for pod in pods}
         self._first_rank = first_rank
         self._pieces: dict[str, list[str]] = {}
-        """Key -> its further pieces, where this pod has written or read some."""
+        """(coordinator) Key -> its further pieces, where it has written or read some: it deletes them with the key."""
 
     def post(self, phase: str, document: exchange.Document) -> None:
         self._set(f"{phase}/{self._first_rank}", document)
 
     def _set(self, key: str, document: exchange.Document) -> None:
         first, pieces = pack(document)
-        if pieces:
-            self._pieces[key] = [f"{key}/{name}" for name in pieces]
+        self._note(key, list(pieces))
         with _alive():
             for name, piece in pieces.items():
                 self._store.set(f"{key}/{name}", piece)
@@ -112,10 +111,13 @@ class StoreExchange:
             # `set` is not acknowledged; a round trip tells whether the store still lives.
             self._store.check([key])
 
+    def _note(self, key: str, names: Sequence[str]) -> None:
+        if names and self._first_rank == 0:
+            self._pieces[key] = [f"{key}/{name}" for name in names]
+
     def _whole(self, key: str, value: str) -> exchange.Document:
         names = names_of_pieces(value)
-        if names:
-            self._pieces[key] = [f"{key}/{name}" for name in names]
+        self._note(key, names)
         return unpack(value, [bytes(self._store.get(f"{key}/{name}")).decode() for name in names])
 
     def collect(
