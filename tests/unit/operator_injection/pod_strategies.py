@@ -16,6 +16,7 @@ _amounts = st.fixed_dictionaries(
         "cpu": st.sampled_from(["2", "500m", "1.5"]),
         "memory": st.sampled_from(["8Gi", "8192Mi", "1G"]),
         "nvidia.com/gpu": st.sampled_from(["1", "8"]),
+        "ephemeral-storage": st.just("10Gi"),
     },
 ).filter(bool)
 _resources = st.fixed_dictionaries({}, optional={"limits": _amounts, "requests": _amounts}).filter(bool)
@@ -57,7 +58,7 @@ def _containers(names: tuple[str, ...], most: int) -> st.SearchStrategy[list[dic
 
 _init_container = st.one_of(
     st.sampled_from(["fetch", "istio-init"]).map(lambda name: {"name": name, "image": "example/any:1"}),
-    st.sampled_from(["istio-proxy", "linkerd-proxy"]).map(
+    st.sampled_from(["istio-proxy", "linkerd-proxy", "gke-gcsfuse-sidecar"]).map(
         lambda name: {"name": name, "image": "example/any:1", "restartPolicy": "Always"}
     ),
     st.fixed_dictionaries(
@@ -66,6 +67,7 @@ _init_container = st.one_of(
             "image": st.just("example/pillion-sidecar:2"),
             "restartPolicy": st.just("Always"),
             "env": st.just([{"name": "AWS_REGION", "value": "here"}]),
+            "envFrom": st.just([{"secretRef": {"name": "own"}}]),
             "resources": st.just({"limits": {"memory": "512Mi"}, "requests": {"memory": "256Mi"}}),
             "securityContext": _security,
         },
@@ -80,6 +82,7 @@ _annotations = st.fixed_dictionaries(
         "pillion.dev/job-id": st.just("run.7"),
         "kubectl.kubernetes.io/default-container": st.sampled_from(_NAMES),
         "else/where~x": st.just("y"),
+        "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes": st.sampled_from(["data", "data,shm"]),
     },
 )
 _labels = st.fixed_dictionaries(

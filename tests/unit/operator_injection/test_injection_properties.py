@@ -24,6 +24,11 @@ POLICY: Final = checkpoint_policy.from_object(
             "persistentVolumeClaim": {"claimName": "checkpoints"},
             "writer": {"name": "a:B", "arguments": {"x": "$(A)"}},
         },
+        "sidecar": {
+            "runAsUser": 0,
+            "env": [{"name": "AWS_REGION", "value": "there"}, {"name": "EMPTY", "value": ""}],
+            "envFrom": [{"secretRef": {"name": "own"}}, {"secretRef": {"name": "all"}}],
+        },
     }
 )
 

@@ -235,6 +235,37 @@ def test_the_sidecars_user_is_the_pods_word_the_policys_or_the_trainers(
     assert client["runAsUser"] != 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "main", "expected"),
+    [
+        ({"helper": {"example.com/nic": "1"}}, None, ["helper"]),
+        ({"helper": {"example.com/nic": "1"}}, "train", ["train"]),
+        ({"helper": {"github.com/fuse": "1"}}, None, ["first"]),
+        ({"helper": {"example.com/nic": "1"}, "train": {"nvidia.com/mig-1g.10gb": "1"}}, "first", ["train"]),
+        ({"helper": {"hugepages-2Mi": "1Gi"}}, None, ["first"]),
+    ],
+)
+def test_devices_tell_the_trainer(asked: dict[str, dict[str, str]], main: str | None, expected: list[str]) -> None:
+    """An accelerator before the pod's own main container, and that before a device of which nobody knows what it is."""
+    containers = [
+        {"name": name, "image": "example/any:1", "resources": {"limits": asked.get(name, {})}}
+        for name in ("first", "helper", "train")
+    ]
+    pod = a_pod(*containers)
+    if main:
+        pod["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"] = main
+    status = yaml.safe_load(inject(pod)["metadata"]["annotations"]["pillion.dev/status"])
+    assert status["containers"] == expected
+
+
+def test_our_containers_have_the_trainers_selinux_labels() -> None:
+    """Files in the arena have the labels of whoever made them."""
+    options = {"level": "s0:c25,c20"}
+    trainer = {"name": "trainer", "image": "example/train:1", "securityContext": {"seLinuxOptions": options}}
+    for container in own_containers(inject(a_pod(trainer))):
+        assert container["securityContext"]["seLinuxOptions"] == options
+
+
 def test_variables_and_secrets_of_the_policy_are_the_sidecars_alone() -> None:
     """They come beside what the pod declares, whose own word for a variable wins; a second look changes nothing."""
     sidecar = {

@@ -22,13 +22,15 @@ _ACCELERATORS: Final = (
         "gpu.intel.com/",
     ),
 )
-"""What names of accelerators begin with, slices of them too. A pod may have other devices beside them, such as a FUSE mount."""
+"""What names of accelerators begin with, slices of them too. A pod may have other devices beside them, such as a network's."""
+_FUSE: Final = "/fuse"
+"""What names of devices for file systems end with: what serves a volume does not train."""
 _NOT_TRAINERS: Final = ("istio-proxy", "linkerd-proxy")
 """Sidecars of another make that may stand first among the regular containers."""
 
 
 def choose(bare: Json, wishes: annotations.Wishes, earlier: status.Status | None) -> tuple[tuple[str, ...], list[str]]:
-    """The trainer containers: the annotation's, else those with a device, else the main one; and what is wrong."""
+    """The trainer containers: the annotation's, those with an accelerator, the main one, those with any device, the first; and what is wrong."""
     names = [str(each.get("name")) for each in pods.containers(bare)]
     if wishes.containers:
         missing = [name for name in wishes.containers if name not in names]
@@ -36,31 +38,34 @@ def choose(bare: Json, wishes: annotations.Wishes, earlier: status.Status | None
         return wishes.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
     if earlier and set(earlier.containers) <= set(names):
         return earlier.containers, []
-    if training := _with_devices(bare):
-        return training, []
     main, candidates = _main(bare)
-    return ((main,) if main else tuple(candidates[:1])), []
+    return _with_accelerators(bare) or main or _with_devices(bare) or candidates[:1], []
 
 
 def is_guessed(bare: Json, wishes: annotations.Wishes) -> bool:
     """Whether several containers may train, and nothing tells which one does."""
     main, candidates = _main(bare)
-    return not (wishes.containers or _with_devices(bare) or main) and len(candidates) > 1
+    return not (wishes.containers or main or _with_devices(bare)) and len(candidates) > 1
 
 
-def _main(bare: Json) -> tuple[str, list[str]]:
+def _main(bare: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The container that the pod calls its main one, or none; and those that may be it."""
-    names = [str(each.get("name")) for each in pods.containers(bare)]
-    candidates = [name for name in names if name not in _NOT_TRAINERS] or names
+    names = tuple(str(each.get("name")) for each in pods.containers(bare))
+    candidates = tuple(name for name in names if name not in _NOT_TRAINERS) or names
     main = pods.metadata_map(bare, "annotations").get(_DEFAULT_CONTAINER, "")
-    return (main if main in candidates else ""), candidates
+    return ((main,) if main in candidates else ()), candidates
+
+
+def _with_accelerators(bare: Json) -> tuple[str, ...]:
+    return tuple(
+        str(each["name"])
+        for each in pods.containers(bare)
+        if any(device.startswith(_ACCELERATORS) for device in _devices(each))
+    )
 
 
 def _with_devices(bare: Json) -> tuple[str, ...]:
-    """The containers with an accelerator; where none has a known one, those with any extended resource or claim."""
-    devices = {str(each["name"]): _devices(each) for each in pods.containers(bare)}
-    known = tuple(name for name, asked in devices.items() if any(each.startswith(_ACCELERATORS) for each in asked))
-    return known or tuple(name for name, asked in devices.items() if asked)
+    return tuple(str(each["name"]) for each in pods.containers(bare) if _devices(each))
 
 
 def _devices(container: Json) -> list[str]:
@@ -71,5 +76,7 @@ def _devices(container: Json) -> list[str]:
     """
     resources = container.get("resources") or {}
     asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
-    extended = [name for name, amount in asked.items() if "/" in name and str(amount) != "0"]
+    extended = [
+        name for name, amount in asked.items() if "/" in name and str(amount) != "0" and not name.endswith(_FUSE)
+    ]
     return extended + (["claim"] if resources.get("claims") else [])
