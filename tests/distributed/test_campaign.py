@@ -14,9 +14,9 @@ from campaign import plan, training
 from campaign.plan import Strike
 from campaign.runs import Run
 
-SEEDS: Final = (301, 306, 316, 339)
-"""A trainer that is killed and then its pods; a sidecar, the pods, and the whole job; two pods that lose a sidecar; two pods that lose
-a trainer."""
+SEEDS: Final = (492, 306, 316, 339)
+"""A trainer that the kernel kills beside a data loader whose worker is stuck, and that rolls back later; a sidecar, the pods, and the whole
+job; two pods that lose a sidecar; a trainer that crashes."""
 
 
 @pytest.fixture
@@ -29,6 +29,18 @@ def test_a_job_struck_at_random_ends_as_if_nothing_had_been(ready: None, tmp_pat
     """Losses, weights and every committed checkpoint are those of an uninterrupted run, and no more is lost than declared."""
     result = Run(plan.draw(seed), tmp_path / "run", training.reference()).run()
     assert result.verdict == "ok", json.dumps(result.document(), indent=2)
+
+
+def test_the_slice_kills_a_trainer_whose_data_loader_has_workers() -> None:
+    """Its trainers run under torchrun's agent with a forked worker each; one is struck by SIGKILL in the middle of an epoch, one by the
+    loss of its pod, one beside a second pod."""
+    runs = [plan.draw(seed) for seed in SEEDS]
+    killed = [act for each in runs if each.stuck for act in each.acts if act.strike is Strike.KILL_TRAINER]
+    assert any(1 < act.at_step < training.STEPS for act in killed)
+    assert {Strike.SEGV_TRAINER, Strike.KILL_SIDECAR, Strike.LOSE_JOB} <= {
+        act.strike for each in runs for act in each.acts
+    }
+    assert {each.pods for each in runs} == {1, 2}
 
 
 def test_a_run_is_repeated_by_its_seed() -> None:

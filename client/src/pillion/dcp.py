@@ -38,6 +38,7 @@ session (a collective); later calls run none. Never reads or writes storage itse
     load: meta tensors in the state dict      | refused; DCP makes them. What was written with extensions or as safetensors: refused
     load before `Stateful`s in sorted order   | in the order of the dict
     in a pod                                  | paths below the job's root, and the policy's own writer, only
+    DCP_USE_PREFIX_STORE=1 without MASTER_*   | an error, but in a group of one, and unset means the policy's `store` (docs/guide/training.md)
     DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | of the executor, which is the process that saves, as DCP's own: no automatic collection, one
                                               | behind each save. In a pod: variables of the sidecar's container
 """
