@@ -28,7 +28,10 @@ class _Body:
     """A body from its first byte until its request is answered."""
 
     request: web.Request
+    bound: asyncio.Timeout
+    """Until when it has to be whole."""
     num_bytes: int = 0
+    is_given_up: bool = False
 
 
 class Bodies:
@@ -67,7 +70,7 @@ class Bodies:
             raise self._too_long()
         while len(self._held) >= self._most:
             self._make_room()
-        body = _Body(request)
+        body = _Body(request, asyncio.timeout(self._within_s))
         self._held.add(body)
         self._coming[body] = None
         try:
@@ -80,7 +83,7 @@ class Bodies:
     async def _whole(self, body: _Body) -> bytes:
         content = bytearray()
         try:
-            async with asyncio.timeout(self._within_s):
+            async with body.bound:
                 while chunk := await body.request.content.readany():
                     if len(content) + len(chunk) > self._longest:
                         raise self._too_long()
@@ -90,6 +93,8 @@ class Bodies:
                     self._num_bytes += len(chunk)
                     content += chunk
         except TimeoutError:
+            if body.is_given_up:
+                raise _crowded() from None
             raise Unread(408, f"the body was not whole within {self._within_s:.0f} s") from None
         return bytes(content)
 
@@ -101,11 +106,12 @@ class Bodies:
             Unread: that is the one that asks for room, or there is none to give up.
         """
         oldest = next(iter(self._coming), asking)
-        crowded = Unread(503, "too many bodies come at one time; come again")
         if oldest is None or oldest is asking:
-            raise crowded
+            raise _crowded()
         self._release(oldest)
-        oldest.request.content.set_exception(crowded)
+        oldest.is_given_up = True
+        if not oldest.bound.expired():
+            oldest.bound.reschedule(0.0)
 
     def _release(self, body: _Body) -> None:
         if body in self._held:
@@ -115,3 +121,7 @@ class Bodies:
 
     def _too_long(self) -> Unread:
         return Unread(413, f"the body is longer than {self._longest} bytes")
+
+
+def _crowded() -> Unread:
+    return Unread(503, "too many bodies come at one time; come again")

@@ -18,9 +18,9 @@ from typing import Final, Self, cast
 
 from aiohttp import web
 
-CONNECTIONS_MOST: Final = 768
+CONNECTIONS_MOST: Final = 640
 """Connections that speak HTTP; an idle one takes some 60 KiB. An API server keeps 25 idle ones, and opens as many as pods come at once."""
-HANDSHAKES_MOST: Final = 256
+HANDSHAKES_MOST: Final = 384
 """Handshakes at one time; each takes one of the processor's milliseconds, so that more would be late anyway."""
 HANDSHAKE_S: Final = 5.0
 """For one handshake. The API server gives a whole call as long."""

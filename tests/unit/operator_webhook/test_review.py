@@ -146,6 +146,18 @@ def test_what_is_no_question_is_refused_in_words(body: bytes) -> None:
         review.read(body)
 
 
+def test_a_patch_leaves_what_the_api_server_keeps_of_writers_as_it_is() -> None:
+    """The patch of a pod with managedFields is that of one without, and so has no operation about them."""
+    fields = [{"manager": "kube-controller-manager", "fieldsV1": {"f:spec": {}}}]
+    written = POD | {"metadata": POD["metadata"] | {"managedFields": fields}}
+    patches = []
+    for each in (POD, written):
+        asked = question(object=each)
+        assert asked.pod is not None
+        patches.append(json.loads(review.answer(asked, decide.inject(asked.pod, POLICY, Settings()))))
+    assert patches[0] == patches[1]
+
+
 def test_a_dry_run_is_seen() -> None:
     """Whether anything may be left behind is part of the question."""
     assert question(dryRun=True).is_dry_run

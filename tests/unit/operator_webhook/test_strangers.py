@@ -207,6 +207,30 @@ def test_a_compressed_body_is_not_unpacked() -> None:
 # --- connections
 
 
+def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Bodies that are given up, requests that are none, and handshakes that fail are no lines at the usual level."""
+    monkeypatch.setattr(server, "BODIES_MOST", 1)
+    caplog.set_level("INFO")
+
+    async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
+        first, second, third = [await port.connect() for _ in range(3)]
+        first[1].write(head(1000) + b"{")
+        while not asked.server._bodies._held:
+            await asyncio.sleep(0)
+        second[1].write(head(1000) + b"{")
+        await served.read_to_end(first[0])
+        third[1].write(b"what is this?\r\n\r\n")
+        await served.read_to_end(third[0])
+        plain = await asyncio.open_connection(served.HOST, port.port)
+        plain[1].write(b"GET / HTTP/1.1\r\n\r\n")
+        await served.read_to_end(plain[0])
+        for _, writer in (first, second, third, plain):
+            writer.close()
+
+    run(scenario)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_connections_that_ask_nothing_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many, the oldest that was never answered goes, and not the API server's, which is older."""
     monkeypatch.setattr(listener, "CONNECTIONS_MOST", 3)

@@ -130,6 +130,8 @@ class Serving:
         """A context without a certificate. Each of them asks for the client's: a connection is checked by the one that it was given."""
         made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         made.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Neither the API server nor a sidecar resumes a session: both keep their connections, and Go's client keeps no tickets.
+        made.num_tickets = 0
         if self._client_authority:
             made.load_verify_locations(cadata=self._client_authority)
             made.verify_mode = ssl.CERT_REQUIRED
