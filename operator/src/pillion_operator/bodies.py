@@ -20,7 +20,7 @@ class Unread(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
-        """The HTTP status for it: 408, 413 or 503."""
+        """The HTTP status for it: 400, 408, 413 or 503."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +64,7 @@ class Bodies:
         The whole body, which counts as held while in ``async with``. Blocks: up to `within_s`.
 
         Raises:
-            Unread: it is too long or too slow, or had to make room.
+            Unread: it is too long or too slow, breaks off, or had to make room.
         """
         if (request.content_length or 0) > self._longest:
             raise self._too_long()
@@ -96,6 +96,8 @@ class Bodies:
             if body.is_given_up:
                 raise _crowded() from None
             raise Unread(408, f"the body was not whole within {self._within_s:.0f} s") from None
+        except (OSError, web.RequestPayloadError):
+            raise Unread(400, "the body broke off") from None
         return bytes(content)
 
     def _make_room(self, asking: _Body | None = None) -> None:

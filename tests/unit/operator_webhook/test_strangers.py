@@ -208,9 +208,9 @@ def test_a_compressed_body_is_not_unpacked() -> None:
 
 
 def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Bodies that are given up, requests that are none, and handshakes that fail are no lines at the usual level."""
+    """Bodies that are given up, requests that are none, and handshakes that fail are no warnings."""
     monkeypatch.setattr(server, "BODIES_MOST", 1)
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
         first, second, third = [await port.connect() for _ in range(3)]

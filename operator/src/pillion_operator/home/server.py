@@ -31,7 +31,7 @@ BODIES_MOST_BYTES: Final = 16 * 1024 * 1024
 KEEP_ALIVE_S: Final = 15.0
 """How long an idle connection stays: longer than the usual interval, so that a job needs no new TLS handshake for each report."""
 
-_UNREAD: Final = {408: Result.SLOW, 413: Result.BAD, 503: Result.BUSY}
+_UNREAD: Final = {400: Result.BAD, 408: Result.SLOW, 413: Result.BAD, 503: Result.BUSY}
 """What a body that could not be read makes of its report."""
 
 _log = logging.getLogger(__name__)
