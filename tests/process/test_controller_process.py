@@ -4,16 +4,22 @@ The whole of: the life of a controller process: it waits for the Lease, leads, h
 Called from: pytest. The API server is a fake; tests/cluster has a real one.
 """
 
+import contextlib
 import functools
+import http.client
 import json
 import signal
+import ssl
+import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from support import reports
 from support.deadlines import Deadline, eventually
 from support.fake_api import FakeApi
 from support.processes import Processes, Run
@@ -22,6 +28,8 @@ NAMESPACE: Final = "pillion-system"
 SLICES: Final = f"/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices"
 LEASES: Final = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 LEASE_LOST: Final = 75
+NUM_FORGED: Final = 300
+"""Tokens; more than the looks at unknown pods that may come at once, and those of the seconds that the test takes."""
 UNAVAILABLE: Final = 69
 
 
@@ -93,6 +101,31 @@ def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
     second.signal(signal.SIGTERM)
     assert second.wait(Deadline.PROCESS_EXIT) == 0
     assert (addresses(server), holder(server)) == ([], "")
+
+
+def test_forged_tokens_cost_the_api_server_next_to_nothing(
+    processes: Processes, server: FakeApi, tmp_path: Path
+) -> None:
+    """Hundreds of tokens that name pods which there are not: none is asked about, few pods are looked for, and all are refused."""
+    run = start(processes, server.kubeconfig(tmp_path), "first", "192.0.2.1")
+    eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "it to lead")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = said(run, "serves sidecars")["port"]
+    statuses = Counter[int]()
+    with contextlib.closing(
+        http.client.HTTPSConnection("127.0.0.1", port, timeout=Deadline.REPLY.s, context=context)
+    ) as stranger:
+        for number in range(NUM_FORGED):
+            token = reports.token(end_s=time.time() + 3600, uid=str(number))
+            stranger.request("POST", "/v1/report", b"{}", {"Authorization": f"Bearer {token}"})
+            answer = stranger.getresponse()
+            answer.read()
+            statuses[answer.status] += 1
+    assert statuses.keys() == {403, 503}, statuses
+    assert server.count("create", "/apis/authentication.k8s.io/v1/tokenreviews") == 0
+    looked = server.count("get", f"/api/v1/namespaces/{reports.NAMESPACE}/pods/{reports.JOB}-0")
+    assert looked == statuses[403] < NUM_FORGED / 2
 
 
 def test_a_leader_whose_lease_another_holds_ends_at_once(processes: Processes, server: FakeApi, tmp_path: Path) -> None:
