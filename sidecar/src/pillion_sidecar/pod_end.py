@@ -20,6 +20,7 @@ from typing import Final
 
 from pillion.wire import policy
 from pillion_sidecar import background
+from pillion_sidecar.control import Client
 from pillion_sidecar.journal import Journal
 from pillion_sidecar.persisting import Persisting
 from pillion_sidecar.pod import Pod
@@ -71,7 +72,11 @@ class PodEnd:
         pod, first = self._trainers.pod, not self._journal.terminating
         self._journal.terminating = True
         self._signalled = self._signalled or signalled
-        if not first or pod is None or not self._trainers.clients:
+        if not first:
+            return False
+        if pod is None or not self._trainers.clients:
+            if self._in_pod and not signalled:
+                self._tasks.start(self._end_comers(), "ending trainers that come")
             return False
         wanted = pod.policy.trigger.on_termination is policy.OnTermination.SAVE
         if self._in_pod and not signalled and pod.policy.drain.end_trainer:
@@ -106,5 +111,21 @@ class PodEnd:
             _log.info(
                 "what the trainers have saved is on storage: those without a SIGTERM handler of their own are ended"
             )
-            self.ends_trainers = self._journal.trainers_end = True
-            self._trainers.broadcast({"type": "end"})
+            self._end()
+
+    async def _end_comers(self) -> None:
+        """Trainers that were still starting when the pod was to end have nothing to save."""
+        await asyncio.sleep(SIGNAL_FOLLOWS_S)
+        if not self._signalled:
+            self._end()
+
+    def _end(self) -> None:
+        self.ends_trainers = self._journal.trainers_end = True
+        for client in list(self._trainers.clients.values()):
+            self.joined(client)
+
+    def joined(self, client: Client) -> None:
+        """A trainer is here; in a pod whose trainers are ended it is ended too, whoever has started it."""
+        pod = self._trainers.pod
+        if self.ends_trainers and pod is not None and pod.policy.drain.end_trainer:
+            client.send({"type": "end"})

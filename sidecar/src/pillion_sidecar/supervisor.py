@@ -165,9 +165,7 @@ class Supervisor:
                 "store": store,
             },
         )
-        if self.pod_end.ends_trainers:
-            # A launcher has started it again.
-            client.send({"type": "end"})
+        self.pod_end.joined(client)
         _log.info(
             "rank %d joined session %s with the client in %s",
             rank,

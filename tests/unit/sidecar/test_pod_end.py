@@ -144,3 +144,19 @@ def test_a_sidecar_that_is_restarted_alone_ends_no_trainer(tmp_path: Path) -> No
         assert not scene.end.ends_trainers
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_trainer_that_comes_into_a_pod_that_ends_is_ended(tmp_path: Path, asked: bool) -> None:
+    """It was still starting when the pod was deleted, and ignores SIGTERM like one that trains; with `endTrainer: false` it stays."""
+
+    async def scenario() -> None:
+        scene = Scene(tmp_path, drain={"endTrainer": asked})
+        trainer = scene.trainers.clients.pop(0)
+        assert not scene.end.begin(signalled=False)
+        scene.end.joined(trainer)
+        assert await settled(scene) == []
+        scene.end.joined(trainer)
+        assert scene.told == (["end"] if asked else [])
+
+    asyncio.run(scenario())
