@@ -104,9 +104,9 @@ def test_one_template_of_several_trainings_is_left_to_the_webhook(
     ):
         path = write(tmp_path, document | {"metadata": {"name": "s"}})
         assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.DENIED
-        told = capsys.readouterr().err
-        assert "JobUnclear" in told
-        assert "the webhook injects them" in told
+        said = capsys.readouterr().err
+        assert "JobUnclear" in said
+        assert "the webhook injects them" in said
 
 
 def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
@@ -121,9 +121,9 @@ def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
     for modes, doubted in ((["ReadWriteOnce"], True), (["ReadWriteOnce", "ReadWriteMany"], False)):
         path = write(tmp_path, pod, claim | {"spec": {"accessModes": modes}})
         assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.INJECTED
-        told = capsys.readouterr().err
-        assert ("the claim checkpoints is ReadWriteOnce" in told) is doubted
-        assert "the pod says no runAsUser" in told
+        said = capsys.readouterr().err
+        assert ("the claim checkpoints is ReadWriteOnce" in said) is doubted
+        assert "the pod says no runAsUser" in said
 
 
 def test_a_diff_shows_only_what_changes(tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,7 @@ DISK: Final = "ephemeral-storage"
 
 @pytest.mark.parametrize("part", ["requests", "limits"])
 def test_local_storage_is_said_where_the_pod_says_it(part: str) -> None:
-    """The kubelet takes the sum of such limits for the pod's, so that one of ours alone would be the trainer's limit."""
+    """The kubelet takes the sum of such limits for the pod's, so that a limit of the sidecar alone would be the trainer's."""
     said = {"name": "trainer", "image": "example/train:1", "resources": {part: {DISK: "10Gi"}}}
     for container in own_containers(inject(a_pod(said))):
         assert container["resources"][part][DISK] == "384Mi"
@@ -259,7 +259,7 @@ def test_devices_tell_the_trainer(asked: dict[str, dict[str, str]], main: str | 
 
 
 def test_our_containers_have_the_trainers_selinux_labels() -> None:
-    """Files in the arena have the labels of whoever made them."""
+    """Files in the arena have the labels of the process that made them."""
     options = {"level": "s0:c25,c20"}
     trainer = {"name": "trainer", "image": "example/train:1", "securityContext": {"seLinuxOptions": options}}
     for container in own_containers(inject(a_pod(trainer))):
@@ -291,7 +291,7 @@ def test_no_service_of_the_namespace_names_a_setting() -> None:
 
 
 def test_volumes_on_disk_keep_no_node_alive() -> None:
-    """The cluster autoscaler may lose each of ours with the node, and the pod's own word on its volumes stays."""
+    """The cluster autoscaler may lose each volume of injection with the node, and the pod's own word on its volumes stays."""
     pod = a_pod()
     key = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
     pod["metadata"]["annotations"][key] = "scratch"

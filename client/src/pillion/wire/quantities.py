@@ -1,7 +1,7 @@
 """
 The whole of: amounts as Kubernetes spells them: bytes and thousandths of a CPU, read and written exactly.
 
-Producer: whoever writes a policy. Consumer: `policy`, which has these amounts as fields; the operator.
+Producer: the author of a policy or a pod. Consumer: `policy`, which has these amounts as fields; the operator.
 Breaking changes: refusing a spelling that was read; another number for a spelling.
 Non-breaking changes: reading one more spelling.
 """

@@ -90,7 +90,7 @@ def _about_the_end(done: Json) -> Iterator[str]:
     grace_s = pods.spec(done).get("terminationGracePeriodSeconds") or 0
     if grace_s > GRACE_MOST_S:
         yield (
-            f"with the drain the pod may take {grace_s} s to end, and whoever drains its node waits: lower the policy's"
+            f"with the drain the pod may take {grace_s} s to end, and a drain of its node waits for it: lower the policy's"
             " drain.timeoutSeconds or the pod's terminationGracePeriodSeconds"
         )
 
