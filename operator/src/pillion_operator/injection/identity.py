@@ -75,7 +75,7 @@ _INDICES: Final = {
 _HINTS: Final = {
     "Workflow": ', such as "{{workflow.name}}-{{inputs.parameters.name}}"',
     "flyteworkflow": ", such as the execution's id and the task's name",
-    "RayCluster": "; a RayJob is one training, and needs none",
+    "RayCluster": "; KubeRay does not tell pods which RayJob they are of: the RayJob's name, in the templates of head and workers",
 }
 """By kind of a well-known owner of several trainings."""
 _HINT: Final = f" with {annotations.JOB_ID}, the same for each retry of it and for no other training"
@@ -130,7 +130,7 @@ def _by_owner(pod: Json) -> Job | Unclear:
                 return Job(kind="Deployment", name=made_by, id=made_by)
             return Job(kind=kind, name=name, id=name, uid=uid)
         case known if known == _RAY_CLUSTER and labels.get(_RAY_MADE_FROM_KIND) == "RayJob":
-            # Each retry of a RayJob is by another RayCluster.
+            # Each retry of a RayJob is by another RayCluster. KubeRay 1.5 puts these labels on the RayCluster; the user, on the templates.
             made_by = labels.get(_RAY_MADE_FROM_NAME, "")
             return Job(kind="RayJob", name=made_by, id=made_by)
     if gang := labels.get(_POD_GROUP):
