@@ -5,7 +5,7 @@ The webhook alone: what one review costs its process, over kept connections and 
 
 Called from: people. The webhook is the product's own process with TLS, its API server a fake one with a policy; the reviews are those of a job's pods. Each
 review has its moment, whether or not the one before is answered, so that a wait shows as a wait. `--profile` runs the webhook under cProfile.
-Must never: take what the client spends for the webhook's: the time from the connection to the answer is told apart from the handshake.
+Must never: take what the client spends for the webhook's: the time from the connection to the answer is counted apart from the handshake.
 """
 
 import argparse

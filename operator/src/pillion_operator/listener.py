@@ -122,7 +122,7 @@ class Listener:
                 transport, guest, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
             )
         except OSError:
-            # Of TLS too. Whoever speaks something else, or trusts another authority, has been answered by TLS itself.
+            # Of TLS too. A peer that speaks something else, or trusts another authority, has been answered by TLS itself.
             transport.abort()
             return
         server = self._runner.server

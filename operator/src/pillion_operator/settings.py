@@ -94,9 +94,9 @@ class Settings:
     webhook_port: int = field(default=8443, metadata={"env": "PILLION_WEBHOOK_LISTEN_PORT", **_PORT})
     """TLS port of the webhook. 0: any that is free, and the log says which."""
     webhook_client_ca: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_CA"})
-    """Certificates, PEM, that the API server's own is signed by. Empty: the webhook answers whoever reaches its port."""
+    """Certificates, PEM, that the API server's own is signed by. Empty: the webhook answers everybody who reaches its port."""
     webhook_client_names: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_NAMES"})
-    """Common or DNS names of that certificate, separated by commas. Empty: whoever has one of that authority may ask."""
+    """Common or DNS names of that certificate, separated by commas. Empty: everybody who has one of that authority may ask."""
     home_port: int = field(default=8444, metadata={"env": "PILLION_HOME_LISTEN_PORT", **_PORT})
     """TLS port that sidecars call home to."""
     health_port: int = field(default=8080, metadata={"env": "PILLION_HEALTH_PORT", **_PORT})

@@ -268,7 +268,7 @@ def test_handshakes_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_comes_with_the_end_of_a_handshake_is_not_lost() -> None:
-    """The protocol that speaks from then on is told all of it, in order, as if it had been there from the start."""
+    """The protocol that speaks from then on is given all of it, in order, as if it had been there from the start."""
     said: list[object] = []
 
     class Speaks(asyncio.Protocol):

@@ -1,7 +1,7 @@
 """
 The whole of: the Event that a pod was injected, on the pod's owner.
 
-Called from: the controller that leads, with each pod that its watch brings. The webhook says nothing of it: whoever reaches its port could
+Called from: the controller that leads, with each pod that its watch brings. The webhook says nothing of it: everybody who reaches its port could
 have it speak of pods that there never were.
 Must never: speak again of pods that were there before this replica led.
 """

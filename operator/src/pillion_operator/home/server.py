@@ -25,7 +25,7 @@ from pillion_operator.log import Field
 DEADLINE_S: Final = 10.0
 """For one request: its body, the question about its token, and the answer. A sidecar waits about as long."""
 IN_FLIGHT_MOST: Final = 256
-"""Requests at one time. More are told to come again."""
+"""Requests at one time. More have to come again."""
 BODIES_MOST_BYTES: Final = 16 * 1024 * 1024
 """Of all reports at one time, from the first byte to the answer; one is some ten KiB, and of a job with a thousand checkpoints 200."""
 KEEP_ALIVE_S: Final = 15.0

@@ -31,7 +31,7 @@ def may_ask(certificate: Mapping[str, Any] | None, allowed: str) -> bool:
 
     Args:
         certificate: see `names`.
-        allowed: names, separated by commas. Empty: whoever has a certificate of the authority.
+        allowed: names, separated by commas. Empty: everybody who has a certificate of the authority.
     """
     wanted = {name.strip() for name in allowed.split(",")} - {""}
     return bool(certificate) and (not wanted or bool(wanted & names(certificate)))

@@ -2,7 +2,7 @@
 The whole of: Events about pods that are refused or start without a sidecar: on their owner, once the API server says that it exists.
 
 Called from: `server`, with `post`, which never waits and never fails; `run` is one task of the process.
-Must never: write an Event because a review says so: whoever reaches the port can send one, and the Event would be in any namespace,
+Must never: write an Event because a review says so: everybody who reaches the port can send one, and the Event would be in any namespace,
 in our name. An owner's UID is known to those only who may read it.
 """
 
@@ -57,9 +57,9 @@ class _Refusal:
 class Refusals:
     """A bounded queue of refusals, and the one task that looks at their owners."""
 
-    def __init__(self, api: client.Client, told: events.Events) -> None:
+    def __init__(self, api: client.Client, posted: events.Events) -> None:
         self._client = api
-        self._events = told
+        self._events = posted
         self._waiting: asyncio.Queue[_Refusal] = asyncio.Queue(WAITING_MOST)
         self._known: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
         """By path and UID: until when it holds, and whether there is such an owner."""

@@ -1,8 +1,8 @@
 """
 The whole of: answering the API server: one POST, one AdmissionReview.
 
-Called from: `app`. What an error of ours means for a pod, its policy says, or the operator's setting where no policy is known.
-Must never: leave a request without an answer of ours within `DEADLINE_S`, after which the API server would give up on us; take what
+Called from: `app`. What an error of this process means for a pod, its policy says, or the operator's setting where no policy is known.
+Must never: leave a request without an answer within `DEADLINE_S`, after which the API server would give up on us; take what
 comes for the API server's word: everybody who reaches the port can send a review, so that it costs a bounded amount, and leaves no
 Event that was not verified.
 
@@ -50,11 +50,11 @@ _QUIET: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_
 class Server:
     """The handler, and what it decides with."""
 
-    def __init__(self, found: policies.Policies, told: refusals.Refusals, settings: Settings) -> None:
+    def __init__(self, found: policies.Policies, refused: refusals.Refusals, settings: Settings) -> None:
         """
         Args:
             found: the policies of the cluster.
-            told: who says on a pod's owner that the pod was refused.
+            refused: who says on a pod's owner that the pod was refused.
             settings: see there.
         """
         self.settings = settings
@@ -62,7 +62,7 @@ class Server:
         self.is_ending = False
         """Whether connections are closed with their next answer, so that the API server finds another replica."""
         self._policies = found
-        self._refusals = told
+        self._refusals = refused
         self._bodies = Bodies(longest=BODY_MOST_BYTES, most_bytes=BODIES_MOST_BYTES, most=BODIES_MOST, within_s=BODY_S)
 
     def application(self) -> web.Application:
