@@ -232,7 +232,7 @@ def test_a_step_that_is_saved_again_by_another_session_has_all_of_the_bound(fold
         before = pod.Pod(str(folder), identity("a" * 32, folder, None), policy.parse({}, embedded=True))
         trainers = Trainers(before)
         settings = type("Of", (), {"peer_timeout_s": Deadline.SCRIPT.s})
-        nothing: Any = type("Nothing", (), {"began": lambda *_, **__: None})()
+        nothing: Any = type("Nothing", (), {"began": lambda *_, **__: None, "memory": lambda *_: None})()
         of = saves.Saves(cast("Any", settings), nothing, cast("Any", trainers), nothing, background.Tasks())
         claim = {"id": 1, "step": 5, "persist": True, "room_bytes": MIB}
         await of.claim(cast("Any", Answers()), claim)
