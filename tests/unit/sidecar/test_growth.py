@@ -77,6 +77,11 @@ def test_ranks_that_grow_at_once_stay_within_the_limit(
     assert of.grow(1, 0, MIB) == MIB
     first.join()
     assert segments[0].capacity_bytes(0) == 3 * MIB
+    # The other slot that was never grown has a page.
+    room_bytes = MIB - arena.PAGE_BYTES
+    with pytest.raises(ArenaExhausted):
+        of.grow(1, 1, room_bytes + 1)
+    assert of.grow(1, 1, room_bytes) == room_bytes, "nothing but what is allocated counts, once nobody grows"
 
 
 def test_touching_memory_leaves_what_a_trainer_wrote_there(

@@ -46,8 +46,10 @@ class Growth:
         self._segments = segments
         self._limit_bytes = limit_bytes
         self._container = container
-        self._reserved: dict[tuple[int, int], int] = {}
-        """(rank, slot) -> the capacity that it is being given."""
+        self._growing: dict[int, int] = {}
+        """rank -> how many of its slots are being given memory."""
+        self._promised: dict[int, int] = {}
+        """rank of these -> bytes of its segment once they have it."""
         self._changing = threading.Lock()
         self._slots = {(rank, i): threading.Lock() for rank, s in segments.items() for i in range(s.header.num_slots)}
         self._turn = -1
@@ -71,30 +73,37 @@ class Growth:
             have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
             if room_bytes <= have:
                 return have  # it was given to it while this one waited
-            self._reserve(rank, slot, room_bytes)
+            self._reserve(rank, have, room_bytes)
             try:
                 return segment.grow(slot, room_bytes)
             finally:
-                with self._changing:
-                    del self._reserved[rank, slot]
-                    if not self._reserved:
-                        self._end_turn()
+                self._release(rank)
 
-    def _reserve(self, rank: int, slot: int, room_bytes: int) -> None:
+    def _reserve(self, rank: int, have: int, room_bytes: int) -> None:
         with self._changing:
-            if not self._reserved:
+            if not self._growing:
                 self._take_turn()
             try:
-                self._check(rank, slot, room_bytes)
+                promised = self._checked(rank, have, room_bytes)
             except BaseException:
-                if not self._reserved:
+                if not self._growing:
                     self._end_turn()
                 raise
-            self._reserved[rank, slot] = room_bytes
+            self._promised[rank] = promised
+            self._growing[rank] = self._growing.get(rank, 0) + 1
 
-    def _check(self, rank: int, slot: int, room_bytes: int) -> None:
-        has = {key: self._segments[key[0]].capacity_bytes(key[1]) for key in self._slots}
-        others = sum(max(has[key], self._reserved.get(key, 0)) for key in self._slots if key != (rank, slot))
+    def _release(self, rank: int) -> None:
+        with self._changing:
+            self._growing[rank] -= 1
+            if not self._growing[rank]:
+                del self._growing[rank], self._promised[rank]
+            if not self._growing:
+                self._end_turn()
+
+    def _checked(self, rank: int, have: int, room_bytes: int) -> int:
+        """Bytes of the rank's segment once it has `room_bytes` in a slot that has `have`, if everybody's promises may be kept then."""
+        allocated = {each: segment.allocated_bytes() for each, segment in self._segments.items()}
+        others = sum((allocated | self._promised).values()) - have
         if others + room_bytes > self._limit_bytes:
             raise ArenaExhausted(
                 needed_bytes=room_bytes,
@@ -103,18 +112,18 @@ class Growth:
                 f" of which the others have {others}",
             )
         level = self._container()
-        if level is None:
-            return
-        coming = sum(max(0, self._reserved[key] - has[key]) for key in self._reserved)
-        free = level.free_bytes - coming - SPARE_BYTES
-        if room_bytes - has[rank, slot] > free:
-            raise ArenaExhausted(
-                needed_bytes=room_bytes,
-                available_bytes=max(0, has[rank, slot] + free),
-                cause=f"the memory limit of this container ({level.path}) is {level.limit_bytes} bytes, of which"
-                f" {level.used_bytes + coming} are in use, and {SPARE_BYTES} stay free for the sidecar itself",
-                remedy="raise the container's memory limit, or save less at once",
-            )
+        if level is not None:
+            coming = sum(promised - allocated[each] for each, promised in self._promised.items())
+            free = level.free_bytes - coming - SPARE_BYTES
+            if room_bytes - have > free:
+                raise ArenaExhausted(
+                    needed_bytes=room_bytes,
+                    available_bytes=max(0, have + free),
+                    cause=f"the memory limit of this container ({level.path}) is {level.limit_bytes} bytes, of which"
+                    f" {level.used_bytes + coming} are in use, and {SPARE_BYTES} stay free for the sidecar itself",
+                    remedy="raise the container's memory limit, or save less at once",
+                )
+        return self._promised.get(rank, allocated[rank]) + room_bytes - have
 
     def _take_turn(self) -> None:
         folder = os.path.dirname(next(iter(self._segments.values())).path)

@@ -96,6 +96,10 @@ class Segment:
             os.close(fd)
             raise
 
+    def allocated_bytes(self) -> int:
+        """Bytes of all slots that are allocated: at once, where `capacity_bytes` of each walks their pages."""
+        return max(0, os.fstat(self._fd).st_blocks * 512 - arena.PAGE_BYTES)
+
     def capacity_bytes(self, slot: int, *, enough_bytes: int | None = None) -> int:
         """
         Bytes of the slot that are allocated: the length up to its first hole.
