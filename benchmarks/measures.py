@@ -24,6 +24,7 @@ import floors
 import torch
 
 import pillion
+from pillion import session
 
 SAVE_TIMEOUT_S = 600.0
 SIDECAR_GONE_S = 60.0
@@ -94,8 +95,7 @@ def checkpointer(root: Path, *, keep_last: int = 1) -> Iterator[pillion.Checkpoi
 def prepare(of: pillion.Checkpointer, state_dict: dict[str, Any]) -> None:
     """Load (there is nothing yet), which prepares the arena, and wait for it, as a trainer's first steps would."""
     of.load(state_dict)
-    if of._prepared is not None:
-        of._prepared.join()
+    of._saver.join(session.RESERVE_TIMEOUT_S)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 CUDA tensors through the arena: registered memory, a side stream, and no value of a later step in an earlier snapshot.
 
 Run where a GPU is lent (`pytest -m gpu`); elsewhere each test is skipped with the reason.
+What the path calls is held without a GPU by `tests/unit/client/test_device_copies.py` and `test_prepared.py`; here is what they cannot say.
 """
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 import pillion
 from support import deadlines
+from support.deadlines import Deadline, eventually
 
 pytestmark = pytest.mark.gpu
 
@@ -73,3 +77,57 @@ def test_an_overlapped_save_on_cuda_holds_the_values_of_its_own_step(tmp_path: P
         dcp.load(found, checkpoint_id=str(tmp_path / "step-1"))
     assert torch.equal(found["model"]["weight"], before.cpu())
     assert not torch.equal(model.weight.detach(), before)
+
+
+def test_a_state_that_grows_behind_the_load_is_saved_into_registered_memory(tmp_path: Path) -> None:
+    """The first save has the optimizer's state, for which nothing was prepared; then the sidecar dies, and its arena is another one."""
+    model = {f"w{number}": torch.randn(512, 512, device="cuda") for number in range(4)}
+    full = {**model, **{f"m{number}": torch.randn(1024, 1024, device="cuda") for number in range(8)}}
+    with pillion.Checkpointer(tmp_path, policy=POLICY) as checkpointer:
+        assert checkpointer.load(model) is None
+        for step in (1, 2):
+            checkpointer.save(full, step).result(SAVE)
+        first = checkpointer._session.mapping
+        for path in Path(checkpointer._session.runtime_dir).glob("segment-*"):
+            path.unlink()
+        os.kill(checkpointer._session.welcome["pid"], signal.SIGKILL)
+        eventually(lambda: checkpointer._session.mapping is not first, Deadline.SETTLE, "another arena")
+        eventually(lambda: not checkpointer._session._connection.lost, Deadline.SETTLE, "another sidecar")
+        checkpointer.save(full, 3).result(SAVE)
+    os.kill(
+        checkpointer._session.welcome["pid"], signal.SIGTERM
+    )  # one that came back lingers for trainers that may, too
+    for step in (1, 2, 3):
+        found = {name: torch.zeros(tensor.shape) for name, tensor in full.items()}
+        dcp.load(found, checkpoint_id=str(tmp_path / f"step-{step}"))
+        assert all(torch.equal(found[name], tensor.cpu()) for name, tensor in full.items())
+
+
+def test_a_conjugated_tensor_is_saved_as_what_it_says(tmp_path: Path) -> None:
+    """It is a flag over the memory of another tensor, which torch would apply beside the copy."""
+    numbers = torch.randn(1 << 22, dtype=torch.complex64, device="cuda")
+    with pillion.Checkpointer(tmp_path, policy=POLICY) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save({"z": numbers.conj()}, step).result(SAVE)
+    found = {"z": torch.zeros(1 << 22, dtype=torch.complex64)}
+    dcp.load(found, checkpoint_id=str(tmp_path / "step-2"))
+    assert torch.equal(found["z"], numbers.conj().resolve_conj().cpu())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_state_on_two_devices_holds_what_both_had_to_do(tmp_path: Path) -> None:
+    """Each has a stream and an event of its own; a kernel that is queued behind the save reaches neither snapshot."""
+    saved = {f"on{index}": torch.zeros(1 << 24, device=f"cuda:{index}") for index in range(2)}
+    with pillion.Checkpointer(tmp_path, policy=POLICY) as checkpointer:
+        handles = []
+        for step in range(1, 4):
+            for tensor in saved.values():
+                tensor.fill_(step)
+            handles.append(checkpointer.save(saved, step))
+            for tensor in saved.values():
+                tensor.fill_(-step)
+        for step, handle in enumerate(handles, start=1):
+            handle.result(SAVE)
+            found = {name: torch.zeros(1 << 24) for name in saved}
+            dcp.load(found, checkpoint_id=str(tmp_path / f"step-{step}"))
+            assert all(bool((tensor == step).all()) for tensor in found.values())

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import operator
 import os
-import threading
 import time
 import types
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ import torch.distributed as dist
 
 from pillion import cadence, ending, group, loading, policy_source, rules, saving, storing
 from pillion import leaves as leaves_module
-from pillion import session as session_module
 from pillion.errors import SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 from pillion.wire import messages, names, policy
@@ -95,7 +93,6 @@ class Checkpointer:
             decides=self._group.rank == 0,
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
-        self._prepared: threading.Thread | None = None
         self._session.listen()
         ending.drain_at_exit(self)
 
@@ -259,24 +256,8 @@ class Checkpointer:
         self._last = self._last_stored = None
         if report.step is not None:
             self._cadence.loaded(report.step, time.monotonic())
-        self._prepare(leaves)
+        self._saver.prepare(leaves)
         return report.step
-
-    def _prepare(self, leaves: leaves_module.Leaves) -> None:
-        """Have the arena ready before the first save, which is like `leaves`, beside whatever the trainer does until then."""
-
-        before = self._prepared
-
-        def prepare() -> None:
-            if before is not None:  # one load after another: the pages of a slot are registered by one thread at a time
-                before.join(session_module.RESERVE_TIMEOUT_S)
-            try:
-                self._saver.prepare(leaves)
-            except Exception as err:  # a boundary: the arena may be gone by now
-                _log.warning("pillion: the arena is not prepared, the first save does it: %s", err)
-
-        self._prepared = threading.Thread(target=prepare, name="pillion-prepare", daemon=True)
-        self._prepared.start()
 
     def latest(self) -> Checkpoint | None:
         """
@@ -317,8 +298,6 @@ class Checkpointer:
         owed = self.in_flight()
         if self._last_stored is not None and self._last_stored not in owed:
             owed.append(self._last_stored)
-        if self._prepared is not None:
-            self._prepared.join(session_module.RESERVE_TIMEOUT_S)
         self._saver.close()
         try:
             drain_s = self._policy.drain.timeout_seconds if timeout_s is None else timeout_s
@@ -326,6 +305,7 @@ class Checkpointer:
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
         finally:
+            self._saver.join()
             ending.closed(self, owed)
 
     def __enter__(self) -> Checkpointer:

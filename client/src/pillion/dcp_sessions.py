@@ -181,6 +181,7 @@ class Saves:
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
         finally:
+            self._saver.join()
             self._events.close()
             ending.closed(self, owed)
 

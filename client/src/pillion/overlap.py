@@ -36,6 +36,8 @@ two busy cores, where a copy takes 0.7 s); one in 4 KiB takes 10 to 25 ms, and a
 _INTEGERS: Final[Mapping[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> the dtype that its bits are compared as: NaN is not equal to itself."""
 
+_NO_MARKS: Final[Mapping[torch.device, Any]] = {}
+
 
 class Steppers:
     """The optimizers that were seen to step: what they hold changes in `step()` alone. Thread-safe."""
@@ -109,12 +111,12 @@ class Sample:
         self._taken = [_elements([tensors[index] for index in group]) for group in self._groups]
 
     @modes.off()
-    def changed(self, *, ready: Any = None) -> int | None:
+    def changed(self, *, ready: Mapping[torch.device, Any] = _NO_MARKS) -> int | None:
         """
         Index of a tensor whose elements are no longer what they were; None when there is none.
 
         Args:
-            ready: a CUDA event behind the taking of this sample; None without a GPU.
+            ready: for each CUDA device an event behind the taking of this sample.
 
         Blocks: on a GPU, for one small copy on a stream of its own.
         """
@@ -123,7 +125,7 @@ class Sample:
             if taken.is_cuda:
                 # Not on the current stream: behind a whole backward pass the answer would come too late.
                 stream = torch.cuda.Stream(taken.device)
-                stream.wait_event(ready)
+                stream.wait_event(ready[taken.device])
                 with torch.cuda.stream(stream):
                     same = (_elements(tensors) == taken).cpu()
             else:

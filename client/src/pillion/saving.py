@@ -26,13 +26,13 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
+from pillion import devices, modes, phases, preparing, stateful
 from pillion import leaves as leaves_module
-from pillion import modes, phases, staging, stateful
 from pillion import opaque as opaque_module
 from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle, log_lost
-from pillion.session import Session
+from pillion.session import Grant, Session
 from pillion.wire import arena, layout
 
 _log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class Saver:
         self._warned = False
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
+        self._ahead = preparing.Preparer(session)
         self._steppers = overlap_module.Steppers()
         self._changing: set[str] = set()
         """FQNs of tensors that were found changed under an overlapped copy, by other things than an optimizer's step."""
@@ -209,14 +210,9 @@ class Saver:
         destination: Mapping[str, Any] | None,
         started: float,
     ) -> None:
-        slot = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
-        self._mapping().copy_in(slot, leaves)
-        self._seal(handle, slot, leaves, opaque, stall_s=time.perf_counter() - started)
-
-    def _mapping(self) -> staging.SegmentMapping:
-        if self._session.mapping is None:
-            raise StagingError("the session has no arena")
-        return self._session.mapping
+        grant = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
+        grant.mapping.copy_in(grant.slot, leaves, capacity_bytes=grant.capacity_bytes)
+        self._seal(handle, grant, leaves, opaque, stall_s=time.perf_counter() - started)
 
     def _claim(
         self,
@@ -227,9 +223,8 @@ class Saver:
         persist: bool,
         destination: Mapping[str, Any] | None,
         hurried: bool,
-    ) -> int:
+    ) -> Grant:
         session = self._session
-        self._mapping()
         _, image_bytes = leaves.layout.opaque_starts([len(data) for data in opaque])
         num_leaves = len(leaves.tensors) + len(opaque)
         room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
@@ -245,15 +240,15 @@ class Saver:
                 on_wait=lambda: waiting.enter_context(_hurry.paused()) if hurried else None,
             )
         phases.reach(phases.Phase.STAGE, rank=session.group.rank, step=handle.step)
-        return grant.slot
+        return grant
 
     def _seal(
-        self, handle: SaveHandle, slot: int, leaves: leaves_module.Leaves, opaque: list[bytes], *, stall_s: float
+        self, handle: SaveHandle, grant: Grant, leaves: leaves_module.Leaves, opaque: list[bytes], *, stall_s: float
     ) -> None:
         session = self._session
         phases.reach(phases.Phase.SEAL, rank=session.group.rank, step=handle.step)
-        self._mapping().seal(
-            slot,
+        grant.mapping.seal(
+            grant.slot,
             leaves=leaves,
             opaque=opaque,
             step=handle.step,
@@ -263,6 +258,9 @@ class Saver:
         )
         session.sealed(handle.step, stall_s=stall_s)
         handle.resolve_staged()
+        if grant.room_bytes > self._ahead.room_bytes:
+            # With some more for what grows a little each time: not every save is to be looked ahead of.
+            self._look_ahead(leaves, grant.room_bytes + OPAQUE_SLACK_BYTES)
 
     # --- overlapped --------------------------------------------------------------------------------------------------
 
@@ -287,29 +285,27 @@ class Saver:
         if early and not late:
             self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
             return
-        slot = None
+        grant = None
         if early:
-            slot = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
-            self._mapping().copy_in(slot, leaves, only=early)
+            grant = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
+            grant.mapping.copy_in(grant.slot, leaves, only=early, capacity_bytes=grant.capacity_bytes)
         with modes.off():
             tensors = [tensor.clone() if overlap_module.is_small(tensor) else tensor for tensor in leaves.tensors]
         frozen = leaves_module.Leaves(leaves.layout, tensors, leaves.opaque)
         waiting = [tensors[index] for index in late]
         watched = _Watched(late, leaves_module.versions(waiting), overlap_module.Sample(waiting))
         rest = sorted(set(range(len(tensors))).difference(early)) if early else None
-        ready = None
-        if any(tensor.is_cuda for tensor in tensors):
-            ready = torch.cuda.Event()
-            ready.record()
-
+        used = devices.of(tensors)
+        ready = devices.marks(used)
         held_s = time.perf_counter() - started if early else 0.0
 
         def stage() -> None:
             try:
-                into = slot
+                devices.use(used)
+                into = grant
                 if into is None:
                     into = self._claim(handle, frozen, opaque, persist=persist, destination=destination, hurried=False)
-                self._mapping().copy_in(into, frozen, only=rest, ready=ready)
+                into.mapping.copy_in(into.slot, frozen, only=rest, ready=ready, capacity_bytes=into.capacity_bytes)
                 self._check_unchanged(frozen, watched, ready)
                 self._seal(handle, into, frozen, opaque, stall_s=held_s)
             except Exception as err:  # a boundary, as in save()
@@ -338,7 +334,9 @@ class Saver:
         handle.stall_s += time.perf_counter() - started
         self._staging = self._staging_handle = None
 
-    def _check_unchanged(self, leaves: leaves_module.Leaves, watched: _Watched, ready: object) -> None:
+    def _check_unchanged(
+        self, leaves: leaves_module.Leaves, watched: _Watched, ready: Mapping[torch.device, Any]
+    ) -> None:
         """
         An overlapped save whose tensors were changed during the copy is torn, and must not be sealed.
 
@@ -381,27 +379,28 @@ class Saver:
         self._session.abandon(handle.step, told, persist=persist, gathers=self._gathers)
         handle.fail(error)
 
-    def prepare(self, layout_of: leaves_module.Leaves) -> None:
-        """
-        Have the arena ready for saves of this layout: allocated, touched, mapped, registered.
+    # --- ahead of saves ----------------------------------------------------------------------------------------------
 
-        Called from: a thread of the client, ahead of the first save. Failing is not an error: the first save then
-        does it, and reports.
-        """
-        mapping = self._session.mapping
-        of = layout_of.layout
-        self._collector.adopt(layout_of)
+    def prepare(self, leaves: leaves_module.Leaves) -> None:
+        """Have the arena made ready for saves that are like `leaves`, beside whatever the trainer does until then. Never blocks."""
+        of = leaves.layout
+        self._collector.adopt(leaves)
         num_leaves = len(of.items) + len(of.opaque)
-        opaque_bytes = sum(opaque_module.estimated_bytes(leaf) for leaf in layout_of.opaque)
+        opaque_bytes = sum(opaque_module.estimated_bytes(leaf) for leaf in leaves.opaque)
         room = arena.room_bytes(of.tensors_bytes + opaque_bytes, len(of.encoded), OPAQUE_SLACK_BYTES, num_leaves)
-        for slot, capacity_bytes in enumerate(self._session.reserve(room)):
-            if mapping is not None:
-                mapping.populate(slot, capacity_bytes)
-                mapping.warm(slot, of)
+        self._look_ahead(leaves, room)
+
+    def _look_ahead(self, leaves: leaves_module.Leaves, room_bytes: int) -> None:
+        self._ahead.begin(preparing.Need(room_bytes, leaves.layout, devices.of(leaves.tensors)))
 
     def close(self) -> None:
-        """Remove the optimizer hook. Blocks: until an overlapped save is staged."""
+        """Remove the optimizer hook; no preparing begins any more. Blocks: until an overlapped save is staged."""
         self.wait_staged()
+        self._ahead.close()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def join(self, timeout_s: float = preparing.END_TIMEOUT_S) -> None:
+        """Wait for what is being prepared. Called from: whoever has closed the session, or measures. Blocks: up to `timeout_s`."""
+        self._ahead.join(timeout_s)

@@ -38,6 +38,10 @@ REQUEST_TIMEOUT_S: Final = 30.0
 """Bound for answers that take no I/O on storage (reserve: it allocates and touches memory, about 1 s a GiB)."""
 RESERVE_TIMEOUT_S: Final = 600.0
 """Bound for the arena to be allocated and touched: 600 s are 600 GiB on the slowest machine measured."""
+HELLO_PAUSE_S: Final = 0.1
+HELLO_PAUSE_MOST_S: Final = 2.0
+"""Pause before another hello where the sidecar went away instead of an answer, doubled from the first to the second: a run before that has
+just closed is gone in 0.1 s, and one that dies of each hello is not to be started hundreds of times."""
 OVERLAP_WAIT_S: Final = 1800.0
 """Bound for `overlap: Wait`: a save that storage did not take in half an hour is reported, not waited for."""
 OWED_MOST: Final = 64
@@ -52,37 +56,16 @@ RECONNECT_PAUSE_SLOW_S: Final = 30.0
 back after an hour must not go on without checkpoints."""
 
 
-def injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """
-    What the injected sidecar goes by, asked before there is a session.
-
-    Blocks: up to CONNECT_TIMEOUT_S for it to listen.
-
-    Returns:
-        The policy as a document. None: a run without a cluster, or it does not say; opening the session then tells why.
-    """
-    if names.ENV_RUNTIME_DIR not in environ:
-        return None
-    path = os.path.join(environ[names.ENV_RUNTIME_DIR], names.CONTROL_SOCKET)
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            answer = connection.ask(path, {"type": "policy"}, REQUEST_TIMEOUT_S)
-            return messages.optional_field(answer, "policy", dict)
-        except messages.BadFrame:
-            return None
-        except SidecarUnavailable:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(embedded.POLL_S)
-
-
 @dataclass(frozen=True, slots=True)
 class Grant:
     """A slot that this rank may fill for one step."""
 
     slot: int
     capacity_bytes: int
+    room_bytes: int
+    """How much of it was asked for."""
+    mapping: staging.SegmentMapping
+    """What the slot is one of; a sidecar that is replaced may have another."""
 
 
 class Session:
@@ -140,9 +123,10 @@ class Session:
     # --- being connected -------------------------------------------------------------------------------------------
 
     def _greet(self, timeout_s: float) -> connection.Connection:
-        deadline = time.monotonic() + timeout_s
-        while True:
+        deadline, pause_s = time.monotonic() + timeout_s, HELLO_PAUSE_S
+        for attempt in itertools.count(1):
             link = self._connect(deadline)
+            why = "the sidecar closed the connection"
             try:
                 self._hello(link)
                 with self._lock:
@@ -150,15 +134,27 @@ class Session:
                         # Both at once: a loss from here on starts a search, which begins by closing this one.
                         self._greeted, self._connection = True, link
                         return link
-            except SidecarUnavailable:
+            except SidecarUnavailable as err:
                 # One that was at its end (the run before has just closed) took the connection with it: its successor answers.
-                if not link.lost or time.monotonic() > deadline:
+                if not link.lost:
                     link.close()
                     raise
+                why = str(err)
             except BaseException:
                 link.close()
                 raise
             link.close()
+            why = f"{why}, and did not answer the hello ({attempt} so far){self._its_log}"
+            if attempt > 1:
+                _log.warning("pillion: %s", why)
+            if time.monotonic() > deadline or self._closed.wait(pause_s):
+                raise SidecarUnavailable(why)
+            pause_s = min(pause_s * 2, HELLO_PAUSE_MOST_S)
+        raise AssertionError("the count never ends")
+
+    @property
+    def _its_log(self) -> str:
+        return "" if self.injected else f" (its log: {embedded.log_path(self.runtime_dir)})"
 
     def _connect(self, deadline: float) -> connection.Connection:
         self._greeted = False
@@ -208,15 +204,16 @@ class Session:
         theirs = messages.field(self.welcome, "segment", str)
         # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
         if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
-            self.mapping = staging.SegmentMapping(theirs)
+            before, self.mapping = self.mapping, staging.SegmentMapping(theirs)
+            if before is not None:
+                before.close()
 
     def _on_lost(self, reason: str) -> None:
         with self._lock:
             if not self._greeted:
                 return  # whoever greets sees it, and tries again
-        log = "" if self.injected else f" (its log: {embedded.log_path(self.runtime_dir)})"
         error = SidecarUnavailable(
-            f"{reason}{log}; what was sealed stays in the arena, and the sidecar's successor persists it"
+            f"{reason}{self._its_log}; what was sealed stays in the arena, and the sidecar's successor persists it"
         )
         _log.warning("pillion: %s", error)
         self._fail_all(error)
@@ -403,6 +400,10 @@ class Session:
             StagingError: under `overlap: Wait` no slot was free within the bound.
             ArenaExhausted, SidecarUnavailable.
         """
+        # In this order: as long as the connection lives, the mapping is that of its sidecar.
+        link, mapping = self._link, self.mapping
+        if mapping is None:
+            raise StagingError("the session has no arena")
         claim = {
             "type": "claim",
             "step": step,
@@ -415,7 +416,7 @@ class Session:
         each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
         deadline = time.monotonic() + OVERLAP_WAIT_S
         waited = False
-        with contextlib.closing(self._link.stream(claim, each_s)) as answers:
+        with contextlib.closing(link.stream(claim, each_s)) as answers:
             for answer in answers:
                 if answer["type"] != "waiting":
                     break
@@ -424,7 +425,8 @@ class Session:
                     on_wait()
                 if time.monotonic() > deadline:
                     raise StagingError(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
-        return Grant(messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int))
+        slot, capacity_bytes = messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int)
+        return Grant(slot, capacity_bytes, room_bytes, mapping)
 
     def sealed(self, step: int, *, stall_s: float) -> None:
         """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-from pillion import group, policy_source
+from pillion import connection, embedded, group, policy_source
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable
 from pillion.wire import messages, names
@@ -52,14 +53,39 @@ def policy_of_all(
     """
     The policy that all ranks begin with, as rank 0 knows it: the injected sidecar's, else the document's. See `group.join`.
 
-    Blocks: see `session.injected_policy` and `policy_source.read`.
+    Blocks: see `_injected_policy` and `policy_source.read`.
     """
     if names.ENV_RUNTIME_DIR in environ:
-        return session_module.injected_policy(environ)
+        return _injected_policy(environ)
     try:
         return policy_source.read(policy_source.document(given, environ))
     except SettingsError:
         return None  # the other ranks wait for this one; it is raised when the session is opened
+
+
+def _injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """
+    What the injected sidecar goes by, asked before there is a session.
+
+    Blocks: up to session_module.CONNECT_TIMEOUT_S for it to listen.
+
+    Returns:
+        The policy as a document. None: a run without a cluster, or it does not say; opening the session then tells why.
+    """
+    if names.ENV_RUNTIME_DIR not in environ:
+        return None
+    path = os.path.join(environ[names.ENV_RUNTIME_DIR], names.CONTROL_SOCKET)
+    deadline = time.monotonic() + session_module.CONNECT_TIMEOUT_S
+    while True:
+        try:
+            answer = connection.ask(path, {"type": "policy"}, session_module.REQUEST_TIMEOUT_S)
+            return messages.optional_field(answer, "policy", dict)
+        except messages.BadFrame:
+            return None
+        except SidecarUnavailable:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(embedded.POLL_S)
 
 
 def open_session(

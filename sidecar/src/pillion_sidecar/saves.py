@@ -20,6 +20,7 @@ from pillion import phases
 from pillion.errors import (
     BarrierTimeout,
     ErrorDocument,
+    InternalError,
     PillionError,
     RemoteFailure,
     SaveError,
@@ -156,6 +157,19 @@ class Saves:
         pod = self._trainers.require_pod()
         self._look_ahead(pod, rank, room_bytes)
         return [await asyncio.to_thread(pod.grow, rank, slot, room_bytes) for slot in range(pod.policy.staging.slots)]
+
+    def begin_reserve(self, client: Client, message: messages.Message) -> None:
+        """`reserve`, and its answer, beside what else the rank says: its saves go on meanwhile."""
+        room = messages.field(message, "room_bytes", int)
+        self._tasks.start(self._answer_reserve(client, message, room), "reserve")
+
+    async def _answer_reserve(self, client: Client, message: messages.Message, room_bytes: int) -> None:
+        try:
+            client.answer(message, {"type": "reserved", "capacities": await self.reserve(client.rank, room_bytes)})
+        except PillionError as err:
+            client.refuse(message, err)
+        except OSError as err:
+            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))
 
     def _look_ahead(self, pod: Pod, rank: int, room_bytes: int) -> None:
         """Whether all slots of all ranks will fit, now that a rank says how large its state is."""

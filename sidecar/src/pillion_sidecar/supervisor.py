@@ -277,8 +277,7 @@ class Supervisor:
             step = messages.field(message, "step", int)
             self.saves.fail_rank(step, client.rank, error, persist=persist, gathers=gathers)
         elif kind == "reserve":
-            capacities = await self.saves.reserve(client.rank, messages.field(message, "room_bytes", int))
-            client.answer(message, {"type": "reserved", "capacities": capacities})
+            self.saves.begin_reserve(client, message)
         elif kind == "load":
             await self.loads.ask(client, message)
         elif kind == "load_done":

@@ -24,7 +24,7 @@ from pillion.wire import arena
 
 STRIDE_BYTES = 16 * 1024**2
 LARGE = 3_000_000
-"""Elements that two threads share: more than staging.SPLIT_BYTES."""
+"""Elements that two threads share: more than host_copies.SPLIT_BYTES."""
 
 
 class Refusing(TorchFunctionMode):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from pillion import leaves, staging
+from pillion import host_copies, leaves, staging
 from pillion.wire import arena
 from support.deadlines import Deadline
 
@@ -53,7 +53,7 @@ def test_thousands_of_tensors_are_copied_in_one_call_a_thread(segment: Path, mon
         return copy_all(targets, sources, *rest)
 
     monkeypatch.setattr(torch, "_foreach_copy_", counted)
-    monkeypatch.setattr(staging, "_copy_one", None)
+    monkeypatch.setattr(host_copies, "copy_one", None)
     state = {f"layer.{number}": torch.full((64,), float(number)) for number in range(NUM_TENSORS)}
     mapping = staging.SegmentMapping(str(segment))
     with contextlib.closing(mapping):

@@ -6,6 +6,7 @@ Must never: start an executor, or a trainer.
 """
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pillion_sidecar.journal import Journal
 from pillion_sidecar.pod import Pod
 from pillion_sidecar.saves import Saves
 from pillion_sidecar.trainers import Trainers
+from support.deadlines import Deadline
 from support.identities import identity
 
 MIB = 2**20
@@ -82,4 +84,34 @@ def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, 
         with pytest.raises(UsageError, match="is not the policy's"):
             asyncio.run(claimed())
         assert scene.pod.table.saves == {}
+    scene.pod.close()
+
+
+def test_a_rank_whose_slots_grow_may_save_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparing takes a second a GiB and slot; a claim that waited for all of it would hold training up for slots that it does not need."""
+    scene = Scene(tmp_path)
+    answers: list[str] = []
+    client: Any = scene
+    scene.answer = lambda _, answer: answers.append(answer["type"])  # type: ignore[attr-defined] # a client answers
+    may_grow = threading.Event()
+    grow = scene.pod.grow
+
+    def slowly(rank: int, slot: int, room_bytes: int) -> int:
+        if room_bytes > MIB:
+            assert may_grow.wait(Deadline.REPLY.s)
+        return grow(rank, slot, room_bytes)
+
+    monkeypatch.setattr(scene.pod, "grow", slowly)
+
+    async def told() -> None:
+        scene.saves.begin_reserve(client, {"type": "reserve", "room_bytes": 2 * MIB})
+        await scene.saves.claim(client, {"type": "claim", "step": 1, "persist": True, "room_bytes": 100})
+        assert answers == ["claimed"]
+        may_grow.set()
+        async with asyncio.timeout(Deadline.REPLY.s):
+            while len(answers) < 2:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(told())
+    assert answers == ["claimed", "reserved"]
     scene.pod.close()

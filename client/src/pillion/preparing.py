@@ -1,0 +1,106 @@
+"""
+The arena, made ready beside training: slots that are large enough before a save needs them.
+
+Called from: `pillion.saving`, behind a load and behind each save that was larger than those before. One rank's slots take a second a GiB to
+allocate and touch, and on a GPU some 0.1 s more to register; the first save of a state that nobody loaded pays for its own slot, and
+no later one does.
+
+Failing is no error: the save that needs the room then asks for it, and reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from pillion import devices
+from pillion.errors import SidecarUnavailable
+from pillion.session import Session
+from pillion.wire import layout
+
+_log = logging.getLogger(__name__)
+
+END_TIMEOUT_S: Final = 30.0
+"""Bound for the thread to end once the session is closed: it is in one call then, that maps 64 MiB or registers a GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a save will need of every slot."""
+
+    room_bytes: int
+    layout: layout.Layout
+    devices: Sequence[torch.device]
+
+
+class Preparer:
+    """
+    Prepares the slots of one session.
+
+    Owns: a thread while it is at work; never two, as pages are registered once.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._next: Need | None = None
+        self._closed = False
+        self.room_bytes = 0
+        """The largest room that was asked for."""
+
+    def begin(self, need: Need) -> None:
+        """Prepare, behind what is being prepared. Never blocks."""
+        with self._lock:
+            if self._closed:
+                return
+            self.room_bytes = max(self.room_bytes, need.room_bytes)
+            self._next = need
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="pillion-prepare", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # a limit: the saves do it themselves
+                    return
+                self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                need, self._next = self._next, None
+                if need is None or self._closed:
+                    self._thread = None
+                    return
+            try:
+                self._prepare(need)
+            except SidecarUnavailable as err:
+                _log.info("pillion: the arena is not prepared: %s", err)
+            except (
+                Exception
+            ) as err:  # a boundary: nothing that goes wrong ahead of a save may end the trainer's thread of it
+                _log.warning("pillion: the arena is not prepared, a save that needs it does it: %s", err)
+
+    def _prepare(self, need: Need) -> None:
+        devices.use(need.devices)
+        # Read before the request: one that was replaced since says so, and is not filled by what its successor answers.
+        mapping = self._session.mapping
+        for slot, capacity_bytes in enumerate(self._session.reserve(need.room_bytes)):
+            if mapping is not None:
+                mapping.populate(slot, capacity_bytes, need.devices)
+                mapping.warm(slot, need.layout)
+
+    def close(self) -> None:
+        """Begin nothing more. What is at work goes on until the session is closed; see `join`."""
+        with self._lock:
+            self._closed = True
+
+    def join(self, timeout_s: float = END_TIMEOUT_S) -> None:
+        """Wait for the thread. Blocks: up to `timeout_s`."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
