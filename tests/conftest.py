@@ -22,7 +22,8 @@ CLUSTERS: Final = ("auto", "built", "kind", "existing")
 """Providers of cluster.harness, which is not imported where no cluster is asked for."""
 
 CLUSTER_TIMEOUT_S: Final = 600
-"""The wall for one test on a cluster: it starts pods, some of them twice, and waits for kubelets."""
+"""The wall for one test on a cluster: it starts pods, some of them twice, and waits for kubelets. What fixtures make has bounds of its own: a
+cluster from empty caches takes longer than any test, and none of its parts may."""
 
 LEVELS_WITH_PROCESSES: Final = ("process", "distributed")
 
@@ -58,9 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         level = _level(item)
         item.add_marker(level)
         if level == "cluster":
-            item.add_marker(pytest.mark.timeout(CLUSTER_TIMEOUT_S))
+            item.add_marker(pytest.mark.timeout(CLUSTER_TIMEOUT_S, func_only=True))
             if not item.config.getoption("--cluster"):
-                item.add_marker(pytest.mark.skip(reason="needs a cluster: make test-cluster"))
+                item.add_marker(pytest.mark.skip(reason="needs a cluster: make test-cluster, make test-owners"))
         # The list is shared by the parametrized items of one function.
         names = item.fixturenames if isinstance(item, pytest.Function) else []
         if level in LEVELS_WITH_PROCESSES and "nothing_left" not in names:

@@ -16,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from cluster.harness import binaries, clusters
+from cluster.harness import binaries, clusters, progress
 from cluster.harness.machine import HarnessError
 from support import jobs
 from support.deadlines import Deadline, eventually
@@ -50,6 +50,14 @@ class Training:
         self.kube.create(*job)
 
 
+@contextlib.contextmanager
+def aloud(config: pytest.Config) -> Iterator[None]:
+    """What is written in the block is seen at once: the harness says where it is while it builds, which takes minutes."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster(pytestconfig: pytest.Config) -> Iterator[clusters.Cluster]:
     """The cluster; where it cannot be had, the tests fail and say why."""
@@ -57,30 +65,34 @@ def cluster(pytestconfig: pytest.Config) -> Iterator[clusters.Cluster]:
     try:
         found = clusters.choose(str(pytestconfig.getoption("--cluster")))
         if not (keep and found.is_up()):
-            found.up()
+            with aloud(pytestconfig):
+                found.up()
     except HarnessError as err:
         pytest.exit(f"no cluster: {err}", returncode=4)
     yield found
     everywhere = Kube(found.kubectl, found.kubeconfig, "default")
-    eventually(lambda: not _leftovers(everywhere), Deadline.POD_GONE, "the namespaces of the tests to be gone")
+    eventually(lambda: not leftovers(everywhere), Deadline.POD_GONE, "the namespaces of the tests to be gone")
     if not keep:
         found.down()
 
 
-def _leftovers(kube: Kube) -> list[str]:
+def leftovers(kube: Kube) -> list[str]:
+    """Namespaces of tests that are still there."""
     return [name for each in kube.all("namespaces") if (name := each["metadata"]["name"]).startswith(PREFIX)]
 
 
 @pytest.fixture(scope="session")
-def release(cluster: clusters.Cluster) -> Iterator[Release]:
+def release(cluster: clusters.Cluster, pytestconfig: pytest.Config) -> Iterator[Release]:
     """The product, installed from the chart with the images of this checkout."""
     try:
-        cluster.build_and_load()
-        helm = Path(shutil.which("helm") or binaries.program("helm"))
+        with aloud(pytestconfig):
+            cluster.build_and_load()
+            helm = Path(shutil.which("helm") or binaries.program("helm"))
     except HarnessError as err:
         pytest.exit(f"no images: {err}", returncode=4)
     found = Release(helm, Kube(cluster.kubectl, cluster.kubeconfig, NAMESPACE))
-    found.install()
+    with aloud(pytestconfig), progress.step("installing the chart"):
+        found.install()
     yield found
     found.uninstall()
 

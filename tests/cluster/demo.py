@@ -20,7 +20,7 @@ from typing import Final
 
 import yaml
 
-from cluster.harness import binaries, clusters
+from cluster.harness import binaries, clusters, progress
 from cluster.harness.machine import HarnessError
 from support import jobs
 from support.deadlines import Deadline
@@ -73,7 +73,8 @@ def tell(cluster: clusters.Cluster) -> None:
     kube = Kube(cluster.kubectl, cluster.kubeconfig, TEAM)
     release = Release(Path(shutil.which("helm") or binaries.program("helm")), Kube(*_at(kube), NAMESPACE))
     say("$ helm install pillion charts/pillion -n pillion-system --create-namespace")
-    release.install()
+    with progress.step("installing the chart"):
+        release.install()
     kube.run("create", "namespace", TEAM)
     folder = cluster.volume(TEAM)
     kube.apply(*jobs.claim(TEAM, folder))

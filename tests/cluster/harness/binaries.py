@@ -1,18 +1,23 @@
 """
 The whole of: the programs of the cluster, built from their Go modules and kept in a cache.
 
-Called from: `built`, and the chart's tests (helm). The key of the cache is the hash of a module's go.mod and go.sum, so that a new
-version is a new folder. Must never: write a binary in place; a build that was cut off leaves nothing.
+Called from: `built`, `images`, and the chart's tests (helm). The key of the cache is the hash of a module's folder, so that a new
+version is a new folder. Programs are built one by one, each within a bound of its own, and each is kept as soon as it is there; a
+build that its bound has ended goes on at the next try where it was, as Go keeps each package that it has compiled (`go env GOCACHE`).
+Must never: write a binary in place; a build that was cut off leaves nothing there.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from cluster.harness import progress
 from cluster.harness.limits import Limit, cache_folder
 from cluster.harness.machine import HarnessError, run
 
@@ -24,9 +29,20 @@ PROGRAMS: Final = {
     "helm": ("helm",),
     "kwok": ("kwok",),
     "pause": ("pause",),
+    "training-operator": ("training-operator",),
+    "kueue": ("kueue",),
+    "kuberay": ("ray-operator",),
+    "cert-manager": ("cert-manager",),
 }
 """By folder under modules/: the programs that are built there."""
-_PACKAGES: Final = {"etcd": ("go.etcd.io/etcd/server/v3",), "pause": (".",)}
+CLUSTER: Final = tuple(name for each in ("kubernetes", "etcd", "coredns", "helm", "pause") for name in PROGRAMS[each])
+"""The programs that every cluster needs."""
+_PACKAGES: Final = {
+    "etcd": "go.etcd.io/etcd/server/v3",
+    "pause": ".",
+    "training-operator": "github.com/kubeflow/training-operator/cmd/training-operator.v1",
+    "cert-manager": ".",
+}
 """Where the package's last word is not the program's name."""
 
 
@@ -38,6 +54,11 @@ def folder(module: str) -> Path:
     return cache_folder() / "bin" / f"{module}-{digest.hexdigest()[:16]}"
 
 
+def place(name: str) -> Path:
+    """Where a program is, or would be."""
+    return folder(_module(name)) / name
+
+
 def program(name: str) -> Path:
     """
     A program, built when it is not there. Blocks: up to Limit.BUILD.
@@ -45,46 +66,62 @@ def program(name: str) -> Path:
     Raises:
         HarnessError: there is no Go, or it does not build.
     """
-    module = next(module for module, names in PROGRAMS.items() if name in names)
-    path = folder(module) / name
-    if not path.exists():
-        build(module)
-    return path
+    build([name])
+    return place(name)
 
 
-def build(module: str) -> Path:
-    """Build all programs of a module; their folder."""
-    target = folder(module)
-    if target.exists():
-        return target
-    if shutil.which("go") is None:
-        raise HarnessError("go is not on this machine: the programs of the cluster are built with it (1.24 or newer)")
+def build(names: Iterable[str]) -> None:
+    """
+    Build those of these programs that are not there, one after another, and say which. Blocks: up to Limit.BUILD for each.
+
+    Raises:
+        HarnessError: there is no Go, or one does not build; those before it are kept.
+    """
+    missing = [name for name in names if not place(name).exists()]
+    if missing and shutil.which("go") is None:
+        raise HarnessError("go is not on this machine: the programs of the cluster are built with it (1.26 or newer)")
+    for number, name in enumerate(missing, start=1):
+        with progress.step(f"building {name} from its Go module ({number} of {len(missing)})"):
+            _build(name)
+
+
+def source(name: str, path: str) -> Path:
+    """
+    The folder of an upstream's module, at the version of a program: its CRDs and manifests. Blocks: up to Limit.BUILD.
+
+    Args:
+        name: of the program.
+        path: of the module, as in its go.mod.
+    """
+    said = run("go", "mod", "download", "-json", path, limit=Limit.BUILD, cwd=MODULES / _module(name))
+    return Path(json.loads(said)["Dir"])
+
+
+def _build(name: str) -> None:
+    target, source = place(name), MODULES / _module(name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = MODULES / module
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath -buildvcs=false"}
-    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+    with tempfile.TemporaryDirectory(dir=target.parents[1]) as made:
         run(
-            *("go", "build", "-ldflags", f"-s -w {_version_flags(source)}", "-o", f"{made}/"),
-            *(_PACKAGES.get(module) or _tools(source)),
+            *("go", "build", "-ldflags", f"-s -w {_version_flags(source)}", "-o", f"{made}/{name}"),
+            _PACKAGES.get(name) or _tool(source, name),
             limit=Limit.BUILD,
             cwd=source,
             env=environment,
         )
-        built = sorted(Path(made).iterdir())
-        # A package that is called otherwise (server/v3) gives the binary its own last word.
-        if module == "etcd":
-            built[0].rename(Path(made) / "etcd")
-        shutil.move(made, target)
-        Path(made).mkdir()
-    target.chmod(0o755)
-    return target
+        os.replace(f"{made}/{name}", target)
 
 
-def _tools(source: Path) -> tuple[str, ...]:
+def _module(name: str) -> str:
+    return next(module for module, names in PROGRAMS.items() if name in names)
+
+
+def _tool(source: Path, name: str) -> str:
+    """The package of the module's tools whose last word is the program's name."""
     text = (source / "go.mod").read_text()
     found = re.search(r"^tool \(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL)
     listed = found[1].split() if found else re.findall(r"^tool (\S+)$", text, flags=re.MULTILINE)
-    return tuple(listed)
+    return next(str(each) for each in listed if each.rpartition("/")[2] == name)
 
 
 def _version_flags(source: Path) -> str:

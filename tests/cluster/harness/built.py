@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from cluster.harness import binaries, control_plane, images, node, packages, pki
+from cluster.harness import binaries, control_plane, images, node, packages, pki, progress
 from cluster.harness.limits import Limit, cache_folder, state_folder
 from cluster.harness.machine import HarnessError, Machine, make_network, remove_network, route, run, set_link
 from cluster.harness.node import CONTAINERD_SOCKET
@@ -72,13 +72,17 @@ class Built:
         return self.kubeconfig.exists() and all(each.pid and each.alive() for each in self.machines.values())
 
     def up(self) -> None:
-        """Make the cluster: control plane, two nodes, DNS. Blocks: minutes, or an hour with an empty cache."""
+        """Make the cluster: control plane, two nodes, DNS. Blocks: minutes, or an hour with an empty cache; says where it is."""
         packages.require()
         self._check()
         self.down()
-        for module in ("kubernetes", "etcd", "coredns", "helm", "pause"):
-            binaries.build(module)
+        binaries.build(binaries.CLUSTER)
         images.of_a_node()
+        with progress.step("starting the control plane and two nodes"):
+            self._start()
+
+    def _start(self) -> None:
+        """Start machines, network and programs, until DNS answers."""
         for each in self.machines.values():
             each.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -122,11 +126,12 @@ class Built:
     def load(self, tags: Sequence[str]) -> None:
         """Bring images to every node."""
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            for tag in tags:
-                path = images.archive(tag, Path(folder))
-                with ThreadPoolExecutor(max_workers=len(NODES)) as pool:
-                    list(pool.map(node.import_image, [self.machines[name] for name in NODES], [path] * len(NODES)))
-                path.unlink()
+            for number, tag in enumerate(tags, start=1):
+                with progress.step(f"bringing {tag} to the nodes ({number} of {len(tags)})"):
+                    path = images.archive(tag, Path(folder))
+                    with ThreadPoolExecutor(max_workers=len(NODES)) as pool:
+                        list(pool.map(node.import_image, [self.machines[name] for name in NODES], [path] * len(NODES)))
+                    path.unlink()
 
     def build_and_load(self) -> None:
         """Build the product's images and bring them to every node, where they are not there already."""

@@ -1,7 +1,7 @@
 """
 The whole of: the images of a built cluster: their bases from Debian packages, ours from the Dockerfile, without a registry.
 
-Called from: `built`. `python` stands in for the official Python image, `torch` is the same with Debian's CPU build of torch, so
+Called from: `built`, and the tests with controllers of other projects. `python` stands in for the official Python image, `torch` is the same with Debian's CPU build of torch, so
 that the cluster's tests run the oldest torch that is supported, and the local ones the newest.
 Must never: pull. What a build needs beyond its base comes through the package managers' own settings.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from cluster.harness import binaries
+from cluster.harness import binaries, progress
 from cluster.harness.limits import ROOT, Limit, cache_folder
 from cluster.harness.machine import run
 from cluster.harness.node import PAUSE_IMAGE
@@ -83,7 +83,10 @@ def archive(tag: str, folder: Path) -> Path:
 def bases() -> None:
     """Make the two bases, where they are not there. Blocks: up to Limit.BOOTSTRAP, and two builds."""
     if not exists(PYTHON_BASE):
-        with tempfile.TemporaryDirectory(dir=_room()) as folder:
+        with (
+            progress.step(f"bootstrapping the base image with Python from Debian {SUITE}"),
+            tempfile.TemporaryDirectory(dir=_room()) as folder,
+        ):
             root = Path(folder) / "root"
             run(
                 *("debootstrap", "--variant=minbase", f"--include={_PACKAGES}", SUITE, root),
@@ -92,28 +95,61 @@ def bases() -> None:
             for cache in ("var/lib/apt/lists", "var/cache/apt"):
                 shutil.rmtree(root / cache)
             run("tar", "-C", root, "-cf", Path(folder) / "root.tar", ".", limit=Limit.IMAGE)
-            _from_text(_PYTHON, Path(folder), PYTHON_BASE)
+            from_text(_PYTHON, PYTHON_BASE, {"root.tar": Path(folder) / "root.tar"})
     if not exists(TORCH_BASE):
-        with tempfile.TemporaryDirectory(dir=_room()) as folder:
-            _from_text(f"FROM {PYTHON_BASE}\n{_TORCH}", Path(folder), TORCH_BASE)
+        with progress.step("building the base image with torch"):
+            from_text(f"FROM {PYTHON_BASE}\n{_TORCH}", TORCH_BASE)
 
 
 def of_a_node() -> tuple[str, ...]:
     """Build what a node needs before the first pod: tags."""
     for tag, name in ((PAUSE_IMAGE, "pause"), (COREDNS_IMAGE, "coredns")):
-        if not exists(tag) or not binaries.folder(name).exists():
-            path = binaries.program(name)
-            with tempfile.TemporaryDirectory(dir=_room()) as folder:
-                shutil.copy(path, Path(folder) / name)
-                _from_text(f'FROM scratch\nCOPY {name} /{name}\nENTRYPOINT ["/{name}"]\n', Path(folder), tag)
+        if not exists(tag) or not binaries.place(name).exists():
+            from_text(
+                f'FROM scratch\nCOPY {name} /{name}\nENTRYPOINT ["/{name}"]\n', tag, {name: binaries.program(name)}
+            )
     return PAUSE_IMAGE, COREDNS_IMAGE
+
+
+def of_a_program(name: str, files: Mapping[str, str] | None = None) -> str:
+    """
+    Build the image of a controller of another project, where it is not there: the tag.
+
+    Args:
+        name: of a program of `binaries`; it is /manager in the image, as it is in most of theirs.
+        files: text by absolute path in the image.
+    """
+    path = binaries.program(name)
+    sources: dict[str, str | Path] = {
+        name: path,
+        **{f"file{number}": text for number, text in enumerate((files or {}).values())},
+    }
+    copies = "".join(f"COPY file{number} {target}\n" for number, target in enumerate(files or {}))
+    recipe = f'FROM scratch\nCOPY {name} /manager\n{copies}USER 65532:65532\nENTRYPOINT ["/manager"]\n'
+    tag = _tag(name, path.parent.name, recipe, *(files or {}).values())
+    if not exists(tag):
+        with progress.step(f"building the image of {name}"):
+            from_text(recipe, tag, sources)
+    return tag
+
+
+def of_a_recipe(name: str, recipe: str) -> str:
+    """Build an image from a Dockerfile's text, where it is not there: the tag, which changes with the text."""
+    tag = _tag(name, recipe)
+    if not exists(tag):
+        with progress.step(f"building the image {name}"):
+            from_text(recipe, tag)
+    return tag
 
 
 def ours() -> tuple[str, ...]:
     """Build the product's images from the repository's Dockerfile: tags. Layers of an earlier build are used again."""
     bases()
-    for tag, target, base in ((OPERATOR_IMAGE, "operator", PYTHON_BASE), (SIDECAR_IMAGE, "sidecar", TORCH_BASE)):
-        build(ROOT / "Dockerfile", ROOT, tag, target=target, arguments={"BASE": base, "PIP_CERT": CERTIFICATES})
+    for number, (tag, target, base) in enumerate(
+        ((OPERATOR_IMAGE, "operator", PYTHON_BASE), (SIDECAR_IMAGE, "sidecar", TORCH_BASE)), start=1
+    ):
+        with progress.step(f"building the image of the {target} ({number} of 2)"):
+            build(ROOT / "Dockerfile", ROOT, tag, target=target, arguments={"BASE": base, "PIP_CERT": CERTIFICATES})
     return OPERATOR_IMAGE, SIDECAR_IMAGE
 
 
@@ -128,9 +164,25 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _from_text(text: str, folder: Path, tag: str) -> None:
-    (folder / "Dockerfile").write_text(text)
-    build(folder / "Dockerfile", folder, tag)
+def from_text(recipe: str, tag: str, files: Mapping[str, str | Path] | None = None) -> None:
+    """Build an image from a Dockerfile's text, in a folder with these files: text, or a path to copy."""
+    with tempfile.TemporaryDirectory(dir=_room()) as folder:
+        context = Path(folder)
+        for name, content in (files or {}).items():
+            if isinstance(content, Path):
+                _bring(content, context / name)
+            else:
+                (context / name).write_text(content)
+        (context / "Dockerfile").write_text(recipe)
+        build(context / "Dockerfile", context, tag, arguments={"PIP_CERT": CERTIFICATES})
+
+
+def _bring(source: Path, target: Path) -> None:
+    """Link a file where that can be done: a root file system is large, and read once."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _room() -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from cluster.harness import progress
 from cluster.harness.images import OPERATOR_IMAGE, SIDECAR_IMAGE
 from cluster.harness.limits import ROOT, Limit, state_folder
 from cluster.harness.machine import HarnessError, run
@@ -60,23 +61,25 @@ class Kind:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(config, file)
             file.flush()
-            run(
-                *("kind", "create", "cluster", "--name", CLUSTER, "--config", file.name),
-                *("--kubeconfig", self.kubeconfig, "--wait", f"{Limit.NODE.s:.0f}s"),
-                limit=Limit.IMAGE,
-            )
+            with progress.step("making the cluster with kind"):
+                run(
+                    *("kind", "create", "cluster", "--name", CLUSTER, "--config", file.name),
+                    *("--kubeconfig", self.kubeconfig, "--wait", f"{Limit.NODE.s:.0f}s"),
+                    limit=Limit.IMAGE,
+                )
 
     def down(self) -> None:
         if CLUSTER in run("kind", "get", "clusters").split():
             run("kind", "delete", "cluster", "--name", CLUSTER, limit=Limit.NODE)
 
     def build_and_load(self) -> None:
-        for tag, target in ((OPERATOR_IMAGE, "operator"), (SIDECAR_IMAGE, "sidecar")):
-            run(
-                *("docker", "build", "--target", target, "--build-arg", f"BASE={BASE}", "--tag", tag, ROOT),
-                limit=Limit.IMAGE,
-            )
-            run("kind", "load", "docker-image", tag, "--name", CLUSTER, limit=Limit.IMAGE)
+        for number, (tag, target) in enumerate(((OPERATOR_IMAGE, "operator"), (SIDECAR_IMAGE, "sidecar")), start=1):
+            with progress.step(f"building the image of the {target}, and bringing it to the nodes ({number} of 2)"):
+                run(
+                    *("docker", "build", "--target", target, "--build-arg", f"BASE={BASE}", "--tag", tag, ROOT),
+                    limit=Limit.IMAGE,
+                )
+                run("kind", "load", "docker-image", tag, "--name", CLUSTER, limit=Limit.IMAGE)
 
     @contextlib.contextmanager
     def small_volume(self, node: str, folder: Path, mib: int) -> Iterator[None]:

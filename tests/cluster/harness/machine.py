@@ -42,31 +42,46 @@ class HarnessError(Exception):
 
 def run(*command: str | Path, limit: Limit = Limit.COMMAND, **options: Any) -> str:
     """
-    Run a command to its end; its standard output.
+    Run a command to its end; its standard output. What it has started ends with it when the limit passes, or an exception comes.
 
     Raises:
         HarnessError: it failed, or did not end within the limit; with the end of what it said.
     """
     words = [str(word) for word in command]
     try:
-        done: subprocess.CompletedProcess[str] = subprocess.run(
+        process: subprocess.Popen[str] = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=limit.s,
-            check=False,
+            start_new_session=True,
             **options,
         )
-    except subprocess.TimeoutExpired as err:
-        raise HarnessError(f"{' '.join(words)}: not done within {limit.s:.0f} s ({limit.reason})") from err
     except FileNotFoundError as err:
         raise HarnessError(f"{words[0]} is not on this machine") from err
-    if done.returncode:
-        raise HarnessError(
-            f"{' '.join(words)}: status {done.returncode}: {(done.stdout + done.stderr)[-2000:].strip()}"
-        )
-    return done.stdout
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=limit.s)
+        except subprocess.TimeoutExpired as err:
+            _end(process)
+            raise HarnessError(f"{' '.join(words)}: not done within {limit.s:.0f} s ({limit.reason})") from err
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        raise HarnessError(f"{' '.join(words)}: status {process.returncode}: {(stdout + stderr)[-2000:].strip()}")
+    return stdout
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a command with all that it started. It is asked first: a compiler's driver removes its folder, a builder its mounts."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=Limit.INTERRUPTED.s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass

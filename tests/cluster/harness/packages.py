@@ -7,9 +7,9 @@ Must never: install anything without saying so.
 
 import os
 import shutil
-import sys
 from typing import Final
 
+from cluster.harness import progress
 from cluster.harness.limits import Limit
 from cluster.harness.machine import HarnessError, run
 
@@ -51,7 +51,6 @@ def require() -> None:
         return
     if shutil.which("apt-get") is None:
         raise HarnessError(f"these packages are needed, and there is no apt-get to install them: {', '.join(absent)}")
-    print(f"installing {', '.join(absent)}", file=sys.stderr, flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     # Daemons that come with a package (containerd, prometheus) are not to start: machines of the harness run their own.
     policy = "/usr/sbin/policy-rc.d"
@@ -61,12 +60,13 @@ def require() -> None:
             file.write("#!/bin/sh\nexit 101\n")
         os.chmod(policy, 0o755)
     try:
-        run("apt-get", "update", "-qq", limit=Limit.PACKAGES, env=environment)
-        run(
-            *("apt-get", "install", "-y", "-qq", "--no-install-recommends", *absent),
-            limit=Limit.PACKAGES,
-            env=environment,
-        )
+        with progress.step(f"installing {', '.join(absent)}"):
+            run("apt-get", "update", "-qq", limit=Limit.PACKAGES, env=environment)
+            run(
+                *("apt-get", "install", "-y", "-qq", "--no-install-recommends", *absent),
+                limit=Limit.PACKAGES,
+                env=environment,
+            )
     finally:
         if not had_policy:
             os.unlink(policy)
