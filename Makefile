@@ -22,7 +22,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-filesystem test-cluster cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster bench bench-cluster clean
+.PHONY: help setup lock check test test-filesystem test-cluster test-owners cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster bench bench-cluster clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -55,7 +55,11 @@ test: $(STAMP)  ## every test that this machine can run; ARGS="tests/unit -k nam
 	$(BIN)/python -m pytest $(ARGS)
 
 test-cluster: $(STAMP)  ## the stories on a real Kubernetes, made and taken down here; needs root, Go, Debian packages
-	$(BIN)/python -m pytest tests/cluster --cluster $(CLUSTER) $(ARGS)
+	$(BIN)/python -m pytest tests/cluster --ignore tests/cluster/owners --cluster $(CLUSTER) $(ARGS)
+
+# Their images are built here and brought to the nodes, which only this provider can do.
+test-owners: $(STAMP)  ## jobs of real launchers on it: PyTorchJob, Kueue, RayJob; and cert-manager; built from their Go modules
+	$(BIN)/python -m pytest tests/cluster/owners --cluster built $(ARGS)
 
 # The tests say themselves what is missing where this cannot install it.
 test-filesystem: $(STAMP)  ## two pods on a real shared file system, mounted twice; needs root, Debian packages

@@ -49,6 +49,11 @@ class Deadline(enum.Enum):
     HOME = (20.0, "what a sidecar reports has reached an object's status, or a policy its job: a few reports")
     REFUSED = (60.0, "a save that storage refuses was tried again for 20 s (`RETRY_AFTER_S`), and its end was told")
     ROLLED_OUT = (150.0, "the operator's Deployments are available after an install or a change")
+    OWNERS_READY = (
+        300.0,
+        "another project's controller serves: its pod has started, and a kubelet has brought it the certificate that it made",
+    )
+    RETRIED = (400.0, "a launcher has taken a whole job down, made it again, and it has loaded: two starts of Ray, say")
     NODE_LOST = (120.0, "the control plane has noticed that a node is gone, and moved on")
 
     def __init__(self, quiet_s: float, reason: str) -> None:

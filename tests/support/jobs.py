@@ -165,16 +165,20 @@ def job(
     return documents
 
 
-def said(kube: Kube, pod: str, event: str, *options: str) -> list[Json]:
+def said(kube: Kube, pod: str, event: str, *options: str, container: str = CONTAINER) -> list[Json]:
     """What a trainer has said of that kind, in order; with '--previous', its container before the restart."""
-    lines = kube.logs(pod, CONTAINER, *options).splitlines()
-    found = [json.loads(line) for line in lines if line.startswith('{"event"')]
+    return events(kube.logs(pod, container, *options), event)
+
+
+def events(text: str, event: str) -> list[Json]:
+    """The events of that kind in what trainers have printed, in order."""
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"event"')]
     return [line for line in found if line["event"] == event]
 
 
-def last(kube: Kube, pod: str, event: str, *options: str) -> int:
+def last(kube: Kube, pod: str, event: str, *options: str, container: str = CONTAINER) -> int:
     """The newest step of which a trainer has said that; -1 where it has not."""
-    return max((int(line["step"]) for line in said(kube, pod, event, *options)), default=-1)
+    return max((int(line["step"]) for line in said(kube, pod, event, *options, container=container)), default=-1)
 
 
 def committed(volume: Path, job: str = "train") -> list[int]:
