@@ -8,6 +8,8 @@ import copy
 import json
 from typing import Any, Final
 
+import pytest
+
 from cluster.conftest import Training
 from support import jobs
 from support.deadlines import Deadline
@@ -44,6 +46,7 @@ def test_each_index_of_a_sweep_has_its_own_checkpoints(training: Training) -> No
         assert jobs.said(kube, name, "loaded") == jobs.said(kube, name, "failed") == []
 
 
+@pytest.mark.may_warn("JobUnclear")
 def test_a_sweep_without_an_id_is_refused_with_what_to_write(training: Training) -> None:
     """Indices that are tried again by themselves are runs of their own, and none of them starts under a common id."""
     kube = training.kube
