@@ -212,12 +212,21 @@ class Persisting:
         waiting = bool(self._withdrawn) or bool(self._calls) or self._calling > 0 or at_work
         return waiting or bool(phases & {Phase.COMPLETE, Phase.PERSISTING})
 
-    async def quiet(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued or being persisted. Blocks: up to timeout_s. False when the bound came first."""
+    async def quiet(self, timeout_s: float, *, leaving: int | None = None) -> bool:
+        """
+        Wait until nothing is queued or being persisted, and nothing that the rank `leaving` has sealed waits for the other ranks' seals.
+
+        Blocks: up to timeout_s. False when the bound came first.
+        """
+
+        def busy() -> bool:
+            pod = self._trainers.pod
+            return self.busy() or (leaving is not None and pod is not None and pod.table.awaits_others(leaving))
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._quiet:
-                await self._quiet.wait_for(lambda: not self.busy())
-        return not self.busy()
+                await self._quiet.wait_for(lambda: not busy())
+        return not busy()
 
     def retains(self) -> bool:
         """Whether retention is owed."""
@@ -414,3 +423,5 @@ class Persisting:
             _log.error("save of step %d failed: %s", step, error, extra={"step": step})
         told = {"type": "save_failed", "step": step, "error": failures.document(error), "more": more}
         self._trainers.broadcast(told, but=but)
+        # Whoever waits until it is quiet may wait for this save's end alone.
+        self.wake()

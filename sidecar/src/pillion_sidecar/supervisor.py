@@ -414,7 +414,7 @@ class Supervisor:
         drain_s = messages.field(message, "drain_s", float, 0.0)
         if all(other.said_goodbye for other in trainers.clients.values()):
             self.persisting.rescue()
-        drained = await self.persisting.quiet(drain_s)
+        drained = await self.persisting.quiet(drain_s, leaving=client.rank)
         await self.persisting.tidied(min(drain_s, TIDY_S))
         if trainers.clients.get(client.rank) is client:
             del trainers.clients[client.rank]

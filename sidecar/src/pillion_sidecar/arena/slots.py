@@ -186,6 +186,12 @@ class SlotTable:
         """Whether `step` was skipped or has failed: every later claim of it is refused."""
         return step in self._skipped or step in self._doomed
 
+    def awaits_others(self, rank: int) -> bool:
+        """Whether a save that this rank has sealed is still to be sealed by others."""
+        return any(
+            save.phase is Phase.FILLING and rank in save.sealed and not save.failures for save in self.saves.values()
+        )
+
     def failures(self, step: int) -> Mapping[int, ErrorDocument]:
         """What the local ranks that will not seal `step` have said."""
         return dict(self._doomed.get(step, {}))
