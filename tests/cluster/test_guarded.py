@@ -17,6 +17,12 @@ from support.release import NAMESPACE, Release
 
 CONTROLLER = f"--as=system:serviceaccount:{NAMESPACE}:pillion-controller"
 CONFIGURATION = "mutatingwebhookconfiguration"
+ANOTHER = {
+    "name": "another.pillion.dev",
+    "clientConfig": {"url": "https://example.com"},
+    "sideEffects": "None",
+    "admissionReviewVersions": ["v1"],
+}
 
 
 def patched(kube: Kube, *operations: Json) -> str:
@@ -36,7 +42,7 @@ def patched(kube: Kube, *operations: Json) -> str:
         [{"op": "remove", "path": "/webhooks/0/matchConditions"}],
         [{"op": "replace", "path": "/webhooks/0/failurePolicy", "value": "Ignore"}],
         [{"op": "add", "path": "/webhooks/0/objectSelector", "value": {"matchLabels": {"a": "b"}}}],
-        [{"op": "copy", "from": "/webhooks/0", "path": "/webhooks/-"}],
+        [{"op": "add", "path": "/webhooks/-", "value": ANOTHER}],
         [{"op": "remove", "path": "/webhooks/0"}],
         [{"op": "add", "path": "/metadata/labels/a", "value": "b"}],
     ],

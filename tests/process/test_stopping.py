@@ -19,24 +19,33 @@ from support.deadlines import Deadline
 from support.processes import Processes
 
 SCRIPT: Final = """
-import atexit, signal, sys, threading
+import atexit, os, signal, sys, threading
 from pillion import stopping
 
 mode = sys.argv[1]
 stopping.END_BOUND_S = 0.2
 atexit.register(print, "atexit")
-said, ends = [], threading.Event()
+said, ends, main = [], threading.Event(), threading.get_native_id()
+hears, _ = os.pipe()
+
+def is_in_the_kernel():
+    with open(f"/proc/self/task/{main}/syscall") as file:
+        return file.read().split()[1:2] == [hex(hears)]
 
 def listen():
+    while mode == "hangs" and not is_in_the_kernel():
+        pass
     said.append(stopping.stop())
     ends.set()
 
 if mode == "handles":
     signal.signal(signal.SIGTERM, lambda *_: None)
+threading.Thread(target=listen).start()
+while mode == "has no handler":
+    pass
 try:
-    threading.Thread(target=listen).start()
     if mode == "hangs":
-        threading.Event().wait()
+        os.read(hears, 1)
     while mode == "swallows":
         try:
             threading.Event().wait(0.01)
@@ -80,11 +89,12 @@ for attempt in (1, 2):
     ("mode", "status", "said"),
     [
         ("trains", 143, ["finally", "atexit"]),
+        ("has no handler", 143, ["atexit"]),
         ("hangs", 143, []),
         ("swallows", 143, None),
         ("handles", 0, ["finally", "goes on [False]", "atexit"]),
     ],
-    ids=["trains", "hears nothing", "catches everything", "has a handler of its own"],
+    ids=["trains", "trains without any handler", "hears nothing", "catches everything", "has a handler of its own"],
 )
 def test_a_trainer_without_a_handler_ends_with_143_and_one_with_a_handler_goes_on(
     processes: Processes, mode: str, status: int, said: list[str] | None

@@ -26,8 +26,8 @@ without having been told of it (the channel lost it). A decline that comes when 
 that the save lacks a rank: the next proposal is immediate. A save that fails later waits for the next period.
 
 T is as many steps ahead as the lead takes, by the pace of the newest steps. Where the pace changes (data that is skipped, then training)
-T may be thousands of steps away: then a nearer step is named as well, once the lead is over. The far one stays announced: ranks that
-accepted it save there, too.
+T may be thousands of steps away: then a nearer step is named as well, once the lead is over. When the save at the nearer one is taken,
+the deciding rank recalls the far one (`recalled`): by the same message as a decline, and only while it is more than a lead ahead.
 
 A loop need not ask at every step. What is due at a step is due at the first step at or behind it that the loop asks about:
 
@@ -125,6 +125,8 @@ class Cadence:
         self._requested_at: int | None = None
         self._proposed: int | None = None
         self._proposed_s = 0.0
+        self._superseded: collections.deque[int] = collections.deque(maxlen=_RECENT)
+        """Announced steps that a nearer one took the place of, until they are recalled."""
         self._num_failed = 0
         self._taken: int | None = None
         self._num_failed_before_taken = 0
@@ -189,8 +191,23 @@ class Cadence:
                     return None
             elif self._requested_at is None and not self._period_is_over(step, now_s):
                 return None
+            if self._proposed is not None:
+                self._superseded.append(self._proposed)
             self._proposed, self._proposed_s = nearest, now_s
             return self._proposed
+
+    def recalled(self, step: int) -> int | None:
+        """
+        (deciding rank) A step to decline for all ranks: a nearer one took its place, and that save was taken. None: there is none, or
+        all of them stand, as some rank could be at them before it hears. Call it after ``proposal``.
+        """
+        with self._lock:
+            while self._superseded and self._proposed is None:
+                target = self._superseded.popleft()
+                if target > self._ahead(step, 0):
+                    self._take_back(target)
+                    return target
+            return None
 
     def _at(self, step: int) -> int:
         # Where a loop goes back without a load, T must be new to all ranks.
@@ -252,6 +269,7 @@ class Cadence:
             # No save of an older pass answers it.
             self._requested_at = None if self._requested_at is None else step + 1
             self._proposed = self._taken = None
+            self._superseded.clear()
             self._num_failed = 0
             self._change, self._last_target, self._num_failed_changes = None, 0, 0
 

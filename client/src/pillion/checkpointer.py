@@ -114,6 +114,9 @@ class Checkpointer:
         proposal = self._cadence.proposal(step, now_s)
         if proposal is not None:
             self._session.send({"type": "announce", "step": proposal})
+        recalled = self._cadence.recalled(step)
+        if recalled is not None:
+            self._session.send({"type": "decline", "step": recalled})
         change = self._cadence.change_proposal(step, now_s)
         if change is not None:
             self._session.send({"type": "announce_change", "step": change[0], "policy": _rule_document(change[1])})

@@ -11,6 +11,7 @@ Must never: touch a process that has a handler of its own for SIGTERM, in Python
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -57,11 +58,27 @@ def stop() -> bool:
         file=sys.stderr,
         flush=True,
     )
+    if sys.version_info < (3, 12):
+        atexit.register(_leave, os.getpid())
     main = threading.main_thread().ident
     if main is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Terminated))
     threading.Thread(target=_end, name="pillion-end", daemon=True).start()
     return True
+
+
+def _leave(pid: int) -> None:
+    """
+    Run what is to run at exit, and end with the status.
+
+    Python 3.11 makes no object of an exception that came from another thread until a handler sees it, and ends with status 0 where
+    the script has none (CPython's `handle_system_exit`): the Job would look complete.
+    """
+    if pid == os.getpid():
+        atexit.unregister(_leave)
+        atexit._run_exitfuncs()
+        _flush()
+        os._exit(EXIT_TERMINATED)
 
 
 def _end() -> None:

@@ -275,8 +275,31 @@ def test_a_save_asked_for_among_microsecond_steps_comes_soon_when_training_begin
         assert target is None or rank.announce(target)
     assert now_s - asked_s <= 6.0
     rank.saved(step, now_s)
+    # One was asked for: the far one is recalled, on this rank at once.
+    assert rank.recalled(step) == far
+    assert rank.recalled(step) is None
     assert walk(rank, step + 1, step + 100) == []
     assert rank.proposal(step + 100, now_s + 100.0) is None
+
+
+def test_a_step_that_some_rank_may_have_reached_is_not_recalled() -> None:
+    """A rank that hears of it too late would save there alone, and that save would fail: one checkpoint more is the lesser harm."""
+    rank = a_rank(lead_s=2.0)
+    walk(rank, 1, 100, step_s=0.01)
+    rank.request_save()
+    assert rank.proposal(100, 1.0) == 300
+    assert rank.announce(300)
+    for step in range(101, 111):
+        rank.due(step, 1.0 + (step - 100) * 0.5)
+    near = rank.proposal(110, 6.0)
+    assert near == 114
+    assert rank.announce(near)
+    assert rank.recalled(110) is None, "the save is not taken yet"
+    assert rank.due(near, 8.0) is Due.PERSIST
+    for step in range(115, 298):
+        rank.due(step, 8.0 + (step - 114) * 0.5)
+    assert rank.recalled(297) is None
+    assert rank.due(300, 120.0) is Due.PERSIST
 
 
 def test_one_slow_step_does_not_name_another_one() -> None:
