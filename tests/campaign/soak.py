@@ -58,7 +58,7 @@ def shard(step: int, peer: Peer) -> torch.Tensor:
 def log(step: int) -> dict[str, Any]:
     """What a trainer keeps beside its weights: a history, and texts of all lengths."""
     history = [{"loss": number / step, "step": number} for number in range(step % LOGGED)]
-    return {"history": history, "note": f"{step} " * (step % LOGGED) * 100}
+    return {"history": history, "note": f"{step:06} " * (step % LOGGED) * 100}
 
 
 def train(peer: Peer) -> None:
