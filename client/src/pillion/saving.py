@@ -125,6 +125,8 @@ class Saver:
         self._looked_at: layout.Layout | None = None
         """Whose opaque leaves were searched for objects with a state."""
         self._warned = False
+        self._within: set[int] = set()
+        """Threads that are within a save."""
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
         self._ahead = preparing.Preparer(session)
@@ -149,9 +151,25 @@ class Saver:
         optimizer steps.
         """
         handle = SaveHandle(step)
+        thread = threading.get_ident()
+        if thread in self._within:
+            # The save beneath it holds what this one would wait for, and goes on only when this one has returned.
+            error = StagingError(
+                "a signal's handler cannot save on top of a save that it interrupted: note the signal there, and save in the loop",
+                step=step,
+            )
+            _log.error("pillion: save of step %d failed: %s", step, error)
+            handle.fail(error)
+            return handle
         started = time.perf_counter()
-        with _hurry():
-            self._save(handle, state_dict, started=started, persist=persist, overlap=overlap, destination=destination)
+        self._within.add(thread)
+        try:
+            with _hurry():
+                self._save(
+                    handle, state_dict, started=started, persist=persist, overlap=overlap, destination=destination
+                )
+        finally:
+            self._within.discard(thread)
         handle.stall_s += time.perf_counter() - started
         return handle
 
