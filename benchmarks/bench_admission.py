@@ -34,6 +34,8 @@ NAMESPACE: Final = "pillion-system"
 BODY: Final[dict[str, Any]] = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview"}
 STARTED_S: Final = 30.0
 """For the webhook to be ready."""
+POLL_S: Final = 0.05
+"""Between two looks at whether it is ready; STARTED_S bounds them all."""
 IDLE_MOST: Final = 25
 """Connections that are kept without a request, as client-go keeps them for each host."""
 
@@ -215,7 +217,7 @@ def await_ready(log: Path) -> tuple[int, int]:
             except OSError:
                 # 503: not ready yet.
                 pass
-        time.sleep(0.05)
+        time.sleep(POLL_S)
     raise TimeoutError(f"the webhook is not ready after {STARTED_S:.0f} s: {log.read_text()[-2000:]}")
 
 

@@ -12,14 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from pillion.wire import layout, policy
+from pillion.wire import layout
 from pillion_sidecar import commit
 from pillion_sidecar.executor import exchange, persist, planning
 from pillion_sidecar.executor.agreed import KEPT_PLANS, Agreed, layout_name, plan_name
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.watch import Watch
-from support.deadlines import Deadline
+from support import contexts
 from support.parts import write_part
 
 PODS = 3
@@ -29,25 +28,7 @@ ROUNDS = 60
 def alone(root: str) -> tuple[Context, exchange.LocalExchange]:
     """A session of one pod."""
     between = exchange.LocalExchange(0)
-    of = policy.parse({}, embedded=True)
-    made = Context(
-        session="a" * 32,
-        run_id="test",
-        world_size=1,
-        pods=((0,),),
-        local_ranks=(0,),
-        root=root,
-        segments={},
-        exchange=between,
-        generation=1,
-        retention=of.retention,
-        restore=of.restore,
-        peer_timeout_s=Deadline.REPLY.s,
-        persist_timeout_s=Deadline.REPLY.s,
-        write_threads=1,
-        watch=Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
-    )
-    return made, between
+    return contexts.of_pod(root, between), between
 
 
 def picture_of(of: layout.Layout) -> Any:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pillion.errors import BarrierTimeout
-from pillion.wire import policy
-from pillion_sidecar.executor import rescue, storage_exchange, watch
+from pillion_sidecar.executor import rescue, storage_exchange
 from pillion_sidecar.executor.context import Context
+from support import contexts
 from support.deadlines import Deadline
 
 PODS = ((0, 1), (2, 3))
@@ -21,24 +21,14 @@ PODS = ((0, 1), (2, 3))
 
 def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -> Context:
     """A pod that meets the other one on storage."""
-    watched = watch.Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s)
-    of = policy.parse({}, embedded=True)
-    return Context(
-        session="a" * 32,
-        run_id="test",
-        world_size=4,
+    between = storage_exchange.StorageExchange(str(root), contexts.SESSION, PODS, first_rank)
+    return contexts.of_pod(
+        root,
+        between,
         pods=PODS,
-        local_ranks=(first_rank, first_rank + 1),
-        root=str(root),
-        segments={},
-        exchange=storage_exchange.StorageExchange(str(root), "a" * 32, PODS, first_rank),
-        generation=1,
-        retention=of.retention,
-        restore=of.restore,
+        first_rank=first_rank,
         peer_timeout_s=bound_s / rescue.PEERS_SHARE,
         persist_timeout_s=bound_s,
-        write_threads=1,
-        watch=watched,
     )
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pillion.wire import names, policy
+from pillion.wire import names
 from pillion_sidecar.executor import exchange, planning
 from pillion_sidecar.executor.context import Context
 from pillion_sidecar.executor.request import Request
 from pillion_sidecar.executor.share import Share
-from pillion_sidecar.executor.watch import Watch
-from support.deadlines import Deadline
+from support import contexts
 
 SAVE = Request.from_document({"step": 2, "slot": 0, "persist": True})
 PLAN = planning.Plan("plan", {}, {})
@@ -23,24 +22,7 @@ PLAN = planning.Plan("plan", {}, {})
 
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
-    of = policy.parse({}, embedded=True)
-    return Context(
-        session="a" * 32,
-        run_id="test",
-        world_size=1,
-        pods=((0,),),
-        local_ranks=(0,),
-        root=str(tmp_path),
-        segments={},
-        exchange=exchange.LocalExchange(0),
-        generation=1,
-        retention=of.retention,
-        restore=of.restore,
-        peer_timeout_s=Deadline.REPLY.s,
-        persist_timeout_s=Deadline.REPLY.s,
-        write_threads=1,
-        watch=Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
-    )
+    return contexts.of_pod(tmp_path, exchange.LocalExchange(0))
 
 
 def test_a_save_that_begins_again_elsewhere_writes_its_own_files_again(context: Context) -> None:
