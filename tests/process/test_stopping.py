@@ -25,7 +25,7 @@ from pillion import stopping
 mode = sys.argv[1]
 stopping.END_BOUND_S = 0.2
 atexit.register(print, "atexit")
-said, ends, main = [], threading.Event(), threading.get_native_id()
+said, begins, ends, main = [], threading.Event(), threading.Event(), threading.get_native_id()
 hears, _ = os.pipe()
 
 def is_in_the_kernel():
@@ -33,6 +33,7 @@ def is_in_the_kernel():
         return file.read().split()[1:2] == [hex(hears)]
 
 def listen():
+    begins.wait()
     while mode == "hangs" and not is_in_the_kernel():
         pass
     said.append(stopping.stop())
@@ -42,8 +43,9 @@ if mode == "handles":
     signal.signal(signal.SIGTERM, lambda *_: None)
 threading.Thread(target=listen).start()
 while mode == "has no handler":
-    pass
+    begins.set()
 try:
+    begins.set()
     if mode == "hangs":
         os.read(hears, 1)
     while mode == "swallows":
