@@ -64,6 +64,52 @@ def test_saves_that_are_lost_at_the_end_are_told_by_the_exit_status(
     assert committed(tmp_path) == [1]
 
 
+REFUSED = """
+import sys
+import torch
+import pillion
+
+root, mode = sys.argv[1:]
+checkpointer = pillion.Checkpointer(root)
+state = {"w": torch.ones(1000)}
+first = checkpointer.save(state, 7)
+if mode == "in a callback of the end":
+    first.committed.add_done_callback(lambda _: checkpointer.save(state, 8))
+elif mode == "closed":
+    checkpointer.close()
+    checkpointer.save(state, 8)
+elif mode == "to memory":
+    checkpointer.save(state, 6, persist=False)
+elif mode == "asked":
+    print(type(checkpointer.save(state, 6).committed.exception(60)).__name__)
+else:
+    checkpointer.save(state, {"older": 6, "no whole number": 7.5}[mode])
+if mode == "asked":
+    first.result(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("closed", "step 8: the Checkpointer is closed"),
+        ("in a callback of the end", "step 8: the Checkpointer is closed"),
+        ("older", "step 6: step 6 comes after step 7"),
+        ("no whole number", "step 7.5: step must be a whole number"),
+        ("to memory", ""),
+        ("asked", ""),
+    ],
+)
+def test_a_last_save_that_was_refused_is_a_lost_one(
+    processes: Processes, ranks: Ranks, tmp_path: Path, mode: str, told: str
+) -> None:
+    """Status 74, and standard error says which and why; not where it was for memory alone, or somebody asked. What was saved is there."""
+    run = processes.python("-c", REFUSED, tmp_path, mode)
+    assert run.wait(Deadline.SCRIPT) == (74 if told else 0), run.tail()
+    assert ("saves lost at exit: " + told in run.stderr) == bool(told)
+    assert committed(tmp_path) == [7]
+
+
 @pytest.mark.parametrize("mode", ["error", "status"])
 def test_an_error_of_the_user_keeps_its_own_exit_status_and_the_arena(
     processes: Processes, ranks: Ranks, tmp_path: Path, mode: str

@@ -68,7 +68,9 @@ class Checkpointer:
         self._last: SaveHandle | None = None
         """The newest save; None behind a load."""
         self._last_stored: SaveHandle | None = None
-        """The newest save to storage: it must not be lost unseen."""
+        """The newest save to storage."""
+        self._at_stake: SaveHandle | None = None
+        """The newest save that was to reach storage, also one that was refused: it must not be lost unseen."""
         where = _root(root, environ)
         self._group = group.join(
             process_group,
@@ -148,6 +150,11 @@ class Checkpointer:
             handle = SaveHandle(step)  # type: ignore[arg-type] # as the caller gave it
             _log.error("pillion: save of step %s refused: %s", step, err)
             handle.fail(err)
+            if persist is not False:
+                self._at_stake = handle
+                if self._closed or self._session.inherited:
+                    # Nobody closes it here any more, and looks at what it owes.
+                    ending.closed(self, [handle])
             return handle
         if again is not None:
             return again
@@ -156,7 +163,7 @@ class Checkpointer:
         self._last_step = step
         handle = self._last = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
         if persist:
-            self._last_stored = handle
+            self._last_stored = self._at_stake = handle
             self._cadence.saved(step, time.monotonic())
         return handle
 
@@ -256,7 +263,7 @@ class Checkpointer:
         self.last_load = report
         # The step loaded may be saved again (a loop that starts at it does); an older one may not.
         self._last_step = -1 if report.step is None else report.step - 1
-        self._last = self._last_stored = None
+        self._last = self._last_stored = self._at_stake = None
         if report.step is not None:
             self._cadence.loaded(report.step, time.monotonic())
         self._saver.prepare(leaves)
@@ -299,8 +306,8 @@ class Checkpointer:
             return
         self._closed = True
         owed = self.in_flight()
-        if self._last_stored is not None and self._last_stored not in owed:
-            owed.append(self._last_stored)
+        if self._at_stake is not None and self._at_stake not in owed:
+            owed.append(self._at_stake)
         self._saver.close()
         try:
             drain_s = self._policy.drain.timeout_seconds if timeout_s is None else timeout_s

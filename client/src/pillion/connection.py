@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S: Final = 30.0
 """Bound of one send. The supervisor's loop reads at once; this long means that it is stopped or gone."""
+SILENCE_TOLD_S: Final = 5.0
+"""A request that holds training up says so after this long: the sidecar answers it in milliseconds, and tells every few seconds that it waits."""
 JOIN_TIMEOUT_S: Final = 5.0
 """Bound for the reader thread to end once its socket is shut down."""
 
@@ -121,6 +123,8 @@ class Connection:
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._closing = False
+        self.silent = False
+        """A request had no answer within its bound, and nothing has come since: the sidecar is stopped, or hangs."""
         self._reader = threading.Thread(target=self._read, name="pillion-control", daemon=True)
         try:
             self._reader.start()
@@ -163,8 +167,15 @@ class Connection:
         with contextlib.closing(self.stream(message, timeout_s)) as answers:
             return next(answers)
 
-    def stream(self, message: messages.Message, timeout_s: float) -> Generator[messages.Message]:
-        """Like `request`, for an answer of several messages; `timeout_s` bounds the wait for each. Close it when done."""
+    def stream(
+        self, message: messages.Message, timeout_s: float, *, tells_silence: bool = False
+    ) -> Generator[messages.Message]:
+        """
+        Like `request`, for an answer of several messages; `timeout_s` bounds the wait for each. Close it when done.
+
+        Args:
+            tells_silence: warn once, after SILENCE_TOLD_S without a message, that training is held up.
+        """
         request_id = next(self._ids)
         answers: queue.SimpleQueue[messages.Message] = queue.SimpleQueue()
         self._waiting[request_id] = answers
@@ -173,9 +184,10 @@ class Connection:
             self.send({**message, "id": request_id})
             while True:
                 try:
-                    answer = answers.get(timeout=timeout_s)
+                    answer = self._next(answers, timeout_s, told=message["type"] if tells_silence else None)
                 except queue.Empty:
                     waited = time.monotonic() - started
+                    self.silent = True
                     raise SidecarUnavailable(
                         f"the sidecar gave no answer to {message['type']!r} in {waited:.1f} s"
                     ) from None
@@ -186,6 +198,23 @@ class Connection:
                 yield answer
         finally:
             self._waiting.pop(request_id, None)
+
+    @staticmethod
+    def _next(
+        answers: queue.SimpleQueue[messages.Message], timeout_s: float, *, told: object | None
+    ) -> messages.Message:
+        if told is not None and timeout_s > SILENCE_TOLD_S:
+            try:
+                return answers.get(timeout=SILENCE_TOLD_S)
+            except queue.Empty:
+                timeout_s -= SILENCE_TOLD_S
+                _log.warning(
+                    "pillion: the sidecar has not answered %r for %.0f s, and training waits for it, %.0f s more at most",
+                    told,
+                    SILENCE_TOLD_S,
+                    timeout_s,
+                )
+        return answers.get(timeout=timeout_s)
 
     def let_go(self) -> None:
         """
@@ -216,6 +245,7 @@ class Connection:
         try:
             while True:
                 for message in messages.receive(self._sock, decoder):
+                    self.silent = False
                     waiting = self._waiting.get(message.get("id", 0))
                     if waiting is not None:
                         waiting.put(message)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from pillion import modes, primitives
-from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf
+from pillion.errors import IncompatibleCheckpoint, StagingError, UnsupportedLeaf
 
 
 class Pickler:
@@ -58,12 +58,16 @@ def pickled(leaf: object, fqn: str) -> bytes:
 
     Raises:
         UnsupportedLeaf: it cannot be pickled.
+        StagingError: there is no memory to pickle it in.
     """
     buffer = io.BytesIO()
     try:
         torch.save(leaf, buffer)
+    except MemoryError as err:
+        raise StagingError(f"no memory is left to pickle {fqn!r} of type {type(leaf).__name__} in") from err
     except Exception as err:  # torch.save raises whatever the object's __reduce__ raises
-        raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"it cannot be pickled ({err})") from err
+        why = f"it cannot be pickled ({str(err) or type(err).__name__})"
+        raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=why) from err
     return buffer.getvalue()
 
 

@@ -36,6 +36,9 @@ HELLO_TIMEOUT_S: Final = 1830.0
 own persist_timeout_s (1800 s). A shorter one would end a restart whose last save is large."""
 REQUEST_TIMEOUT_S: Final = 30.0
 """Bound for answers that take no I/O on storage (reserve: it allocates and touches memory, about 1 s a GiB)."""
+SILENT_TIMEOUT_S: Final = 1.0
+"""Bound for the answer to a claim of a sidecar that was silent at the one before and has said nothing since: it costs training this much a
+save, and not REQUEST_TIMEOUT_S each time."""
 RESERVE_TIMEOUT_S: Final = 600.0
 """Bound for the arena to be allocated and touched: 600 s are 600 GiB on the slowest machine measured."""
 HELLO_PAUSE_S: Final = 0.1
@@ -393,7 +396,7 @@ class Session:
         A slot for a save of this step. `on_wait` is called once, when none has become free for some seconds.
 
         Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip. REQUEST_TIMEOUT_S for a
-        sidecar that hangs.
+        sidecar that hangs, with a warning after connection.SILENCE_TOLD_S; SILENT_TIMEOUT_S as long as it stays silent.
 
         Raises:
             SaveSkipped: the policy's `overlap` dropped it.
@@ -414,9 +417,11 @@ class Session:
         }
         # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
         each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
+        if link.silent:
+            each_s = min(each_s, SILENT_TIMEOUT_S)
         deadline = time.monotonic() + OVERLAP_WAIT_S
         waited = False
-        with contextlib.closing(link.stream(claim, each_s)) as answers:
+        with contextlib.closing(link.stream(claim, each_s, tells_silence=True)) as answers:
             for answer in answers:
                 if answer["type"] != "waiting":
                     break

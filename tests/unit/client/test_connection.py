@@ -105,6 +105,29 @@ def test_a_silent_sidecar_ends_a_request_at_its_bound(tmp_path: Path) -> None:
     assert lost == []
 
 
+def test_a_silent_sidecar_that_holds_training_up_is_told_of_before_the_bound_and_known_as_silent_until_it_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning says how long training waits at most; the next claim need not wait as long again."""
+    monkeypatch.setattr(connection, "SILENCE_TOLD_S", 0.05)
+    speak = threading.Event()
+
+    def serve(peer: socket.socket) -> None:
+        assert speak.wait(Deadline.REPLY.s)
+        peer.sendall(messages.encode({"type": "notice", "text": "back"}))
+        peer.recv(1 << 16)
+
+    with connected(tmp_path, serve, []) as (link, events):
+        assert not link.silent
+        with pytest.raises(SidecarUnavailable, match="gave no answer to 'claim'"):
+            next(link.stream({"type": "claim"}, 0.1, tells_silence=True))
+        assert "has not answered 'claim'" in caplog.text
+        assert link.silent
+        speak.set()
+        deadlines.eventually(lambda: events, Deadline.REPLY, "the sidecar to speak again")
+        assert not link.silent
+
+
 def test_a_sidecar_that_goes_away_ends_every_request_and_is_told_once(tmp_path: Path) -> None:
     """EOF fails the waiting request at once, later ones too, and on_lost comes exactly once."""
     lost: list[str] = []

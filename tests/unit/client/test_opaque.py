@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from pillion import opaque, primitives
+from pillion.errors import StagingError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
@@ -130,3 +131,16 @@ def test_a_long_text_is_not_kept() -> None:
         (archive,) = pickler.pickled({"log": "x" * size})
         assert len(torch.load(io.BytesIO(archive))) == size
     assert not pickler._kept
+
+
+class Endless:
+    """Its pickle finds no memory, as `ulimit -v` has it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MemoryError
+
+
+def test_no_memory_to_pickle_in_is_said_as_that() -> None:
+    """The object is as good as another: the error names it, and does not call it one that cannot be pickled."""
+    with pytest.raises(StagingError, match=r"no memory is left to pickle 'of\.it' of type Endless"):
+        opaque.pickled(Endless(), "of.it")

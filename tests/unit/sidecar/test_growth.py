@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -204,6 +205,18 @@ def test_an_arena_that_may_not_be_mapped_is_refused_with_the_reason_and_leaves_n
     with pytest.raises(SidecarError, match=r"cannot map the arena segment .*segment-1.arena: .*Cannot allocate memory"):
         pod.Pod(str(folder), two, policy.parse({}, embedded=True))
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_limit_of_the_length_of_files_is_named_as_what_forbids_the_arena(tmp_path: Path) -> None:
+    """`ulimit -f` of the trainer's shell is the sidecar's too: no invariant is broken, and the text says what to look at."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(SidecarError, match=r"cannot make the arena segment .*may have 1048576 \(ulimit -f\)"):
+            Segment.create(str(tmp_path / "segment"), num_slots=2, stride_bytes=1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_slot_that_is_freed_forgets_the_heads_that_it_held(segments: dict[int, Segment]) -> None:

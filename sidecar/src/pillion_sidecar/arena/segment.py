@@ -61,7 +61,7 @@ class Segment:
         fd = shared_files.create(temporary, mode)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            os.ftruncate(fd, header.segment_bytes)
+            _set_length(path, fd, header.segment_bytes)
             _allocate(fd, 0, arena.PAGE_BYTES)
             os.pwrite(fd, header.pack(), 0)
             for index in range(num_slots):
@@ -207,6 +207,19 @@ def _mapped(path: str, fd: int, length: int) -> mmap.mmap:
         )
         raise SidecarError(
             f"the sidecar cannot map the arena segment {path}: {length} bytes of addresses, not of memory, are needed: {err.strerror}; {why}"
+        ) from err
+
+
+def _set_length(path: str, fd: int, length: int) -> None:
+    try:
+        os.ftruncate(fd, length)
+    except OSError as err:
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if err.errno != errno.EFBIG or limit == resource.RLIM_INFINITY:
+            raise
+        raise SidecarError(
+            f"the sidecar cannot make the arena segment {path}: its length is {length} bytes, of addresses, not of memory, and a file of this"
+            f" process may have {limit} (ulimit -f), which it has from the trainer"
         ) from err
 
 
