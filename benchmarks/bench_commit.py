@@ -21,10 +21,11 @@ import torch
 from pillion import leaves, staging
 from pillion.wire import arena, policy
 from pillion_sidecar.arena.segment import Segment
-from pillion_sidecar.executor import context as context_module
-from pillion_sidecar.executor import exchange, persist, stores
-from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.watch import Watch
+from pillion_sidecar.executor import session as session_module
+from pillion_sidecar.executor.exchange import protocol, tcpstore
+from pillion_sidecar.executor.exchange.watchdog import Watchdog
+from pillion_sidecar.executor.save import persist
+from pillion_sidecar.executor.save.request import Request
 
 POD_COUNTS = (8, 64, 512)
 NUM_CHILDREN = 4
@@ -65,7 +66,7 @@ class _Trainer:
         self.segment.grow(0, room)
         self._mapping = staging.SegmentMapping(str(path))
 
-    def save(self, context: context_module.Context, step: int, *, persisted: bool) -> dict[str, Any]:
+    def save(self, context: session_module.Context, step: int, *, persisted: bool) -> dict[str, Any]:
         """Seal the slot (with the same tensors) and run the executor's save."""
         self._mapping.seal(
             0, leaves=self.leaves, opaque=[], step=step, rank=0, world_size=context.world_size, session=bytes(16)
@@ -78,9 +79,9 @@ class _Trainer:
         self.segment.close()
 
 
-def _context(root: Path, between: exchange.Exchange, num_pods: int, segment: Segment) -> context_module.Context:
+def _context(root: Path, between: protocol.Exchange, num_pods: int, segment: Segment) -> session_module.Context:
     parsed = policy.parse({"retention": {"keepLast": 1}}, embedded=True)
-    return context_module.Context(
+    return session_module.Context(
         session="bench",
         run_id="bench",
         world_size=num_pods,
@@ -95,13 +96,13 @@ def _context(root: Path, between: exchange.Exchange, num_pods: int, segment: Seg
         peer_timeout_s=120.0,
         persist_timeout_s=120.0,
         write_threads=2,
-        watch=Watch(storage_timeout_s=120.0, store_timeout_s=120.0),
+        watch=Watchdog(storage_timeout_s=120.0, store_timeout_s=120.0),
     )
 
 
 def _commit_line(of: measures.Settings, num_pods: int) -> measures.Line:
-    keep, view = stores.host("127.0.0.1", "bench/")
-    between = stores.StoreExchange(view, keep, [(rank,) for rank in range(num_pods)], 0)
+    keep, view = tcpstore.host("127.0.0.1", "bench/")
+    between = tcpstore.StoreExchange(view, keep, [(rank,) for rank in range(num_pods)], 0)
     commits = []
     with measures.scratch(of) as root:
         trainer = _Trainer(root / "segment", 16)
@@ -131,8 +132,8 @@ def _commit_line(of: measures.Settings, num_pods: int) -> measures.Line:
 
 def _agree_s(of: measures.Settings, num_tensors: int) -> float:
     """Seconds from the slot to the plan when nothing changed, over a real store with one pod in it: the median of 20."""
-    keep, view = stores.host("127.0.0.1", "bench/")
-    between = stores.StoreExchange(view, keep, [(0,)], 0)
+    keep, view = tcpstore.host("127.0.0.1", "bench/")
+    between = tcpstore.StoreExchange(view, keep, [(0,)], 0)
     times = []
     with measures.scratch(of) as root:
         trainer = _Trainer(root / "segment", num_tensors)

@@ -35,8 +35,8 @@ def measure(of: measures.Settings) -> list[measures.Line]:
             goal=1.0,
         ),
     ]
-    with_torch = _bare_mib("import pillion_sidecar.executor.persist, pillion_sidecar.executor.stores")
-    without = _bare_mib("import pillion_sidecar.executor.persist")
+    with_torch = _bare_mib("import pillion_sidecar.executor.save.persist, pillion_sidecar.executor.exchange.tcpstore")
+    without = _bare_mib("import pillion_sidecar.executor.save.persist")
     lines.append(
         measures.Line(
             what="the same, several pods (the executor imports torch)",

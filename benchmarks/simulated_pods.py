@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from pillion_sidecar.executor import stores
+from pillion_sidecar.executor.exchange import tcpstore
 
 TIMEOUT_S = 120.0
 GENERATION = "1"
@@ -19,8 +19,8 @@ GENERATION = "1"
 
 
 def pod(port: int, layout_digest: str, num_saves: int, rank: int) -> None:
-    keep, view = stores.connect("127.0.0.1", port, "bench/")
-    between = stores.StoreExchange(view, keep, [(0,)], rank)
+    keep, view = tcpstore.connect("127.0.0.1", port, "bench/")
+    between = tcpstore.StoreExchange(view, keep, [(0,)], rank)
     for step in range(1, num_saves + 1):
         phase = f"save/0/{step}"
         between.post(f"{phase}/plan", {"failures": {}, "ranks": {str(rank): [layout_digest, []]}})

@@ -7,7 +7,7 @@ It makes one checkpoint with our own head, tail and `.metadata`, and one with th
 on. In a process of its own for each version it unpickles both `.metadata` files and loads our checkpoint with that
 version's `dcp.load`. `--unpacked` takes the directory of an unpacked wheel, of which only
 `torch/distributed/checkpoint/metadata.py` is executed, on top of the running torch: that checks the unpickling and no
-more. What it prints as facts is what tests/unit/storage/test_dcp_metadata.py keeps in a table.
+more. What it prints as facts is what tests/unit/sidecar/storage/test_dcp_metadata.py keeps in a table.
 
 It exits with 1 when a version does not read ours. It must never write outside its temporary directory.
 """

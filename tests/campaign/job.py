@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import pillion
 from campaign import training
 from campaign.training import STEPS, WORLD, Training
-from pillion_sidecar import faults
+from pillion.testing import faults
 
 SNAPSHOT_STEPS: Final = 2
 PERIOD_STEPS: Final = 10

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from pillion.phases import Phase
-from pillion_sidecar.faults import Fault, Kind
+from pillion.testing.faults import Fault, Kind
 
 TWO_PODS_SHARE: Final = 0.1
 """Of the runs: they take three times as long, as their executors import torch."""

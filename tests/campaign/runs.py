@@ -24,7 +24,7 @@ from campaign import plan as plans
 from campaign import training
 from campaign.job import Job
 from campaign.plan import Act, Plan, Strike
-from pillion_sidecar import faults
+from pillion.testing import faults
 from support import leaks
 from support.store_host import StoreHost
 

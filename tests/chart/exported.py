@@ -14,8 +14,8 @@ from prometheus_client import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from pillion_operator import metrics as operator
-from pillion_sidecar import exporter
-from pillion_sidecar import metrics as sidecar
+from pillion_sidecar.reporting import prometheus
+from pillion_sidecar.status import metrics as sidecar
 
 OURS: Final = "pillion_"
 SERIES: Final = {
@@ -65,7 +65,7 @@ def of_sidecar() -> list[Exported]:
     """Those of one sidecar that has committed, and failed once."""
     numbers = sidecar.Metrics(last_committed_timestamp=1.0, failures_by_kind={"StorageFull": 1})
     supervisor: Any = SimpleNamespace(journal=SimpleNamespace(metrics=numbers), pod=None)
-    return sorted(_exported(exporter.Exporter(supervisor).collect(), {}))
+    return sorted(_exported(prometheus.Exporter(supervisor).collect(), {}))
 
 
 def _exported(found: Iterable[Metric], labels: dict[str, tuple[str, ...]]) -> Iterable[Exported]:

@@ -21,8 +21,8 @@ from torch.distributed import checkpoint as stock
 
 from pillion import checkpointer
 from pillion.errors import LoadError, SaveError
+from pillion.testing import faults
 from pillion.wire import names
-from pillion_sidecar import faults
 from process import ranks as processes
 from process.ranks import Job, Peer, Ranks
 from support import deadlines

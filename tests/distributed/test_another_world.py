@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pillion import checkpointer
 from pillion.phases import Phase
-from pillion_sidecar import faults
+from pillion.testing import faults
 from process import ranks as processes
 from process.ranks import Peer, Ranks
 from support import deadlines

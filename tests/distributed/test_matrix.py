@@ -37,8 +37,8 @@ from distributed.scene import (
     write_down,
 )
 from pillion.phases import Phase
-from pillion_sidecar import faults
-from pillion_sidecar.faults import Kind
+from pillion.testing import faults
+from pillion.testing.faults import Kind
 from process import ranks as processes
 from process.ranks import Ranks
 from support import deadlines, matrix, network

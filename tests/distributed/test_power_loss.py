@@ -22,8 +22,9 @@ from torch.distributed import checkpoint as stock
 
 from distributed.scene import BOUNDS, NUMEL, PODS, train, values
 from pillion.phases import Phase
-from pillion_sidecar import catalog, faults
-from pillion_sidecar.faults import Kind
+from pillion.testing import faults
+from pillion.testing.faults import Kind
+from pillion_sidecar.checkpoint import catalog
 from process import ranks as processes
 from process.ranks import Ranks
 from support import deadlines

@@ -34,8 +34,8 @@ from distributed.scene import (
     write_down,
 )
 from pillion.phases import Phase
-from pillion_sidecar import faults
-from pillion_sidecar.faults import Kind
+from pillion.testing import faults
+from pillion.testing.faults import Kind
 from process.ranks import Job, Ranks
 from support import deadlines, matrix
 from support.deadlines import Deadline
@@ -43,7 +43,7 @@ from support.matrix import PERSISTENT, Outcome, Story
 from support.store_host import StoreHost
 
 SHORT_S: Final = 1.0
-"""How long a process has no descriptor left: less than the tries of `operation.START_TRIES` take."""
+"""How long a process has no descriptor left: less than the tries of `supervisor.executor_client.START_TRIES` take."""
 SLOW_DELETION_S: Final = 6.0
 
 

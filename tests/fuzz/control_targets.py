@@ -17,10 +17,12 @@ from fuzz.targets import Feed, Target, temporary_folder
 from pillion.errors import ErrorDocument, SettingsError
 from pillion.wire import arena, layout, messages, names
 from pillion_sidecar import settings
+from pillion_sidecar.arena import image as image_module
+from pillion_sidecar.arena.pod_arena import Identity
 from pillion_sidecar.arena.segment import Segment
-from pillion_sidecar.control import Client, Server
-from pillion_sidecar.executor import exchange, images, planning
-from pillion_sidecar.pod import Identity
+from pillion_sidecar.executor import plan as plan_module
+from pillion_sidecar.executor.exchange import protocol
+from pillion_sidecar.supervisor.server import ControlServer, TrainerConnection
 
 SESSION: Final = "0123456789abcdef0123456789abcdef"
 HELLO: Final[dict[str, Any]] = {
@@ -94,26 +96,26 @@ def _bodies(_: contextlib.ExitStack) -> Feed:
 
 
 class Listener:
-    """Implements `control.Handler` as far as messages go: reads what the supervisor reads, and answers."""
+    """Implements `supervisor.server.Handler` as far as messages go: reads what the supervisor reads, and answers."""
 
     def __init__(self) -> None:
         self.lost_clients = 0
 
-    async def hello(self, client: Client, message: messages.Message) -> None:
+    async def hello(self, client: TrainerConnection, message: messages.Message) -> None:
         """As the supervisor opens a session."""
         client.rank = Identity.from_hello(message, root="/srv").local_ranks[0]
         client.answer(message, {"type": "welcome"})
 
-    async def message(self, client: Client, message: messages.Message) -> None:
+    async def message(self, client: TrainerConnection, message: messages.Message) -> None:
         """As the supervisor reads a request."""
         _read_fields(message)
         client.answer(message, {"type": "ok"})
 
-    def observed(self, client: Client, message: messages.Message) -> None:
+    def observed(self, client: TrainerConnection, message: messages.Message) -> None:
         """As the supervisor answers an observer."""
         client.answer(message, {"type": "pong"})
 
-    async def lost(self, client: Client) -> None:
+    async def lost(self, client: TrainerConnection) -> None:
         """Every greeted client is lost once."""
         self.lost_clients += 1
 
@@ -128,7 +130,7 @@ def _server(stack: contextlib.ExitStack) -> Feed:
     loop.set_exception_handler(
         lambda _, context: uncaught.append(context.get("exception") or RuntimeError(str(context)))
     )
-    server = Server(path, Listener())
+    server = ControlServer(path, Listener())
     loop.run_until_complete(server.start())
     stack.callback(lambda: loop.run_until_complete(server.close()))
 
@@ -265,9 +267,9 @@ def _slots(stack: contextlib.ExitStack) -> Feed:
         if len(data) % 2:
             # A trainer can write whatever digests it wants: behind them is as much to reach.
             _sign(segment, begins)
-        image = images.Reader().read(segment, 0)
-        images.digest_all(images.frame(image))
-        images.known_digests(image)
+        image = image_module.Reader().read(segment, 0)
+        image_module.digest_all(image_module.frame(image))
+        image_module.known_digests(image)
         assert segment.capacity_bytes(0) <= room, "touched memory that was never allocated"
 
     return feed
@@ -300,18 +302,18 @@ def _sign(segment: Segment, begins: int) -> None:
 
 def _documents(_: contextlib.ExitStack) -> Feed:
     def feed(data: bytes) -> None:
-        document = exchange.decode(data)
+        document = protocol.decode(data)
         assert isinstance(document, dict)
-        exchange.encode(document)
+        protocol.encode(document)
 
     return feed
 
 
 def _document_seeds() -> list[bytes]:
-    plan = planning.make_plan({0: dataclasses.replace(LAYOUT, items=LAYOUT.items[1:])})
+    plan = plan_module.make_plan({0: dataclasses.replace(LAYOUT, items=LAYOUT.items[1:])})
     return [
-        exchange.encode(plan.to_document()),
-        exchange.encode({"failures": {}, "ranks": {"0": [LAYOUT.digest, [1]]}}),
+        protocol.encode(plan.to_document()),
+        protocol.encode({"failures": {}, "ranks": {"0": [LAYOUT.digest, [1]]}}),
     ]
 
 
@@ -329,7 +331,7 @@ TARGETS: Final = (
     Target(name="arena-headers", make=_headers, allowed=(ValueError,), seeds=_segment_headers, is_json=False),
     Target(name="arena-layouts", make=_layouts, allowed=(ValueError,), seeds=lambda: [LAYOUT.encoded], weight=2),
     Target(
-        name="arena-slots", make=_slots, allowed=(images.TornSlot,), is_json=False,
+        name="arena-slots", make=_slots, allowed=(image_module.TornSlot,), is_json=False,
         seeds=_slot_seeds,
     ),
     Target(name="exchange", make=_documents, allowed=(ValueError,), seeds=_document_seeds, weight=0.5),

@@ -15,7 +15,7 @@ from typing import Final
 
 from fuzz.targets import Feed, Target, temporary_folder
 from pillion.wire import manifest, names
-from pillion_sidecar import catalog, commit
+from pillion_sidecar.checkpoint import catalog, commit
 from pillion_sidecar.storage import archive, dcp_metadata, digest
 
 FILE: Final = names.data_file(0, 0, "1")

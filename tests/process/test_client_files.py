@@ -18,10 +18,10 @@ import pytest
 
 import pillion
 from guard import repository
-from pillion_sidecar import client_files
+from pillion_sidecar.client_bundle import install as install_module
 from support.deadlines import Deadline
 
-SHIM = Path(client_files.__file__).with_name("client_shim.py")
+SHIM = Path(install_module.__file__).with_name("shim.py")
 SHOW = "import pillion, pillion.wire.names as names; print(pillion.__file__); print(names.__file__)"
 FINDER = """
 import importlib.util, sys
@@ -40,7 +40,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("client")
     before = os.umask(0o077)
     try:
-        client_files.lay_out(folder)
+        install_module.lay_out(folder)
     finally:
         os.umask(before)
     return folder
@@ -165,7 +165,7 @@ def test_the_shim_is_read_by_older_pythons_and_knows_what_the_client_needs() -> 
     }
     project = tomllib.loads((repository.ROOT / "client" / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=" + ".".join(str(number) for number in values["LEAST_PYTHON"])
-    assert values["BUNDLED"] == client_files.BUNDLED
+    assert values["BUNDLED"] == install_module.BUNDLED
 
 
 def test_threads_that_import_at_once_get_one_whole_package(venv: Path, laid: Path) -> None:
@@ -195,10 +195,10 @@ def test_it_can_be_laid_out_again_after_any_end(tmp_path: Path) -> None:
     """A second run replaces the first, also when the first was killed in the middle; nothing else in the folder is touched."""
     (tmp_path / "other").write_text("kept")
     (tmp_path / ".pillion-killed" / "new").mkdir(parents=True)
-    client_files.lay_out(tmp_path)
+    install_module.lay_out(tmp_path)
     stale = tmp_path / "pillion" / "stale.py"
     stale.write_text("")
-    client_files.lay_out(tmp_path)
+    install_module.lay_out(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "pillion"]
     assert not stale.exists()
 

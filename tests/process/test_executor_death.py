@@ -15,8 +15,10 @@ import torch
 
 from pillion.errors import SaveError
 from pillion.phases import Phase
-from pillion_sidecar import app, faults, persisting
+from pillion.testing import faults
+from pillion_sidecar import app
 from pillion_sidecar.executor import worker
+from pillion_sidecar.supervisor import persister
 from process import ranks as processes
 from process.ranks import Ranks
 from support import deadlines
@@ -102,7 +104,7 @@ def test_a_snapshot_that_kills_two_executors_is_given_up_and_the_next_one_is_sav
     error = opened.save(state_of(2), 2).committed.exception(Deadline.COMMITTED.s)
     assert isinstance(error, SaveError)
     assert error.failures[0].type_name == "ExecutorDied"
-    assert len({hit.pid for hit in faults.hits(kit)}) == len(faults.hits(kit)) == persisting.PERSIST_ATTEMPTS == 2
+    assert len({hit.pid for hit in faults.hits(kit)}) == len(faults.hits(kit)) == persister.PERSIST_ATTEMPTS == 2
     assert processes.committed(root) == [1]
     opened.save(state_of(3), 3).result(Deadline.COMMITTED.s)
     assert processes.committed(root) == [1, 3]

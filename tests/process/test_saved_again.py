@@ -15,9 +15,9 @@ from torch.distributed import checkpoint as stock
 from pillion import checkpointer
 from pillion.errors import SaveError
 from pillion.phases import Phase
+from pillion.testing import faults
+from pillion.testing.faults import Kind
 from pillion.wire import names
-from pillion_sidecar import faults
-from pillion_sidecar.faults import Kind
 from process.ranks import Ranks
 from support.deadlines import Deadline
 

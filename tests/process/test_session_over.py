@@ -17,11 +17,11 @@ import pytest
 from pillion.errors import PillionError
 from pillion.wire import policy
 from pillion_sidecar import settings
+from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import Save
-from pillion_sidecar.executor import stores
-from pillion_sidecar.metrics import Metrics
-from pillion_sidecar.operation import Operations, SessionOver
-from pillion_sidecar.pod import Pod
+from pillion_sidecar.executor.exchange import tcpstore
+from pillion_sidecar.status.metrics import Metrics
+from pillion_sidecar.supervisor.executor_client import ExecutorClient, SessionOver
 from support.deadlines import Deadline, soon
 from support.identities import identity
 from support.store_host import StoreHost
@@ -41,27 +41,31 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
     """
 
     async def scenario() -> None:
-        operations = Operations(
+        executor_client = ExecutorClient(
             settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
         )
-        over = Pod(str(tmp_path), identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True))
-        lasting = Pod(str(tmp_path), identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
+        over = PodArena(
+            str(tmp_path), identity("a" * 32, tmp_path, silent.getsockname()), policy.parse({}, embedded=True)
+        )
+        lasting = PodArena(str(tmp_path), identity("b" * 32, tmp_path, None), policy.parse({}, embedded=True))
         try:
-            operations.session(over)
+            executor_client.session(over)
             accepted, _ = await asyncio.wait_for(
                 asyncio.get_running_loop().run_in_executor(None, silent.accept), Deadline.TORCH_START.s
             )
             with contextlib.closing(accepted):
-                first = operations.executor_pid
+                first = executor_client.executor_pid
                 begun = time.monotonic()
-                operations.session(lasting)
-                await soon(lambda: operations.opened == "b" * 32, Deadline.PROCESS_START, "the next session is open")
-                assert time.monotonic() - begun < stores.CONNECT_TIMEOUT_S / 2
-                assert operations.executor_pid != first
+                executor_client.session(lasting)
+                await soon(
+                    lambda: executor_client.opened == "b" * 32, Deadline.PROCESS_START, "the next session is open"
+                )
+                assert time.monotonic() - begun < tcpstore.CONNECT_TIMEOUT_S / 2
+                assert executor_client.executor_pid != first
             with pytest.raises(SessionOver):
-                await operations.open(over)
+                await executor_client.open(over)
         finally:
-            await operations.stop()
+            await executor_client.stop()
             over.close()
             lasting.close()
 
@@ -72,12 +76,12 @@ def test_an_executor_leaves_the_pods_that_it_waits_for_and_serves_the_next_sessi
     """Trainers that come back while the pods agree on a rescue do not pay for a fresh process, which has torch to import."""
 
     async def scenario() -> None:
-        operations = Operations(
+        executor_client = ExecutorClient(
             settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
         )
         store = StoreHost()
         over, lasting = (
-            Pod(
+            PodArena(
                 str(tmp_path),
                 identity(letter * 32, tmp_path, (store.host, store.port)),
                 policy.parse({}, embedded=True),
@@ -85,22 +89,22 @@ def test_an_executor_leaves_the_pods_that_it_waits_for_and_serves_the_next_sessi
             for letter in "ab"
         )
         try:
-            operations.session(over)
-            await soon(lambda: operations.opened == "a" * 32, Deadline.TORCH_START, "the first session is open")
-            first = operations.executor_pid
+            executor_client.session(over)
+            await soon(lambda: executor_client.opened == "a" * 32, Deadline.TORCH_START, "the first session is open")
+            first = executor_client.executor_pid
             rescue = asyncio.create_task(
-                operations.rescue(over, [Save(5, 0, 1, persist=True, destination=None)], ["call"])
+                executor_client.rescue(over, [Save(5, 0, 1, persist=True, destination=None)], ["call"])
             )
             await soon(
-                lambda: operations._working_for == "a" * 32, Deadline.REPLY, "the executor waits for the other pod"
+                lambda: executor_client._working_for == "a" * 32, Deadline.REPLY, "the executor waits for the other pod"
             )
-            operations.session(lasting)
-            await soon(lambda: operations.opened == "b" * 32, Deadline.REPLY, "the next session is open")
+            executor_client.session(lasting)
+            await soon(lambda: executor_client.opened == "b" * 32, Deadline.REPLY, "the next session is open")
             with pytest.raises(PillionError, match="nobody waits for"):
                 await rescue
-            assert operations.executor_pid == first
+            assert executor_client.executor_pid == first
         finally:
-            await operations.stop()
+            await executor_client.stop()
             over.close()
             lasting.close()
             store.end()
@@ -115,27 +119,27 @@ def test_an_executor_that_is_still_starting_goes_on_for_the_next_session(silent:
     """
 
     async def scenario() -> None:
-        operations = Operations(
+        executor_client = ExecutorClient(
             settings.from_arguments(["--runtime-dir", str(tmp_path)], {}), Metrics(), on_event=lambda _: None
         )
         store = StoreHost()
         address = (store.host, store.port)
         stores_of = [silent.getsockname(), silent.getsockname(), address]
         pods = [
-            Pod(str(tmp_path), identity(letter * 32, tmp_path, of), policy.parse({}, embedded=True))
+            PodArena(str(tmp_path), identity(letter * 32, tmp_path, of), policy.parse({}, embedded=True))
             for letter, of in zip("abc", stores_of, strict=True)
         ]
         try:
-            await operations.prestart()
-            first = operations.executor_pid
+            await executor_client.prestart()
+            first = executor_client.executor_pid
             for pod in pods:
-                operations.session(pod)
+                executor_client.session(pod)
                 await asyncio.sleep(0)  # as far as it goes at once: it asks the executor to start
-                await soon(operations._lock.locked, Deadline.REPLY, "the executor is asked")
-            await soon(lambda: operations.opened == "c" * 32, Deadline.TORCH_START, "the last session is open")
-            assert operations.executor_pid == first
+                await soon(executor_client._lock.locked, Deadline.REPLY, "the executor is asked")
+            await soon(lambda: executor_client.opened == "c" * 32, Deadline.TORCH_START, "the last session is open")
+            assert executor_client.executor_pid == first
         finally:
-            await operations.stop()
+            await executor_client.stop()
             for pod in pods:
                 pod.close()
             store.end()

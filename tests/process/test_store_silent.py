@@ -15,9 +15,9 @@ import pytest
 
 from pillion.wire import policy
 from pillion_sidecar import settings
-from pillion_sidecar.metrics import Metrics
-from pillion_sidecar.operation import Operations
-from pillion_sidecar.pod import Pod
+from pillion_sidecar.arena.pod_arena import PodArena
+from pillion_sidecar.status.metrics import Metrics
+from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from support.deadlines import Deadline, soon
 from support.identities import identity
 from support.store_host import StoreHost
@@ -34,29 +34,31 @@ def store() -> Iterator[StoreHost]:
 
 
 def with_an_open_session(
-    folder: Path, store: StoreHost, scenario: Callable[[Operations, Pod], Coroutine[Any, Any, None]]
+    folder: Path, store: StoreHost, scenario: Callable[[ExecutorClient, PodArena], Coroutine[Any, Any, None]]
 ) -> None:
     """The coordinator's pod of two; it has opened its session in `store`."""
 
     async def run() -> None:
         arguments = ["--runtime-dir", str(folder)]
         of = settings.from_arguments(arguments, {"PILLION_STORE_TIMEOUT_S": str(STORE_TIMEOUT_S)})
-        operations = Operations(of, Metrics(), on_event=lambda _: None)
-        pod = Pod(str(folder), identity(SESSION, folder, (store.host, store.port)), policy.parse({}, embedded=True))
+        executor_client = ExecutorClient(of, Metrics(), on_event=lambda _: None)
+        pod = PodArena(
+            str(folder), identity(SESSION, folder, (store.host, store.port)), policy.parse({}, embedded=True)
+        )
         try:
-            operations.session(pod)
-            await soon(lambda: operations.opened == SESSION, Deadline.TORCH_START, "the session is open")
-            await scenario(operations, pod)
+            executor_client.session(pod)
+            await soon(lambda: executor_client.opened == SESSION, Deadline.TORCH_START, "the session is open")
+            await scenario(executor_client, pod)
         finally:
-            await operations.stop()
+            await executor_client.stop()
             pod.close()
 
     asyncio.run(run())
 
 
-async def reopened(operations: Operations, first: int | None) -> None:
-    await soon(lambda: operations.executor_pid not in (None, first), Deadline.PROCESS_START, "it has a successor")
-    await soon(lambda: operations.opened == SESSION, Deadline.PROCESS_START, "that has opened the session")
+async def reopened(executor_client: ExecutorClient, first: int | None) -> None:
+    await soon(lambda: executor_client.executor_pid not in (None, first), Deadline.PROCESS_START, "it has a successor")
+    await soon(lambda: executor_client.opened == SESSION, Deadline.PROCESS_START, "that has opened the session")
 
 
 def test_a_message_to_all_pods_that_a_silent_store_swallows_moves_the_pod_to_storage(
@@ -64,12 +66,12 @@ def test_a_message_to_all_pods_that_a_silent_store_swallows_moves_the_pod_to_sto
 ) -> None:
     """The executor still answers its pings, so that what hangs is known, and its successor does not ask that store again."""
 
-    async def scenario(operations: Operations, pod: Pod) -> None:
-        first = operations.executor_pid
+    async def scenario(executor_client: ExecutorClient, pod: PodArena) -> None:
+        first = executor_client.executor_pid
         store.stop()
-        assert not await asyncio.wait_for(operations.signal(pod, {"type": "rescue", "id": "x"}), Deadline.REPLY.s)
-        assert operations.store_lost
-        await reopened(operations, first)
+        assert not await asyncio.wait_for(executor_client.signal(pod, {"type": "rescue", "id": "x"}), Deadline.REPLY.s)
+        assert executor_client.store_lost
+        await reopened(executor_client, first)
 
     with_an_open_session(tmp_path, store, scenario)
 
@@ -80,12 +82,12 @@ def test_the_successor_of_an_executor_that_died_does_not_wait_for_a_store_that_i
 ) -> None:
     """Its predecessor was connected, so that nobody is on his way there; the others have noticed, and meet on storage."""
 
-    async def scenario(operations: Operations, pod: Pod) -> None:
-        first = operations.executor_pid
+    async def scenario(executor_client: ExecutorClient, pod: PodArena) -> None:
+        first = executor_client.executor_pid
         assert first is not None
         end(store)
         os.kill(first, signal.SIGKILL)
-        await reopened(operations, first)
-        assert operations.store_lost
+        await reopened(executor_client, first)
+        assert executor_client.store_lost
 
     with_an_open_session(tmp_path, store, scenario)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pillion.errors import CorruptCheckpoint, NoCheckpoint
 from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar import commit, retention
-from pillion_sidecar.executor import choose
+from pillion_sidecar.checkpoint import commit, retention
+from pillion_sidecar.executor.load import choose
 
 steps = st.sets(st.integers(0, 60), max_size=8)
 orders = st.tuples(st.integers(0, 2), st.integers(0, 2))

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pillion.errors import CommitError
 from pillion.wire import layout, manifest, names
 from pillion.wire.policy import Retention
-from pillion_sidecar import catalog, commit, milestones, retention
+from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
 from pillion_sidecar.storage import archive, digest, directio
 from support import file_operations
 from support.parts import begin_session
@@ -62,7 +62,7 @@ class Storage(RuleBasedStateMachine):
         self.was_cut = True
         """Whether the last crash or stop came before the end of the work."""
 
-    # --- what an attempt does, in the order of `executor.conclude` ---------------------------------------------------
+    # --- what an attempt does, in the order of `executor.save.commit` ---------------------------------------------------
 
     def folder(self, step: int) -> Path:
         return Path(self.root, names.step_directory(step))

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor import exchange, stores
-from pillion_sidecar.executor.storage_exchange import StorageExchange
+from pillion_sidecar.executor.exchange import protocol, tcpstore
+from pillion_sidecar.executor.exchange.storage import StorageExchange
 from support.deadlines import Deadline
 
 SOON_S: Final = 0.02
@@ -33,23 +33,23 @@ _sessions: Final = itertools.count()
 @functools.cache
 def the_store() -> Any:
     """One store for all examples; each has a prefix of its own."""
-    keep, _ = stores.host("127.0.0.1", "pillion/tests")
+    keep, _ = tcpstore.host("127.0.0.1", "pillion/tests")
     return keep
 
 
-def local(pods: list[list[int]], root: str) -> list[exchange.Exchange]:
+def local(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
     """All ranks in one pod."""
-    return [exchange.LocalExchange(pods[0][0])]
+    return [protocol.LocalExchange(pods[0][0])]
 
 
-def over_a_store(pods: list[list[int]], root: str) -> list[exchange.Exchange]:
+def over_a_store(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
     """Every pod's end over one real store."""
     keep = the_store()
     view = dist.PrefixStore(f"pillion/tests/{next(_sessions)}", keep)
-    return [stores.StoreExchange(view, keep, pods, pod[0]) for pod in pods]
+    return [tcpstore.StoreExchange(view, keep, pods, pod[0]) for pod in pods]
 
 
-def over_storage(pods: list[list[int]], root: str) -> list[exchange.Exchange]:
+def over_storage(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
     """Every pod's end over one folder."""
     session = f"{next(_sessions):032x}"
     return [StorageExchange(root, session, pods, pod[0]) for pod in pods]
@@ -140,9 +140,9 @@ def test_pods_that_arrive_in_any_order_end_with_the_same_decision(order: list[in
     pods = [[rank] for rank in range(len(order))]
     prefix, port = f"pillion/tests/{next(_sessions)}", the_store().port
 
-    def one(first: int) -> exchange.Document:
-        store, view = stores.connect("127.0.0.1", port, prefix)
-        end = stores.StoreExchange(view, store, pods, first)
+    def one(first: int) -> protocol.Document:
+        store, view = tcpstore.connect("127.0.0.1", port, prefix)
+        end = tcpstore.StoreExchange(view, store, pods, first)
         for phase in PHASES:
             end.post(phase, {"from": first, "phase": phase})
             if first == 0:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pillion.wire import layout
-from pillion_sidecar import commit
-from pillion_sidecar.executor import planning
-from pillion_sidecar.executor.share import RankPlace
+from pillion_sidecar.checkpoint import commit
+from pillion_sidecar.executor import plan as plan_module
+from pillion_sidecar.executor.save.write import RankPlacement
 from pillion_sidecar.storage import directio
 
 BEST_TIMES: int = 2
@@ -77,15 +77,15 @@ def test_the_plan_is_the_same_whoever_reported_first(layouts: dict[int, layout.L
     """Documents arrive in any order; plan and id do not depend on it."""
     ranks = list(layouts)
     order.shuffle(ranks)
-    assert planning.make_plan({rank: layouts[rank] for rank in ranks}) == planning.make_plan(layouts)
-    assert planning.plan_id({rank: layouts[rank].digest for rank in ranks}) == planning.make_plan(layouts).plan_id
+    assert plan_module.make_plan({rank: layouts[rank] for rank in ranks}) == plan_module.make_plan(layouts)
+    assert plan_module.plan_id({rank: layouts[rank].digest for rank in ranks}) == plan_module.make_plan(layouts).plan_id
 
 
 @given(layouts=worlds())
 @settings(max_examples=200, deadline=None)
 def test_no_rank_writes_more_than_twice_what_the_best_plan_gives_its_busiest(layouts: dict[int, layout.Layout]) -> None:
     """Whatever sets of ranks hold the chunks, and however unequal these are."""
-    plan = planning.make_plan(layouts)
+    plan = plan_module.make_plan(layouts)
     held = holders(layouts)
     for rank, ranges in plan.items.items():
         taken = [layouts[rank].items[index] for first, last in ranges for index in range(first, last)]
@@ -102,16 +102,16 @@ def test_files_hold_every_chunk_once_where_metadata_says(
     Each pod places its own ranks, the coordinator all of them: chunk for chunk the same place. In a file nothing overlaps, everything
     lies behind its run's page, and all of it within the file's length.
     """
-    plan = planning.make_plan(layouts)
+    plan = plan_module.make_plan(layouts)
     lengths = {
         rank: tuple(data.draw(st.lists(st.integers(0, 9000), min_size=len(of.opaque), max_size=len(of.opaque))))
         for rank, of in layouts.items()
     }
-    received = planning.Plan.from_document(plan.to_document())
+    received = plan_module.Plan.from_document(plan.to_document())
     chunks, opaque = [], []
     for rank, of in layouts.items():
-        ours = RankPlace(rank, of, lengths[rank], received, "7")
-        theirs = RankPlace(rank, layout.decode(of.encoded), lengths[rank], plan, "7")
+        ours = RankPlacement(rank, of, lengths[rank], received, "7")
+        theirs = RankPlacement(rank, layout.decode(of.encoded), lengths[rank], plan, "7")
         assert ours.chunks() == theirs.chunks()
         assert ours.opaque() == theirs.opaque()
         assert (ours.file, ours.file_bytes) == (theirs.file, theirs.file_bytes)

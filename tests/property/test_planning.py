@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pillion.wire import layout
-from pillion_sidecar.executor import planning
+from pillion_sidecar.executor import plan as plan_module
 
 
 def item(fqn: str, rows: int, offset: int, length: int) -> layout.Item:
@@ -42,7 +42,7 @@ def worlds(draw: st.DrawFn) -> dict[int, layout.Layout]:
 @settings(max_examples=200, deadline=None)
 def test_every_chunk_and_every_opaque_leaf_is_written_exactly_once(layouts: dict[int, layout.Layout]) -> None:
     """By a rank that has it; replicas are not written twice, nothing is left out."""
-    plan = planning.make_plan(layouts)
+    plan = plan_module.make_plan(layouts)
     written = [
         layouts[rank].items[index].key
         for rank, ranges in plan.items.items()
@@ -58,8 +58,8 @@ def test_every_chunk_and_every_opaque_leaf_is_written_exactly_once(layouts: dict
 @settings(max_examples=100, deadline=None)
 def test_a_plan_survives_its_document(layouts: dict[int, layout.Layout]) -> None:
     """What is published to the pods is what the coordinator planned."""
-    plan = planning.make_plan(layouts)
-    assert planning.Plan.from_document(plan.to_document()) == plan
+    plan = plan_module.make_plan(layouts)
+    assert plan_module.Plan.from_document(plan.to_document()) == plan
 
 
 @given(st.integers(2, 8), st.integers(8, 64))
@@ -67,7 +67,7 @@ def test_a_plan_survives_its_document(layouts: dict[int, layout.Layout]) -> None
 def test_replicas_are_shared_out_evenly_and_in_one_stretch_a_rank(world: int, num_tensors: int) -> None:
     """No rank writes more than its even share and one tensor; each writes one contiguous range."""
     items = tuple(item(f"t{n}", 1024, 0, 1024) for n in range(num_tensors))
-    plan = planning.make_plan({rank: layout.Layout(items, (), {}) for rank in range(world)})
+    plan = plan_module.make_plan({rank: layout.Layout(items, (), {}) for rank in range(world)})
     counts = [sum(b - a for a, b in ranges) for ranges in plan.items.values()]
     assert max(counts) - min(counts) <= 1
     assert all(len(ranges) <= 1 for ranges in plan.items.values())
@@ -76,8 +76,8 @@ def test_replicas_are_shared_out_evenly_and_in_one_stretch_a_rank(world: int, nu
 def test_equal_layouts_have_equal_plan_ids_and_another_rank_changes_it() -> None:
     """The id is what makes an unchanged plan cost nothing."""
     of = layout.Layout((item("t", 4, 0, 4),), (), {})
-    assert planning.make_plan({0: of}).plan_id == planning.plan_id({0: of.digest})
-    assert planning.plan_id({0: of.digest}) != planning.plan_id({1: of.digest})
+    assert plan_module.make_plan({0: of}).plan_id == plan_module.plan_id({0: of.digest})
+    assert plan_module.plan_id({0: of.digest}) != plan_module.plan_id({1: of.digest})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_layouts_that_contradict_one_another_are_refused_by_name(
     layouts: dict[int, tuple[layout.Item, ...]], told: str
 ) -> None:
     """The error names the tensor and what is wrong with it."""
-    with pytest.raises(planning.PlanError, match=told) as caught:
-        planning.make_plan({rank: layout.Layout(items, (), {}) for rank, items in layouts.items()})
+    with pytest.raises(plan_module.PlanError, match=told) as caught:
+        plan_module.make_plan({rank: layout.Layout(items, (), {}) for rank, items in layouts.items()})
     assert "'t'" in str(caught.value)
     assert caught.value.ranks

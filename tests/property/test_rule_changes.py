@@ -189,7 +189,7 @@ def test_with_a_lead_that_suffices_all_ranks_change_at_one_step(
         change = ranks[0].change_proposal(step, now_s)
         if change is not None:
             delays_s = data.draw(st.lists(st.floats(0, lead_s), min_size=num_ranks, max_size=num_ranks))
-            # The channel keeps their order (`executor.signals`): one that is told again does not come behind its successor.
+            # The channel keeps their order (`executor.exchange.broadcast`): one that is told again does not come behind its successor.
             newest_s = [max(before_s, now_s + delay_s) for before_s, delay_s in zip(newest_s, delays_s, strict=True)]
             on_the_way += [(arrives_s, rank, *change) for rank, arrives_s in enumerate(newest_s)]
     wanted = asked[max(asked)] if asked else first

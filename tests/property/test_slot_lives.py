@@ -45,7 +45,7 @@ class Lives(RuleBasedStateMachine):
         self.next_step = dict.fromkeys(self.ranks, 1)
 
     def start_sidecar(self) -> None:
-        """A new process: what was being filled is torn, what is whole is adopted, oldest first, as `Pod._adopt_saves` does it."""
+        """A new process: what was being filled is torn, what is whole is adopted, oldest first, as `PodArena._adopt_saves` does it."""
         self.table = SlotTable(self.num_slots, self.ranks, self.overlap)
         self.arena = {slot: held for slot, held in self.arena.items() if self.is_whole(held)}
         adopted = []
@@ -174,7 +174,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.writing is None)
     @rule()
     def take_up(self) -> None:
-        """The oldest complete save goes to the executor, as `Persisting._next` takes it."""
+        """The oldest complete save goes to the executor, as `Persister._next` takes it."""
         for save in sorted(self.table.saves.values(), key=lambda each: each.order):
             if save.phase is Phase.COMPLETE and not save.failures:
                 assert self.is_whole(self.arena[save.slot])
@@ -186,7 +186,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.writing is not None)
     @rule(well=st.booleans())
     def outcome(self, well: bool) -> None:
-        """As `Persisting._persist` ends; what a rescue asked for meanwhile is queued again."""
+        """As `Persister._persist` ends; what a rescue asked for meanwhile is queued again."""
         assert self.writing is not None
         (save, wanted), self.writing = self.writing, None
         self.table.finish(save, persisted=well and wanted)
@@ -196,7 +196,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def rescue(self) -> None:
-        """The newest whole snapshot, if it is in memory only, is wanted on storage: as `Persisting.rescue` does it."""
+        """The newest whole snapshot, if it is in memory only, is wanted on storage: as `Persister.rescue` does it."""
         save, newest = self.table.newest_complete(), self.newest()
         assert (save is None) == (newest is None)
         if save is None or newest is None:

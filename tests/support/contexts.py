@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pillion.wire import policy
-from pillion_sidecar.executor import exchange
-from pillion_sidecar.executor.context import Context
-from pillion_sidecar.executor.watch import Watch
+from pillion_sidecar.executor.exchange import protocol
+from pillion_sidecar.executor.exchange.watchdog import Watchdog
+from pillion_sidecar.executor.session import Context
 from support.deadlines import Deadline
 
 SESSION = "a" * 32
@@ -18,7 +18,7 @@ SESSION = "a" * 32
 
 def of_pod(
     root: Path | str,
-    between: exchange.Exchange,
+    between: protocol.Exchange,
     *,
     pods: Sequence[tuple[int, ...]] = ((0,),),
     first_rank: int = 0,
@@ -43,5 +43,5 @@ def of_pod(
         peer_timeout_s=peer_timeout_s,
         persist_timeout_s=persist_timeout_s,
         write_threads=1,
-        watch=Watch(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
+        watch=Watchdog(storage_timeout_s=Deadline.REPLY.s, store_timeout_s=Deadline.REPLY.s),
     )

@@ -6,7 +6,7 @@ Called from: tests.
 
 from pathlib import Path
 
-from pillion_sidecar.pod import Identity
+from pillion_sidecar.arena.pod_arena import Identity
 
 
 def identity(session: str, folder: Path, store: tuple[str, int] | None) -> Identity:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pillion.phases import Phase
-from pillion_sidecar.faults import Kind
+from pillion.testing.faults import Kind
 
 OUTCOMES: Final = Path(__file__).with_name("matrix_outcomes.txt")
 LEFT_OUT: Final = {

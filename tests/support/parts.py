@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from pillion.wire import manifest, names
-from pillion_sidecar import ownership
+from pillion_sidecar.checkpoint import ownership
 from pillion_sidecar.storage import archive, digest
 
 

@@ -2,7 +2,7 @@
 The named phases of a save and a load, and the points in the code where each of them is entered.
 
 Called from: client and sidecar, once a phase. A point costs one comparison: nothing looks at it unless PILLION_FAULTS asks for faults
-(`pillion_sidecar.faults`, which then must be installed).
+(`pillion.testing.faults`, which then must be installed).
 Must never: do anything by itself.
 
     trainer      claim (asks)   stage   seal
@@ -99,4 +99,4 @@ def reach(phase: Phase, *, rank: int | None = None, step: int | None = None, pat
 
 
 if os.environ.get(names.ENV_FAULTS):
-    importlib.import_module("pillion_sidecar.faults").arm()
+    importlib.import_module("pillion.testing.faults").arm()

@@ -73,13 +73,13 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _client(arguments: Sequence[str]) -> int:
-    from pillion_sidecar import client_files
+    from pillion_sidecar.client_bundle import install
 
     parser = argparse.ArgumentParser(prog="pillion-sidecar client", description="Lay the client library out.")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a folder of the trainer's PYTHONPATH")
     folder = parser.parse_args(arguments).to
     try:
-        made = client_files.lay_out(folder)
+        made = install.lay_out(folder)
     except OSError as err:
         print(f"pillion-sidecar: the client cannot be laid out in {folder}: {err}", file=sys.stderr)
         return EX_UNAVAILABLE

@@ -29,13 +29,16 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from pillion.wire import names
-from pillion_sidecar import affinity, background, control, leftovers, log
-from pillion_sidecar.pod_end import LAST_SAVE_S
+from pillion_sidecar import affinity, log
+from pillion_sidecar.arena import leftovers
+from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.settings import Settings
-from pillion_sidecar.supervisor import Supervisor
+from pillion_sidecar.supervisor import server as server_module
+from pillion_sidecar.supervisor.dispatcher import Supervisor
+from pillion_sidecar.supervisor.pod_end import LAST_SAVE_S
 
 if TYPE_CHECKING:
-    from pillion_sidecar.home import calling
+    from pillion_sidecar.reporting import reporter
 
 _log = logging.getLogger(__name__)
 
@@ -77,22 +80,22 @@ async def run(settings: Settings) -> Exit:
     with contextlib.suppress(OSError):
         os.nice(NICE)
     supervisor = Supervisor(settings)
-    server = control.Server(os.path.join(settings.runtime_dir, names.CONTROL_SOCKET), supervisor)
+    server = server_module.ControlServer(os.path.join(settings.runtime_dir, names.CONTROL_SOCKET), supervisor)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGUSR1, supervisor.trainers.save_now)
     removable = False
-    caller, outside = None, background.Tasks()
+    caller, outside = None, tasks.BackgroundTasks()
     try:
         await supervisor.start()
         await server.start()
         if settings.metrics_port:
             # prometheus_client: memory that a pod without the endpoint has no use for.
-            from pillion_sidecar import exporter
+            from pillion_sidecar.reporting import prometheus
 
-            exporter.start(supervisor, settings.metrics_port)
+            prometheus.start(supervisor, settings.metrics_port)
         if settings.home_url:
             caller = _calling(supervisor)
         if caller is not None:
@@ -141,13 +144,13 @@ def _remove_leftovers(runtime_dir: str) -> None:
         threading.Thread(target=remove, name="pillion-leftovers", daemon=True).start()
 
 
-def _calling(supervisor: Supervisor) -> calling.Calling | None:
+def _calling(supervisor: Supervisor) -> reporter.Calling | None:
     """Whoever calls home; None when the settings do not allow it: checkpoints are made all the same."""
     # TLS: memory that a sidecar without a cluster has no use for.
-    from pillion_sidecar.home import calling
+    from pillion_sidecar.reporting import reporter
 
     try:
-        return calling.Calling(supervisor)
+        return reporter.Calling(supervisor)
     except ValueError as err:
         _log.error("the sidecar does not call home: %s", err)
         return None
@@ -181,7 +184,7 @@ async def _until_unneeded(supervisor: Supervisor, stop: asyncio.Event) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), IDLE_CHECK_S)
         trainers = supervisor.trainers
-        if trainers.clients or supervisor.persisting.busy():
+        if trainers.clients or supervisor.persister.busy():
             trainers.idle_since = time.monotonic()
             log.tend(supervisor.settings.runtime_dir)
         elif trainers.parted or time.monotonic() - trainers.idle_since > supervisor.settings.linger_s:
@@ -193,15 +196,15 @@ async def _drain(supervisor: Supervisor) -> bool:
     if pod is None:
         return True
     deadline = time.monotonic() + pod.policy.drain.timeout_seconds
-    before = supervisor.journal.metrics.last_committed_step
+    before = supervisor.sidecar_status.metrics.last_committed_step
     if supervisor.terminating(signalled=True):
         grace = min(deadline, time.monotonic() + LAST_SAVE_S)
         while supervisor.trainers.clients and time.monotonic() < grace:
-            if supervisor.journal.metrics.last_committed_step != before:
+            if supervisor.sidecar_status.metrics.last_committed_step != before:
                 break
             await asyncio.sleep(IDLE_CHECK_S)
-    supervisor.persisting.rescue()
-    drained = await supervisor.persisting.quiet(max(0.0, deadline - time.monotonic()))
+    supervisor.persister.rescue()
+    drained = await supervisor.persister.quiet(max(0.0, deadline - time.monotonic()))
     newest = pod.table.newest_complete()
     if not drained or (newest is not None and newest.persist and not newest.persisted):
         _log.error("ends with step %s not on storage; the arena keeps it", newest.step if newest is not None else None)

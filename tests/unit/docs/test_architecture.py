@@ -66,18 +66,41 @@ def test_every_broad_except_is_in_the_list() -> None:
     assert sorted(told) == sorted(found)
 
 
+def test_the_callers_that_a_module_names_exist() -> None:
+    """`Called from:` is how a reader goes upwards. It names modules, classes, or what the module itself defines, and no room of yesterday."""
+    sources = [each for package in SOURCES for each in modules(package)]
+    known = [f".{name}" for name, _ in sources]
+    classes = {name for _, source in sources for name in re.findall(r"^class (\w+)", source, re.MULTILINE)}
+    missing = []
+    for module, source in sources:
+        told = re.search(r"Called from:(.*?)(?:\.\s|\Z|\n\n)", ast.get_docstring(ast.parse(source)) or "", re.DOTALL)
+        for full in re.findall(r"`([a-zA-Z_][\w.]*)`", told[1] if told else ""):
+            name = re.sub(r"^pillion(_sidecar|_operator)?\.", "", full)
+            holder, _, last = name.rpartition(".")
+            is_own = not holder and re.search(rf"(?:def|class) {last}\b|\b{last}\b.*=|import.*\b{last}\b", source)
+            is_within = any(
+                (f".{each}".endswith(f".{holder}") or re.search(rf"^class {holder}\b", text, re.MULTILINE))
+                and re.search(rf"(?:def|class) {last}\b", text)
+                for each, text in sources
+            )
+            is_known = name in classes or name in SOURCES or any(each.endswith(f".{name}") for each in known)
+            if not (is_known or is_own or is_within):
+                missing.append((module, full))
+    assert not missing, missing
+
+
 def test_the_places_that_it_names_exist() -> None:
     """`module.name` and `Class.method` are where the tables say."""
-    sources = dict(each for package in SOURCES for each in modules(package))
-    packages = {name.rpartition(".")[0] for name in sources}
+    sources = [each for package in SOURCES for each in modules(package)]
+    packages = {name.rpartition(".")[0] for name, _ in sources}
     missing = []
     for told in sorted(set(re.findall(r"`((?:\w+\.)+\w+)`", TEXT))):
         name = re.sub(r"^pillion(_sidecar|_operator)?\.", "", told)
-        if NO_PLACE.match(told) or name in packages or any(f".{known}".endswith(f".{name}") for known in sources):
+        if NO_PLACE.match(told) or name in packages or any(f".{known}".endswith(f".{name}") for known, _ in sources):
             continue
         holder, _, last = name.rpartition(".")
-        within = [source for known, source in sources.items() if f".{known}".endswith(f".{holder}")]
-        within += [source for source in sources.values() if re.search(rf"^class {holder}\b", source, re.MULTILINE)]
+        within = [source for known, source in sources if f".{known}".endswith(f".{holder}")]
+        within += [source for _, source in sources if re.search(rf"^class {holder}\b", source, re.MULTILINE)]
         if not any(re.search(rf"(?:def|class) {last}\b|^{last}\b", source, re.MULTILINE) for source in within):
             missing.append(told)
     assert missing == []

@@ -19,7 +19,7 @@ from pillion_operator.controller import commands, conditions, mirror, news
 from pillion_operator.home.refusal import Result
 from pillion_operator.home.registry import Job, JobKey
 from pillion_operator.injection import checkpoint_policy, reasons
-from pillion_sidecar import preflight
+from pillion_sidecar.supervisor import preflight
 from support import reports
 
 ROOT: Final = Path(__file__).parents[3]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pillion_sidecar import control, shared_files
+from pillion_sidecar import shared_files
 from pillion_sidecar.arena import segment
+from pillion_sidecar.supervisor import server as server_module
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_the_control_socket_is_open_to_the_trainers_user_from_its_first_moment(t
     path = tmp_path / "control"
 
     async def scenario() -> int:
-        server = control.Server(str(path), Nobody())
+        server = server_module.ControlServer(str(path), Nobody())
         await server.start()
         mode = stat.S_IMODE(path.stat().st_mode)
         await server.close()

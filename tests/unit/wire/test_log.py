@@ -12,7 +12,7 @@ from pillion.wire import log
 
 
 def line(message: str, *args: object, **extra: object) -> dict[str, object]:
-    record = logging.LogRecord("pillion_sidecar.saves", logging.WARNING, __file__, 1, message, args, None)
+    record = logging.LogRecord("pillion_sidecar.supervisor.staging", logging.WARNING, __file__, 1, message, args, None)
     record.created, record.msecs = 1_795_000_000.25, 250.0
     record.__dict__.update(extra)
     found = json.loads(log.JsonFormatter(["step", "path"]).format(record))
@@ -25,7 +25,7 @@ def test_a_line_is_one_json_object_with_utc_time_level_logger_and_message() -> N
     assert line("step %d is late", 7) == {
         "time": "2026-11-18T11:06:40.250Z",
         "level": "WARNING",
-        "logger": "pillion_sidecar.saves",
+        "logger": "pillion_sidecar.supervisor.staging",
         "message": "step 7 is late",
     }
 

@@ -1,7 +1,7 @@
 """
 Calling home: what a job's sidecar tells the controller every few seconds, and what it is told.
 
-Producer of reports and consumer of answers: the coordinator's sidecar (`pillion_sidecar.home`). Consumer of reports and producer of
+Producer of reports and consumer of answers: the coordinator's sidecar (`pillion_sidecar.reporting`). Consumer of reports and producer of
 answers: the controller (`pillion_operator.home`).
 
     POST <PILLION_HOME_URL>/v1/report        Authorization: Bearer <token of the audience PILLION_TOKEN_AUDIENCE>
@@ -157,7 +157,7 @@ class Report:
     failures: tuple[Failure, ...] = ()
     acknowledgements: tuple[Acknowledgement, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """`pillion_sidecar.metrics.Metrics` as a document: numbers, and counters by reason."""
+    """`pillion_sidecar.status.metrics.Metrics` as a document: numbers, and counters by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

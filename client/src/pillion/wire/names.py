@@ -31,7 +31,7 @@ ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
 """torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
 
 ENV_FAULTS: Final = "PILLION_FAULTS"
-"""Faults that a test asks for (`pillion_sidecar.faults`). Never set by the injector or the chart."""
+"""Faults that a test asks for (`pillion.testing.faults`). Never set by the injector or the chart."""
 
 # --- environment of an injected sidecar --------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """
 Certificates of webhook and call-home: made, trusted, written, and served, each in a module of its own.
 
-Called from: webhook and controller, which both serve; the leader alone makes them, in the mode `Self`.
+Called from: webhook and controller, which both serve; the leader alone makes them (certificates.mode: Self).
 Must never: serve a certificate before the API server trusts who signed it, or write a private key anywhere but into a Secret.
 """

@@ -1,7 +1,7 @@
 """
 Memory for the slots of one pod: within the policy's limit, what the container may take, and what the tmpfs has.
 
-Called from: `pod` (claims and reserves, in threads) and the executor's `fill` (the slot of a load). Ranks grow side by side, a GiB in a
+Called from: `arena.pod_arena` (claims and reserves, in threads) and the executor's `executor.load.fill` (the slot of a load). Ranks grow side by side, a GiB in a
 second or two each: each first reserves what it is about to take, so that all of them together stay within the limit. The two processes
 grow in turn, as each knows its own reservations only.
 """

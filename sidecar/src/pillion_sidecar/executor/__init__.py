@@ -1,1 +1,1 @@
-"""The executor: a child process that plans, writes, commits and loads. `parent` is the supervisor's end, `worker` the child."""
+"""The child process: everything that may block on storage, on other pods or in torch. `worker` is its entry."""

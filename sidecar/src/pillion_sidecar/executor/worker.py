@@ -8,7 +8,7 @@ The executor's child process: one thread answers pings and takes requests, one r
     done, failed, events, pong        <-- |  <-----------------------------------+
     EOF                               --> |  ends at once: its supervisor is gone
 
-Called from: `python -m pillion_sidecar.executor.worker FD` by `executor.parent`. A request that fails answers with the failure and
+Called from: `python -m pillion_sidecar.executor.worker FD` by `supervisor.executor_process`. A request that fails answers with the failure and
 the loop goes on; only the supervisor ends this process.
 """
 
@@ -31,12 +31,18 @@ from typing import Any, Final
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
-from pillion_sidecar import log, ownership
-from pillion_sidecar.executor import conclude, garbage, images, load, load_request, persist, rescue, signals
-from pillion_sidecar.executor import context as context_module
-from pillion_sidecar.executor.context import with_failover
-from pillion_sidecar.executor.request import Request
-from pillion_sidecar.executor.watch import SessionLeft, Watch
+from pillion_sidecar import log
+from pillion_sidecar.arena import image
+from pillion_sidecar.checkpoint import ownership
+from pillion_sidecar.executor import garbage
+from pillion_sidecar.executor import session as session_module
+from pillion_sidecar.executor.exchange import broadcast
+from pillion_sidecar.executor.exchange.watchdog import SessionLeft, Watchdog
+from pillion_sidecar.executor.load import request as request_module
+from pillion_sidecar.executor.load import restore
+from pillion_sidecar.executor.save import commit, persist, rescue
+from pillion_sidecar.executor.save.request import Request
+from pillion_sidecar.executor.session import with_failover
 
 _log = logging.getLogger(__name__)
 
@@ -56,14 +62,14 @@ class Worker:
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
         self._outgoing: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
-        self._context: context_module.Context | None = None
-        self._watch: Watch | None = None
+        self._context: session_module.Context | None = None
+        self._watch: Watchdog | None = None
         """Of the session that is open, or being opened."""
         self._over = ""
         """The session that ended last: what is done for it leaves its waits for other pods."""
         self._state: ownership.State | None = None
         """What was said last about the session's trainers; None: nothing since it is being opened."""
-        self._signals: signals.Signals | None = None
+        self._signals: broadcast.Signals | None = None
         self._store: Any = None
         """Where the session of `_context` meets."""
         self._writer: Mapping[str, Any] | None = None
@@ -188,13 +194,13 @@ class Worker:
             self._leave(self._context, request["session"])
         self._context = self._signals = None
         document = request["session"]
-        self._watch = Watch(
+        self._watch = Watchdog(
             storage_timeout_s=float(document["storage_timeout_s"]),
             store_timeout_s=float(document["store_timeout_s"]),
             is_over=lambda: self._over == document["session"],
         )
         self._state = None
-        self._context = context_module.open_context(document, self._watch)
+        self._context = session_module.open_context(document, self._watch)
         if self._state is not None and self._context.lease is not None:
             # It changed while the session was being opened.
             self._context.lease.change(self._state, lambda: None)
@@ -204,7 +210,7 @@ class Worker:
         if self._context.signal_store is not None:
             heard = document["signals"]
             self._context.watch.store("messages to all pods")
-            self._signals = signals.Signals(
+            self._signals = broadcast.Signals(
                 self._context.signal_store,
                 lambda number, message: self._send({**message, "event": True, "number": number}),
                 pods=[pod[0] for pod in self._context.pods],
@@ -218,7 +224,7 @@ class Worker:
             "signals": self._signals.begun if self._signals is not None else None,
         }
 
-    def _leave(self, context: context_module.Context, successor: messages.Message) -> None:
+    def _leave(self, context: session_module.Context, successor: messages.Message) -> None:
         """A session is over: close what it had, and take its keys out of a store that goes on, as torchrun's agent's does."""
         for segment in context.segments.values():
             segment.close()
@@ -235,7 +241,7 @@ class Worker:
                     context.watch.store("forget messages to all pods")
                     self._signals.forget()
 
-    def _opened(self) -> context_module.Context:
+    def _opened(self) -> session_module.Context:
         if self._context is None:
             raise InternalError("the executor has no session")
         return self._context
@@ -249,9 +255,9 @@ class Worker:
             wanted = dataclasses.replace(wanted, destination={"path": path, "writer": self._writer, "retained": True})
         with_failover(context, lambda: persist.check_destination(context, wanted))
         if wanted.destination and wanted.destination.get("writer") and wanted.persist:
-            from pillion_sidecar.executor import plugin  # torch.distributed.checkpoint
+            from pillion_sidecar.executor.save import dcp_writer  # torch.distributed.checkpoint
 
-            return with_failover(context, lambda: plugin.persist(context, wanted))
+            return with_failover(context, lambda: dcp_writer.persist(context, wanted))
         outcome = with_failover(context, lambda: persist.persist(context, wanted))
         if not wanted.persist:
             self._digest(wanted)
@@ -262,7 +268,7 @@ class Worker:
         context = self._opened()
         for segment in context.segments.values():
             picture = context.reader.read(segment, wanted.slot, step=wanted.step)
-            images.digest_all(images.frame(picture))
+            image.digest_all(image.frame(picture))
 
     def _withdraw(self, request: messages.Message) -> dict[str, Any]:
         context, step = self._opened(), int(request["step"])
@@ -282,16 +288,16 @@ class Worker:
     def _retain(self, request: messages.Message) -> dict[str, Any]:
         context = self._opened()
         context.retention = policy.parse({"retention": request["retention"]}, embedded=True).retention
-        return {"more": conclude.retain(context, int(request["current"]), float(request["slice_s"]))}
+        return {"more": commit.retain(context, int(request["current"]), float(request["slice_s"]))}
 
     def _load(self, request: messages.Message) -> dict[str, Any]:
         def progress(event: Mapping[str, Any]) -> None:
             self._send({**event, "event": True})
 
-        context, wanted = self._opened(), load_request.Request.from_document(request["load"])
+        context, wanted = self._opened(), request_module.Request.from_document(request["load"])
         # Counted once, whatever becomes of it: the pods meet under this number.
         context.loads += 1
-        return with_failover(context, lambda: load.load(context, wanted, progress))
+        return with_failover(context, lambda: restore.load(context, wanted, progress))
 
 
 def _document(err: BaseException) -> ErrorDocument:

@@ -1,5 +1,5 @@
 """
-Reading what storage holds, where it may fail for a moment. Called from: `catalog`, `executor.fill`, `executor.reshard`.
+Reading what storage holds, where it may fail for a moment. Called from: `checkpoint.catalog`, `executor.load.fill`, `executor.load.reshard`.
 
 Only three things say that a file itself is bad: it is not there, it is too short, or its digest differs. Any other error says that the
 storage could not be asked: it is tried again, and then ends the load. An older checkpoint is not taken for it.

@@ -1,0 +1,1 @@
+"""The client library, laid out for the trainer's image."""

@@ -1,0 +1,1 @@
+"""Background tasks, and calls that may block, each with a bound."""

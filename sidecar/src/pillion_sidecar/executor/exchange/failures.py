@@ -1,0 +1,63 @@
+"""
+How a save's failures travel between pods: rank -> `RemoteFailure`, as documents of the exchange.
+
+Called from: `executor.save.persist`, `executor.save.dcp_writer`. Every pod ends a save with the same failures; a rank whose part went well is not in them.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from pillion.errors import BarrierTimeout, CommitError, PersistError, RemoteFailure, SaveSkipped
+
+
+def of_exception(err: BaseException) -> RemoteFailure:
+    text = "".join(traceback.format_exception(err))
+    return RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text)
+
+
+def documents(failures: Mapping[int, RemoteFailure]) -> dict[str, Any]:
+    return {str(rank): failure.to_document() for rank, failure in failures.items()}
+
+
+def of_missing(err: BarrierTimeout) -> dict[int, RemoteFailure]:
+    """Those who did not arrive failed."""
+    text = f"did not arrive at {err.phase!r} within {err.waited_s:.1f} s"
+    return {rank: RemoteFailure("BarrierTimeout", text) for rank in err.missing}
+
+
+def collect(told: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailure]:
+    """The failures in the documents of all pods."""
+    return {
+        int(rank): RemoteFailure.from_document(failure)
+        for document in told.values()
+        for rank, failure in document.get("failures", {}).items()
+    }
+
+
+def raise_told(decision: Mapping[str, Any], step: int) -> None:
+    """
+    End the save here when the coordinator's decision says that it failed.
+
+    Raises:
+        SaveSkipped: another pod dropped it, as the policy's `overlap` says.
+        SaveError: with the failures of every failed rank.
+    """
+    failures = collect({0: decision})
+    if not failures:
+        return
+    if all(failure.type_name == SaveSkipped.__name__ for failure in failures.values()):
+        raise SaveSkipped(f"step {step} was dropped in another pod", step=step, failures=failures)
+    if "phase" in decision:
+        raise BarrierTimeout(
+            phase=str(decision["phase"]),
+            missing=sorted(failures),
+            waited_s=float(decision.get("waited_s", 0.0)),
+            step=step,
+            failures=failures,
+        )
+    kind = CommitError if decision.get("kind") == "CommitError" else PersistError
+    raise kind(f"step {step} was not saved", step=step, failures=failures)

@@ -1,0 +1,1 @@
+"""One save in the executor, in the order of its steps: persist, plan, write, commit."""

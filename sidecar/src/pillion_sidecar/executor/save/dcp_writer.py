@@ -1,0 +1,492 @@
+"""
+One save through somebody else's DCP `StorageWriter`. Called from: `executor.worker`, one at a time.
+
+One writer object for each local rank and save, each in a thread of its own, in DCP's order of calls:
+
+    every rank    reset(checkpoint_id), storage_meta, set_up_storage_writer, prepare_local_plan --> post "plan"
+    coordinator   collect, plan and dedup, prepare_global_plan --> publish
+    every rank    write_data(its plan, planner), wait for its future --> post "result"
+    coordinator   collect, finish(metadata, results of all ranks) --> publish the outcome
+    every pod     receive the outcome
+
+Within a pod objects are passed as they are, across pods as documents (`executor.save.dcp_codec`). Whatever a hook raises, also a
+BaseException, is that rank's failure; what the coordinator's own hooks raise is rank 0's. A writer that hangs ends at a bound.
+Source: torch 2.15, torch/distributed/checkpoint/state_dict_saver.py (`_save_state_dict`) and storage.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import inspect
+import io
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+from typing import Any, Final, TypeVar
+
+import torch
+from torch.distributed.checkpoint import SavePlan, SavePlanner, StorageWriter
+from torch.distributed.checkpoint import planner as dcp_planner
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pillion.errors import BarrierTimeout, RemoteFailure
+from pillion.wire import layout
+from pillion_sidecar.arena import image
+from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
+from pillion_sidecar.executor import plan as plan_module
+from pillion_sidecar.executor.exchange import failures as failures_module
+from pillion_sidecar.executor.save import dcp_codec, writer_class
+from pillion_sidecar.executor.save import persist as persist_module
+from pillion_sidecar.executor.save.request import Request
+from pillion_sidecar.executor.session import Context
+
+_log = logging.getLogger(__name__)
+
+PHASES_OF_A_DECISION: Final = 3
+"""A pod that has posted waits for the slowest pod's hooks, the coordinator's own and its decision: each has one bound."""
+
+T = TypeVar("T")
+
+
+# --- planning ----------------------------------------------------------------------------------------------------------
+
+
+def write_items(of: layout.Layout, opaque_lengths: Sequence[int]) -> list[dcp_planner.WriteItem]:
+    """DCP's items of a rank: one for each item of the layout, then one for each opaque leaf."""
+    items = []
+    for item in of.items:
+        offsets, sizes, size = torch.Size(item.offsets), torch.Size(item.sizes), torch.Size(item.size)
+        kind = dcp_planner.WriteItemType.TENSOR if sizes == size else dcp_planner.WriteItemType.SHARD
+        data = dcp_planner.TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, sizes),
+            properties=TensorProperties(dtype=getattr(torch, item.dtype)),
+            size=size,
+        )
+        items.append(dcp_planner.WriteItem(MetadataIndex(item.fqn, offsets), kind, tensor_data=data))
+    for fqn, length in zip(of.opaque, opaque_lengths, strict=True):
+        items.append(
+            dcp_planner.WriteItem(
+                MetadataIndex(fqn),
+                dcp_planner.WriteItemType.BYTE_IO,
+                bytes_io_data=dcp_planner.BytesIOWriteData(length),
+            )
+        )
+    return items
+
+
+def global_plan(plans: Mapping[int, SavePlan], layouts: Mapping[int, layout.Layout]) -> tuple[list[SavePlan], Metadata]:
+    """
+    The plans of all ranks without replicas, and the checkpoint's metadata.
+
+    An item that a writer made itself stays: only its maker knows what it is.
+
+    Raises:
+        PlanError: the layouts contradict one another.
+    """
+    chosen = plan_module.make_plan(layouts)
+    deduped = []
+    for rank in sorted(plans):
+        of = layouts[rank]
+        dropped = {MetadataIndex(item.fqn, item.offsets) for item in of.items} | {MetadataIndex(f) for f in of.opaque}
+        for first, last in chosen.items[rank]:
+            dropped -= {MetadataIndex(item.fqn, item.offsets) for item in of.items[first:last]}
+        for first, last in chosen.opaque[rank]:
+            dropped -= {MetadataIndex(fqn) for fqn in of.opaque[first:last]}
+        plan = plans[rank]
+        deduped.append(dataclasses.replace(plan, items=[item for item in plan.items if item.index not in dropped]))
+    made, metadata = create_default_global_save_plan(deduped)
+    paths = dict(collections.ChainMap(*(plan.planner_data or {} for plan in made)))
+    return made, dataclasses.replace(metadata, planner_data=paths)
+
+
+class ArenaPlanner(SavePlanner):
+    """
+    One rank's planner: the items are those of its layout, and their data are views of the arena.
+
+    Must never copy a tensor: a view by `frombuffer` has a storage of its own size, so that no writer clones it.
+    """
+
+    def __init__(self, picture: image.SlotImage, layouts: Mapping[int, layout.Layout]) -> None:
+        self._picture = picture
+        self._layouts = layouts
+        self.items = write_items(picture.layout, picture.opaque_lengths)
+        self._places = {item.index: place for place, item in enumerate(self.items)}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing: the state is in the slot."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(list(self.items), planner_data=dict(self._picture.layout.paths))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return global_plan(dict(enumerate(all_plans)), self._layouts)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: dcp_planner.WriteItem) -> torch.Tensor | io.BytesIO:
+        """
+        The data of an item: a view of arena memory, or a copy of an opaque leaf's bytes.
+
+        Raises:
+            KeyError: the plan asks for what is not in this rank's state.
+        """
+        picture = self._picture
+        of = picture.layout
+        place = self._places[write_item.index]
+        if place >= len(of.items):
+            leaf = place - len(of.items)
+            start = picture.opaque_starts[leaf]
+            return io.BytesIO(picture.memory[start : start + picture.opaque_lengths[leaf]])
+        item = of.items[place]
+        dtype: torch.dtype = getattr(torch, item.dtype)
+        if item.payload_bytes == 0:
+            return torch.empty(item.sizes, dtype=dtype)
+        flat = torch.frombuffer(
+            picture.memory, dtype=torch.uint8, count=item.payload_bytes, offset=of.payload_starts[place]
+        )
+        return flat.view(dtype).view(item.sizes)
+
+
+# --- crossing pods -----------------------------------------------------------------------------------------------------
+
+
+def _torch_name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _torch_value(name: str) -> object:
+    found = getattr(torch, name)
+    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        raise dcp_codec.CodecError(f"torch.{name} is no dtype, layout or memory format")
+    return found
+
+
+ATOMS: Final = (
+    dcp_codec.Atom("size", torch.Size, list, torch.Size),
+    dcp_codec.Atom("dtype", torch.dtype, _torch_name, _torch_value),
+    dcp_codec.Atom("layout", torch.layout, _torch_name, _torch_value),
+    dcp_codec.Atom("memory format", torch.memory_format, _torch_name, _torch_value),
+)
+
+
+# --- the save ----------------------------------------------------------------------------------------------------------
+
+
+def persist(context: Context, request: Request) -> dict[str, Any]:
+    """
+    Run one save through the writer that the destination names.
+
+    Blocks: peer_timeout_s for the planning hooks and each agreement, persist_timeout_s for writing and for `finish`.
+
+    Returns:
+        The outcome: path, size_bytes, persist_s, commit_s.
+
+    Raises:
+        SaveError: with the failures of exactly the ranks that failed.
+    """
+    started = time.monotonic()
+    phase = persist_module.phase_of(context, request.step, persist=True)
+    pictures, failures = persist_module.read_slots(context, request)
+    save = _Save(context, request, phase, pictures)
+    try:
+        plans = save.plan(failures)
+        # The digests for a restore from the arena, beside the writing, as in Pillion's own path.
+        digesting = futures.ThreadPoolExecutor(1, "pillion-digest")
+        digests = [digesting.submit(_digest, picture) for picture in pictures.values()]
+        try:
+            save.write(plans)
+        finally:
+            digesting.shutdown()
+        for rank, done in zip(pictures, digests, strict=True):
+            if done.exception() is not None:
+                _log.warning("rank %d: the snapshot in memory has no digests: %s", rank, done.exception())
+        durable = time.monotonic()
+        if context.coordinator:
+            save.conclude()
+        outcome = context.exchange.receive(f"{phase}/outcome", context.persist_timeout_s * PHASES_OF_A_DECISION)
+        failures_module.raise_told(outcome, request.step)
+    finally:
+        save.close()
+    return {
+        "path": save.path or "",
+        "size_bytes": int(outcome["size_bytes"]),
+        "persist_s": durable - started,
+        "commit_s": time.monotonic() - durable,
+    }
+
+
+def _digest(picture: image.SlotImage) -> None:
+    image.digest_all(image.frame(picture))
+
+
+class _Rank:
+    """One local rank's writer and planner, used in one thread only."""
+
+    def __init__(self, rank: int, planner: ArenaPlanner) -> None:
+        self.rank = rank
+        self.planner = planner
+        self.made: StorageWriter | None = None
+        self.thread = futures.ThreadPoolExecutor(1, f"pillion-rank-{rank}")
+
+    @property
+    def writer(self) -> StorageWriter:
+        if self.made is None:
+            raise AssertionError("the writer of this rank was not made")
+        return self.made
+
+
+class _Save:
+    """One save in this pod. See the module."""
+
+    def __init__(self, context: Context, request: Request, phase: str, pictures: Mapping[int, image.SlotImage]) -> None:
+        self._context = context
+        self._phase = phase
+        self._pictures = pictures
+        destination = request.destination or {}
+        self.path: str | None = destination.get("path")
+        self._step = request.step
+        self._retained = bool(destination.get("retained"))
+        named = destination["writer"]
+        self._name = str(named["name"])
+        self._arguments: Mapping[str, Any] = dict(named.get("arguments") or {})
+        self._codec = dcp_codec.Codec(self._name, self._name.partition(":")[0], ATOMS)
+        self._layouts: dict[int, layout.Layout] = {}
+        """(coordinator) rank -> its layout, for all ranks."""
+        self._ranks = {rank: _Rank(rank, ArenaPlanner(of, self._layouts)) for rank, of in pictures.items()}
+        self._own_plans: dict[int, SavePlan] = {}
+        self._own_results: dict[int, list[WriteResult]] = {}
+        self._remote_items: dict[int, list[dcp_planner.WriteItem]] = {}
+        self._told_plans: dict[int, Mapping[str, Any]] = {}
+        self._metadata: Metadata | None = None
+
+    def close(self) -> None:
+        for rank in self._ranks.values():
+            # A writer that hangs keeps its thread; nobody waits for it.
+            rank.thread.shutdown(wait=False)
+
+    def _each(
+        self, hook: Callable[[_Rank], T], bound_s: float, ranks: Sequence[int] | None = None
+    ) -> tuple[dict[int, T], dict[int, RemoteFailure]]:
+        """Run a hook on the local ranks beside one another; what each returned, and how each failed."""
+        running = {rank: self._ranks[rank].thread.submit(hook, self._ranks[rank]) for rank in ranks or self._ranks}
+        done, _ = futures.wait(running.values(), timeout=bound_s)
+        results: dict[int, T] = {}
+        failures: dict[int, RemoteFailure] = {}
+        for rank, future in running.items():
+            if future not in done:
+                failures[rank] = RemoteFailure("TimeoutError", f"{self._name} did not return within {bound_s:.1f} s")
+            elif (err := future.exception()) is not None:
+                failures[rank] = failures_module.of_exception(err)
+            else:
+                results[rank] = future.result()
+        return results, failures
+
+    # --- plan --------------------------------------------------------------------------------------------------------
+
+    def plan(self, failures: dict[int, RemoteFailure]) -> dict[int, SavePlan]:
+        """
+        Agree on the final plans; those of the local ranks where they are objects (the coordinator's pod).
+
+        Raises:
+            SaveError: a rank failed, here or in another pod.
+        """
+        context = self._context
+        self._own_plans, failed = self._each(self._local_step, context.peer_timeout_s)
+        failures |= failed
+        told = {} if context.coordinator else self._encoded(self._own_plans, self._plan_document, failures)
+        persist_module.publish_layouts(context, self._pictures)
+        context.exchange.post(
+            f"{self._phase}/plan",
+            {
+                "failures": failures_module.documents(failures),
+                "ranks": {str(rank): [p.layout.digest, p.opaque_lengths] for rank, p in self._pictures.items()},
+                "plans": told,
+            },
+        )
+        final: dict[int, SavePlan] = {}
+        if context.coordinator:
+            gone: list[str] = []
+            planned = self._concluded(lambda: self._global_step(final, gone))
+            context.exchange.publish(f"{self._phase}/plan", planned | context.agreed.notice())
+            context.exchange.unpublish(gone)
+        decision = context.agreed.decision(context.exchange, self._phase, context.peer_timeout_s * PHASES_OF_A_DECISION)
+        failures_module.raise_told(decision, self._step)
+        if not context.coordinator:
+            # Read in `write`: a plan that cannot be read is that rank's failure, and the other pods wait for its result.
+            self._told_plans = {rank: decision["plans"][str(rank)] for rank in self._ranks}
+        return final
+
+    def _local_step(self, of: _Rank) -> SavePlan:
+        writer = of.made = writer_class.find(self._name)(**self._arguments)
+        coordinator = of.rank == 0
+        if self.path is not None:
+            writer.reset(self.path)
+        of.planner.set_up_planner({}, storage_meta=writer.storage_meta(), is_coordinator=coordinator)
+        writer.set_up_storage_writer(coordinator, **_accepted(writer, rank=of.rank, use_collectives=True))
+        plan: SavePlan = writer.prepare_local_plan(of.planner.create_local_plan())
+        return plan
+
+    def _plan_document(self, rank: int, plan: SavePlan) -> dict[str, Any]:
+        return self._codec.encode_plan(plan, self._ranks[rank].planner.items, self._pictures[rank].layout.paths)
+
+    def _encoded(
+        self, own: Mapping[int, T], encode: Callable[[int, T], Any], failures: dict[int, RemoteFailure]
+    ) -> dict[str, Any]:
+        """Documents of what local ranks have to tell another pod; what cannot cross is that rank's failure."""
+        told = {}
+        for rank, value in own.items():
+            try:
+                told[str(rank)] = encode(rank, value)
+            except Exception as err:  # a boundary: the writer's objects may fail in any way when they are looked at
+                failures[rank] = failures_module.of_exception(err)
+        return told
+
+    def _global_step(self, final: dict[int, SavePlan], gone: list[str]) -> dict[str, Any]:
+        """(coordinator) Plan for all ranks; `final` gets those of the local ranks, `gone` the names to unpublish."""
+        context = self._context
+        documents = context.exchange.collect(f"{self._phase}/plan", context.peer_timeout_s)
+        # Every pod is here, so every pod has left the save before: its keys can go.
+        context.exchange.forget(context.finished_phases)
+        context.finished_phases = [f"{self._phase}/{name}" for name in ("plan", "result", "outcome")]
+        failures = failures_module.collect(documents)
+        ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
+        gone += context.agreed.settle({rank: str(entry[0]) for rank, entry in ranks.items()})
+        if failures:
+            return {"failures": failures_module.documents(failures)}
+        plans = dict(self._own_plans)
+        for document in documents.values():
+            for rank, (name, lengths) in ((int(r), entry) for r, entry in document["ranks"].items()):
+                self._layouts[rank] = of = persist_module.find_layout(context, name)
+                if rank not in plans:
+                    self._remote_items[rank] = write_items(of, lengths)
+                    told = document["plans"][str(rank)]
+                    plans[rank] = SavePlan(**self._codec.decode_plan(told, self._remote_items[rank], of.paths))
+        planned, self._metadata = self._ranks[0].planner.create_global_plan([plans[rank] for rank in sorted(plans)])
+
+        def prepare(lead: _Rank) -> list[SavePlan]:
+            made = lead.writer.prepare_global_plan(planned)
+            if len(made) != len(planned):
+                raise ValueError(f"{self._name}.prepare_global_plan made {len(made)} plans for {len(planned)} ranks")
+            return made
+
+        prepared, failures = self._each(prepare, context.peer_timeout_s, [0])
+        if failures:
+            return {"failures": failures_module.documents(failures)}
+        by_rank = dict(enumerate(prepared[0]))
+        final.update({rank: by_rank[rank] for rank in self._ranks})
+        return {
+            "failures": {},
+            "plans": {
+                str(rank): self._codec.encode_plan(by_rank[rank], items, self._layouts[rank].paths)
+                for rank, items in self._remote_items.items()
+            },
+        }
+
+    # --- write, finish -----------------------------------------------------------------------------------------------
+
+    def write(self, plans: Mapping[int, SavePlan]) -> None:
+        """Every local rank writes its plan; the results are posted. Never raises for what a writer does."""
+
+        def write(of: _Rank) -> list[WriteResult]:
+            plan = plans.get(of.rank) or self._told_plan(of)
+            written = of.writer.write_data(of.planner.finish_plan(plan), of.planner)
+            written.wait()
+            # As it is: only the writer's own `finish` knows what it holds.
+            returned: list[WriteResult] = written.value()
+            return returned
+
+        self._own_results, failures = self._each(write, self._context.persist_timeout_s)
+        told: dict[str, Any] = {}
+        if not self._context.coordinator:
+            told = self._encoded(self._own_results, lambda _, results: self._codec.encode(results), failures)
+        self._context.exchange.post(
+            f"{self._phase}/result", {"failures": failures_module.documents(failures), "results": told}
+        )
+
+    def _told_plan(self, of: _Rank) -> SavePlan:
+        paths = self._pictures[of.rank].layout.paths
+        return SavePlan(**self._codec.decode_plan(self._told_plans[of.rank], of.planner.items, paths))
+
+    def conclude(self) -> None:
+        """(coordinator) `finish` when every rank has written, and tell every pod what became of the save."""
+        outcome = self._concluded(self._finish)
+        self._context.exchange.publish(f"{self._phase}/outcome", outcome)
+
+    def _finish(self) -> dict[str, Any]:
+        context = self._context
+        documents = context.exchange.collect(f"{self._phase}/result", context.persist_timeout_s)
+        failures = failures_module.collect(documents)
+        if failures:
+            return {"failures": failures_module.documents(failures)}
+        results = dict(self._own_results)
+        for document in documents.values():
+            for rank, told in document["results"].items():
+                results[int(rank)] = self._codec.decode(told)
+        if context.root:
+            commit.fence(context.root, context.generation)
+
+        def finish(lead: _Rank) -> None:
+            if self._metadata is None:
+                raise AssertionError("finish before the global plan")
+            lead.writer.finish(metadata=self._metadata, results=[results[rank] for rank in sorted(results)])
+
+        _, failures = self._each(finish, context.persist_timeout_s, [0])
+        if self._retained and not failures:
+            number = commit.save_number(context.epoch, rescued=False)
+            generation = commit.generation_text(context.generation, number)
+            milestones.remember(context.root, self._step, generation)
+            retention.note_written(context.root, self._step, generation)
+            _retain(context, self._step)
+        return {"failures": failures_module.documents(failures), "size_bytes": count_bytes(results.values())}
+
+    def _concluded(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A decision of the coordinator; the peers wait for it, so that a failure of it is one too."""
+        try:
+            return decide()
+        except BarrierTimeout as err:
+            missing = failures_module.documents(failures_module.of_missing(err))
+            return {"failures": missing, "phase": err.phase, "waited_s": err.waited_s}
+        except plan_module.PlanError as err:
+            return {
+                "failures": failures_module.documents({rank: failures_module.of_exception(err) for rank in err.ranks})
+            }
+        except Exception as err:  # a boundary: see above
+            return {"failures": failures_module.documents({0: failures_module.of_exception(err)})}
+
+
+def count_bytes(results: Iterable[object]) -> int:
+    """
+    Bytes that the ranks' write results name. Pure.
+
+    DCP types them as lists of `WriteResult` and never looks into them, so that a writer may return anything; what names no
+    size counts as 0.
+    """
+    of_ranks = (each for each in results if isinstance(each, Iterable))
+    sizes = (getattr(result, "size_in_bytes", 0) for each in of_ranks for result in each)
+    return sum(size for size in sizes if isinstance(size, int) and size > 0)
+
+
+def _retain(context: Context, current: int) -> None:
+    """Remove what the policy does not keep. A directory without DCP's marker is the writer's business, and stays."""
+    chosen = retention.choose(
+        catalog.committed(context.root), context.retention, current=current, keep=milestones.verified(context.root)
+    )
+    for step in chosen:
+        try:
+            for _ in retention.remove_written(context.root, step):
+                context.watch.moved()
+        except OSError as err:
+            _log.warning("retention: step %d stays for now: %s", step, err)
+
+
+def _accepted(writer: StorageWriter, **offered: object) -> dict[str, object]:
+    """The keyword arguments that its `set_up_storage_writer` takes: older writers take none (torch < 2.9)."""
+    parameters = inspect.signature(writer.set_up_storage_writer).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}

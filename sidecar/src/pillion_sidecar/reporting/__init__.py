@@ -1,0 +1,1 @@
+"""What the outside hears: reports to the controller and the metrics endpoint."""

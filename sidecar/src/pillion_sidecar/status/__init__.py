@@ -1,0 +1,1 @@
+"""What happened here: counters, failures, requested saves. Pure."""
