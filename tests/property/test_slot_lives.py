@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
 from pillion_sidecar.arena import slots
-from pillion_sidecar.arena.slots import Phase, Save, SlotTable
+from pillion_sidecar.arena.slots import Leftover, Phase, Save, SlotTable
 
 DIED = ErrorDocument("TrainerDied", "x")
 
@@ -50,13 +50,15 @@ class Lives(RuleBasedStateMachine):
         self.arena = {slot: held for slot, held in self.arena.items() if self.is_whole(held)}
         adopted = []
         for slot, held in sorted(self.arena.items(), key=lambda entry: entry[1].order):
-            save = Save(held.step, slot, 0, persist=not held.snapshot, destination=None, sealed=set(self.ranks))
-            save.phase = Phase.DONE if held.persisted or held.snapshot else Phase.COMPLETE
-            save.persisted = held.persisted
-            adopted.append(save)
+            owed = not held.persisted and not held.snapshot
+            adopted.append(
+                Leftover(step=held.step, slot=slot, snapshot=held.snapshot, is_owed=owed, persisted=held.persisted)
+            )
         self.table.adopt(adopted)
         self.filling: dict[int, int] = {}  # rank -> slot
         self.writing: tuple[Save, bool] | None = None
+        self.rescued: set[int] = set()
+        """Wanted on storage since the executor took them up for memory only."""
         self.lent: int | None = None
         self.pinned: list[Save] = []
         self.failed: set[int] = set()
@@ -175,13 +177,12 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def take_up(self) -> None:
         """The oldest complete save goes to the executor, as `Persister._next` takes it."""
-        for save in sorted(self.table.saves.values(), key=lambda each: each.order):
-            if save.phase is Phase.COMPLETE and not save.failures:
-                assert self.is_whole(self.arena[save.slot])
-                assert self.arena[save.slot].step == save.step
-                self.table.start_persist(save)
-                self.writing = save, save.persist
-                return
+        save = self.table.next_to_persist()
+        if save is not None:
+            assert self.is_whole(self.arena[save.slot])
+            assert self.arena[save.slot].step == save.step
+            self.table.start_persist(save)
+            self.writing = save, save.persist
 
     @precondition(lambda self: self.writing is not None)
     @rule(well=st.booleans())
@@ -189,10 +190,10 @@ class Lives(RuleBasedStateMachine):
         """As `Persister._persist` ends; what a rescue asked for meanwhile is queued again."""
         assert self.writing is not None
         (save, wanted), self.writing = self.writing, None
-        self.table.finish(save, persisted=well and wanted)
+        again = self.table.finish(save, persisted=well and wanted)
         self.arena[save.slot].persisted |= well and wanted
-        if save.persist and not wanted:
-            save.phase = Phase.COMPLETE
+        assert again == (not wanted and save.step in self.rescued)
+        self.rescued.discard(save.step)
 
     @rule()
     def rescue(self) -> None:
@@ -203,10 +204,10 @@ class Lives(RuleBasedStateMachine):
             return
         assert save.step == newest.step, "a rescue would take an older one"
         if not save.persisted and not save.persist:
-            save.persist = True
+            self.table.to_storage(save)
             newest.snapshot = False
-            if save.phase is Phase.DONE:
-                save.phase = Phase.COMPLETE
+            if self.writing is not None and self.writing[0] is save:
+                self.rescued.add(save.step)
 
     # --- loads and restarts --------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class Slots(RuleBasedStateMachine):
     @rule()
     def start(self) -> None:
         """The executor takes the oldest queued save."""
-        save = self.table.oldest_queued()
+        save = self.table.next_to_persist()
         if save is not None:
             assert save.step in self.whole.values()
             self.table.start_persist(save)
@@ -207,7 +207,7 @@ class Slots(RuleBasedStateMachine):
             self.end_load()
         if self.writing is not None:
             self.table.finish(self.writing, persisted=True)
-        while (save := self.table.oldest_queued()) is not None:
+        while (save := self.table.next_to_persist()) is not None:
             self.table.start_persist(save)
             self.table.finish(save, persisted=True)
         assert not [save for save in self.table.saves.values() if save.phase is Phase.FILLING]

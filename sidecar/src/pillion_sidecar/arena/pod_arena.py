@@ -24,7 +24,7 @@ from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena import segment as segment_module
 from pillion_sidecar.arena.growth import SPARE_BYTES, Growth
 from pillion_sidecar.arena.segment import Segment
-from pillion_sidecar.arena.slots import Phase, Save, SlotTable
+from pillion_sidecar.arena.slots import Leftover, Phase, Save, SlotTable
 from pillion_sidecar.session.record import Record
 from pillion_sidecar.storage import folders
 
@@ -229,24 +229,24 @@ class PodArena:
                 self.segments[rank].write_state(slot, arena.SlotState.SEALED)
             persisted = all(arena.Flag.PERSISTED in headers[rank].flags for rank in ranks)
             snapshot = any(arena.Flag.SNAPSHOT in headers[rank].flags for rank in ranks)
-            save = Save(first.step, slot, 0, not snapshot, None, sealed=set(ranks), snapshot=snapshot)
             # Of trainers that are gone, the other pods may hold other steps: the load agrees on one, and a rescue persists that.
             alone, same = len(self.identity.pods) == 1, first.session.hex() == self.identity.session
             concluded = any(arena.Flag.CONCLUDED in headers[rank].flags for rank in ranks)
-            waited_for = not persisted and not snapshot if alone else same and not concluded
-            save.phase = Phase.COMPLETE if waited_for else Phase.DONE
-            save.persisted = persisted
-            save.concluded = concluded
-            save.set_aside = any(arena.Flag.SET_ASIDE in headers[rank].flags for rank in ranks)
-            save.inherited = not same
-            if first.generation:
-                save.born = (first.generation, first.epoch)
-            # The wall clock may have jumped since; the arena does not outlive the boot.
-            save.sealed_ns = time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns)
-            found.append((first.sealed_ns, save))
-        saves = [save for _, save in sorted(found, key=lambda entry: entry[0])]
-        self.table.adopt(saves)
-        return saves
+            leftover = Leftover(
+                step=first.step,
+                slot=slot,
+                snapshot=snapshot,
+                is_owed=not persisted and not snapshot if alone else same and not concluded,
+                persisted=persisted,
+                concluded=concluded,
+                set_aside=any(arena.Flag.SET_ASIDE in headers[rank].flags for rank in ranks),
+                inherited=not same,
+                born=(first.generation, first.epoch) if first.generation else None,
+                # The wall clock may have jumped since; the arena does not outlive the boot.
+                sealed_ns=time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns),
+            )
+            found.append((first.sealed_ns, leftover))
+        return self.table.adopt(each for _, each in sorted(found, key=lambda entry: entry[0]))
 
     def _is_strange(self, header: arena.SlotHeader) -> bool:
         """Whether all ranks of another world had sealed a snapshot, of which this is one part, and it is in memory only."""
@@ -275,9 +275,7 @@ class PodArena:
         what an earlier session left without a date is newer than all that was committed before this one.
         """
         self.order = order
-        for save in self.table.saves.values():
-            if save.born is None:
-                save.born = (order[0] - 1, EPOCH_MOST) if save.inherited else order
+        self.table.date_all(order, inherited=(order[0] - 1, EPOCH_MOST))
 
     def set_aside(self, loaded: tuple[tuple[int, int], int]) -> None:
         """A checkpoint was loaded, given as (order, step): newer snapshots are of a branch that was left."""
@@ -319,12 +317,9 @@ class PodArena:
         Every pod holds `step` whole, as a load from memory or a rescue has shown; `persisted`: and it is committed. A pod that was
         stopped before it could hear the one or the other would keep an older snapshot for its peers, and have no slot for the next.
         """
-        save = self.table.saves.get(step)
-        if save is None or save.phase is not Phase.DONE:
-            return
-        save.concluded = True
-        save.persisted = save.persisted or persisted
-        self.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
+        save = self.table.heard(step, persisted=persisted)
+        if save is not None:
+            self.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
 
     def mark(self, save: Save, state: arena.SlotState, *, persisted: bool = False, concluded: bool = False) -> None:
         """Write a save's state into its slots, for whoever finds the arena after us."""

@@ -1,13 +1,16 @@
 """
 Which save holds which slot, and what a claim gets. Pure: events in, decisions out; no clock, no file, no process.
 
-Called from: the supervisor, for every claim, seal, failure and outcome. The slots of a pod's local ranks are used in lockstep:
-slot i of every segment belongs to the same save, so that one decision (grant, wait, skip, replace) holds for all local ranks,
-and the pod never stages a step on some ranks only because of its own arena.
+Called from: the supervisor, for every claim, seal, failure and outcome. Nobody else changes a `Save`: each transition is a method of
+`SlotTable`. The slots of a pod's local ranks are used in lockstep: slot i of every segment belongs to the same save, so that one decision
+(grant, wait, skip, replace) holds for all local ranks, and the pod never stages a step on some ranks only because of its own arena.
 
-    claimed --> complete --> queued --> persisting --> done      done: committed, failed, or a snapshot that stays in memory
-       |           (sealed by every local rank)
-       +--> failed: a rank gave up or died; the slot is free when no rank is filling it any more
+    phase        the slot holds                           leaves it by
+    ----------   --------------------------------------   ----------------------------------------------------------------------
+    filling      what ranks copy into it                  sealed: complete | fail_rank, rank_lost: free once no rank fills it
+    complete     a whole state, queued                    start_persist: persisting | claim under Latest: free
+    persisting   a whole state, which is being written    finish: done, or complete when a rescue wanted it on storage meanwhile
+    done         a whole state, on storage or not         to_storage: complete | claim, lend, take: free once another needs it
 
 The newest complete save keeps its slot until a newer one is complete: it is what a crash restores. With several pods so does the newest one
 that all of them hold, until it is on storage: a peer may have died before it could seal what this pod has sealed since.
@@ -25,6 +28,8 @@ from pillion.wire.policy import Overlap
 
 
 class Phase(StrEnum):
+    """How far a save has come; the module's table has the transitions."""
+
     FILLING = "filling"
     COMPLETE = "complete"
     PERSISTING = "persisting"
@@ -33,7 +38,7 @@ class Phase(StrEnum):
 
 @dataclass
 class Save:
-    """One step's save in this pod."""
+    """One step's save in this pod. Everybody may look; `SlotTable` alone changes it."""
 
     step: int
     slot: int
@@ -47,6 +52,8 @@ class Save:
     failures: dict[int, ErrorDocument] = field(default_factory=dict)
     snapshot: bool = False
     """Claimed for memory only; `persist` is set all the same when it is rescued."""
+    taken_for_storage: bool = False
+    """What `persist` was when the executor took it up: a rescue may want it on storage since."""
     persisted: bool = False
     sealed_ns: int = 0
     """When it was complete, wall clock, for people."""
@@ -73,6 +80,23 @@ class Save:
     @property
     def complete(self) -> bool:
         return self.phase is not Phase.FILLING and not self.failures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A whole state that a sidecar before this one left in a slot."""
+
+    step: int
+    slot: int
+    snapshot: bool
+    is_owed: bool
+    """To the executor: to be written, or to be made known to the other pods."""
+    persisted: bool = False
+    concluded: bool = False
+    set_aside: bool = False
+    inherited: bool = False
+    born: tuple[int, int] | None = None
+    sealed_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +170,12 @@ class SlotTable:
         whole = (save for save in self.saves.values() if save.complete and not save.set_aside)
         return max(whole, key=lambda s: s.order, default=None)
 
-    def oldest_queued(self) -> Save | None:
-        """The next save to persist: complete, wanted on storage, not taken up yet."""
-        queued = [s for s in self.saves.values() if s.phase is Phase.COMPLETE and s.persist and not s.failures]
-        return min(queued, key=lambda s: s.order, default=None)
+    def next_to_persist(self) -> Save | None:
+        """The oldest complete save that the executor has not taken up. One for memory only is taken up too: the other pods hear of it."""
+        return min(self._queued(), key=lambda s: s.order, default=None)
+
+    def _queued(self) -> list[Save]:
+        return [save for save in self.saves.values() if save.phase is Phase.COMPLETE and not save.failures]
 
     def held(self) -> set[int]:
         return {save.slot for save in self.saves.values()} | self._lent
@@ -264,7 +290,7 @@ class SlotTable:
 
     def _victim(self) -> Save | None:
         """What `Latest` replaces: the oldest queued save, while another whole one stays in memory."""
-        victim = self.oldest_queued()
+        victim = min((save for save in self._queued() if save.persist), key=lambda s: s.order, default=None)
         others = [save for save in self.saves.values() if save.complete and save is not victim]
         return victim if victim is not None and not victim.pins and others else None
 
@@ -304,8 +330,8 @@ class SlotTable:
             return whole
         return [save for save in (newest, agreed) if save is not None and (save is newest or not save.persisted)]
 
-    def sealed(self, step: int, rank: int) -> Save | None:
-        """A rank sealed its slot; the save when it is now complete."""
+    def sealed(self, step: int, rank: int, *, now_ns: int = 0) -> Save | None:
+        """A rank sealed its slot at `now_ns` of the wall clock; the save when it is now complete."""
         save = self.saves.get(step)
         if save is None or rank not in save.filling:
             return None
@@ -315,7 +341,7 @@ class SlotTable:
             self._release_if_idle(save)
             return None
         if save.sealed == self.ranks:
-            save.phase = Phase.COMPLETE
+            save.phase, save.sealed_ns = Phase.COMPLETE, now_ns
             return save
         return None
 
@@ -349,21 +375,92 @@ class SlotTable:
                     failed.append(first)
         return failed
 
-    def start_persist(self, save: Save) -> None:
-        save.phase = Phase.PERSISTING
+    def date(self, save: Save, order: tuple[int, int] | None) -> None:
+        """A save is of this (generation, epoch), where it has none yet; None: nobody knows it yet."""
+        save.born = save.born or order
 
-    def finish(self, save: Save, *, persisted: bool) -> None:
-        """The save's outcome is known. Its slot stays until it is needed: it may be the newest snapshot."""
+    def date_all(self, order: tuple[int, int], *, inherited: tuple[int, int]) -> None:
+        """The session has been opened: saves without an order get this one, those of a session before it `inherited`."""
+        for save in self.saves.values():
+            self.date(save, inherited if save.inherited else order)
+
+    def start_persist(self, save: Save) -> None:
+        """The executor takes it up."""
+        save.phase, save.taken_for_storage = Phase.PERSISTING, save.persist
+
+    def finish(
+        self,
+        save: Save,
+        *,
+        persisted: bool,
+        concluded: bool = False,
+        hopeless: bool = False,
+        born: tuple[int, int] | None = None,
+    ) -> bool:
+        """
+        The executor has come to an end with a save. Its slot stays until it is needed: it may be the newest snapshot.
+
+        Args:
+            save: the one that was taken up.
+            persisted: it is on storage.
+            concluded: every rank of the job holds it.
+            hopeless: some rank of the job does not, and never will.
+            born: the order of its checkpoint on storage: the two are one, and the arena is faster.
+
+        Returns:
+            Whether it is queued again: it was taken up for memory only, and a rescue wants it on storage since.
+        """
         save.phase = Phase.DONE
         save.persisted = save.persisted or persisted
+        save.concluded, save.hopeless = concluded, hopeless
+        save.born = born or save.born
+        again = save.persist and not save.taken_for_storage
+        if again:
+            save.phase = Phase.COMPLETE
+        return again
 
-    def adopt(self, saves: Iterable[Save]) -> None:
-        """Saves found whole in the arena by a restarted sidecar, oldest first."""
-        for save in saves:
+    def to_storage(self, save: Save) -> None:
+        """A rescue: what was to stay in memory is wanted on storage. One that the executor has now is queued again by `finish`."""
+        save.persist = True
+        if save.phase is Phase.DONE:
+            save.phase = Phase.COMPLETE
+
+    def keep_in_memory(self, save: Save) -> None:
+        """A save is not owed to storage any more."""
+        save.persist = False
+
+    def heard(self, step: int, *, persisted: bool) -> Save | None:
+        """Every pod holds `step` whole, as another pod knows, and it may be on storage; the save, when this pod has brought it to an end."""
+        save = self.saves.get(step)
+        if save is None or save.phase is not Phase.DONE:
+            return None
+        save.concluded, save.persisted = True, save.persisted or persisted
+        return save
+
+    def adopt(self, leftovers: Iterable[Leftover]) -> list[Save]:
+        """Take over what a restarted sidecar found whole in the arena, given oldest first."""
+        adopted = []
+        for each in leftovers:
             self._order += 1
-            save.order = self._order
-            save.adopted = True
-            self.saves[save.step] = save
+            save = self.saves[each.step] = Save(
+                each.step,
+                each.slot,
+                self._order,
+                not each.snapshot,
+                None,
+                phase=Phase.COMPLETE if each.is_owed else Phase.DONE,
+                sealed=set(self.ranks),
+                snapshot=each.snapshot,
+                persisted=each.persisted,
+                concluded=each.concluded,
+                set_aside=each.set_aside,
+                inherited=each.inherited,
+                born=each.born,
+                sealed_ns=each.sealed_ns,
+                adopted=True,
+            )
+            adopted.append(save)
+        return adopted
 
     def _release_if_idle(self, save: Save) -> None:
         if save.failures and not save.filling and self.saves.get(save.step) is save:

@@ -294,7 +294,7 @@ class ExecutorClient:
             if save.destination is not None:
                 # Its caller was told, and decides; nobody comes back to this arena for it, so that it is not owed to
                 # storage at the drain.
-                save.persist = False
+                pod.table.keep_in_memory(save)
             raise
 
     async def load(self, pod: PodArena, request: dict[str, Any]) -> dict[str, Any]:

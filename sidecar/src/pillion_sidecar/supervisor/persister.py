@@ -123,16 +123,14 @@ class Persister:
         if pod is None or save is None or self._tasks is None:
             return
         if len(pod.identity.pods) == 1:
-            self._to_storage(save)
-            if save.phase is Phase.DONE:  # one that is being registered as a snapshot is queued again by _persist
-                save.phase = Phase.COMPLETE
+            self._to_storage(pod, save)
             self.wake()
             return
         self._calling += 1
         self._tasks.start(self._call_rescue(pod), "calling to a rescue")
 
-    def _to_storage(self, save: Save) -> None:
-        save.persist = True
+    def _to_storage(self, pod: PodArena, save: Save) -> None:
+        pod.table.to_storage(save)
         self._sidecar_status.rescued(save.step)
         _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
 
@@ -184,7 +182,7 @@ class Persister:
             save = pod.table.saves.get(step) if step is not None else None
             if step is None or save is None:
                 return
-            self._to_storage(save)
+            self._to_storage(pod, save)
             pod.table.start_persist(save)
             await self._persist(pod, save)
         except PillionError as err:
@@ -281,10 +279,10 @@ class Persister:
         if self._withdrawn:
             step, persist, rescued, error = self._withdrawn.pop(0)
             return self._withdraw(pod, step, error, persist=persist, rescued=rescued)
-        for save in sorted(pod.table.saves.values(), key=lambda s: s.order):
-            if save.phase is Phase.COMPLETE and not save.failures:
-                pod.table.start_persist(save)
-                return self._persist(pod, save)
+        save = pod.table.next_to_persist()
+        if save is not None:
+            pod.table.start_persist(save)
+            return self._persist(pod, save)
         if self._calls:
             return self._rescue(pod)
         if self._retain_after is not None:
@@ -321,8 +319,7 @@ class Persister:
             failure = RemoteFailure(type(err).__name__, str(err))
             error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
             self.withdraw(save.step, error, persist=save.persist, rescued=save.persist and save.snapshot)
-            save.hopeless = True
-            pod.table.finish(save, persisted=False)
+            pod.table.finish(save, persisted=False, hopeless=True)
             self.report_failed(save, error)
 
     async def _persist_whole(self, pod: PodArena, save: Save) -> None:
@@ -367,20 +364,23 @@ class Persister:
             _log.warning("step %d was of the session before: %s", save.step, error or "done", extra={"step": save.step})
             return
         persisted = outcome is not None and wanted
-        if persisted and outcome is not None and outcome.get("order"):
-            # As its checkpoint on storage: the two are one, and the arena is faster.
-            save.born = int(outcome["order"][0]), int(outcome["order"][1])
+        hopeless = outcome is None and (error is None or failures.is_hopeless(error))
+        order = outcome.get("order") if outcome is not None and persisted else None
+        again = pod.table.finish(
+            save,
+            persisted=persisted,
+            concluded=not hopeless,
+            hopeless=hopeless,
+            born=(int(order[0]), int(order[1])) if order else None,
+        )
         try:
             pod.mark(save, arena.SlotState.SEALED, persisted=persisted, concluded=True)
         except ValueError as err:
             # What was committed is committed; who finds the arena after us does without this slot.
             _log.error("the slot of step %d is damaged: %s", save.step, err, extra={"step": save.step})
-        save.hopeless = outcome is None and (error is None or failures.is_hopeless(error))
-        save.concluded = not save.hopeless
-        pod.table.finish(save, persisted=persisted)
-        if save.persist and not wanted:  # its trainer died meanwhile: see rescue
-            save.phase = Phase.COMPLETE
-        elif outcome is None:
+        if again:  # its trainer died meanwhile: see rescue
+            return
+        if outcome is None:
             self.report_failed(save, error or SaveError("the save failed", step=save.step))
         else:
             self._committed(pod, save, outcome)

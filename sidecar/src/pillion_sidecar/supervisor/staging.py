@@ -138,7 +138,7 @@ class StagingCoordinator:
         except PillionError as err:
             self.fail_rank(step, client.rank, ErrorDocument.from_exception(err), persist=persist)
             raise
-        save.born = save.born or pod.order
+        pod.table.date(save, pod.order)
         pod.begin_fill(client.rank, save.slot, persist=persist)
         key = (pod.identity.session, step)
         if key not in self._seal_timers:
@@ -193,9 +193,8 @@ class StagingCoordinator:
         """A rank has sealed its slot, and was held up for `stall_s` by it; with the last one the save is complete."""
         pod = self._trainers.require_pod()
         self._sidecar_status.sealed(step, stall_s)
-        save = pod.table.sealed(step, client.rank)
+        save = pod.table.sealed(step, client.rank, now_ns=time.time_ns())
         if save is not None:
-            save.sealed_ns = time.time_ns()
             self._sidecar_status.complete(step)
             self._forget_timer(step)
             self._persister.wake()

@@ -27,7 +27,7 @@ def seal(of: PodArena, step: int) -> Save:
     """A save that the one rank has filled and sealed, as a client does it that does not know of orders."""
     of.table.claim(step, 0, persist=True)
     save = of.table.saves[step]
-    save.born = of.order
+    of.table.date(save, of.order)
     of.grow(0, save.slot, arena.PAGE_BYTES * 2)
     of.begin_fill(0, save.slot, persist=True)
     header = of.segments[0].read_header(save.slot)
@@ -84,7 +84,9 @@ def test_a_load_sets_newer_snapshots_aside_until_another_one_goes_to_them(first:
     """None of them is rescued any more, by no successor either; a load by its number finds it, and training goes on from it again."""
     first.date((4, 0))
     for step in (2, 3, 5):
-        first.table.finish(seal(first, step), persisted=False)
+        save = seal(first, step)
+        first.table.start_persist(save)
+        first.table.finish(save, persisted=False)
     first.set_aside(((4, 0), 2))
     newest = first.table.newest_complete()
     assert newest is not None

@@ -28,8 +28,7 @@ def pod(*, heard: bool) -> SlotTable:
         save = table.sealed(step, 0)
         assert save is not None
         table.start_persist(save)
-        save.concluded = step != 74 or heard
-        table.finish(save, persisted=step == 70)
+        table.finish(save, persisted=step == 70, concluded=step != 74 or heard)
     return table
 
 

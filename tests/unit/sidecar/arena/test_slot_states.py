@@ -1,0 +1,86 @@
+"""
+The whole of: that a save's state has one writer, and that its table of states is true.
+
+Called from: pytest.
+"""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pillion_sidecar
+from pillion.errors import ErrorDocument
+from pillion.wire.policy import Overlap
+from pillion_sidecar.arena import slots
+from pillion_sidecar.arena.slots import Granted, Phase, Save, SlotTable
+
+FIELDS = {field.name for field in dataclasses.fields(Save)}
+
+
+def written(tree: ast.AST) -> set[str]:
+    """Attributes of other objects than `self` that are assigned to, or whose contents are changed by a method of set or dict."""
+    targets = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets.append(node.target)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("add", "discard", "update", "clear", "pop", "setdefault")
+        ):
+            targets.append(node.func.value)
+    found = {each for target in targets for each in ast.walk(target) if isinstance(each, ast.Attribute)}
+    return {each.attr for each in found if not (isinstance(each.value, ast.Name) and each.value.id == "self")}
+
+
+def test_nobody_but_the_slot_table_changes_a_save() -> None:
+    """Every transition is a method of the table: what two modules change, neither can promise."""
+    sources = Path(pillion_sidecar.__file__).parent.rglob("*.py")
+    changed = {
+        str(path): names
+        for path in sources
+        if path != Path(slots.__file__)
+        and (names := written(ast.parse(path.read_text())) & (FIELDS - {"step", "slot"}))
+    }
+    assert changed == {}
+
+
+def test_the_table_of_states_names_every_phase_and_every_method_that_leaves_it() -> None:
+    """What the module says is what the code has."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in str(slots.__doc__).splitlines()]
+    table = {row[0]: row[2] for row in rows if len(row) == 3 and row[0] in set(Phase)}
+    assert list(table) == [phase.value for phase in Phase]
+    named = set(re.findall(r"\b(?:[a-z]+_[a-z]+|sealed|claim|lend|take|finish)\b", " ".join(table.values())))
+    assert named == {name for name in named if hasattr(SlotTable, name)}
+
+
+def test_a_snapshot_that_a_rescue_wants_while_the_executor_has_it_is_queued_again() -> None:
+    """It was taken up for memory only: the end of that is not the end of the save."""
+    table = SlotTable(2, [0], Overlap.WAIT)
+    granted = table.claim(1, 0, persist=False)
+    assert isinstance(granted, Granted)
+    save = table.sealed(1, 0, now_ns=5)
+    assert save is not None
+    assert save.sealed_ns == 5
+    assert table.next_to_persist() is save
+    table.start_persist(save)
+    assert table.next_to_persist() is None
+    table.to_storage(save)
+    assert table.finish(save, persisted=False, concluded=True)
+    assert table.next_to_persist() is save
+    table.start_persist(save)
+    assert not table.finish(save, persisted=True, concluded=True)
+    assert (save.phase, save.persisted) == (Phase.DONE, True)
+
+
+def test_a_save_that_failed_on_a_rank_is_never_taken_up() -> None:
+    """It has no whole state."""
+    table = SlotTable(2, [0, 1], Overlap.WAIT)
+    for rank in (0, 1):
+        table.claim(1, rank, persist=True)
+    table.sealed(1, 0)
+    table.fail_rank(1, 1, ErrorDocument("StagingError", "x"))
+    assert table.next_to_persist() is None
