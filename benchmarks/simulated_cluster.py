@@ -21,7 +21,7 @@ import kopf
 
 from pillion_operator import listener
 from pillion_operator.certificates import issue
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.controller import app, checkpoints, mirror, policies
 from pillion_operator.injection import annotations, status
 from pillion_operator.settings import CertificateMode, Settings
@@ -114,10 +114,10 @@ class SimulatedApi:
         return {}
 
     def _items(self, path: str) -> list[Callable[[], Json]]:
-        if path == "/api/v1/pods":
+        if path == paths.PODS.everywhere:
             per_job = self._num_pods // self._num_jobs
             return [partial(_pod, j, i) for j in range(self._num_jobs) for i in range(per_job)]
-        if path == checkpoints.PATH:
+        if path == paths.CHECKPOINTS.everywhere:
             steps = range(STEP, (self._num_checkpoints + 1) * STEP, STEP)
             return [partial(_checkpoint, j, s) for j in range(self._num_jobs) for s in steps]
         if path.endswith("/secrets"):
@@ -214,7 +214,7 @@ class _Watcher:
 
 
 async def serve(num_jobs: int, num_pods: int, num_checkpoints: int) -> None:
-    listener.bound_tls_memory()
+    listener.limit_tls_memory()
     api: Any = SimulatedApi(num_jobs, num_pods, num_checkpoints)
     settings = Settings(
         namespace="pillion-system",

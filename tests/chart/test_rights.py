@@ -16,6 +16,7 @@ import pytest
 
 from chart.uses import PILLION, SELF_ONLY, USED, USES
 from chart.variants import CERT_MANAGER, PROVIDED, VARIANTS
+from pillion_operator.cluster import paths
 from support import helm
 from support.release import CHART, NAMESPACE, ROOT
 
@@ -36,8 +37,7 @@ VERBS: Final = {
 CLIENTS: Final = {"_client", "_api", "api"}
 """What a client is called in the source."""
 FOR_PEOPLE: Final = {"pillion-edit", "pillion-view"}
-ANY_VALUE: Final = "{}"
-"""Stands in a path for what is known at run time only."""
+WRITTEN_PATH: Final = re.compile(r"/apis?/[a-z]")
 Right = tuple[str, str, str]
 
 
@@ -138,8 +138,19 @@ def test_no_module_asks_for_what_the_table_does_not_have() -> None:
     assert asking == set()
 
 
+def test_paths_of_the_api_are_spelled_in_one_module() -> None:
+    """A path that is written out elsewhere would change in one place and not in the other."""
+    spelling = {
+        _name(path)
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and WRITTEN_PATH.match(node.value)
+    }
+    assert spelling - {"cluster/paths.py"} == set()
+
+
 def test_every_path_of_the_api_is_of_a_resource_in_the_table() -> None:
-    """Whatever path of the API is written in the source, the accounts of that part have a right to its resource."""
+    """Whatever resource of the API a module names or writes out as a path, the accounts of that part have a right to it."""
     found = {_name(path): set(_paths(_tree(path))) for path in SOURCE.rglob("*.py")}
     named = {
         (account, resource)
@@ -198,32 +209,13 @@ def _asked(tree: ast.Module) -> set[str]:
 
 
 def _paths(tree: ast.Module) -> Iterator[str]:
-    """What is written in a module as a path of the API; names of constants are put in, other values left open."""
-    constants = {
-        target.id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-    }
-    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    """The paths of the API that a module uses: those of `paths` by name, and whatever is written out."""
     for node in ast.walk(tree):
-        text = ""
-        if isinstance(node, ast.JoinedStr):
-            text = "".join(_part(each, constants) for each in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
-            text = node.value
-        if re.match(r"/apis?/", text):
-            yield text
-
-
-def _part(node: ast.expr, constants: dict[str, str]) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    assert isinstance(node, ast.FormattedValue)
-    if isinstance(node.value, ast.Name) and node.value.id in constants:
-        return constants[node.value.id]
-    return f"{PILLION}/v1alpha1" if ast.unparse(node.value).endswith(".API_VERSION") else ANY_VALUE
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "paths" and node.attr.isupper():
+            resource: paths.Resource = getattr(paths, node.attr)
+            yield resource.everywhere
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and WRITTEN_PATH.match(node.value):
+            yield node.value
 
 
 def _resource(path: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.conftest import Api
-from pillion_operator.cluster import client, reflector
+from pillion_operator.cluster import client, paths, reflector
 from pillion_operator.controller import checkpoints, endpoint, handlers, mirror, policies, reconcile
 from pillion_operator.home import authenticate, injected, times
 from pillion_operator.home.refusal import Refused
@@ -106,7 +106,7 @@ def test_a_projected_token_is_its_pod_and_no_other_token_is(api: Api) -> None:
         assert await refused(authenticator, f"{head}.{body}.{signature[::-1]}") == 401
         # What our own look at the audience would refuse is refused by the API server as well.
         review = {"spec": {"token": other, "audiences": [AUDIENCE]}}
-        answer = await found.create(authenticate.PATH, review)
+        answer = await found.create(paths.TOKEN_REVIEWS.everywhere, review)
         assert isinstance(authenticate.judge(answer["status"], AUDIENCE), Refused)
         await found.delete(f"/api/v1/namespaces/{namespace}/pods/run-0")
         gone = authenticate.Authenticator(found, AUDIENCE, AnyPod())

@@ -10,6 +10,7 @@ Must never: name a pod, a policy or a job, as everybody in the cluster may ask: 
 only where the chart's value `monitoring.jobSeries` says so (docs/decisions).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -17,9 +18,12 @@ from typing import Final, Self
 from aiohttp import web
 
 from pillion_operator import metrics
+from pillion_operator.log import Field
 
 _CLOSE_S: Final = 1.0
 """For the last answer to be written."""
+
+_log = logging.getLogger(__name__)
 
 
 class Health:
@@ -57,6 +61,7 @@ class Health:
         await self._runner.setup()
         await web.TCPSite(self._runner, self._address or None, self.port).start()
         self.port = self._runner.addresses[0][1]
+        _log.info("serves health and metrics", extra={Field.PORT: self.port})
         return self
 
     async def __aexit__(

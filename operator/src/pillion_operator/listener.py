@@ -28,8 +28,8 @@ BACKLOG: Final = 1024
 """Connections that may wait to be accepted: a burst of pods, or all jobs after a change of the leader, while the loop is busy."""
 TLS_BUFFER_BYTES: Final = 32 * 1024
 """
-What asyncio sets aside for each TLS connection to read into; by itself it is 256 KiB, and the C library keeps all of it once connections
-have come and gone. Two records of TLS: most reviews and reports are smaller than one.
+Read buffer of each TLS connection: two records of TLS, as most reviews and reports are smaller than one. asyncio's own size is 256 KiB,
+and the C library keeps all of that memory after the connections have gone.
 """
 LINGER_S: Final = 1.0
 """For what a refused body still sends, so that its sender can read the answer."""
@@ -37,8 +37,13 @@ LINGER_S: Final = 1.0
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def bound_tls_memory() -> None:
-    """For all connections of this process that are opened from now on; see `TLS_BUFFER_BYTES`."""
+def limit_tls_memory() -> None:
+    """
+    Give every TLS connection that this process opens from now on a buffer of `TLS_BUFFER_BYTES`.
+
+    asyncio has no public setting for it. `SSLProtocol.max_size` is the size in CPython 3.11 to 3.14 (Lib/asyncio/sslproto.py); earlier
+    versions have another implementation. A unit test fails where a version of Python no longer reads it.
+    """
     sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 

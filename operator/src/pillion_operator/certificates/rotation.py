@@ -22,7 +22,7 @@ from typing import Final
 
 from pillion_operator import metrics
 from pillion_operator.certificates import issue, serving
-from pillion_operator.cluster import client, reflector
+from pillion_operator.cluster import client, paths, reflector
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 from pillion_operator.settings import Settings
@@ -35,7 +35,6 @@ RETRY_S: Final = 5.0
 """After a look that failed."""
 PROPAGATION_S: Final = 5.0
 """From a caBundle with a new authority to the first leaf of it: every API server has to have seen it. They watch; a second is long."""
-_CONFIGURATIONS: Final = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
 _AUTHORITY_KEY: Final = "ca.key"
 _CROSS: Final = "cross.crt"
 _TLS: Final = "kubernetes.io/tls"
@@ -51,7 +50,6 @@ class Rotation:
         self._client = api
         self._settings = settings
         self._propagation_s = propagation_s
-        self._secrets = f"/api/v1/namespaces/{settings.namespace}/secrets"
         self._configuration = configuration_path(settings)
         self._due = asyncio.Event()
         self._watches = [
@@ -64,9 +62,9 @@ class Rotation:
                 on_change=lambda *_: self._due.set(),
             )
             for path, name in (
-                (self._secrets, settings.secret_name),
-                (self._secrets, settings.authority_secret_name),
-                (_CONFIGURATIONS, settings.webhook_configuration),
+                (paths.SECRETS.within(settings.namespace), settings.secret_name),
+                (paths.SECRETS.within(settings.namespace), settings.authority_secret_name),
+                (paths.WEBHOOK_CONFIGURATIONS.everywhere, settings.webhook_configuration),
             )
         ]
 
@@ -107,8 +105,8 @@ class Rotation:
         """
         now = datetime.now(UTC)
         names = self._settings.server_names()
-        authority_secret = await self._read(f"{self._secrets}/{self._settings.authority_secret_name}")
-        leaf_secret = await self._read(f"{self._secrets}/{self._settings.secret_name}")
+        authority_secret = await self._read(self._secret(self._settings.authority_secret_name))
+        leaf_secret = await self._read(self._secret(self._settings.secret_name))
         configuration = await self._read(self._configuration)
         authority, leaf = read_authority(authority_secret), read_leaf(leaf_secret)
         trusted = serving.text(leaf_secret or {}, serving.AUTHORITY)
@@ -152,6 +150,9 @@ class Rotation:
         self._made("bundle", bundle)
         return True
 
+    def _secret(self, name: str) -> str:
+        return paths.SECRETS.one(self._settings.namespace, name)
+
     async def _read(self, path: str) -> Json | None:
         try:
             return await self._client.get(path)
@@ -162,11 +163,11 @@ class Rotation:
         encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
         if found is not None:
             # The version that was read is in it: whoever wrote meanwhile is not overwritten.
-            await self._client.replace(f"{self._secrets}/{name}", found | {"data": encoded})
+            await self._client.replace(self._secret(name), found | {"data": encoded})
             return
         metadata = {"name": name, "labels": {"app.kubernetes.io/managed-by": "pillion-operator"}}
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": encoded}
-        await self._client.create(self._secrets, body)
+        await self._client.create(paths.SECRETS.within(self._settings.namespace), body)
 
     def _made(self, what: str, chain: str) -> None:
         metrics.CERTIFICATE_ROTATIONS.labels(what).inc()
@@ -197,7 +198,7 @@ def trust(configuration: Json, bundle: str) -> list[Json]:
 
 def configuration_path(settings: Settings) -> str:
     """Of the webhook configuration that is ours, in the API."""
-    return f"{_CONFIGURATIONS}/{settings.webhook_configuration}"
+    return paths.WEBHOOK_CONFIGURATIONS.one("", settings.webhook_configuration)
 
 
 def trusted_now(configuration: Json) -> str:

@@ -17,7 +17,7 @@ from typing import Final
 
 from pillion_operator import metrics
 from pillion_operator.certificates import issue
-from pillion_operator.cluster import client, reflector
+from pillion_operator.cluster import client, paths, reflector
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
@@ -89,7 +89,7 @@ class Serving:
         self._on_change = on_change
         self._reflector = reflector.Reflector(
             api,
-            f"/api/v1/namespaces/{namespace}/secrets",
+            paths.SECRETS.within(namespace),
             material,
             field_selector=f"metadata.name={secret}",
             on_change=self._changed,

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from pillion_operator import metrics
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
@@ -165,7 +165,7 @@ class Events:
         if told is None:
             return
         # An Event lies in the namespace of what it is about; that of an object without one, in `default`.
-        collection = f"/apis/events.k8s.io/v1/namespaces/{write.key[0] or 'default'}/events"
+        collection = paths.EVENTS.within(write.key[0] or "default")
         try:
             if told.exists:
                 series = {"count": told.count, "lastObservedTime": _now()}

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pillion_operator import metrics
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
@@ -84,8 +84,8 @@ class Lease:
         self.identity = identity
         self._timing = timing or Timing()
         self._client = api
-        self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
-        self._path = f"{self._collection}/{name}"
+        self._collection = paths.LEASES.within(namespace)
+        self._path = paths.LEASES.one(namespace, name)
         self._name = name
         self._seen: tuple[Record, float] | None = None
         self._held: Json | None = None

@@ -14,21 +14,20 @@ Called from: `__main__`. The only place where the parts meet.
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from enum import IntEnum
 from typing import Any, Final
 
-from pillion_operator import health, listener, metrics
+from pillion_operator import health, listener, metrics, process
 from pillion_operator.certificates import rotation, serving
-from pillion_operator.cluster import client, events, lease, reflector
+from pillion_operator.cluster import client, events, lease, paths, reflector
 from pillion_operator.controller import arrivals, checkpoints, endpoint, handlers, population
 from pillion_operator.controller.desk import Desk
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import authenticate, injected, server
 from pillion_operator.home.registry import Registry
 from pillion_operator.log import Field
+from pillion_operator.process import Exit
 from pillion_operator.settings import CertificateMode, Settings
 
 STUCK_S: Final = 120.0
@@ -45,40 +44,11 @@ RETRY_S: Final = 2.0
 _log = logging.getLogger(__name__)
 
 
-class Exit(IntEnum):
-    """Exit statuses of the controller."""
-
-    CLEAN = 0
-    """It was told to end, and has."""
-    UNAVAILABLE = 69
-    """No API server is configured, or a port cannot be opened."""
-    INTERNAL = 70
-    """A part ended that never should; see the log."""
-    LEASE_LOST = 75
-    """Another replica may be active."""
-
-
 def run(settings: Settings) -> Exit:
     """Run until SIGTERM. Blocks: for the process's life."""
-    listener.bound_tls_memory()
-    return asyncio.run(_run(settings))
-
-
-async def _run(settings: Settings) -> Exit:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def mend_signals() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-
-    mend_signals()
-    try:
-        async with await client.Client.connect() as api:
-            return await Controller(api, settings, mend_signals=mend_signals).run(stop)
-    except (client.Unreachable, OSError) as err:
-        _log.error("cannot begin: %s", err)
-        return Exit.UNAVAILABLE
+    return process.run(
+        lambda api, signals: Controller(api, settings, restore_signals=signals.install).run(signals.received)
+    )
 
 
 class Controller:
@@ -89,13 +59,13 @@ class Controller:
         api: client.Client,
         settings: Settings,
         *,
-        mend_signals: Callable[[], None] = lambda: None,
+        restore_signals: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             api: access to the API server.
             settings: see there.
-            mend_signals: called when kopf has put its own handlers of signals in place of ours.
+            restore_signals: called when kopf has put its own handlers of signals in place of the process's.
         """
         self.settings = settings
         self.home_port = settings.home_port
@@ -106,7 +76,7 @@ class Controller:
         self.reconciler = Reconciler(api, self.jobs, self.population.num_pods, self.events.post)
         self.pods = reflector.Reflector(
             api,
-            injected.PATH,
+            paths.PODS.everywhere,
             injected.project,
             label_selector=injected.LABEL_SELECTOR,
             field_selector=injected.FIELD_SELECTOR,
@@ -115,13 +85,13 @@ class Controller:
         )
         self.job_objects = reflector.Reflector(
             api,
-            population.JOBS_PATH,
+            paths.JOBS.everywhere,
             population.project_job,
             metadata_only=True,
             on_change=self.population.job_changed,
         )
         self.checkpoints = reflector.Reflector(
-            api, checkpoints.PATH, checkpoints.project, on_change=self.reconciler.checkpoints.changed
+            api, paths.CHECKPOINTS.everywhere, checkpoints.project, on_change=self.reconciler.checkpoints.changed
         )
         self.watcher = handlers.Watcher(api, self.reconciler.policies)
         self.desk = Desk(self.jobs, self.population, self.reconciler, self.pods, self.events.post)
@@ -130,7 +100,7 @@ class Controller:
         self.endpoint: endpoint.Endpoint | None = None
         """Where sidecars are sent, once they are served."""
         self._api = api
-        self._mend_signals = mend_signals
+        self._restore_signals = restore_signals
         self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)
         self._known = asyncio.Event()
         """Set once every cache has been filled."""
@@ -144,14 +114,13 @@ class Controller:
         trusting = asyncio.create_task(self._until_trusted(), name="trust")
         try:
             async with self.health:
-                _log.info("serves health and metrics", extra={Field.PORT: self.health.port})
                 await asyncio.wait([stopping, acquiring], return_when=asyncio.FIRST_COMPLETED)
                 if stopping.done():
                     return Exit.CLEAN
                 acquiring.result()
                 return await self._lead(stopping)
         finally:
-            await _cancel([stopping, acquiring, trusting], STOP_S)
+            await process.cancel([stopping, acquiring, trusting], STOP_S)
             # Also when it was taken at the moment that we were told to end. A lost one is not ours to give.
             await self._lease.release()
 
@@ -201,27 +170,25 @@ class Controller:
 
     async def _lead(self, stopping: asyncio.Task[Any]) -> Exit:
         self.is_leading = True
-        parts = [asyncio.create_task(each, name=name) for name, each in self._parts()]
+        tasks = process.start(self._coroutines())
         lost = asyncio.create_task(self._lease.lost.wait(), name="lease lost")
         renewing = asyncio.create_task(self._lease.renew(), name="lease renewed")
-        for part in parts:
-            part.add_done_callback(_say_end)
         try:
-            ended, _ = await asyncio.wait([stopping, lost, *parts], return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait([stopping, lost, *tasks], return_when=asyncio.FIRST_COMPLETED)
             if lost in ended:
                 return Exit.LEASE_LOST
-            _log.info("told to end" if stopping in ended else "ends")
-            await self._end(parts)
+            _log.info("stopping on a signal" if stopping in ended else "stopping because a task exited")
+            await self._stop(tasks)
             return Exit.CLEAN if stopping in ended else Exit.INTERNAL
         finally:
             self.is_leading = False
-            await _cancel([lost, renewing, *parts], CLOSE_S)
+            await process.cancel([lost, renewing, *tasks], CLOSE_S)
             metrics.FLEET.jobs = metrics.FLEET.pods = tuple
 
-    def _parts(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+    def _coroutines(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         metrics.FLEET.jobs, metrics.FLEET.pods = self.desk.rows, self.population.counts
         metrics.FLEET.is_named = self.settings.job_series
-        parts: list[tuple[str, Coroutine[Any, Any, None]]] = [
+        coroutines: list[tuple[str, Coroutine[Any, Any, None]]] = [
             ("events", self.events.run()),
             ("pods", self.pods.run()),
             ("jobs", self.job_objects.run()),
@@ -231,10 +198,10 @@ class Controller:
             ("sweep", self._when_known(self._sweep)),
         ]
         if self.settings.certificate_mode is CertificateMode.SELF:
-            parts.append(("certificates", rotation.Rotation(self._api, self.settings).run()))
+            coroutines.append(("certificates", rotation.Rotation(self._api, self.settings).run()))
         if self.settings.home_enabled:
-            parts += [("certificate", self.serving.run()), ("home", self._when_known(self._serve_home))]
-        return parts
+            coroutines += [("certificate", self.serving.run()), ("home", self._when_known(self._serve_home))]
+        return coroutines
 
     async def _follow_policies(self) -> None:
         while True:
@@ -248,7 +215,7 @@ class Controller:
             await each.synced.wait()
         self._known.set()
         _log.info("leads: knows %d pods and %d checkpoints", len(self.pods), len(self.checkpoints))
-        await self.watcher.run(self._mend_signals)
+        await self.watcher.run(self._restore_signals)
 
     async def _when_known(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin with a part when the caches are filled: what is not known yet would be taken for gone."""
@@ -270,7 +237,7 @@ class Controller:
             commands_of=self.desk.commands_of,
             on_report=self.desk.reported,
         )
-        door = listener.Listener(
+        tls = listener.Listener(
             home.application(),
             address=self.settings.listen_address,
             port=self.home_port,
@@ -278,8 +245,8 @@ class Controller:
             keep_alive_s=server.KEEP_ALIVE_S,
             close_s=CLOSE_S,
         )
-        async with door:
-            self.home_port = door.port
+        async with tls:
+            self.home_port = tls.port
             _log.info("serves sidecars that call home", extra={Field.PORT: self.home_port})
             if not self.settings.pod_ip:
                 _log.warning("PILLION_POD_IP is not set: nobody is told where to call")
@@ -291,10 +258,10 @@ class Controller:
                 if not self._lease.lost.is_set():
                     await self.endpoint.remove()
 
-    async def _end(self, parts: Sequence[asyncio.Task[None]]) -> None:
-        """Stop in order: first nobody is sent here any more, then what is known is not written any more, then what was said."""
-        by_name = {part.get_name(): part for part in parts}
-        await _cancel([by_name[name] for name in ("home", "writer") if name in by_name], STOP_S)
+    async def _stop(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Stop in order: take the endpoint away and stop writing objects, then post the events that wait."""
+        by_name = {task.get_name(): task for task in tasks}
+        await process.cancel([by_name[name] for name in ("home", "writer") if name in by_name], STOP_S)
         await self.events.flush()
 
     def _pod_changed(self, key: reflector.Key, old: injected.Pod | None, new: injected.Pod | None) -> None:
@@ -308,15 +275,3 @@ class Controller:
     def _job_changed(self, _: object) -> None:
         # The next report of the job is answered with the command; nothing is to be written.
         pass
-
-
-def _say_end(part: asyncio.Task[None]) -> None:
-    if not part.cancelled():
-        _log.error("the part %s ended", part.get_name(), exc_info=part.exception())
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]], bound_s: float) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=bound_s)

@@ -18,7 +18,6 @@ Json = dict[str, Any]
 
 API_VERSION: Final = policy.API_VERSION
 KIND: Final = "Checkpoint"
-PATH: Final = "/apis/pillion.dev/v1alpha1/checkpoints"
 ON_DEMAND: Final = "OnDemand"
 MIRROR_LABEL: Final = "pillion.dev/mirror"
 """On objects that we made; its value is `mark`. `kubectl get checkpoints -l pillion.dev/mirror` lists them."""

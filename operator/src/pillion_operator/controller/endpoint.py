@@ -13,7 +13,7 @@ import logging
 import random
 from typing import Final
 
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.settings import Settings
 
@@ -35,8 +35,7 @@ class Endpoint:
         self._api = api
         self._settings = settings
         self._port = port
-        self._collection = f"/apis/discovery.k8s.io/v1/namespaces/{settings.namespace}/endpointslices"
-        self._path = f"{self._collection}/{settings.home_service}"
+        self._path = paths.ENDPOINT_SLICES.one(settings.namespace, settings.home_service)
 
     async def run(self) -> None:
         """Keep it. Blocks: until it is cancelled."""
@@ -76,7 +75,7 @@ def endpoint_slice(settings: Settings, addresses: list[str], port: int) -> Json:
     is_v6 = ipaddress.ip_address(settings.pod_ip).version == 6
     target = {"kind": "Pod", "namespace": settings.namespace, "name": settings.pod_name}
     return {
-        "apiVersion": "discovery.k8s.io/v1",
+        "apiVersion": paths.ENDPOINT_SLICES.version,
         "kind": "EndpointSlice",
         "metadata": {
             "name": settings.home_service,

@@ -19,7 +19,7 @@ from typing import Any, Final
 import kopf
 
 from pillion_operator import metrics
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.controller import policies
 
 STREAM_S: Final = 300
@@ -71,29 +71,29 @@ class Watcher:
         Raises:
             ApiError, Unreachable: what is known stays.
         """
-        found = await self._api.list(policies.PATH)
+        found = await self._api.list(paths.POLICIES.everywhere)
         self._known.replace_all([policies.project(each) for each in found["items"]])
 
-    async def run(self, mend_signals: Callable[[], None]) -> None:
+    async def run(self, restore_signals: Callable[[], None]) -> None:
         """
         Follow the policies. Blocks: until it is cancelled.
 
         Args:
-            mend_signals: called when kopf has put its own handlers of signals in place of ours.
+            restore_signals: called when kopf has put its own handlers of signals in place of the process's.
         """
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
         relisting = asyncio.create_task(self._relist(), name="policies relisted")
         try:
             while True:
-                await self._kopf(mend_signals)
+                await self._kopf(restore_signals)
                 metrics.WATCH_RESTARTS.labels("checkpointpolicies", "ended").inc()
                 await asyncio.sleep(RESTART_S)
         finally:
             relisting.cancel()
             await asyncio.gather(relisting, return_exceptions=True)
 
-    async def _kopf(self, mend_signals: Callable[[], None]) -> None:
+    async def _kopf(self, restore_signals: Callable[[], None]) -> None:
         """kopf from its beginning to its end."""
         # Not kopf.operator(): in the end it cancels all tasks of the loop that are younger than itself, and most of them are ours.
         # The identity is for peering, which is off; left out, kopf asks for the user's name, and a user of an image has none.
@@ -104,7 +104,7 @@ class Watcher:
             clusterwide=True,
             identity=_IDENTITY,
         )
-        mend_signals()
+        restore_signals()
         try:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
@@ -117,9 +117,9 @@ class Watcher:
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
-        group, version = policies.PATH.split("/")[2:4]
+        group, version = paths.POLICIES.version.split("/")
 
-        @kopf.on.event(group, version, "checkpointpolicies", registry=registry)
+        @kopf.on.event(group, version, paths.POLICIES.plural, registry=registry)
         async def on_policy(event: Any, **_: Any) -> None:
             # async, as kopf runs the others in threads.
             document = dict(event["object"])

@@ -7,7 +7,7 @@ Must never: wait, or ask the API server: an answer to a job is made from what is
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from pillion.wire import policy
 from pillion_operator.home import server
@@ -17,8 +17,6 @@ from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
 Json = dict[str, Any]
 Key = tuple[str, str]
 """Namespace and name."""
-
-PATH: Final = "/apis/pillion.dev/v1alpha1/checkpointpolicies"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

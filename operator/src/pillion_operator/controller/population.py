@@ -18,7 +18,6 @@ from pillion_operator.home.registry import JobKey
 Json = dict[str, Any]
 PolicyKey = tuple[str, str]
 
-JOBS_PATH: Final = "/apis/batch/v1/jobs"
 NOTES_MOST: Final = 64
 """Annotations that are looked at for one job: those of its pods. More ask for nothing else."""
 

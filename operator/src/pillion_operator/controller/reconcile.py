@@ -13,9 +13,8 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, TypeVar
 
-from pillion.wire import policy
 from pillion_operator import metrics
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.controller import agenda, checkpoints, commands, conditions, mirror, policies
 from pillion_operator.controller.checkpoints import Checkpoint, Checkpoints
@@ -201,7 +200,7 @@ class Reconciler:
                 await self._set_status(operation)
             else:
                 await self._pace.wait()
-                path = _path(operation.checkpoint.namespace, operation.checkpoint.name)
+                path = paths.CHECKPOINTS.one(operation.checkpoint.namespace, operation.checkpoint.name)
                 await self._api.delete(path, uid=operation.checkpoint.uid)
                 self.checkpoints.remove(operation.checkpoint)
         except client.NotFound:
@@ -221,7 +220,7 @@ class Reconciler:
 
     async def _create(self, operation: mirror.Create) -> None:
         await self._pace.wait()
-        made = await self._api.create(_collection(operation.namespace), operation.body)
+        made = await self._api.create(paths.CHECKPOINTS.within(operation.namespace), operation.body)
         checkpoint = checkpoints.project(made)
         self.checkpoints.put(checkpoint)
         await self._patch(checkpoint, operation.status)
@@ -241,7 +240,7 @@ class Reconciler:
         await self._pace.wait()
         # With its UID: its successor of the same name is another object.
         body: Json = {"metadata": {"uid": checkpoint.uid}, "status": status.to_json()}
-        path = _path(checkpoint.namespace, checkpoint.name)
+        path = paths.CHECKPOINTS.one(checkpoint.namespace, checkpoint.name)
         self.checkpoints.put(checkpoints.project(await self._api.patch(path, body, subresource="status")))
 
     # --- policies
@@ -258,7 +257,7 @@ class Reconciler:
         if patch is None:
             return
         await self._pace.wait()
-        path = f"/apis/{policy.API_VERSION}/namespaces/{found.namespace}/checkpointpolicies/{found.found.name}"
+        path = paths.POLICIES.one(found.namespace, found.found.name)
         body = patch | {"metadata": {"uid": found.found.uid}}
         try:
             written = await self._api.patch(path, body, subresource="status")
@@ -296,11 +295,3 @@ def _flips(before: Json, after: Json) -> Sequence[tuple[str, str, bool]]:
         if is_bad != was_bad and new.get("status") != checkpoints.UNKNOWN:
             said.append((new["reason"], new["message"], is_bad))
     return said
-
-
-def _collection(namespace: str) -> str:
-    return f"/apis/{checkpoints.API_VERSION}/namespaces/{namespace}/checkpoints"
-
-
-def _path(namespace: str, name: str) -> str:
-    return f"{_collection(namespace)}/{name}"

@@ -21,13 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.home.refusal import Refused, Result
 
 Json = dict[str, Any]
 T = TypeVar("T")
 
-PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
 KNOWN_S: Final = 60.0
 """How long an answer holds: so long may a pod that was deleted still report. It is never longer than the token's own end."""
 REFUSED_S: Final = 10.0
@@ -195,7 +194,7 @@ class Authenticator:
         }
         try:
             async with self._slots:
-                answer = await self._api.create(PATH, body)
+                answer = await self._api.create(paths.TOKEN_REVIEWS.everywhere, body)
         except (client.ApiError, client.Unreachable) as err:
             if time.monotonic() - self._said_s >= SAID_AGAIN_S:
                 self._said_s = time.monotonic()

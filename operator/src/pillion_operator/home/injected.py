@@ -12,14 +12,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.home import times
 from pillion_operator.home.refusal import Refused, Result
 from pillion_operator.injection import annotations, pods, status
 
 Json = dict[str, Any]
 
-PATH: Final = "/api/v1/pods"
 LABEL_SELECTOR: Final = f"{annotations.INJECTED}=true"
 FIELD_SELECTOR: Final = "status.phase!=Succeeded,status.phase!=Failed"
 """Pods that ended stay until their job is removed, and count no more. A pod that drains is still running to the API server."""
@@ -170,7 +169,7 @@ class Pods:
 
     async def _ask(self, namespace: str, name: str, uid: str) -> Pod | None:
         try:
-            found = project(await self._api.get(f"/api/v1/namespaces/{namespace}/pods/{name}", metadata_only=True))
+            found = project(await self._api.get(paths.PODS.one(namespace, name), metadata_only=True))
         except client.NotFound:
             return None
         except (client.ApiError, client.Unreachable) as err:

@@ -18,6 +18,7 @@ What the API server fills in by default is written out, so that a second look at
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,20 +94,99 @@ def build(
     trainers: tuple[str, ...],
     settings: Settings,
 ) -> Parts:
-    """The parts for a pod without them (`bare`)."""
-    of = effective.policy
-    root = f"{STORAGE_DIR}/{job.id}"
-    claim = of.storage.persistent_volume_claim
-    assert claim is not None, "the policy's reader asks for a claim in a cluster"
-    arena_bytes = _with_headroom(of.staging.size_limit_bytes)
-    injects_client = wishes.client is annotations.Client.INJECTED
+    """
+    The parts for one pod.
 
-    env: list[Json] = [
+    Args:
+        bare: the pod without them.
+        effective: the policy and the image for this pod.
+        job: the training that the pod belongs to.
+        wishes: the pod's annotations.
+        declared: the sidecar that the pod declares itself, or None.
+        trainers: names of the trainer containers.
+        settings: the operator's.
+    """
+    injects_client = wishes.client is annotations.Client.INJECTED
+    # What a namespace demands at least and allows at most is measured by the pod's other containers.
+    others = [each for each in (*pods.containers(bare), *pods.init_containers(bare)) if each.get("name") != SIDECAR]
+    sidecar = _sidecar(bare, effective, others, declared, trainers, settings)
+    sidecar["env"] = _environment(effective.policy, job, wishes.policy, declared, settings)
+    client = _client(bare, effective, others, trainers, settings) if injects_client else None
+    return Parts(
+        sidecar=sidecar,
+        client=client,
+        volumes=_volumes(effective.policy, injects_client, settings),
+        trainers=trainers,
+        trainer_env=_trainer_environment(job),
+        trainer_mounts=_trainer_mounts(injects_client),
+        drain_s=effective.policy.drain.timeout_seconds,
+    )
+
+
+def _sidecar(
+    bare: Json,
+    effective: overrides.Effective,
+    others: Sequence[Json],
+    declared: Json | None,
+    trainers: tuple[str, ...],
+    settings: Settings,
+) -> Json:
+    """The container of the sidecar, without its environment."""
+    section, staging = effective.policy.sidecar, effective.policy.staging
+    pays_for_arena = staging.memory_accounting is policy.MemoryAccounting.SIDECAR
+    charged_bytes = _with_headroom(staging.size_limit_bytes) if pays_for_arena else 0
+    sidecar: Json = {
+        "name": SIDECAR,
+        "image": effective.image,
+        "imagePullPolicy": effective.image_pull_policy,
+        "restartPolicy": "Always",
+        "command": ["pillion-sidecar", "run"],
+        "env": [],
+        "resources": amounts.of_sidecar(section.resources, others, charged_bytes, amounts.said(bare, declared)),
+        "volumeMounts": _sidecar_mounts(effective.policy, settings),
+        "securityContext": users.of_sidecar(section, bare, trainers, declared, settings),
+        "lifecycle": {"preStop": {"exec": {"command": ["pillion-sidecar", "notify"]}}},
+    }
+    if section.env_from:
+        sidecar["envFrom"] = [policy.dump_section(each) for each in section.env_from]
+    if settings.liveness == "Exec":
+        sidecar["livenessProbe"] = {
+            "exec": {"command": ["pillion-sidecar", "ping"]},
+            "initialDelaySeconds": 60,
+            "periodSeconds": 60,
+            "timeoutSeconds": 30,
+            "successThreshold": 1,
+            "failureThreshold": 5,
+        }
+    return sidecar
+
+
+def _client(
+    bare: Json, effective: overrides.Effective, others: Sequence[Json], trainers: tuple[str, ...], settings: Settings
+) -> Json:
+    """The container that lays out the client library, and ends."""
+    section = effective.policy.sidecar
+    return {
+        "name": CLIENT,
+        "image": effective.image,
+        "imagePullPolicy": effective.image_pull_policy,
+        "command": ["pillion-sidecar", "client", "--to", CLIENT_DIR],
+        "resources": amounts.of_client(section.resources, others),
+        "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR), _no_account()],
+        "securityContext": users.of_client(section, bare, trainers, settings),
+    }
+
+
+def _environment(
+    effective: policy.Policy, job: identity.Job, policy_name: str, declared: Json | None, settings: Settings
+) -> list[Json]:
+    """The sidecar's variables; those of the policy come last, as they may refer to the others."""
+    env = [
         _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
-        _literal(names.ENV_ROOT, root),
+        _literal(names.ENV_ROOT, _root(job)),
         _literal(names.ENV_RUN_ID, job.id),
-        _literal(names.ENV_POLICY, json.dumps(policy.dump(of), separators=(",", ":"), sort_keys=True)),
-        _literal(names.ENV_POLICY_NAME, wishes.policy),
+        _literal(names.ENV_POLICY, json.dumps(policy.dump(effective), separators=(",", ":"), sort_keys=True)),
+        _literal(names.ENV_POLICY_NAME, policy_name),
         _literal(names.ENV_JOB_KIND, job.kind),
         _literal(names.ENV_JOB_NAME, job.name),
         # Always: the kubelet sets it, too, for a Service `pillion-metrics` in the pod's namespace.
@@ -119,88 +199,71 @@ def build(
         *(_from_field(name, path) for name, path in _DOWNWARD.items()),
     ]
     env += [_literal(names.ENV_OWNER_UID, job.uid)] if job.uid else []
-    no_account = _mount(NO_ACCOUNT_VOLUME, ACCOUNT_DIR) | {"readOnly": True}
-    mounts = [
-        _mount(ARENA_VOLUME, RUNTIME_DIR),
-        _mount(STORAGE_VOLUME, STORAGE_DIR),
-        _mount(TMP_VOLUME, "/tmp"),
-        no_account,
-    ]
-    if claim.sub_path:
-        mounts[1]["subPath"] = claim.sub_path
-    volumes: list[Json] = [
-        {"name": ARENA_VOLUME, "emptyDir": {"medium": "Memory"}},
-        {"name": STORAGE_VOLUME, "persistentVolumeClaim": {"claimName": claim.claim_name}},
-        {"name": TMP_VOLUME, "emptyDir": {"sizeLimit": "256Mi"}},
-        {"name": NO_ACCOUNT_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
-    ]
-    if arena_bytes:
-        volumes[0]["emptyDir"]["sizeLimit"] = policy.format_bytes(arena_bytes)
-    if injects_client:
-        volumes.append({"name": CLIENT_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}})
     if settings.home_url:
         env += [
             _literal(names.ENV_HOME_URL, settings.home_url),
             _literal(names.ENV_TOKEN_FILE, f"{TOKEN_DIR}/{TOKEN_FILE}"),
         ]
         env += [_literal(names.ENV_HOME_CA, settings.home_ca)] if settings.home_ca else []
-        mounts.append(_mount(TOKEN_VOLUME, TOKEN_DIR) | {"readOnly": True})
-        volumes.append(_token_volume(settings))
-
-    # The pod's own word for a variable wins over the policy's, which is for many pods.
+    # A variable that the pod declares wins over the policy's, which is for many pods.
     own = {each.get("name") for each in (declared or {}).get("env") or []}
-    env += [_variable(each) for each in of.sidecar.env if each.name not in own]
-    beside = [each for each in (*pods.containers(bare), *pods.init_containers(bare)) if each.get("name") != SIDECAR]
-    charged_bytes = arena_bytes if of.staging.memory_accounting is policy.MemoryAccounting.SIDECAR else 0
-    sidecar: Json = {
-        "name": SIDECAR,
-        "image": effective.image,
-        "imagePullPolicy": effective.image_pull_policy,
-        "restartPolicy": "Always",
-        "command": ["pillion-sidecar", "run"],
-        "env": env,
-        "resources": amounts.of_sidecar(of.sidecar.resources, beside, charged_bytes, amounts.said(bare, declared)),
-        "volumeMounts": mounts,
-        "securityContext": users.of_sidecar(of.sidecar, bare, trainers, declared, settings),
-        "lifecycle": {"preStop": {"exec": {"command": ["pillion-sidecar", "notify"]}}},
-    }
-    if of.sidecar.env_from:
-        sidecar["envFrom"] = [policy.dump_section(each) for each in of.sidecar.env_from]
-    if settings.liveness == "Exec":
-        sidecar["livenessProbe"] = {
-            "exec": {"command": ["pillion-sidecar", "ping"]},
-            "initialDelaySeconds": 60,
-            "periodSeconds": 60,
-            "timeoutSeconds": 30,
-            "successThreshold": 1,
-            "failureThreshold": 5,
-        }
-    client: Json = {
-        "name": CLIENT,
-        "image": effective.image,
-        "imagePullPolicy": effective.image_pull_policy,
-        "command": ["pillion-sidecar", "client", "--to", CLIENT_DIR],
-        "resources": amounts.of_client(of.sidecar.resources, beside),
-        "volumeMounts": [_mount(CLIENT_VOLUME, CLIENT_DIR), no_account],
-        "securityContext": users.of_client(of.sidecar, bare, trainers, settings),
-    }
-    return Parts(
-        sidecar=sidecar,
-        client=client if injects_client else None,
-        volumes=volumes,
-        trainers=trainers,
-        trainer_env=[
-            _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
-            _literal(names.ENV_ROOT, root),
-            _literal(names.ENV_RUN_ID, job.id),
-            _from_field(names.ENV_POD, _DOWNWARD[names.ENV_POD]),
-        ],
-        trainer_mounts=[
-            _mount(ARENA_VOLUME, RUNTIME_DIR),
-            *([_mount(CLIENT_VOLUME, CLIENT_DIR) | {"readOnly": True}] if injects_client else []),
-        ],
-        drain_s=of.drain.timeout_seconds,
-    )
+    return env + [_variable(each) for each in effective.sidecar.env if each.name not in own]
+
+
+def _sidecar_mounts(effective: policy.Policy, settings: Settings) -> list[Json]:
+    storage = _mount(STORAGE_VOLUME, STORAGE_DIR)
+    if sub_path := _claim(effective).sub_path:
+        storage["subPath"] = sub_path
+    token = [_mount(TOKEN_VOLUME, TOKEN_DIR) | {"readOnly": True}] if settings.home_url else []
+    return [_mount(ARENA_VOLUME, RUNTIME_DIR), storage, _mount(TMP_VOLUME, "/tmp"), _no_account(), *token]
+
+
+def _volumes(effective: policy.Policy, injects_client: bool, settings: Settings) -> list[Json]:
+    """The volumes that the pod gets."""
+    arena: Json = {"medium": "Memory"}
+    if arena_bytes := _with_headroom(effective.staging.size_limit_bytes):
+        arena["sizeLimit"] = policy.format_bytes(arena_bytes)
+    volumes: list[Json] = [
+        {"name": ARENA_VOLUME, "emptyDir": arena},
+        {"name": STORAGE_VOLUME, "persistentVolumeClaim": {"claimName": _claim(effective).claim_name}},
+        {"name": TMP_VOLUME, "emptyDir": {"sizeLimit": "256Mi"}},
+        {"name": NO_ACCOUNT_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
+    ]
+    if injects_client:
+        volumes.append({"name": CLIENT_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}})
+    if settings.home_url:
+        volumes.append(_token_volume(settings))
+    return volumes
+
+
+def _trainer_environment(job: identity.Job) -> list[Json]:
+    return [
+        _literal(names.ENV_RUNTIME_DIR, RUNTIME_DIR),
+        _literal(names.ENV_ROOT, _root(job)),
+        _literal(names.ENV_RUN_ID, job.id),
+        _from_field(names.ENV_POD, _DOWNWARD[names.ENV_POD]),
+    ]
+
+
+def _trainer_mounts(injects_client: bool) -> list[Json]:
+    client = [_mount(CLIENT_VOLUME, CLIENT_DIR) | {"readOnly": True}] if injects_client else []
+    return [_mount(ARENA_VOLUME, RUNTIME_DIR), *client]
+
+
+def _root(job: identity.Job) -> str:
+    """Folder of the job's checkpoints, as the sidecar sees it."""
+    return f"{STORAGE_DIR}/{job.id}"
+
+
+def _claim(effective: policy.Policy) -> policy.VolumeClaim:
+    claim = effective.storage.persistent_volume_claim
+    assert claim is not None, "the policy's reader requires a claim in a cluster"
+    return claim
+
+
+def _no_account() -> Json:
+    """The mount that keeps the pod's API token out of a container."""
+    return _mount(NO_ACCOUNT_VOLUME, ACCOUNT_DIR) | {"readOnly": True}
 
 
 def _literal(name: str, value: str) -> Json:
@@ -208,9 +271,9 @@ def _literal(name: str, value: str) -> Json:
     return {"name": name, "value": value.replace("$", "$$")}
 
 
-def _variable(of: policy.EnvVar) -> Json:
+def _variable(variable: policy.EnvVar) -> Json:
     # The API server leaves an empty value out.
-    return {key: value for key, value in policy.dump_section(of).items() if value != ""}
+    return {key: value for key, value in policy.dump_section(variable).items() if value != ""}
 
 
 def _from_field(name: str, path: str) -> Json:

@@ -12,12 +12,10 @@ from collections import OrderedDict
 from typing import Final
 
 from pillion_operator import metrics
-from pillion_operator.cluster import client, reflector
+from pillion_operator.cluster import client, paths, reflector
 from pillion_operator.injection import checkpoint_policy
 from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
 
-_GROUP: Final = "/apis/pillion.dev/v1alpha1"
-_RESOURCE: Final = "checkpointpolicies"
 LOOKUP_S: Final = 2.0
 """For one question to the API server: less than half of what it gives us."""
 MISSING_S: Final = 1.0
@@ -43,7 +41,7 @@ class Policies:
     def __init__(self, api: client.Client) -> None:
         self._client = api
         self._reflector = reflector.Reflector(
-            api, f"{_GROUP}/{_RESOURCE}", checkpoint_policy.from_object, on_change=self._changed
+            api, paths.POLICIES.everywhere, checkpoint_policy.from_object, on_change=self._changed
         )
         self._asked: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
         self._missing: OrderedDict[Key, float] = OrderedDict()
@@ -102,9 +100,8 @@ class Policies:
     async def _ask(self, key: Key) -> CheckpointPolicy | None:
         metrics.POLICY_LOOKUPS.labels("api").inc()
         namespace, name = key
-        path = f"{_GROUP}/namespaces/{namespace}/{_RESOURCE}/{name}"
         try:
-            found = await self._client.get(path, timeout_s=LOOKUP_S)
+            found = await self._client.get(paths.POLICIES.one(namespace, name), timeout_s=LOOKUP_S)
         except client.NotFound:
             self._missing[key] = time.monotonic() + MISSING_S
             self._missing.move_to_end(key)

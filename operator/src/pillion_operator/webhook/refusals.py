@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pillion_operator import metrics
-from pillion_operator.cluster import client, events
+from pillion_operator.cluster import client, events, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
 OWNERS: Final = {
-    ("batch/v1", "Job"): "/apis/batch/v1/namespaces/{namespace}/jobs",
-    ("apps/v1", "ReplicaSet"): "/apis/apps/v1/namespaces/{namespace}/replicasets",
-    ("apps/v1", "StatefulSet"): "/apis/apps/v1/namespaces/{namespace}/statefulsets",
-    ("kubeflow.org/v1", "PyTorchJob"): "/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs",
-    ("ray.io/v1", "RayCluster"): "/apis/ray.io/v1/namespaces/{namespace}/rayclusters",
-    ("batch.volcano.sh/v1alpha1", "Job"): "/apis/batch.volcano.sh/v1alpha1/namespaces/{namespace}/jobs",
-    ("argoproj.io/v1alpha1", "Workflow"): "/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows",
+    (resource.version, kind): resource
+    for kind, resource in (
+        ("Job", paths.JOBS),
+        ("ReplicaSet", paths.REPLICA_SETS),
+        ("StatefulSet", paths.STATEFUL_SETS),
+        ("PyTorchJob", paths.PYTORCH_JOBS),
+        ("RayCluster", paths.RAY_CLUSTERS),
+        ("Job", paths.VOLCANO_JOBS),
+        ("Workflow", paths.ARGO_WORKFLOWS),
+    )
 }
 """Owners that can be looked up, each a right of the webhook's account. A pod of another owner is refused without an Event: its owner
 is given the same words by the API server, and most make an Event of them."""
@@ -128,11 +131,11 @@ class Refusals:
 
 def path_of(about: Json) -> str | None:
     """Where an owner is in the API; None: it cannot be looked up."""
-    collection = OWNERS.get((str(about.get("apiVersion")), str(about.get("kind"))))
+    resource = OWNERS.get((str(about.get("apiVersion")), str(about.get("kind"))))
     name, namespace = about.get("name"), about.get("namespace")
-    if collection is None or not about.get("uid") or not (_is_name(name) and _is_name(namespace)):
+    if resource is None or not about.get("uid") or not (_is_name(name) and _is_name(namespace)):
         return None
-    return f"{collection.format(namespace=namespace)}/{name}"
+    return resource.one(str(namespace), str(name))
 
 
 def _is_name(text: Any) -> bool:

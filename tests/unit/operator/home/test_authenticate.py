@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pillion_operator.cluster import client
+from pillion_operator.cluster import client, paths
 from pillion_operator.home import authenticate
 from pillion_operator.home.refusal import Refused, Result
 from support import reports
@@ -60,7 +60,7 @@ def test_a_token_is_the_pod_that_it_was_made_for() -> None:
     assert ask(authenticator, reports.token()) == authenticate.Identity(
         namespace="team-b", pod="p", pod_uid="u", service_account="default"
     )
-    assert api.calls == [("review", authenticate.PATH)]
+    assert api.calls == [("review", paths.TOKEN_REVIEWS.everywhere)]
 
 
 def test_a_token_is_asked_about_once_a_minute() -> None:
