@@ -144,13 +144,13 @@ def _remove_leftovers(runtime_dir: str) -> None:
         threading.Thread(target=remove, name="pillion-leftovers", daemon=True).start()
 
 
-def _calling(supervisor: Supervisor) -> reporter.Calling | None:
+def _calling(supervisor: Supervisor) -> reporter.Reporter | None:
     """Whoever calls home; None when the settings do not allow it: checkpoints are made all the same."""
     # TLS: memory that a sidecar without a cluster has no use for.
     from pillion_sidecar.reporting import reporter
 
     try:
-        return reporter.Calling(supervisor)
+        return reporter.Reporter(supervisor)
     except ValueError as err:
         _log.error("the sidecar does not call home: %s", err)
         return None

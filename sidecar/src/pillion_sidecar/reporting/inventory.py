@@ -28,7 +28,7 @@ class _Known:
     entry: home.CommittedCheckpoint
 
 
-class Listing:
+class Inventory:
     """
     See the module.
 

@@ -53,7 +53,7 @@ def make(supervisor: Supervisor, storage: Storage) -> home.Report:
         attempt=identity.attempt if identity is not None else 0,
         world_size=identity.world_size if identity is not None else 0,
         num_pods=len(identity.pods) if identity is not None else 0,
-        policy_generation=supervisor.policy_in_force.generation,
+        policy_generation=supervisor.policy.generation,
         step=newest.step if newest is not None else -1,
         snapshot_time=rfc3339(newest.sealed_ns / 1e9) if newest is not None and newest.sealed_ns else "",
         committed_step=committed_step,

@@ -45,7 +45,7 @@ LOG_AGAIN_S: Final = 300.0
 """How often the log repeats that nobody answers."""
 
 
-class Calling:
+class Reporter:
     """
     See the module.
 
@@ -56,8 +56,8 @@ class Calling:
     def __init__(self, supervisor: Supervisor) -> None:
         of = supervisor.settings
         self._supervisor = supervisor
-        self._caller = transport.Caller(of.home_url, ca=of.home_ca, token_file=of.token_file)
-        self._listing = inventory.Listing(of.root, os.path.basename(of.root.rstrip("/")))
+        self._caller = transport.Transport(of.home_url, ca=of.home_ca, token_file=of.token_file)
+        self._listing = inventory.Inventory(of.root, os.path.basename(of.root.rstrip("/")))
         self._call = BlockingCaller("home")
         self._look = BlockingCaller("home-listing")
         self._news = asyncio.Event()
@@ -68,7 +68,7 @@ class Calling:
         self._interval_s = home.DEFAULT_INTERVAL_S
         self._logged: tuple[str, float] = ("", 0.0)
         self._commit: object = None
-        supervisor.sidecar_status.on_news = self._happened
+        supervisor.sidecar_status.listen(self._happened)
 
     def _happened(self) -> None:
         self._unheard = True
@@ -158,7 +158,7 @@ class Calling:
     def _answered(self, answer: home.Answer) -> None:
         supervisor = self._supervisor
         if answer.policy is not None:
-            supervisor.policy_told(answer.policy, answer.policy_generation)
+            supervisor.policy.propose(answer.policy, answer.policy_generation)
         wanted = [each.id for each in answer.commands if each.kind == home.CommandKind.SAVE_NOW]
         demands = supervisor.sidecar_status.demands
         before = demands.acknowledgements()

@@ -32,7 +32,7 @@ class Refused(CallFailed):
     """The controller answered with another status than 200."""
 
 
-class Caller:
+class Transport:
     """
     The connection to the controller, kept alive from call to call.
 

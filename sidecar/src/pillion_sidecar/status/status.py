@@ -97,11 +97,18 @@ class SidecarStatus:
         """A save that was begun after that is on storage."""
         self.trainers_end = False
         """They are ended, or end by themselves: what they were staging is no failure."""
-        self.on_news: Callable[[], None] = lambda: None
-        """Called when something happened that others wait for: a commit, a failure, an answer to a demand."""
+        self._listeners: list[Callable[[], None]] = []
         self._clock = clock
         self._wall = wall
         self._saves: dict[int, Entry] = {}
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when something happens that others wait for: a commit, a failure, an answer to a save that was requested."""
+        self._listeners.append(listener)
+
+    def _notify(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     # --- saves -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +185,7 @@ class SidecarStatus:
         self.commit = Commit(step, now_s)
         self.storage_problem = ""
         self.demands.ended(step, None)
-        self.on_news()
+        self._notify()
 
     def waits(self, waits: Mapping[str, Any] | None) -> None:
         """What the executor waits for, a few times a minute; None: nothing. A storage that hangs is told while it does."""
@@ -191,7 +198,7 @@ class SidecarStatus:
             self.storage_problem = ""
         if stalled != self._stalled:
             self._stalled = stalled
-            self.on_news()
+            self._notify()
 
     @property
     def drain_s(self) -> float:
@@ -202,7 +209,7 @@ class SidecarStatus:
         """What was found of the arena's room."""
         if problem != self.memory_problem:
             self.memory_problem = problem
-            self.on_news()
+            self._notify()
 
     def snapshot(self) -> None:
         """A save that stays in memory is sealed on every rank of the job."""
@@ -214,7 +221,7 @@ class SidecarStatus:
         if self.trainers_end or is_interrupted(error):
             self.metrics.saves_interrupted += 1
             self.demands.ended(step, f"{kind}: {text}")
-            self.on_news()
+            self._notify()
             return
         self.metrics.saves_failed += 1
         self.metrics.failures_by_kind[kind] = self.metrics.failures_by_kind.get(kind, 0) + 1
@@ -222,7 +229,7 @@ class SidecarStatus:
             self.storage_problem = text
         self._note(step, kind, text)
         self.demands.ended(step, f"{kind}: {text}")
-        self.on_news()
+        self._notify()
 
     def abandoned(self, step: int, error: PillionError) -> None:
         """A rank gave a save up before any rank of this pod had claimed a slot for it."""
@@ -234,7 +241,7 @@ class SidecarStatus:
         if persist and step not in self._saves:
             self.demands.began(step)
         self.demands.ended(step, str(error))
-        self.on_news()
+        self._notify()
 
     # --- loads -------------------------------------------------------------------------------------------------------
 
@@ -243,17 +250,17 @@ class SidecarStatus:
         self.metrics.checkpoints_refused += 1
         step = where.rpartition(":")[2]
         self._note(int(step) if step.isdigit() else -1, home.CHECKPOINT_REFUSED, f"{where}: {why}")
-        self.on_news()
+        self._notify()
 
     def loaded_from(self, step: int, tier: str) -> None:
         """A load gave every rank of this pod a checkpoint."""
         self.loaded = Loaded(step, tier, self._wall())
-        self.on_news()
+        self._notify()
 
     def load_failed(self, step: int | None, kind: str, text: str) -> None:
         """A load ended with an error on every rank of this pod."""
         self._note(-1 if step is None else step, home.LOAD_FAILED, f"{kind}: {text}")
-        self.on_news()
+        self._notify()
 
     def _note(self, step: int, kind: str, text: str) -> None:
         self.failures.append(

@@ -11,27 +11,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from pillion import wire
-from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch, SettingsError, SidecarError
+from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch
 from pillion.wire import messages, policy
 from pillion_sidecar import affinity, settings
-from pillion_sidecar.arena.pod_arena import Identity, PodArena, check_root, name_of
+from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.checkpoint import catalog, ownership
-from pillion_sidecar.concurrency import blocking, tasks
-from pillion_sidecar.session import record as record_module
+from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.status.status import SidecarStatus
 from pillion_sidecar.supervisor import effective_policy, loader, returning
-from pillion_sidecar.supervisor.effective_policy import EffectivePolicy
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.persister import Persister
 from pillion_sidecar.supervisor.pod_end import PodEnd
+from pillion_sidecar.supervisor.root_access import RootAccess
 from pillion_sidecar.supervisor.server import TrainerConnection
+from pillion_sidecar.supervisor.session_policy import SessionPolicy
+from pillion_sidecar.supervisor.sessions import Sessions
 from pillion_sidecar.supervisor.staging import StagingCoordinator
 from pillion_sidecar.supervisor.trainers import Trainers
 
@@ -40,40 +39,41 @@ T = TypeVar("T")
 
 TIDY_S: Final = 10.0
 """How long trainers that say goodbye wait for retention: it is seconds behind the last commit, and what is left then can wait."""
-ROOT_TIMEOUT_S: Final = 60.0
-"""Bound for the storage to show whether it can be used, or what its newest checkpoint is; network file systems under load take seconds."""
-SETTLE_SHARE: Final = 1 / 4
-"""Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
-MOVED_SHARE: Final = 3 / 4
-"""The same where a rank has moved to another pod, if the drain's bound is not shorter: the pods that are new wait for us in the load that
-comes next, for all of the bound for peers."""
-POLICY_REPEAT_S: Final = 60.0
-"""How often a policy that changed is told again, to pods and ranks that missed it: their sidecar or executor was being replaced."""
 
 
 class Supervisor:
     """See the module. Implements `supervisor.server.Handler`."""
 
-    def __init__(self, of: settings.Settings) -> None:
-        self.settings = of
+    def __init__(self, own_settings: settings.Settings) -> None:
+        self.settings = own_settings
         self.sidecar_status = SidecarStatus()
-        self.policy_in_force = EffectivePolicy()
         self._tasks = tasks.BackgroundTasks()
+        self._root = RootAccess()
         self.executor_client = ExecutorClient(
-            of, self.sidecar_status.metrics, on_event=self._on_executor_event, on_wait=self.sidecar_status.waits
+            own_settings,
+            self.sidecar_status.metrics,
+            on_event=self._on_executor_event,
+            on_wait=self.sidecar_status.waits,
         )
-        self.trainers = Trainers(self.executor_client, self._tasks, on_policy=self._policy_heard)
+        self.trainers = Trainers(
+            self.executor_client,
+            self._tasks,
+            on_policy=lambda message: self.policy.take(message),
+            on_rescue=lambda call: self.persister.rescue_called(call),
+        )
+        self.policy = SessionPolicy(own_settings, self._root, self.trainers)
         self.persister = Persister(self.sidecar_status, self.trainers, self.executor_client, self._released)
-        self.staging = StagingCoordinator(of, self.sidecar_status, self.trainers, self.persister, self._tasks)
-        self.loader = loader.Loader(of, self.trainers, self.executor_client, self.persister, self.sidecar_status)
-        self.pod_end = PodEnd(self.sidecar_status, self.trainers, self.persister, self._tasks, in_pod=not of.embedded)
-        self._started_with: policy.Policy | None = None
-        """The policy of the environment, or of the hello; without what the controller said since."""
-        self._policy_told_s = -math.inf
-        self._policy_told_to = ""
-        self._bad_generation = -1
+        self.staging = StagingCoordinator(own_settings, self.sidecar_status, self.trainers, self.persister, self._tasks)
+        self.loader = loader.Loader(
+            own_settings, self.trainers, self.executor_client, self.persister, self.sidecar_status
+        )
+        self.pod_end = PodEnd(
+            self.sidecar_status, self.trainers, self.persister, self._tasks, in_pod=not own_settings.embedded
+        )
+        self._sessions = Sessions(
+            own_settings, self._root, self.policy, self.trainers, self.executor_client, self.persister
+        )
         self._hello_lock = asyncio.Lock()
-        self._aside, self._looking = blocking.BlockingCaller("root"), asyncio.Lock()
 
     @property
     def pod(self) -> PodArena | None:
@@ -82,40 +82,15 @@ class Supervisor:
     async def start(self) -> None:
         self.persister.start(self._tasks)
         self._tasks.start(self.staging.notices(), "notices")
-        await self._adopt()
-        if self._started_with is None and not self.settings.embedded:
-            with contextlib.suppress(PillionError):  # whoever needs it is told why it is none
-                self._started_with = await self._read_policy(self.settings.policy)
+        await self._sessions.adopt()
+        if self.pod is None and not self.settings.embedded:
+            with contextlib.suppress(PillionError):  # the trainer that needs it gets the reason
+                await self.policy.begin(self.settings.policy)
         await self.executor_client.prestart()
-
-    async def _adopt(self) -> None:
-        """Go on with the session of a sidecar before this one: what it left in the arena is persisted, trainers or not."""
-        record = record_module.read(self.settings.runtime_dir)
-        if record is None:
-            return
-        try:
-            given, kept = self.settings.policy, record.policy
-            source = (kept or given) if self.settings.embedded else (given or kept)
-            self._started_with = await self._read_policy(source)
-            identity = Identity.from_hello(dict(record.hello), root=record.root)
-            pod = PodArena(
-                self.settings.runtime_dir,
-                identity,
-                self._policy_now(),
-                shared=not self.settings.embedded,
-            )
-        except (OSError, ValueError, PillionError) as err:
-            _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
-            return
-        _log.warning("adopted session %s with %d snapshots in memory", record.session, len(pod.adopted))
-        self.trainers.pod, self.trainers.returning = pod, record.trainers
-        self.trainers.crashed = True
-        self.executor_client.session(pod, record)
-        self.persister.wake()
 
     async def stop(self) -> None:
         """Stop working; what is sealed stays in the arena. Blocks: for the executor's ladder."""
-        self._aside.close()
+        self._root.close()
         await self._tasks.stop()
         if not self.trainers.clients:
             await self.executor_client.show(self._state())
@@ -131,7 +106,7 @@ class Supervisor:
         await self.trainers.let_return(messages.field(message, "session", str))
         async with self._hello_lock:
             await self.trainers.part_from_the_dead()
-            pod = await self._session(client, message)
+            pod = await self._sessions.open(client, message)
         rank = messages.field(message, "rank", int)
         if rank not in pod.segments:
             raise messages.BadFrame(f"hello: rank {rank} is not of this pod, whose ranks are {sorted(pod.segments)}")
@@ -167,59 +142,6 @@ class Supervisor:
             extra={"rank": rank, "pid": client.pid},
         )
 
-    async def _session(self, client: TrainerConnection, message: messages.Message) -> PodArena:
-        trainers = self.trainers
-        session = messages.field(message, "session", str)
-        if trainers.pod is not None and trainers.pod.identity.session == session:
-            return trainers.pod
-        if trainers.clients:
-            raise trainers.taken(client)
-        root = self.settings.root or messages.field(message, "root", str, "")
-        # In a pod the injected one holds. Without a cluster the variable is the trainer's own, and its argument wins over it.
-        given: Any = message.get("policy")
-        source = (given or self.settings.policy) if self.settings.embedded else (self.settings.policy or given)
-        self._started_with = await self._read_policy(source)
-        problems = await self._look_at(root, lambda: check_root(root)) if root else []
-        if problems:
-            raise SettingsError(problems)
-        identity = Identity.from_hello(message, root=root)
-        dead = await self._look_for_owner(root, identity) if root and len(identity.pods) == 1 else ""
-        if trainers.pod is not None:
-            await self._finish(trainers.pod, identity)
-            # Closed once, also when the next one cannot be made.
-            before, trainers.pod = trainers.pod, None
-            before.close()
-        trainers.pod = PodArena(
-            self.settings.runtime_dir,
-            identity,
-            self._policy_now(),
-            shared=not self.settings.embedded,
-        )
-        trainers.crashed = False
-        self.executor_client.session(trainers.pod, succeeds=dead)
-        self.persister.wake()
-        return trainers.pod
-
-    async def _look_for_owner(self, root: str, identity: Identity) -> str:
-        """
-        Tell the trainers at once when another training lives on their root; the session that owned it and does not live. Of several pods
-        the coordinator's executor finds it out, as the others may know the owner for an older attempt of theirs.
-
-        Raises:
-            UsageError: with both names.
-        """
-        of = self.settings
-
-        def look() -> str:
-            known = {identity.session, *self.executor_client.served()}
-            generation = ownership.wait_until_free(
-                root, name=name_of(of, identity), known=known, silent_s=of.owner_silent_s
-            )
-            owner = ownership.read(root, generation)
-            return owner.session if owner is not None else ""
-
-        return await self._look_at(root, look, ROOT_TIMEOUT_S + of.owner_silent_s + ownership.DRAIN_MOST_S)
-
     def _state(self) -> ownership.State:
         """What the session is in, for whoever wants its root next."""
         if self.trainers.clients:
@@ -233,27 +155,6 @@ class Supervisor:
         if pod is not None and not self.trainers.clients and self.persister.busy():
             await self.persister.quiet(pod.policy.drain.timeout_seconds)
             await self.executor_client.show(self._state())
-
-    async def _finish(self, before: PodArena, successor: Identity) -> None:
-        """
-        What the session before left comes first: the newest snapshot must be where its successor looks for it.
-
-        Several pods that come back as they were look for it in memory, and what they were writing together may never end, as others
-        have gone on: it is persisted after the load. Where a rank has moved to another pod, its snapshot can reach it through storage
-        only; but a pod that is not there any more may be lost, and its part will never come.
-        """
-        if len(before.identity.pods) == 1:
-            await self.persister.quiet(self.settings.persist_timeout_s)
-        elif successor.moved_from(before.identity):
-            bound_s = min(before.policy.drain.timeout_seconds, self.settings.peer_timeout_s * MOVED_SHARE)
-            if not await self.persister.quiet(bound_s):
-                _log.error(
-                    "ranks are in other pods than before, and after %.0f s not all that was saved there is on storage: going on without",
-                    bound_s,
-                )
-        else:
-            await self.persister.settled(self.settings.peer_timeout_s * SETTLE_SHARE)
-        self.persister.forget_calls()
 
     async def message(self, client: TrainerConnection, message: messages.Message) -> None:
         kind = message["type"]
@@ -301,7 +202,7 @@ class Supervisor:
         elif message["type"] == "status":
             client.answer(message, self._status())
         elif message["type"] == "policy":
-            document = effective_policy.for_trainers(policy.dump(self._policy_now()))
+            document = effective_policy.for_trainers(policy.dump(self.policy.now()))
             client.answer(message, {"type": "policy", "policy": document})
         elif message["type"] == "notify":
             client.answer(message, {"type": "notified"})
@@ -344,59 +245,6 @@ class Supervisor:
         except (messages.BadFrame, policy.PolicyError) as err:
             _log.warning("another pod said what is not understood here: %s", err)
 
-    # --- the policy --------------------------------------------------------------------------------------------------
-
-    async def _read_policy(self, source: Mapping[str, object] | str) -> policy.Policy:
-        """
-        Raises:
-            SettingsError: it is none.
-            SidecarError: it is a file, and the storage that has it hangs.
-        """
-        if isinstance(source, str) and settings.is_policy_file(source):
-            return await self._look_at(source, lambda: settings.read_policy(source))
-        return settings.read_policy(source)
-
-    def _policy_now(self) -> policy.Policy:
-        if self._started_with is None:
-            self._started_with = settings.read_policy(self.settings.policy)
-        return self.policy_in_force.over(self._started_with)
-
-    def policy_told(self, spec: Mapping[str, Any], generation: int) -> None:
-        """The controller says what the policy is now: a change goes to every pod, and is repeated for who missed it."""
-        try:
-            told = policy.parse(spec, embedded=True)
-        except policy.PolicyError as err:
-            if generation != self._bad_generation:
-                self._bad_generation = generation
-                _log.error("generation %d of the policy is not taken up: %s", generation, err)
-            return
-        now = self._policy_now()
-        assert self._started_with is not None
-        later = self.policy_in_force.later(told, self._started_with)
-        if later:
-            _log.warning("the policy's %s changed: a running pod keeps what it has", ", ".join(sorted(later)))
-        differs = effective_policy.document(told) != effective_policy.document(now)
-        session = self.pod.identity.session if self.pod is not None else ""
-        overdue = time.monotonic() - self._policy_told_s >= POLICY_REPEAT_S or session != self._policy_told_to
-        if differs or generation != self.policy_in_force.generation or (self.policy_in_force.changed and overdue):
-            self._policy_told_s, self._policy_told_to = time.monotonic(), session
-            self.trainers.signal(
-                {"type": "policy", "generation": generation, "policy": effective_policy.document(told)}
-            )
-
-    def _policy_heard(self, message: messages.Message) -> None:
-        told = policy.parse(messages.field(message, "policy", dict), embedded=True)
-        generation = messages.field(message, "generation", int)
-        self._policy_now()
-        assert self._started_with is not None
-        if self.policy_in_force.take(told, generation, self._started_with):
-            _log.info("generation %d of the policy holds now", generation)
-        if self.pod is not None:
-            self.pod.policy = self.policy_in_force.over(self._started_with)
-        if self.policy_in_force.changed:
-            document = effective_policy.for_trainers(effective_policy.document(told))
-            self.trainers.broadcast({"type": "policy", "policy": document})
-
     # --- ending ------------------------------------------------------------------------------------------------------
 
     def terminating(self, *, signalled: bool = False) -> bool:
@@ -426,21 +274,11 @@ class Supervisor:
     async def _latest(self, client: TrainerConnection, message: messages.Message) -> None:
         pod = self.trainers.require_pod()
         root = pod.identity.root
-        found = await self._look_at(root, lambda: catalog.newest(root))
+        found = await self._root.look_at(root, lambda: catalog.newest(root))
         answer: dict[str, Any] = {"type": "latest", "step": None}
         if found is not None:
             answer |= {"step": found[0], "path": found[1], "size_bytes": found[2]}
         client.answer(message, answer)
-
-    async def _look_at(self, root: str, call: Callable[[], T], bound_s: float = ROOT_TIMEOUT_S) -> T:
-        """What `call` finds on the root, beside this loop: a storage that hangs must not keep the supervisor from answering."""
-        try:
-            async with self._looking:
-                return await self._aside.run(call, bound_s)
-        except (TimeoutError, blocking.StillBusy):
-            raise SidecarError(
-                f"the storage of {root} has not answered for {bound_s:.0f} s: it hangs, or is lost"
-            ) from None
 
     def _status(self) -> dict[str, Any]:
         pod = self.pod
@@ -451,7 +289,7 @@ class Supervisor:
             "pid": os.getpid(),
             "draining": self.sidecar_status.terminating,
             "retaining": self.persister.retains(),
-            "policy_generation": self.policy_in_force.generation,
+            "policy_generation": self.policy.generation,
             "saves": [
                 {"step": s.step, "slot": s.slot, "phase": s.phase.value, "persisted": s.persisted}
                 for s in (pod.table.saves.values() if pod is not None else ())

@@ -84,7 +84,6 @@ class Persister:
         self._retain_after: int | None = None
         """Retention is owed for the commit of this step; nobody waits for it but the end of the session."""
         self._tasks: tasks_module.BackgroundTasks | None = None
-        trainers.on_rescue = self.rescue_called
         self._wake = asyncio.Event()
         self._quiet = asyncio.Condition()
 

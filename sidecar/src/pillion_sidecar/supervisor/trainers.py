@@ -34,8 +34,9 @@ class Trainers:
         tasks: tasks_module.BackgroundTasks,
         *,
         on_policy: Callable[[messages.Message], None],
+        on_rescue: Callable[[str], None],
     ) -> None:
-        self.pod: PodArena | None = None
+        self._pod: PodArena | None = None
         self.clients: dict[int, TrainerConnection] = {}
         self.idle_since = time.monotonic()
         self.parted = False
@@ -44,17 +45,42 @@ class Trainers:
         """A trainer of this session died, or ended by an exception: a restart may come for the arena."""
         self.returning: tuple[returning.Process, ...] = ()
         """Trainers of an adopted session, until they are here or others take their place."""
-        self.on_rescue: Callable[[str], None] = lambda _: None
+        self._on_rescue = on_rescue
         """Called when a pod of the job calls all of them to persist the newest snapshot that all of them hold."""
         self._on_policy = on_policy
         """Called with what the coordinator's sidecar says of the policy."""
         self._executor_client = executor_client
         self._tasks = tasks
 
+    @property
+    def pod(self) -> PodArena | None:
+        """The arena of the current session; None before the first one."""
+        return self._pod
+
     def require_pod(self) -> PodArena:
-        if self.pod is None:
+        """
+        The arena of the current session.
+
+        Raises:
+            SidecarError: there is none.
+        """
+        if self._pod is None:
             raise SidecarError("no session is open")
-        return self.pod
+        return self._pod
+
+    def begin_session(self, pod: PodArena) -> None:
+        """Trainers open a session; the one before has ended."""
+        self._pod, self.crashed = pod, False
+
+    def adopt_session(self, pod: PodArena, trainers: tuple[returning.Process, ...]) -> None:
+        """Go on with the session of a sidecar before this one, whose trainers may come back, or have died."""
+        self._pod, self.returning, self.crashed = pod, trainers, True
+
+    def end_session(self) -> None:
+        """Close the arena of the current session, once."""
+        before, self._pod = self._pod, None
+        if before is not None:
+            before.close()
 
     async def let_return(self, session: str) -> None:
         """
@@ -137,7 +163,7 @@ class Trainers:
             self._on_policy(message)
             return
         if message["type"] == "rescue":
-            self.on_rescue(messages.field(message, "id", str))
+            self._on_rescue(messages.field(message, "id", str))
             return
         told = {"type": message["type"], "step": messages.field(message, "step", int)}
         if message["type"] == "change_announced":

@@ -31,7 +31,7 @@ def commit(root: Path, step: int, *, size: int = 10, started_ns: int = 10**18, c
     return folder
 
 
-def look(of: inventory.Listing, now_s: float = 0.0, *stale: int) -> list[home.CommittedCheckpoint]:
+def look(of: inventory.Inventory, now_s: float = 0.0, *stale: int) -> list[home.CommittedCheckpoint]:
     found, problem = of.look(now_s, frozenset(stale))
     assert problem == ""
     return list(found)
@@ -44,7 +44,7 @@ def test_every_committed_checkpoint_is_listed_newest_first(tmp_path: Path) -> No
         commit(root, step)
     (root / "step-200").mkdir()
     (root / "notes").mkdir()
-    found = look(inventory.Listing(str(root), "llm-0"))
+    found = look(inventory.Inventory(str(root), "llm-0"))
     assert [each.step for each in found] == [100, 20, 5]
     assert found[0] == home.CommittedCheckpoint(
         step=100,
@@ -64,14 +64,14 @@ def test_what_stock_dcp_or_an_older_release_wrote_is_listed_with_what_is_known(t
     (stock / names.COMMIT_MARKER).write_bytes(b"1234")
     os.utime(stock / names.COMMIT_MARKER, (100.0, 100.0))
     commit(tmp_path, 2, started_ns=0, cause="")
-    newer, older = look(inventory.Listing(str(tmp_path), "run"))
+    newer, older = look(inventory.Inventory(str(tmp_path), "run"))
     assert (older.size_bytes, older.world_size, older.completed) == (4, 0, "1970-01-01T00:01:40.000Z")
     assert (newer.started, newer.cause) == ("", "Periodic")
 
 
 def test_a_second_look_reads_nothing_that_it_knows(tmp_path: Path) -> None:
     """A manifest that is gone is not missed until the next minute, or until this sidecar has written the step anew."""
-    of = inventory.Listing(str(tmp_path), "run")
+    of = inventory.Inventory(str(tmp_path), "run")
     commit(tmp_path, 1)
     folder = commit(tmp_path, 2)
     before = look(of)
@@ -89,7 +89,7 @@ def test_a_second_look_reads_nothing_that_it_knows(tmp_path: Path) -> None:
 
 def test_what_is_removed_is_gone_from_the_next_look(tmp_path: Path) -> None:
     """By its directory at once; by its marker alone within a minute."""
-    of = inventory.Listing(str(tmp_path), "run")
+    of = inventory.Inventory(str(tmp_path), "run")
     for step in (1, 2):
         commit(tmp_path, step)
     assert len(look(of)) == 2
@@ -103,7 +103,7 @@ def test_the_newest_are_listed_where_there_are_too_many(tmp_path: Path) -> None:
     """A report has a bound, and so has what is kept in memory."""
     for step in range(home.MOST_CHECKPOINTS + 5):
         commit(tmp_path, step)
-    of = inventory.Listing(str(tmp_path), "run")
+    of = inventory.Inventory(str(tmp_path), "run")
     found = look(of)
     assert len(found) == len(of._known) == home.MOST_CHECKPOINTS
     assert (found[0].step, found[-1].step) == (home.MOST_CHECKPOINTS + 4, 5)
@@ -111,7 +111,7 @@ def test_the_newest_are_listed_where_there_are_too_many(tmp_path: Path) -> None:
 
 def test_a_root_that_is_not_there_yet_is_empty_and_one_that_is_none_is_an_error(tmp_path: Path) -> None:
     """The probe makes the root; a file in its place cannot be listed."""
-    assert look(inventory.Listing(str(tmp_path / "new"), "run")) == []
+    assert look(inventory.Inventory(str(tmp_path / "new"), "run")) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        inventory.Listing(str(tmp_path / "file"), "run").look(0.0, frozenset())
+        inventory.Inventory(str(tmp_path / "file"), "run").look(0.0, frozenset())

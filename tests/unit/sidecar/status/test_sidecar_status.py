@@ -19,7 +19,7 @@ def a_journal() -> tuple[SidecarStatus, Clock, list[int]]:
     clock = Clock()
     of = SidecarStatus(clock, clock)
     news: list[int] = []
-    of.on_news = lambda: news.append(1)
+    of.listen(lambda: news.append(1))
     return of, clock, news
 
 

@@ -58,8 +58,8 @@ def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: PodArena, dama
     async def scenario() -> None:
         tasks = tasks_module.BackgroundTasks()
         executor_client: Any = Broken(KeyError("a defect"))
-        trainers = Trainers(executor_client, tasks, on_policy=lambda _: None)
-        trainers.pod = pod
+        trainers = Trainers(executor_client, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
+        trainers.begin_session(pod)
         trainers.broadcast = lambda message, **_: told.append(dict(message))  # type: ignore[method-assign] # there is no trainer
         persister = Persister(SidecarStatus(), trainers, executor_client, lambda: None)
         if damaged:
@@ -94,8 +94,8 @@ def test_a_save_that_another_pod_dropped_counts_as_dropped_and_not_as_failed(
     async def scenario() -> None:
         tasks = tasks_module.BackgroundTasks()
         executor_client: Any = Broken(caught.value)
-        trainers = Trainers(executor_client, tasks, on_policy=lambda _: None)
-        trainers.pod = pod
+        trainers = Trainers(executor_client, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
+        trainers.begin_session(pod)
         persister = Persister(sidecar_status, trainers, executor_client, lambda: None)
         persister.start(tasks)
         persister.wake()

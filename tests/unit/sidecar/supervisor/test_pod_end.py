@@ -45,8 +45,8 @@ class Scene:
         self.persister = Quiet(drained=drained)
         work: Any = self.persister
         nobody: Any = None
-        self.trainers = Trainers(nobody, self.tasks, on_policy=lambda _: None)
-        self.trainers.pod = self.pod
+        self.trainers = Trainers(nobody, self.tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
+        self.trainers.begin_session(self.pod)
         trainer: Any = self
         self.trainers.clients[0] = trainer
         self.sidecar_status = SidecarStatus()

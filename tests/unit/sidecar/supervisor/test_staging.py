@@ -35,10 +35,9 @@ class Scene:
         self.sidecar_status = SidecarStatus()
         nobody: Any = None
         tasks = tasks_module.BackgroundTasks()
-        trainers = Trainers(nobody, tasks, on_policy=lambda _: None)
-        self.pod = trainers.pod = PodArena(
-            str(folder), identity("a" * 32, folder, None), policy.parse(spec, embedded=True)
-        )
+        trainers = Trainers(nobody, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
+        self.pod = PodArena(str(folder), identity("a" * 32, folder, None), policy.parse(spec, embedded=True))
+        trainers.begin_session(self.pod)
         trainer: Any = self
         trainers.clients[0] = trainer
         self.rank = 0
