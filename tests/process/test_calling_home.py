@@ -185,7 +185,7 @@ def test_a_running_job_takes_up_when_to_save_and_what_to_keep(
     says(controller, 3, triger={"periodSteps": 50})
     says(controller, 4, triger={"periodSteps": 50})
     controller.hears_more(2)
-    assert "generation 4 of the policy is not taken up" in sidecar.run.stderr
+    assert "generation 4 of the policy cannot be used" in sidecar.run.stderr
     assert controller.reports[-1].policy_generation == 3
 
     older = min(committed(tmp_path / "run"))
