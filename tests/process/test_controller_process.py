@@ -144,4 +144,4 @@ def test_without_an_api_server_it_says_so_and_ends(processes: Processes, tmp_pat
     """There is nothing that it could do."""
     run = start(processes, tmp_path / "none", "first", "192.0.2.1")
     assert run.wait(Deadline.PROCESS_START) == UNAVAILABLE
-    assert said(run, "cannot begin")
+    assert said(run, "cannot start")

@@ -27,7 +27,9 @@ def test_a_tls_connection_gets_the_small_buffer(monkeypatch: pytest.MonkeyPatch)
         context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         loop = asyncio.get_running_loop()
         protocol: Any = sslproto.SSLProtocol(loop, asyncio.Protocol(), context, loop.create_future(), server_side=True)
-        return len(protocol.get_buffer(-1))
+        num_bytes = len(protocol.get_buffer(-1))
+        protocol._get_app_transport().close()
+        return num_bytes
 
     assert asyncio.run(buffer_bytes()) == listener.TLS_BUFFER_BYTES
 
