@@ -61,12 +61,12 @@ def _run(arguments: Sequence[str]) -> int:
     from pillion_sidecar import app, log, settings
 
     try:
-        found = settings.from_arguments(arguments, os.environ)
+        own_settings = settings.from_arguments(arguments, os.environ)
     except SettingsError as err:
         return _refuse(err)
-    log.configure(found.log_level)
+    log.configure(own_settings.log_level)
     try:
-        return asyncio.run(app.run(found))
+        return asyncio.run(app.run(own_settings))
     except Exception:  # a boundary: whoever started this process reads its status, and its log
         logging.getLogger("pillion_sidecar").exception("the sidecar ends by an internal error")
         return app.Exit.INTERNAL
@@ -117,10 +117,10 @@ def _policy(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="a CheckpointPolicy or its spec, YAML or JSON")
     try:
-        found = settings.read_policy(parser.parse_args(arguments).file)
+        parsed_policy = settings.read_policy(parser.parse_args(arguments).file)
     except SettingsError as err:
         return _refuse(err)
-    print(json.dumps(policy.dump(found)))
+    print(json.dumps(policy.dump(parsed_policy)))
     return 0
 
 

@@ -60,17 +60,17 @@ def tend(runtime_dir: str, fds: Sequence[int] = (1, 2)) -> None:
         runtime_dir: its folder.
         fds: the descriptors that write to it; all are one open file.
     """
-    found = os.fstat(fds[0])
-    if not stat.S_ISREG(found.st_mode):
+    status = os.fstat(fds[0])
+    if not stat.S_ISREG(status.st_mode):
         return
     path = os.path.join(runtime_dir, names.SIDECAR_LOG)
     with contextlib.suppress(OSError):
-        if found.st_nlink == 0:
+        if status.st_nlink == 0:
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             for each in fds:
                 os.dup2(fd, each)
             os.close(fd)
-        elif found.st_size > MOST_BYTES:
+        elif status.st_size > MOST_BYTES:
             # The executor writes to the same open file: it is emptied where it is. Both append, so that no hole is left.
             shutil.copyfile(path, f"{path}.1")
             os.ftruncate(fds[0], 0)

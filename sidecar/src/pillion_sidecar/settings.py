@@ -191,12 +191,12 @@ class Settings:
     )
 
 
-def default_text(of: Field[Any]) -> str:
+def default_text(setting: Field[Any]) -> str:
     """A setting's default as help and documentation show it: empty where there is none."""
-    if of.default is MISSING or of.default == "":
+    if setting.default is MISSING or setting.default == "":
         return ""
-    unit = f" {of.metadata['unit']}" if "unit" in of.metadata else ""
-    return f"{str(of.default).lower() if of.type == 'bool' else f'{of.default:g}' if unit else of.default}{unit}"
+    unit = f" {setting.metadata['unit']}" if "unit" in setting.metadata else ""
+    return f"{str(setting.default).lower() if setting.type == 'bool' else f'{setting.default:g}' if unit else setting.default}{unit}"
 
 
 def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:

@@ -39,9 +39,9 @@ class SlotImage:
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """(start, length) in the image of every archive: items, then opaque leaves."""
-        of = self.layout
-        for index, start in enumerate(of.starts):
-            yield start, of.end(index) - start
+        slot_layout = self.layout
+        for index, start in enumerate(slot_layout.starts):
+            yield start, slot_layout.end(index) - start
         yield from zip(self.opaque_starts, self.opaque_lengths, strict=True)
 
     @property
@@ -84,35 +84,35 @@ class Reader:
         manifest = bytes(memory[header.manifest_offset : header.manifest_offset + header.manifest_bytes])
         if hashlib.blake2b(manifest, digest_size=16).digest() != header.manifest_digest:
             raise TornSlot(f"slot {slot} of {segment.path}: the manifest does not match its digest")
-        of = self._layout(segment, slot, header, memory)
-        told, lengths = _manifest(segment, slot, manifest)
-        if told != header.step:
-            raise TornSlot(f"slot {slot} of {segment.path}: the header says step {header.step}, not {told}")
-        starts, image_bytes = of.opaque_starts(lengths)
-        if len(lengths) != len(of.opaque) or image_bytes != header.image_bytes:
+        slot_layout = self._layout(segment, slot, header, memory)
+        opaque_names, lengths = _manifest(segment, slot, manifest)
+        if opaque_names != header.step:
+            raise TornSlot(f"slot {slot} of {segment.path}: the header says step {header.step}, not {opaque_names}")
+        starts, image_bytes = slot_layout.opaque_starts(lengths)
+        if len(lengths) != len(slot_layout.opaque) or image_bytes != header.image_bytes:
             raise TornSlot(f"slot {slot} of {segment.path}: the image has another length than its layout")
-        digests_end = header.digests_offset + (len(of.items) + len(lengths)) * arena.DIGEST_BYTES
+        digests_end = header.digests_offset + (len(slot_layout.items) + len(lengths)) * arena.DIGEST_BYTES
         # The digests are written there: not into the header, and not into the image that they are of.
         too_early = header.digests_offset < arena.PAGE_BYTES + header.image_bytes
         if too_early or digests_end > segment.capacity_bytes(slot, enough_bytes=digests_end):
             raise TornSlot(f"slot {slot} of {segment.path}: there is no room for the digests")
-        return SlotImage(segment, slot, header, of, lengths, starts)
+        return SlotImage(segment, slot, header, slot_layout, lengths, starts)
 
     def _layout(self, segment: Segment, slot: int, header: arena.SlotHeader, memory: memoryview) -> layout.Layout:
-        known = self._layouts.get(header.layout_digest)
-        if known is not None:
-            return known
+        cached = self._layouts.get(header.layout_digest)
+        if cached is not None:
+            return cached
         encoded = bytes(memory[header.layout_offset : header.layout_offset + header.layout_bytes])
         if hashlib.blake2b(encoded, digest_size=16).digest() != header.layout_digest:
             raise TornSlot(f"slot {slot} of {segment.path}: the layout does not match its digest")
         try:
-            of = layout.decode(encoded)
+            slot_layout = layout.decode(encoded)
         except ValueError as err:
             raise TornSlot(f"slot {slot} of {segment.path}: {err}") from err
-        self._layouts[header.layout_digest] = of
+        self._layouts[header.layout_digest] = slot_layout
         while len(self._layouts) > self._kept:
             del self._layouts[next(iter(self._layouts))]
-        return of
+        return slot_layout
 
 
 def _check_extents(segment: Segment, slot: int, header: arena.SlotHeader) -> None:
@@ -145,9 +145,9 @@ def frame(image: SlotImage) -> SlotImage:
     if header.framed_digest == header.layout_digest:
         return image
     memory = image.memory
-    of = image.layout
-    for index, item in enumerate(of.items):
-        start, end = of.starts[index], of.end(index)
+    slot_layout = image.layout
+    for index, item in enumerate(slot_layout.items):
+        start, end = slot_layout.starts[index], slot_layout.end(index)
         memory[start : start + layout.HEAD_BYTES] = archive.head(item.dtype, item.sizes, item.payload_bytes)
         padding = start + layout.HEAD_BYTES + item.payload_bytes
         tail = end - layout.TAIL_BYTES

@@ -43,10 +43,10 @@ def remove(base: str, *, but: str, now_s: float | None = None) -> list[str]:
     prefix = f"{names.RUNTIME_PREFIX}{os.getuid()}-"
     removed = []
     try:
-        found = [os.path.join(base, name) for name in os.listdir(base) if name.startswith(prefix)]
+        paths = [os.path.join(base, name) for name in os.listdir(base) if name.startswith(prefix)]
     except OSError:
         return []
-    for path in found:
+    for path in paths:
         with contextlib.suppress(OSError):
             if path != but and _is_old(path, now_s) and _remove(path):
                 _log.warning(

@@ -75,12 +75,12 @@ def tightest(membership: str | None = None, mount: Path = MOUNT) -> Level | None
 def _levels(top: Path, path: str, kind: _Kind) -> list[Level]:
     """The cgroup at `path` and those above it. Without a cgroup namespace a container sees its own one at the top."""
     names = [part for part in path.split("/") if part not in ("", "..")]
-    found = []
+    levels = []
     for depth in range(len(names), -1, -1):
         level = _read(top.joinpath(*names[:depth]), kind)
         if level is not None:
-            found.append(level)
-    return found
+            levels.append(level)
+    return levels
 
 
 def _read(folder: Path, kind: _Kind) -> Level | None:

@@ -124,16 +124,20 @@ class PodArena:
     Owns: the segment files of its local ranks; `remove` unlinks them.
     """
 
-    def __init__(self, runtime_dir: str, identity: Identity, of: policy.Policy, *, shared: bool = False) -> None:
+    def __init__(
+        self, runtime_dir: str, identity: Identity, session_policy: policy.Policy, *, shared: bool = False
+    ) -> None:
         self.runtime_dir = runtime_dir
         self._mode = segment_module.SHARED if shared else segment_module.PRIVATE
         self.identity = identity
-        self.policy = of
+        self.policy = session_policy
         stats = os.statvfs(runtime_dir)
         tmpfs_bytes = stats.f_blocks * stats.f_frsize
-        self.limit_bytes = of.staging.size_limit_bytes or int(tmpfs_bytes * DEFAULT_LIMIT_SHARE)
+        self.limit_bytes = session_policy.staging.size_limit_bytes or int(tmpfs_bytes * DEFAULT_LIMIT_SHARE)
         said = (
-            "staging.sizeLimit" if of.staging.size_limit_bytes else "half of its tmpfs (staging.sizeLimit is not set)"
+            "staging.sizeLimit"
+            if session_policy.staging.size_limit_bytes
+            else "half of its tmpfs (staging.sizeLimit is not set)"
         )
         self.bounds = {said: self.limit_bytes, "the tmpfs that it is on": tmpfs_bytes}
         """What the arena may take, in bytes, by what says so."""
@@ -143,12 +147,16 @@ class PodArena:
         self.near: dict[int, int] = {}
         """rank -> process of its trainer, which its memory is to be near to."""
         alone = len(identity.pods) == 1
-        self.table = SlotTable(of.staging.slots, identity.local_ranks, of.staging.overlap, alone=alone)
+        self.table = SlotTable(
+            session_policy.staging.slots, identity.local_ranks, session_policy.staging.overlap, alone=alone
+        )
         try:
             for index, rank in enumerate(identity.local_ranks):
                 path = os.path.join(runtime_dir, names.segment_file(index))
-                stride = stride_bytes(self.limit_bytes, num_slots=len(identity.local_ranks) * of.staging.slots)
-                self.segments[rank] = self._adopt_or_create(path, of.staging.slots, stride)
+                stride = stride_bytes(
+                    self.limit_bytes, num_slots=len(identity.local_ranks) * session_policy.staging.slots
+                )
+                self.segments[rank] = self._adopt_or_create(path, session_policy.staging.slots, stride)
         except BaseException:
             self.close()
             raise
@@ -157,7 +165,7 @@ class PodArena:
         if container is not None:
             self.bounds["the memory limit of the sidecar's container"] = container.limit_bytes - SPARE_BYTES
         if (
-            of.staging.size_limit_bytes is not None
+            session_policy.staging.size_limit_bytes is not None
             and container is not None
             and container.limit_bytes < self.limit_bytes
         ):
@@ -176,15 +184,15 @@ class PodArena:
 
     def _adopt_or_create(self, path: str, num_slots: int, stride_bytes: int) -> Segment:
         try:
-            found = Segment.attach(path)
+            segment = Segment.attach(path)
         except FileNotFoundError:
             pass
         except (ValueError, OSError) as err:
             _log.warning("the segment %s cannot be adopted: %s", path, err)
         else:
-            if (found.header.num_slots, found.header.stride_bytes) == (num_slots, stride_bytes):
-                return found
-            found.close()
+            if (segment.header.num_slots, segment.header.stride_bytes) == (num_slots, stride_bytes):
+                return segment
+            segment.close()
         return Segment.create(path, num_slots=num_slots, stride_bytes=stride_bytes, mode=self._mode)
 
     def _remove_strangers(self) -> None:
@@ -197,7 +205,7 @@ class PodArena:
 
     def _adopt_saves(self) -> list[Save]:
         """Whole snapshots found in the arena, oldest first; torn slots are freed."""
-        found = []
+        leftovers = []
         ranks = self.identity.local_ranks
         for slot in range(self.policy.staging.slots):
             headers: dict[int, arena.SlotHeader] = {}
@@ -245,8 +253,8 @@ class PodArena:
                 # The wall clock may have jumped since; the arena does not outlive the boot.
                 sealed_ns=time.time_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - first.sealed_ns),
             )
-            found.append((first.sealed_ns, leftover))
-        return self.table.adopt(each for _, each in sorted(found, key=lambda entry: entry[0]))
+            leftovers.append((first.sealed_ns, leftover))
+        return self.table.adopt(each for _, each in sorted(leftovers, key=lambda entry: entry[0]))
 
     def _is_strange(self, header: arena.SlotHeader) -> bool:
         """Whether all ranks of another world had sealed a snapshot, of which this is one part, and it is in memory only."""
@@ -335,7 +343,7 @@ class PodArena:
             changed = dataclasses.replace(header, state=state, flags=flags, generation=generation, epoch=epoch)
             segment.write_header(save.slot, changed)
 
-    def session_document(self, of: settings.Settings) -> dict[str, Any]:
+    def session_document(self, own_settings: settings.Settings) -> dict[str, Any]:
         """What the executor needs to open this session."""
         identity = self.identity
         store: Mapping[str, Any] | None = None
@@ -344,9 +352,9 @@ class PodArena:
             store = {"mode": identity.store_mode, "host": host, "port": port}
         return {
             "session": identity.session,
-            "name": name_of(of, identity),
-            "owner": owner_of(of),
-            "owner_silent_s": of.owner_silent_s,
+            "name": name_of(own_settings, identity),
+            "owner": owner_of(own_settings),
+            "owner_silent_s": own_settings.owner_silent_s,
             "run_id": identity.run_id,
             "world_size": identity.world_size,
             "pods": identity.pods,
@@ -356,11 +364,11 @@ class PodArena:
             "segments": {str(rank): segment.path for rank, segment in self.segments.items()},
             "limit_bytes": self.limit_bytes,
             "policy": policy.dump(self.policy),
-            "peer_timeout_s": of.peer_timeout_s,
-            "persist_timeout_s": of.persist_timeout_s,
-            "storage_timeout_s": of.storage_timeout_s,
-            "store_timeout_s": of.store_timeout_s,
-            "write_threads": of.write_threads,
+            "peer_timeout_s": own_settings.peer_timeout_s,
+            "persist_timeout_s": own_settings.persist_timeout_s,
+            "storage_timeout_s": own_settings.storage_timeout_s,
+            "store_timeout_s": own_settings.store_timeout_s,
+            "write_threads": own_settings.write_threads,
         }
 
     def record(self) -> Record:
@@ -396,17 +404,17 @@ class PodArena:
                 os.unlink(segment.path)
 
 
-def name_of(of: settings.Settings, identity: Identity) -> str:
+def name_of(own_settings: settings.Settings, identity: Identity) -> str:
     """Who trains here, for people: job and pod; without a cluster the host and the run."""
-    if of.pod_name:
-        return f"{owner_of(of) or identity.run_id} (pod {of.pod_namespace}/{of.pod_name})"
+    if own_settings.pod_name:
+        return f"{owner_of(own_settings) or identity.run_id} (pod {own_settings.pod_namespace}/{own_settings.pod_name})"
     return f"run {identity.run_id!r} on {socket.gethostname()} (sidecar's pid {os.getpid()})"
 
 
-def owner_of(of: settings.Settings) -> str:
+def owner_of(own_settings: settings.Settings) -> str:
     """The object that the pod belongs to: kind, name and, where it is known, UID; empty without a cluster."""
-    uid = f"({of.owner_uid})" if of.owner_uid else ""
-    return " ".join(each for each in (of.job_kind, of.job_name, uid) if each)
+    uid = f"({own_settings.owner_uid})" if own_settings.owner_uid else ""
+    return " ".join(each for each in (own_settings.job_kind, own_settings.job_name, uid) if each)
 
 
 def stride_bytes(limit_bytes: int, *, num_slots: int) -> int:

@@ -40,18 +40,18 @@ class Stored:
 
 def steps(root: str) -> dict[int, bool]:
     """Steps that have a directory -> whether they are committed."""
-    found: dict[int, bool] = {}
+    committed_by_step: dict[int, bool] = {}
     try:
         with os.scandir(root) as entries:
             # A file of such a name is nobody's checkpoint.
             directories = [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
-        return found
+        return committed_by_step
     for name in directories:
         step = names.parse_step_directory(name)
         if step is not None:
-            found[step] = os.path.exists(os.path.join(root, name, names.COMMIT_MARKER))
-    return found
+            committed_by_step[step] = os.path.exists(os.path.join(root, name, names.COMMIT_MARKER))
+    return committed_by_step
 
 
 def committed(root: str) -> dict[int, commit.Order]:
@@ -67,16 +67,16 @@ def committed(root: str) -> dict[int, commit.Order]:
     return orders(root, steps(root))
 
 
-def orders(root: str, found: Mapping[int, bool]) -> dict[int, commit.Order]:
+def orders(root: str, committed_by_step: Mapping[int, bool]) -> dict[int, commit.Order]:
     """`committed`, of the steps that one listing has found."""
-    known: dict[int, commit.Order | None] = {}
-    for step, done in found.items():
+    own_orders: dict[int, commit.Order | None] = {}
+    for step, done in committed_by_step.items():
         if done:
             generation = _generation(os.path.join(root, names.step_directory(step)))
             if generation is None and (noted := milestones.written(root, step)) is not None:
                 generation = noted[0]
-            known[step] = None if generation is None else commit.order_of(generation)
-    return ordered(known)
+            own_orders[step] = None if generation is None else commit.order_of(generation)
+    return ordered(own_orders)
 
 
 def _generation(path: str) -> str | None:
@@ -87,23 +87,23 @@ def _generation(path: str) -> str | None:
         return None
 
 
-def ordered(known: Mapping[int, commit.Order | None]) -> dict[int, commit.Order]:
+def ordered(own_orders: Mapping[int, commit.Order | None]) -> dict[int, commit.Order]:
     """The order of every step, where some have none of their own. Pure."""
-    found: dict[int, commit.Order] = {}
+    step_orders: dict[int, commit.Order] = {}
     newest_below = commit.OLDEST
-    for step in sorted(known):
-        own = known[step]
-        found[step] = newest_below if own is None else own
-        newest_below = max(newest_below, found[step])
-    return found
+    for step in sorted(own_orders):
+        own = own_orders[step]
+        step_orders[step] = newest_below if own is None else own
+        newest_below = max(newest_below, step_orders[step])
+    return step_orders
 
 
 def newest(root: str) -> tuple[int, str, int] | None:
     """Step, path and size of the checkpoint that was committed last, without reading its data."""
-    found = committed(root)
-    if not found:
+    step_orders = committed(root)
+    if not step_orders:
         return None
-    step = max(found, key=lambda each: (found[each], each))
+    step = max(step_orders, key=lambda each: (step_orders[each], each))
     path = os.path.join(root, names.step_directory(step))
     return step, path, size_bytes(path)
 
@@ -166,20 +166,20 @@ def _read(path: str) -> bytes:
 
 def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
     try:
-        of = manifest.decode_manifest(encoded)
+        decoded = manifest.decode_manifest(encoded)
     except manifest.ManifestError as err:
         raise Damaged(f"{path}/{names.MANIFEST}: {err}") from err
-    if of.digest_algorithm != digest.ALGORITHM:
-        raise Damaged(f"{path}: digests are {of.digest_algorithm}, this release knows {digest.ALGORITHM}")
-    if digest.digest(metadata) != of.metadata_digest:
+    if decoded.digest_algorithm != digest.ALGORITHM:
+        raise Damaged(f"{path}: digests are {decoded.digest_algorithm}, this release knows {digest.ALGORITHM}")
+    if digest.digest(metadata) != decoded.metadata_digest:
         finished = reading.retried(path, lambda: commit.finish(path))
         # Of which attempt the two are does not matter: what is committed now is the newest complete one.
         if finished is None:
-            raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {of.metadata_digest}, found another")
-        of = finished
+            raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {decoded.metadata_digest}, found another")
+        decoded = finished
     chunks: dict[str, list[manifest.StoredChunk]] = {}
     opaque: dict[str, manifest.StoredBytes] = {}
-    for reference in of.parts:
+    for reference in decoded.parts:
         data = _read(os.path.join(path, reference.name))
         if digest.digest(data) != reference.digest:
             raise Damaged(f"{path}/{reference.name}: expected digest {reference.digest}, found {digest.digest(data)}")
@@ -190,12 +190,12 @@ def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
             opaque[leaf.fqn] = leaf
     return Stored(
         path,
-        of.step,
-        of.size_bytes,
+        decoded.step,
+        decoded.size_bytes,
         {f: tuple(c) for f, c in chunks.items()},
         opaque,
         native=True,
-        differing=of.differing,
+        differing=decoded.differing,
     )
 
 

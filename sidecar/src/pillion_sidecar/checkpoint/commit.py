@@ -98,7 +98,7 @@ def is_strangers(directory: str) -> bool:
 
 def publish(
     directory: str,
-    of: manifest.Manifest,
+    new_manifest: manifest.Manifest,
     metadata: bytes,
     files: Mapping[str, int],
     *,
@@ -132,9 +132,9 @@ def publish(
         raise CommitError(f"{directory} {STRANGERS}")
     ready: dict[str, str] = {}
     try:
-        for name, data in ((names.MANIFEST, of.encode()), (names.COMMIT_MARKER, metadata)):
-            ready[name] = _lay_down(directory, name, of.generation, data)
-        _refuse_older(directory, of.generation)
+        for name, data in ((names.MANIFEST, new_manifest.encode()), (names.COMMIT_MARKER, metadata)):
+            ready[name] = _lay_down(directory, name, new_manifest.generation, data)
+        _refuse_older(directory, new_manifest.generation)
         _look_for(directory, files, late_s)
         for name, temporary in ready.items():
             if name == names.COMMIT_MARKER:
@@ -143,7 +143,7 @@ def publish(
                 os.rename(temporary, os.path.join(directory, name))
             except FileNotFoundError as err:
                 raise CommitError(
-                    f"generation {of.generation} is fenced off: a newer one commits in {directory}"
+                    f"generation {new_manifest.generation} is fenced off: a newer one commits in {directory}"
                 ) from err
             directio.fsync_directory(directory)
     finally:
@@ -155,12 +155,12 @@ def publish(
 class FilesMissing(CommitError):
     """Files that a save needs are not where its checkpoint would be."""
 
-    def __init__(self, directory: str, found: Mapping[str, str]) -> None:
+    def __init__(self, directory: str, problems: Mapping[str, str]) -> None:
         self.directory = directory
-        self.files = dict(found)
+        self.files = dict(problems)
         """Name -> what is wrong with it."""
-        shown = [f"{name} {why}" for name, why in sorted(found.items())[:SHOWN_FILES]]
-        more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+        shown = [f"{name} {why}" for name, why in sorted(problems.items())[:SHOWN_FILES]]
+        more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
         super().__init__(
             f"{directory} does not hold what every pod reported: {', '.join(shown)}{more}; all pods of a job need one storage"
         )
@@ -187,11 +187,11 @@ def _look_for(directory: str, files: Mapping[str, int], late_s: float) -> None:
 def _wrong(directory: str, files: Mapping[str, int]) -> dict[str, str]:
     """Name -> what is wrong with it. One listing, however many pods there are."""
     with os.scandir(directory) as entries:
-        found = {entry.name: entry.stat().st_size for entry in entries if entry.name in files}
+        lengths = {entry.name: entry.stat().st_size for entry in entries if entry.name in files}
     return {
-        name: f"has {found[name]} of {length} bytes" if name in found else "is not there"
+        name: f"has {lengths[name]} of {length} bytes" if name in lengths else "is not there"
         for name, length in files.items()
-        if found.get(name) != length
+        if lengths.get(name) != length
     }
 
 
@@ -327,7 +327,7 @@ def finish(directory: str, *, generation: str | None = None, over_strangers: boo
     """
     if not over_strangers and is_strangers(directory):
         return None
-    found: dict[str, list[tuple[manifest.Part, manifest.PartReference]]] = {}
+    parts_by_generation: dict[str, list[tuple[manifest.Part, manifest.PartReference]]] = {}
     for name in os.listdir(directory):
         parsed = names.parse_part_file(name)
         if parsed is None or generation not in (None, parsed[1]):
@@ -342,9 +342,9 @@ def finish(directory: str, *, generation: str | None = None, over_strangers: boo
             continue
         if all(_length(os.path.join(directory, f)) == length for f, length in part.files.items()):
             reference = manifest.PartReference(name, part.ranks, digest.digest(data), len(data))
-            found.setdefault(part.generation, []).append((part, reference))
-    for each in sorted(found, key=generation_order, reverse=True):
-        parts = [part for part, _ in found[each]]
+            parts_by_generation.setdefault(part.generation, []).append((part, reference))
+    for each in sorted(parts_by_generation, key=generation_order, reverse=True):
+        parts = [part for part, _ in parts_by_generation[each]]
         first = parts[0]
         ranks = sorted(rank for part in parts for rank in part.ranks)
         # The length first: a list of as many as a part says may not fit into memory.
@@ -366,12 +366,12 @@ def finish(directory: str, *, generation: str | None = None, over_strangers: boo
             run_id=first.run_id,
             world_size=first.world_size,
             plan_id=first.plan_id,
-            parts=[reference for _, reference in found[each]],
+            parts=[reference for _, reference in parts_by_generation[each]],
             size_bytes=sum(length for p in parts for length in p.files.values()),
             metadata=metadata,
         )
         files = {name: length for part in parts for name, length in part.files.items()}
-        files |= {reference.name: reference.length for _, reference in found[each]}
+        files |= {reference.name: reference.length for _, reference in parts_by_generation[each]}
         publish(directory, made, metadata, files, over_strangers=over_strangers)
         return made
     return None
@@ -442,10 +442,10 @@ def newest_written(directory: str) -> int:
         entries = os.listdir(directory)
     except FileNotFoundError:
         return 0
-    found = [committed_as(directory), *map(laid_down_by, entries)]
-    found += [data[2] for name in entries if (data := names.parse_data_file(name))]
-    found += [part[1] for name in entries if (part := names.parse_part_file(name))]
-    return max([0, *(generation_order(each)[0] for each in found if each is not None)])
+    generations = [committed_as(directory), *map(laid_down_by, entries)]
+    generations += [data[2] for name in entries if (data := names.parse_data_file(name))]
+    generations += [part[1] for name in entries if (part := names.parse_part_file(name))]
+    return max([0, *(generation_order(each)[0] for each in generations if each is not None)])
 
 
 def fence(root: str, generation: int) -> None:

@@ -120,16 +120,16 @@ class Verdict(StrEnum):
     """It lives, or has died within STALE_S: its beats tell."""
 
 
-def judge(record: Record | None, *, known: Collection[str], age_s: float) -> Verdict:
+def judge(record: Record | None, *, served: Collection[str], age_s: float) -> Verdict:
     """
     Pure.
 
     Args:
         record: of the owner; None: there is none, or it is of a release without records.
-        known: this session, and those whose end this pod knows.
+        served: this session, and those that this pod knows have ended.
         age_s: since the record was written.
     """
-    if record is None or record.left or record.session in known or age_s > STALE_S:
+    if record is None or record.left or record.session in served or age_s > STALE_S:
         return Verdict.FREE
     return Verdict.UNKNOWN
 
@@ -175,7 +175,7 @@ def wait_until_free(
     root: str,
     *,
     name: str,
-    known: Collection[str],
+    served: Collection[str],
     silent_s: float,
     succeeds: Callable[[Record], bool] = lambda _: False,
 ) -> int:
@@ -184,7 +184,7 @@ def wait_until_free(
 
     Args:
         name: of who asks, for the error.
-        known: sessions that may be succeeded at once.
+        served: sessions that may be succeeded at once.
         silent_s: an owner that does not beat for this long is dead.
         succeeds: asked once about an owner that lives: whether it is an older attempt of the same job all the same.
 
@@ -197,7 +197,7 @@ def wait_until_free(
     os.makedirs(_folder(root), exist_ok=True)
     generation = commit.newest_generation(root)
     first = read(root, generation)
-    if first is None or judge(first, known=known, age_s=_age_s(root, generation)) is Verdict.FREE:
+    if first is None or judge(first, served=served, age_s=_age_s(root, generation)) is Verdict.FREE:
         return generation
     _log.warning("%s is, or was, in use by %s: it is watched for %.0f s", root, first.name, silent_s)
     until = time.monotonic() + silent_s
@@ -206,7 +206,7 @@ def wait_until_free(
         time.sleep(LOOK_S)
         newest = commit.newest_generation(root)
         now = read(root, newest)
-        if now is None or judge(now, known=known, age_s=0.0) is Verdict.FREE:
+        if now is None or judge(now, served=served, age_s=0.0) is Verdict.FREE:
             return newest
         if now.draining and newest == generation:
             # It beats, or has died in it: the latter shows as for any other.
@@ -233,8 +233,8 @@ def find_shared(root: str, generation: int, nonce: str) -> bool:
     until = time.monotonic() + SHARED_WITHIN_S
     while True:
         with contextlib.suppress(OSError):
-            found = read(root, generation)
-            if found is not None and found.nonce == nonce:
+            record = read(root, generation)
+            if record is not None and record.nonce == nonce:
                 return True
         if time.monotonic() > until:
             return False
@@ -266,9 +266,9 @@ def claim(
         OSError: the root cannot be written.
     """
     record = replace(record, nonce=secrets.token_hex(16))
-    known = {record.session, *before}
+    served = {record.session, *before}
     for _ in range(CLAIMS_MOST):
-        number = 1 + wait_until_free(root, name=record.name, known=known, silent_s=silent_s, succeeds=succeeds)
+        number = 1 + wait_until_free(root, name=record.name, served=served, silent_s=silent_s, succeeds=succeeds)
         if _create(root, number, record):
             _say_whose(root, number - 1, record)
             _prune(root, number)

@@ -40,11 +40,11 @@ def line(committed: Mapping[int, commit.Order]) -> list[int]:
 
     A checkpoint is off the line when one of its step or a smaller one was committed later: training went back behind it.
     """
-    found: list[int] = []
+    steps_on_line: list[int] = []
     for step in sorted(committed, key=lambda each: (committed[each], each), reverse=True):
-        if not found or step < found[-1]:
-            found.append(step)
-    return found[::-1]
+        if not steps_on_line or step < steps_on_line[-1]:
+            steps_on_line.append(step)
+    return steps_on_line[::-1]
 
 
 def choose(
@@ -85,9 +85,9 @@ def tidy(root: str, policy: Retention, *, current: int, generation: int) -> Iter
     Args:
         generation: of the attempt that does it; what a newer one has written stays.
     """
-    found = catalog.steps(root)
-    removed = choose(catalog.orders(root, found), policy, current=current, keep=milestones.verified(root))
-    yield from _remove_all(root, removed, _leftovers(found, current), generation)
+    committed_by_step = catalog.steps(root)
+    removed = choose(catalog.orders(root, committed_by_step), policy, current=current, keep=milestones.verified(root))
+    yield from _remove_all(root, removed, _leftovers(committed_by_step, current), generation)
 
 
 def make_room(root: str, policy: Retention, *, current: int, generation: int) -> Iterator[None]:
@@ -95,18 +95,18 @@ def make_room(root: str, policy: Retention, *, current: int, generation: int) ->
     On a full disk: remove before the commit of `current` what the policy removes after it, but for what was committed last. Yields as
     `tidy`.
     """
-    found = catalog.steps(root)
-    committed = catalog.orders(root, found)
+    committed_by_step = catalog.steps(root)
+    committed = catalog.orders(root, committed_by_step)
     newest = line(committed)[-1:]
     after = committed | {current: max([*committed.values(), commit.OLDEST])}
     removed = choose(after, policy, current=current, keep=[*newest, *milestones.verified(root)])
     _log.warning("storage is full: steps %s make room for step %d", removed, current)
-    yield from _remove_all(root, removed, _leftovers(found, current), generation)
+    yield from _remove_all(root, removed, _leftovers(committed_by_step, current), generation)
 
 
-def _leftovers(found: Mapping[int, bool], current: int) -> list[int]:
+def _leftovers(committed_by_step: Mapping[int, bool], current: int) -> list[int]:
     """Of saves before `current` that were never committed."""
-    return [step for step, done in found.items() if not done and step < current]
+    return [step for step, done in committed_by_step.items() if not done and step < current]
 
 
 def _remove_all(root: str, committed: Iterable[int], leftovers: Iterable[int], generation: int) -> Iterator[None]:
@@ -239,13 +239,13 @@ def put_back(root: str) -> list[int]:
 
     Called from: the coordinator, before it looks for the newest checkpoint, and after each retention.
     """
-    found = []
+    steps = []
     for aside, step, remover in _aside(root):
         if newest_in(aside) > (remover,):
             with contextlib.suppress(OSError):
                 os.rename(aside, os.path.join(root, names.step_directory(step)))
-                found.append(step)
-    return found
+                steps.append(step)
+    return steps
 
 
 def _aside(root: str) -> Iterator[tuple[str, int, int]]:
@@ -261,12 +261,12 @@ def _aside(root: str) -> Iterator[tuple[str, int, int]]:
 
 def newest_in(path: str) -> tuple[int, ...]:
     """The newest generation that has written into a directory, without the save's own number; empty: none of ours."""
-    found: tuple[int, ...] = ()
+    newest: tuple[int, ...] = ()
     for name in os.listdir(path):
         text = _generation_in(name)
         if text is not None:
-            found = max(found, commit.generation_order(text)[:1])
-    return found
+            newest = max(newest, commit.generation_order(text)[:1])
+    return newest
 
 
 def _sweep(root: str, generation: int) -> Iterator[None]:

@@ -29,10 +29,10 @@ PROTOCOL = re.compile(rb"^PROTOCOL_VERSION\b[^=\n]*=\s*(\d+)", re.MULTILINE)
 def protocol(spec: Any) -> int:
     """The PROTOCOL_VERSION of a package, read without importing it; -1 where it has none."""
     try:
-        found = PROTOCOL.search(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), "wire", "__init__.py")))
+        match = PROTOCOL.search(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), "wire", "__init__.py")))
     except (AttributeError, TypeError, OSError):  # a namespace package, or somebody else's package of this name
         return -1
-    return int(found.group(1)) if found else -1
+    return int(match.group(1)) if match else -1
 
 
 def installed(here: str) -> Any:
@@ -41,11 +41,11 @@ def installed(here: str) -> Any:
     rest = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != ours]
     for finder in sys.meta_path:
         # Editable installs bring finders of their own; only the usual one looks along sys.path.
-        found = finder.find_spec("pillion", rest if finder is machinery.PathFinder else None)
-        if found is None or not found.origin or not found.loader:
+        spec = finder.find_spec("pillion", rest if finder is machinery.PathFinder else None)
+        if spec is None or not spec.origin or not spec.loader:
             continue
-        if os.path.realpath(os.path.dirname(found.origin)) != os.path.realpath(here):
-            return found
+        if os.path.realpath(os.path.dirname(spec.origin)) != os.path.realpath(here):
+            return spec
     return None
 
 

@@ -88,7 +88,7 @@ def make_plan(layouts: Mapping[int, layout.Layout]) -> Plan:
                 seen.add(fqn)
                 opaque[rank].append(index)
     return Plan(
-        plan_id({rank: of.digest for rank, of in layouts.items()}),
+        plan_id({rank: rank_layout.digest for rank, rank_layout in layouts.items()}),
         {rank: as_ranges(sorted(indices)) for rank, indices in chosen.items()},
         {rank: as_ranges(indices) for rank, indices in opaque.items()},
     )
@@ -140,10 +140,10 @@ def _validate(layouts: Mapping[int, layout.Layout]) -> None:
         for fqn in layouts[rank].opaque:
             opaque_at.setdefault(fqn, rank)
         for item in layouts[rank].items:
-            known_rank, known = first.setdefault(item.fqn, (rank, item))
-            if (known.dtype, known.size) != (item.dtype, item.size):
+            known_rank, first_item = first.setdefault(item.fqn, (rank, item))
+            if (first_item.dtype, first_item.size) != (item.dtype, item.size):
                 raise PlanError(
-                    f"{item.fqn!r} is {known.dtype}{list(known.size)} on rank {known_rank} and"
+                    f"{item.fqn!r} is {first_item.dtype}{list(first_item.size)} on rank {known_rank} and"
                     f" {item.dtype}{list(item.size)} on rank {rank}",
                     [known_rank, rank],
                 )

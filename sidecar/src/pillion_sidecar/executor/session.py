@@ -167,7 +167,7 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
     if between is None:
         between = storage.StorageExchange(root, session, pods, local_ranks[0])
     segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
-    of = policy.parse(document["policy"], embedded=True)
+    session_policy = policy.parse(document["policy"], embedded=True)
     context = Context(
         session=session,
         run_id=str(document["run_id"]),
@@ -178,8 +178,8 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
         segments=segments,
         exchange=WatchedExchange(between, watch, lambda: not lost and storage.is_used(root, session)),
         generation=0,
-        retention=of.retention,
-        restore=of.restore,
+        retention=session_policy.retention,
+        restore=session_policy.restore,
         peer_timeout_s=float(document["peer_timeout_s"]),
         persist_timeout_s=float(document["persist_timeout_s"]),
         write_threads=int(document["write_threads"]),
@@ -228,8 +228,8 @@ def _meet_in_store(
 
 def _agree_on_generation(context: Context, document: Mapping[str, Any]) -> int:
     """The coordinator's, or, for a successor of an executor that died, its predecessor's: one that may have lost touch with the others."""
-    known = document.get("generation")
-    generation = known if isinstance(known, int) and known > 0 else 0
+    predecessor = document.get("generation")
+    generation = predecessor if isinstance(predecessor, int) and predecessor > 0 else 0
     before = [str(each) for each in document.get("before", [])]
     if not context.coordinator:
         if generation:
@@ -283,14 +283,14 @@ def _was_ours(context: Context, owner: ownership.Record) -> bool:
 
 def _learn_generation(context: Context, name: str) -> int:
     """What the coordinator claimed; this pod reads its record back, or has another root than the coordinator."""
-    told = context.exchange.receive("generation", context.peer_timeout_s)
-    generation, nonce = int(told["generation"]), str(told.get("nonce", ""))
+    answer = context.exchange.receive("generation", context.peer_timeout_s)
+    generation, nonce = int(answer["generation"]), str(answer.get("nonce", ""))
     if nonce and context.root:
         context.watch.storage(f"look for the record of the session on {context.root}")
         if not ownership.find_shared(context.root, generation, nonce):
             context.not_shared = (
                 f"the pods do not share one root: {name or 'this pod'} (ranks {list(context.local_ranks)}) does not find at"
-                f" {context.root} what {told.get('name')} (rank 0) has written at {told.get('root')}"
+                f" {context.root} what {answer.get('name')} (rank 0) has written at {answer.get('root')}"
             )
             _log.error("%s", context.not_shared)
         context.watch.idle()

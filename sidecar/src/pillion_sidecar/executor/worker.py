@@ -267,8 +267,8 @@ class Worker:
         """Frame and digest a slot of every local rank, so that a restore from the arena can be verified."""
         context = self._opened()
         for segment in context.segments.values():
-            picture = context.reader.read(segment, wanted.slot, step=wanted.step)
-            image.digest_all(image.frame(picture))
+            slot_image = context.reader.read(segment, wanted.slot, step=wanted.step)
+            image.digest_all(image.frame(slot_image))
 
     def _withdraw(self, request: messages.Message) -> dict[str, Any]:
         context, step = self._opened(), int(request["step"])

@@ -56,10 +56,10 @@ class Inventory:
             OSError: the root cannot be listed.
         """
         try:
-            found = [names.parse_step_directory(each) for each in os.listdir(self._root)]
+            listed = [names.parse_step_directory(each) for each in os.listdir(self._root)]
         except FileNotFoundError:
-            found = []
-        steps = sorted((step for step in found if step is not None), reverse=True)
+            listed = []
+        steps = sorted((step for step in listed if step is not None), reverse=True)
         again = self._looked_s is None or now_s - self._looked_s >= AGAIN_S
         if again:
             self._looked_s = now_s
@@ -69,21 +69,21 @@ class Inventory:
         for step in steps:
             if len(committed) == home.MOST_CHECKPOINTS:
                 break
-            known = self._known.get(step)
-            if known is None or again or step in stale:
-                known = self._look_at(step, None if step in stale else known)
-            if known is not None:
-                committed[step] = known
+            before = self._known.get(step)
+            if before is None or again or step in stale:
+                before = self._look_at(step, None if step in stale else before)
+            if before is not None:
+                committed[step] = before
         self._known = committed
-        return tuple(known.entry for known in committed.values()), self._problem
+        return tuple(before.entry for before in committed.values()), self._problem
 
-    def _look_at(self, step: int, known: _Known | None) -> _Known | None:
+    def _look_at(self, step: int, before: _Known | None) -> _Known | None:
         directory = names.step_directory(step)
         path = os.path.join(self._root, directory)
         try:
             marker = os.stat(os.path.join(path, names.COMMIT_MARKER))
-            if known is not None and known.marker_ns == marker.st_mtime_ns:
-                return known
+            if before is not None and before.marker_ns == marker.st_mtime_ns:
+                return before
             entry = self._entry(step, directory, path, marker.st_mtime)
         except FileNotFoundError:
             return None  # not committed, or removed while we look
@@ -92,7 +92,7 @@ class Inventory:
     def _entry(self, step: int, directory: str, path: str, written_s: float) -> home.CommittedCheckpoint:
         shown = os.path.join(self._name, directory)
         try:
-            of = manifest.decode_manifest(commit.read_manifest(path))
+            decoded = manifest.decode_manifest(commit.read_manifest(path))
         except (FileNotFoundError, manifest.ManifestError):
             # Written by stock DCP, or by a release after this one.
             return home.CommittedCheckpoint(
@@ -101,9 +101,9 @@ class Inventory:
         return home.CommittedCheckpoint(
             step=step,
             path=shown,
-            size_bytes=of.size_bytes,
-            world_size=of.world_size,
-            started=rfc3339(of.started_ns / 1e9) if of.started_ns else "",
-            completed=rfc3339(of.created_ns / 1e9),
-            cause=of.cause or home.Cause.PERIODIC.value,
+            size_bytes=decoded.size_bytes,
+            world_size=decoded.world_size,
+            started=rfc3339(decoded.started_ns / 1e9) if decoded.started_ns else "",
+            completed=rfc3339(decoded.created_ns / 1e9),
+            cause=decoded.cause or home.Cause.PERIODIC.value,
         )

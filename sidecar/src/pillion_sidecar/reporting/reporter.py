@@ -54,10 +54,12 @@ class Reporter:
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
-        of = supervisor.settings
+        own_settings = supervisor.settings
         self._supervisor = supervisor
-        self._caller = transport.Transport(of.home_url, ca=of.home_ca, token_file=of.token_file)
-        self._listing = inventory.Inventory(of.root, os.path.basename(of.root.rstrip("/")))
+        self._caller = transport.Transport(
+            own_settings.home_url, ca=own_settings.home_ca, token_file=own_settings.token_file
+        )
+        self._listing = inventory.Inventory(own_settings.root, os.path.basename(own_settings.root.rstrip("/")))
         self._call = BlockingCaller("home")
         self._look = BlockingCaller("home-listing")
         self._news = asyncio.Event()
@@ -146,14 +148,14 @@ class Reporter:
         commit = self._supervisor.sidecar_status.commit
         stale = frozenset() if commit is None or commit is self._commit else frozenset({commit.step})
         try:
-            found, problem = await self._look.run(lambda: self._listing.look(time.monotonic(), stale), timeout_s)
+            checkpoints, problem = await self._look.run(lambda: self._listing.look(time.monotonic(), stale), timeout_s)
         except OSError as err:  # TimeoutError is one
             text = err.strerror or f"it did not answer within {timeout_s:.0f} s"
             return report.Storage(problem=f"the root {root} cannot be listed: {text}")
         except StillBusy:
             return report.Storage(problem=f"the root {root} does not answer")
         self._commit = commit
-        return report.Storage(checkpoints=found, listed=True, problem=problem)
+        return report.Storage(checkpoints=checkpoints, listed=True, problem=problem)
 
     def _answered(self, answer: home.Answer) -> None:
         supervisor = self._supervisor

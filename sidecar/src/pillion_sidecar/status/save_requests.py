@@ -89,7 +89,7 @@ class SaveRequests:
     def acknowledgements(self) -> tuple[home.Acknowledgement, ...]:
         """What to tell: of open demands that they are accepted, of finished ones how they ended as long as they are asked for."""
         accepted = [home.Acknowledgement(id=each, progress=home.Progress.ACCEPTED.value) for each in self._open]
-        return (*accepted, *(told for each, told in self._finished.items() if each in self._asked))
+        return (*accepted, *(answer for each, answer in self._finished.items() if each in self._asked))
 
     def _finish(self, each: str, progress: home.Progress, *, step: int = -1, message: str = "") -> None:
         self._open.pop(each, None)

@@ -216,24 +216,24 @@ class _Encoder:
 
     def _text(self, value: str) -> bytes:
         """The string, remembered: FQNs and file names come several times."""
-        known = self._memo.get(value)
-        if known is not None:
-            return known
+        index = self._memo.get(value)
+        if index is not None:
+            return index
         # Indices of constants are small; strings start far above them, so that neither has to know the other's count.
         put, self._memo[value] = _memo_opcodes(_FIRST_TEXT + len(self._memo))
         return pickle_opcodes.push_str(value) + put
 
     def _size(self, sizes: tuple[int, ...]) -> bytes:
-        known = self._sizes.get(sizes)
-        if known is None:
+        index = self._sizes.get(sizes)
+        if index is None:
             # torch.Size((...)): TUPLE1 REDUCE
-            known = self._sizes[sizes] = self._size_class + pickle_opcodes.push_ints(sizes) + b"\x85R"
-        return known
+            index = self._sizes[sizes] = self._size_class + pickle_opcodes.push_ints(sizes) + b"\x85R"
+        return index
 
     def _tensor_properties(self, dtype: str) -> bytes:
-        known = self._properties.get(dtype)
-        if known is not None:
-            return known
+        index = self._properties.get(dtype)
+        if index is not None:
+            return index
         if dtype not in archive.SUPPORTED_DTYPES:
             raise ValueError(
                 f"dtype {dtype!r} cannot be stored; known are {', '.join(sorted(archive.SUPPORTED_DTYPES))}"
@@ -254,8 +254,8 @@ class _Encoder:
         state = self._constant(
             b"(" + pickle_opcodes.push_global("torch", dtype) + layout + b"\x89" + memory_format + b"\x89t"
         )
-        known = self._properties[dtype] = self._properties_class + b")\x81" + state + b"b"
-        return known
+        index = self._properties[dtype] = self._properties_class + b")\x81" + state + b"b"
+        return index
 
     def _path(self, path: tuple[str | int, ...]) -> bytes:
         items = b"".join(self._text(key) if isinstance(key, str) else pickle_opcodes.push_int(key) for key in path)

@@ -232,8 +232,8 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _table() -> dict[int, Callable[[Any], None]]:
-    known: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
-    table = {code: known[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
+    dispatch: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+    table = {code: dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
     table |= {
         pickle.REDUCE[0]: _Unpickler._load_reduce,
         pickle.NEWOBJ[0]: _Unpickler._load_newobj,

@@ -34,41 +34,41 @@ class EffectivePolicy:
 
     def over(self, started_with: policy.Policy) -> policy.Policy:
         """The policy in force, for a session that begins or goes on."""
-        told = self._told
-        if told is None:
+        sent = self._told
+        if sent is None:
             return started_with
         return dataclasses.replace(
             started_with,
-            trigger=told.trigger,
-            retention=told.retention,
-            restore=told.restore,
-            drain=told.drain,
-            suspend=told.suspend,
+            trigger=sent.trigger,
+            retention=sent.retention,
+            restore=sent.restore,
+            drain=sent.drain,
+            suspend=sent.suspend,
         )
 
-    def take(self, told: policy.Policy, generation: int, started_with: policy.Policy) -> bool:
+    def take(self, sent: policy.Policy, generation: int, started_with: policy.Policy) -> bool:
         """A policy as it is now; whether anything that is taken up is other than it was."""
         before = self.over(started_with)
-        self._told, self.generation = told, generation
+        self._told, self.generation = sent, generation
         is_new = self.over(started_with) != before
         self.changed = self.changed or is_new
         return is_new
 
-    def later(self, told: policy.Policy, started_with: policy.Policy) -> frozenset[str]:
+    def later(self, sent: policy.Policy, started_with: policy.Policy) -> frozenset[str]:
         """Fields that wait for the next pod, when they are others than at the call before; else none."""
         # The pod's annotations may have changed its resources and its arena's size: there only a later change counts.
         if self._first_told is None:
-            self._first_told = told
+            self._first_told = sent
         base = dataclasses.replace(started_with, sidecar=self._first_told.sidecar, staging=self._first_told.staging)
-        differing = frozenset(name for name in LATER if getattr(base, name) != getattr(told, name))
+        differing = frozenset(name for name in LATER if getattr(base, name) != getattr(sent, name))
         news = differing if differing != self._differing else frozenset()
         self._differing = differing
         return news
 
 
-def document(of: policy.Policy) -> dict[str, Any]:
+def document(whole_policy: policy.Policy) -> dict[str, Any]:
     """What trainers and other pods are told of a policy."""
-    whole = policy.dump(of)
+    whole = policy.dump(whole_policy)
     return {name: whole[name] for name in LIVE}
 
 

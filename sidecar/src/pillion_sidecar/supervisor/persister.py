@@ -289,9 +289,9 @@ class Persister:
         return None
 
     async def _withdraw(self, pod: PodArena, step: int, error: ErrorDocument, *, persist: bool, rescued: bool) -> None:
-        known = await self._executor_client.withdraw(pod, step, error, persist=persist, rescued=rescued)
-        if known is not None and self._trainers.pod is pod:
-            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(known)})
+        answer = await self._executor_client.withdraw(pod, step, error, persist=persist, rescued=rescued)
+        if answer is not None and self._trainers.pod is pod:
+            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(answer)})
 
     async def _retain(self, pod: PodArena, step: int) -> None:
         """One slice of retention. It fails no save: what stays is tried again after the next commit."""
@@ -427,7 +427,7 @@ class Persister:
         else:
             self._sidecar_status.failed(step, error)
             _log.error("save of step %d failed: %s", step, error, extra={"step": step})
-        told = {"type": "save_failed", "step": step, "error": failures.document(error), "more": more}
-        self._trainers.broadcast(told, but=but)
+        event = {"type": "save_failed", "step": step, "error": failures.document(error), "more": more}
+        self._trainers.broadcast(event, but=but)
         # Whoever waits until it is quiet may wait for this save's end alone.
         self.wake()

@@ -120,9 +120,9 @@ class Sessions:
         own = self._settings
 
         def look() -> str:
-            known = {identity.session, *self._executor_client.served()}
+            served = {identity.session, *self._executor_client.served()}
             generation = ownership.wait_until_free(
-                root, name=name_of(own, identity), known=known, silent_s=own.owner_silent_s
+                root, name=name_of(own, identity), served=served, silent_s=own.owner_silent_s
             )
             owner = ownership.read(root, generation)
             return owner.session if owner is not None else ""

@@ -43,7 +43,7 @@ def test_a_record_says_whether_its_owner_can_be_succeeded_at_once(
     record: Record | None, age_s: float, verdict: Verdict
 ) -> None:
     """One that has left, that this pod has served, or that is stale; a clock that runs ahead proves nothing."""
-    assert ownership.judge(record, known={"c" * 32}, age_s=age_s) is verdict
+    assert ownership.judge(record, served={"c" * 32}, age_s=age_s) is verdict
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def alone(root: str) -> tuple[Context, protocol.LocalExchange]:
     return contexts.of_pod(root, between), between
 
 
-def picture_of(of: layout.Layout) -> Any:
+def slot_image_of(of: layout.Layout) -> Any:
     """A rank's snapshot, as far as pods agree on it."""
     return types.SimpleNamespace(layout=of, opaque_lengths=(1,) * len(of.opaque))
 
@@ -48,10 +48,10 @@ def test_a_place_that_a_clock_ahead_has_written_to_is_not_shut(tmp_path: Path) -
     commit.finish(str(folder))
     destination = {"path": str(folder)}
     request = Request.from_document({"step": 1, "slot": 0, "persist": True, "sequence": 2, "destination": destination})
-    persist._agree(context, request, "save/0/1", {0: picture_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
+    persist._agree(context, request, "save/0/1", {0: slot_image_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
     assert context.generation == 5001
     elsewhere = dataclasses.replace(request, step=2, destination={"path": str(tmp_path / "new")})
-    persist._agree(context, elsewhere, "save/0/2", {0: picture_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
+    persist._agree(context, elsewhere, "save/0/2", {0: slot_image_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
     assert context.generation == 5001, "it never goes back"
 
 
@@ -63,7 +63,7 @@ def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Pat
         names = tuple(f"history.{number}" for number in range(step))
         found = layout.Layout((), names, {name: (name,) for name in names})
         request = cast("Request", types.SimpleNamespace(step=step, persist=step % 3 > 0))
-        plan = persist._agree(context, request, f"save/0/{step}", {0: picture_of(found)}, {})
+        plan = persist._agree(context, request, f"save/0/{step}", {0: slot_image_of(found)}, {})
         assert plan.plan_id == plan_module.plan_id({0: found.digest})
         sizes.append((len(between._published), len(between._posted), len(context.agreed.layouts)))
     published, posted, remembered = (max(each) for each in zip(*sizes, strict=True))

@@ -29,11 +29,11 @@ def of_missing(err: BarrierTimeout) -> dict[int, RemoteFailure]:
     return {rank: RemoteFailure("BarrierTimeout", text) for rank in err.missing}
 
 
-def collect(told: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailure]:
+def collect(documents: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailure]:
     """The failures in the documents of all pods."""
     return {
         int(rank): RemoteFailure.from_document(failure)
-        for document in told.values()
+        for document in documents.values()
         for rank, failure in document.get("failures", {}).items()
     }
 

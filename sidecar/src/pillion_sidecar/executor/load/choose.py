@@ -99,7 +99,7 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         choice["arena"] = sorted(memory.whole)
         committed = _committed(context)
         choice["refused"] |= missing(milestones.remembered(context.root), memory.whole, committed)
-        found = pick(
+        picked = pick(
             memory=memory,
             committed=committed,
             refused=choice["refused"],
@@ -120,8 +120,8 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
     except OSError as err:
         choice["error"] = ErrorDocument("LoadError", f"cannot list {context.root}: {err}").to_document()
     else:
-        if found is not None:
-            step, tier = found
+        if picked is not None:
+            step, tier = picked
             choice["step"], choice["tier"] = step, tier
             choice["path"] = context.step_path(step) if tier == STORAGE else ""
             order = committed[step] if tier == STORAGE else memory.whole[step]
@@ -242,8 +242,8 @@ def pick(
         candidates = [candidate for candidate in candidates if candidate[1] == step]
         misfits = {s: why for s, why in misfits.items() if s == step}
     if candidates:
-        _, found, _, tier = max(candidates)
-        return found, tier
+        _, newest_step, _, tier = max(candidates)
+        return newest_step, tier
     if refused:
         raise CorruptCheckpoint(
             f"every checkpoint of {root} that could be used is corrupt or lost: "

@@ -62,10 +62,10 @@ def _fill_rank(
 ) -> Filled:
     tensors = {fqn: matching.Tensor(chunks[0].dtype, chunks[0].size) for fqn, chunks in stored.chunks.items()}
     where = f"the checkpoint {stored.path}"
-    found = matching.match(wanted.layout, tensors, stored.opaque.keys(), strict=request.strict, where=where)
-    target = found.layout
+    match = matching.match(wanted.layout, tensors, stored.opaque.keys(), strict=request.strict, where=where)
+    target = match.layout
     opaque_bytes = _opaque_bytes(stored, target)
-    memory = begin(context, request, wanted.rank, found, progress, tier="storage", opaque_bytes=opaque_bytes)
+    memory = begin(context, request, wanted.rank, match, progress, tier="storage", opaque_bytes=opaque_bytes)
     exact: dict[str, list[tuple[int, manifest.StoredChunk]]] = {}
     pending = set()
     for index, item in enumerate(target.items):
@@ -88,14 +88,14 @@ def _fill_rank(
     lengths = _write_opaque(stored, target, memory[target.tensors_bytes :])
     starts = accumulate(lengths[:-1], initial=slot_start + arena.PAGE_BYTES + target.tensors_bytes)
     file = context.segments[wanted.rank].path
-    return Filled({"file": file, "starts": list(starts) if lengths else [], "lengths": lengths}, found)
+    return Filled({"file": file, "starts": list(starts) if lengths else [], "lengths": lengths}, match)
 
 
 def begin(
     context: Context,
     request: Request,
     rank: int,
-    found: matching.Match,
+    match: matching.Match,
     progress: Progress,
     *,
     tier: str,
@@ -113,7 +113,7 @@ def begin(
     """
     segment, slot = context.segments[rank], request.spare_slot
     # Behind the last tensor a page that direct I/O may touch, or the opaque leaves, which are written when the tensors are there.
-    needed = arena.PAGE_BYTES + found.layout.tensors_bytes + max(arena.PAGE_BYTES, opaque_bytes)
+    needed = arena.PAGE_BYTES + match.layout.tensors_bytes + max(arena.PAGE_BYTES, opaque_bytes)
     with affinity.beside(request.near.get(rank, 0)):
         context.growth.grow(rank, slot, needed)
     progress(
@@ -123,8 +123,8 @@ def begin(
             "tier": tier,
             "slot": slot,
             "spare": True,
-            "dtypes": found.dtypes,
-            "missing": found.missing,
+            "dtypes": match.dtypes,
+            "missing": match.missing,
         }
     )
     return segment.slot(slot)[arena.PAGE_BYTES : needed]
@@ -133,10 +133,10 @@ def begin(
 class Ready:
     """Announces the longest prefix of items that is verified."""
 
-    def __init__(self, num_items: int, rank: int, of: layout.Layout, progress: Progress) -> None:
+    def __init__(self, num_items: int, rank: int, slot_layout: layout.Layout, progress: Progress) -> None:
         self._done = bytearray(num_items)
         self._upto = self._announced = 0
-        self._rank, self._layout, self._progress = rank, of, progress
+        self._rank, self._layout, self._progress = rank, slot_layout, progress
 
     def mark(self, index: int) -> None:
         self._done[index] = 1
@@ -169,7 +169,7 @@ def _read_exact(
         reading.retried(path, lambda: directio.read_file(path, memory, pieces, on_piece=verify))
 
 
-def _opaque_bytes(stored: catalog.Stored, of: layout.Layout) -> int:
+def _opaque_bytes(stored: catalog.Stored, slot_layout: layout.Layout) -> int:
     """
     Length of all opaque leaves that are wanted.
 
@@ -177,7 +177,7 @@ def _opaque_bytes(stored: catalog.Stored, of: layout.Layout) -> int:
         catalog.Damaged: a length is none, or beyond the end of its file: such a one is no reason to grow the arena.
     """
     sizes: dict[str, int] = {}
-    for leaf in (stored.opaque[fqn] for fqn in of.opaque):
+    for leaf in (stored.opaque[fqn] for fqn in slot_layout.opaque):
         path = os.path.join(stored.path, leaf.file)
         with catalog.damage(path):
             if path not in sizes:
@@ -186,13 +186,13 @@ def _opaque_bytes(stored: catalog.Stored, of: layout.Layout) -> int:
                 raise directio.TruncatedFile(path, wanted_bytes=leaf.offset + leaf.length, found_bytes=sizes[path])
         if leaf.length < 0:
             raise catalog.Damaged(f"{path}: {leaf.fqn!r} has a negative length")
-    return sum(stored.opaque[fqn].length for fqn in of.opaque)
+    return sum(stored.opaque[fqn].length for fqn in slot_layout.opaque)
 
 
-def _write_opaque(stored: catalog.Stored, of: layout.Layout, memory: memoryview) -> list[int]:
+def _write_opaque(stored: catalog.Stored, slot_layout: layout.Layout, memory: memoryview) -> list[int]:
     """The opaque leaves, verified, one behind the other: the trainer reads them before it says that it is done. Their lengths."""
-    lengths = [stored.opaque[fqn].length for fqn in of.opaque]
-    for fqn, end, length in zip(of.opaque, accumulate(lengths), lengths, strict=True):
+    lengths = [stored.opaque[fqn].length for fqn in slot_layout.opaque]
+    for fqn, end, length in zip(slot_layout.opaque, accumulate(lengths), lengths, strict=True):
         memory[end - length : end] = _read_opaque(stored, stored.opaque[fqn])
     return lengths
 

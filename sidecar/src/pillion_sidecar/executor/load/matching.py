@@ -43,13 +43,13 @@ class Match:
 
 
 def match(
-    of: layout.Layout, tensors: Mapping[str, Tensor], opaque: Collection[str], *, strict: bool, where: str
+    wanted: layout.Layout, tensors: Mapping[str, Tensor], opaque: Collection[str], *, strict: bool, where: str
 ) -> Match:
     """
     Compare what is wanted with what there is.
 
     Args:
-        of: what is wanted.
+        wanted: layout of the state dict to fill.
         tensors: FQN -> what the checkpoint has.
         opaque: FQNs of its leaves that are no tensors.
         strict: what is missing is an error.
@@ -62,7 +62,7 @@ def match(
     dtypes: dict[str, str] = {}
     items = []
     missing: dict[str, None] = {}
-    for item in of.items:
+    for item in wanted.items:
         there = tensors.get(item.fqn)
         if there is None and item.fqn in opaque:
             problems[item.fqn] = "is no tensor there"
@@ -74,7 +74,7 @@ def match(
             if there.dtype != item.dtype:
                 dtypes[item.fqn] = there.dtype
             items.append(dataclasses.replace(item, dtype=there.dtype))
-    for fqn in of.opaque:
+    for fqn in wanted.opaque:
         if fqn in opaque:
             continue
         if fqn in tensors:
@@ -83,13 +83,13 @@ def match(
             missing[fqn] = None
     wrong = problems | (dict.fromkeys(missing, "is not in it") if strict else {})
     if wrong:
-        beside = unexpected([*tensors, *opaque], names_of(of))
+        beside = unexpected([*tensors, *opaque], names_of(wanted))
         text = f"{where} does not fit: " + _shown([f"{fqn!r} {why}" for fqn, why in wrong.items()])
         if missing and beside:
             text += "; it has, and nothing here asks for: " + _shown([repr(fqn) for fqn in beside])
         raise IncompatibleCheckpoint(text, fqns=list(wrong))
-    left = tuple(fqn for fqn in of.opaque if fqn not in missing)
-    return Match(layout.Layout(tuple(items), left, of.paths), dtypes, tuple(missing))
+    left = tuple(fqn for fqn in wanted.opaque if fqn not in missing)
+    return Match(layout.Layout(tuple(items), left, wanted.paths), dtypes, tuple(missing))
 
 
 def _shown(entries: Sequence[str]) -> str:
@@ -97,8 +97,8 @@ def _shown(entries: Sequence[str]) -> str:
     return "; ".join(entries[:MISMATCHES_SHOWN]) + more
 
 
-def names_of(of: layout.Layout) -> set[str]:
-    return {item.fqn for item in of.items} | set(of.opaque)
+def names_of(rank_layout: layout.Layout) -> set[str]:
+    return {item.fqn for item in rank_layout.items} | set(rank_layout.opaque)
 
 
 def unexpected(stored: Iterable[str], asked: Collection[str]) -> list[str]:
@@ -110,17 +110,17 @@ def unexpected(stored: Iterable[str], asked: Collection[str]) -> list[str]:
     if not left:  # the usual case, and the prefixes of a hundred thousand names take 0.3 s
         return []
     above = {prefix for fqn in asked for prefix in _prefixes(fqn)}
-    found = {next((prefix for prefix in _prefixes(fqn) if prefix not in above), fqn) for fqn in left}
-    return sorted(found)[:UNEXPECTED_MOST]
+    prefixes = {next((prefix for prefix in _prefixes(fqn) if prefix not in above), fqn) for fqn in left}
+    return sorted(prefixes)[:UNEXPECTED_MOST]
 
 
 def common(lists: Sequence[Collection[str]]) -> list[str]:
     """What every one of these lists of prefixes covers: asked for by no rank of the job. At most UNEXPECTED_MOST."""
-    found = set(lists[0]) if lists else set()
+    shared = set(lists[0]) if lists else set()
     for each in lists[1:]:
         others = set(each)
-        found = {fqn for fqn in found if _covers(others, fqn)} | {fqn for fqn in others if _covers(found, fqn)}
-    return sorted(found)[:UNEXPECTED_MOST]
+        shared = {fqn for fqn in shared if _covers(others, fqn)} | {fqn for fqn in others if _covers(shared, fqn)}
+    return sorted(shared)[:UNEXPECTED_MOST]
 
 
 def _covers(prefixes: Collection[str], fqn: str) -> bool:

@@ -70,9 +70,9 @@ class Source:
 
     def _chunk(self, chunk: manifest.StoredChunk) -> torch.Tensor:
         key = (chunk.file, chunk.offset)
-        known = self._cache.get(key)
-        if known is not None:
-            return known
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
         path = os.path.join(self._stored.path, chunk.file)
         with catalog.damage(path):
             data = reading.read_piece(path, chunk.offset, chunk.length)

@@ -185,11 +185,11 @@ def look(path: str, ranks: Sequence[int]) -> None:
     )
 
 
-def _print(of: fill.Filled) -> str:
+def _print(filled: fill.Filled) -> str:
     """Equal for ranks that have the same to say of their load."""
-    found = of.match
+    match = filled.match
     return matching.fingerprint(
-        list(found.missing) if found else [], dict(found.dtypes) if found else {}, list(of.unexpected)
+        list(match.missing) if match else [], dict(match.dtypes) if match else {}, list(filled.unexpected)
     )
 
 

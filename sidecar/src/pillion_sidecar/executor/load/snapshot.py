@@ -40,9 +40,9 @@ class Offer:
 
 def offer(context: Context, request: Request) -> Offer:
     """Look at every snapshot that all local ranks have sealed."""
-    found = Offer()
+    offered = Offer()
     for step, num_ranks, born in request.strangers:
-        found.misfits[step] = {
+        offered.misfits[step] = {
             "why": f"the snapshot of step {step} in memory is of {num_ranks} ranks, and there are {context.world_size} now: only through"
             " storage could these share it out",
             "order": list(born),
@@ -52,12 +52,12 @@ def offer(context: Context, request: Request) -> Offer:
         try:
             partial = [_missing(context, request, slot, step, rank) for rank in context.local_ranks]
         except image.TornSlot as err:
-            found.torn[step] = str(err)
+            offered.torn[step] = str(err)
         except IncompatibleCheckpoint as err:
-            found.misfits[step] = {"why": str(err), "order": order}
+            offered.misfits[step] = {"why": str(err), "order": order}
         else:
-            found.usable[step] = {"order": order, "partial": any(partial)}
-    return found
+            offered.usable[step] = {"order": order, "partial": any(partial)}
+    return offered
 
 
 def _missing(context: Context, request: Request, slot: int, step: int, rank: int) -> tuple[str, ...]:
@@ -67,16 +67,16 @@ def _missing(context: Context, request: Request, slot: int, step: int, rank: int
     Raises:
         images.TornSlot, IncompatibleCheckpoint.
     """
-    picture = context.reader.read(context.segments[rank], slot, step=step)
-    header = picture.header
+    slot_image = context.reader.read(context.segments[rank], slot, step=step)
+    header = slot_image.header
     if header.rank != rank or header.world_size != context.world_size:
         raise IncompatibleCheckpoint(
             f"it is of rank {header.rank} of {header.world_size}, this is rank {rank} of {context.world_size}"
         )
     wanted = next((each for each in request.wanted if each.rank == rank), None)
-    if wanted is None or wanted.layout.digest == picture.layout.digest:
+    if wanted is None or wanted.layout.digest == slot_image.layout.digest:
         return ()
-    return match(wanted, picture.layout, step, strict=request.strict).missing
+    return match(wanted, slot_image.layout, step, strict=request.strict).missing
 
 
 def match(wanted: Wanted, has: layout.Layout, step: int, *, strict: bool) -> matching.Match:
@@ -88,16 +88,16 @@ def match(wanted: Wanted, has: layout.Layout, step: int, *, strict: bool) -> mat
     """
     where = f"the snapshot of step {step} in the memory of rank {wanted.rank}"
     tensors = {item.fqn: matching.Tensor(item.dtype, item.size) for item in has.items}
-    found = matching.match(wanted.layout, tensors, frozenset(has.opaque), strict=strict, where=where)
+    matched = matching.match(wanted.layout, tensors, frozenset(has.opaque), strict=strict, where=where)
     keys = {item.key for item in has.items}
-    cut = sorted({item.fqn for item in found.layout.items if item.key not in keys})
+    cut = sorted({item.fqn for item in matched.layout.items if item.key not in keys})
     if cut:
         raise IncompatibleCheckpoint(
             f"{where} does not fit: this rank has other parts there of "
             + ", ".join(map(repr, cut[: matching.MISMATCHES_SHOWN])),
             fqns=cut,
         )
-    return found
+    return matched
 
 
 def from_arena(context: Context, request: Request, slot: int, step: int, progress: Progress) -> dict[int, fill.Filled]:
@@ -110,12 +110,12 @@ def from_arena(context: Context, request: Request, slot: int, step: int, progres
 
     def hand_over(wanted: Wanted) -> tuple[int, fill.Filled]:
         try:
-            picture = context.reader.read(context.segments[wanted.rank], slot, step=step)
+            slot_image = context.reader.read(context.segments[wanted.rank], slot, step=step)
         except image.TornSlot as err:
             raise catalog.Damaged(str(err)) from err
-        if picture.layout.digest == wanted.layout.digest:
-            return wanted.rank, _as_it_lies(picture, wanted, progress)
-        return wanted.rank, _copied(context, request, picture, wanted, step, progress)
+        if slot_image.layout.digest == wanted.layout.digest:
+            return wanted.rank, _as_it_lies(slot_image, wanted, progress)
+        return wanted.rank, _copied(context, request, slot_image, wanted, step, progress)
 
     with futures.ThreadPoolExecutor(max(1, min(len(request.wanted), os.cpu_count() or 1)), "pillion-verify") as pool:
         return dict(pool.map(hand_over, request.wanted))
@@ -129,70 +129,72 @@ def needs_spare(context: Context, request: Request, slot: int) -> bool:
     )
 
 
-def _as_it_lies(picture: image.SlotImage, wanted: Wanted, progress: Progress) -> fill.Filled:
-    known = image.known_digests(picture)
-    progress({"type": "load_begin", "rank": wanted.rank, "tier": "arena", "slot": picture.slot, "dtypes": {}})
+def _as_it_lies(slot_image: image.SlotImage, wanted: Wanted, progress: Progress) -> fill.Filled:
+    digests = image.known_digests(slot_image)
+    progress({"type": "load_begin", "rank": wanted.rank, "tier": "arena", "slot": slot_image.slot, "dtypes": {}})
     # The copy goes on beside the verification, and counts only when that has passed: reading memory twice in turn would
     # take twice as long. An item that fails refuses the snapshot as a whole, and the next round copies everything again.
-    progress({"type": "load_progress", "rank": wanted.rank, "upto": len(picture.layout.items)})
-    for index, _ in enumerate(picture.extents()):
-        _verify(picture, index, known, wanted.rank)
-    return fill.Filled(opaque=_opaque(picture, wanted.layout))
+    progress({"type": "load_progress", "rank": wanted.rank, "upto": len(slot_image.layout.items)})
+    for index, _ in enumerate(slot_image.extents()):
+        _verify(slot_image, index, digests, wanted.rank)
+    return fill.Filled(opaque=_opaque(slot_image, wanted.layout))
 
 
 def _copied(
-    context: Context, request: Request, picture: image.SlotImage, wanted: Wanted, step: int, progress: Progress
+    context: Context, request: Request, slot_image: image.SlotImage, wanted: Wanted, step: int, progress: Progress
 ) -> fill.Filled:
-    has = picture.layout
-    found = match(wanted, has, step, strict=request.strict)
-    target = found.layout
-    known = image.known_digests(picture)
-    memory = fill.begin(context, request, wanted.rank, found, progress, tier="arena")
-    source = picture.memory
+    has = slot_image.layout
+    matched = match(wanted, has, step, strict=request.strict)
+    target = matched.layout
+    digests = image.known_digests(slot_image)
+    memory = fill.begin(context, request, wanted.rank, matched, progress, tier="arena")
+    source = slot_image.memory
     where = {item.key: index for index, item in enumerate(has.items)}
     ready = fill.Ready(len(target.items), wanted.rank, target, progress)
     for index, item in enumerate(target.items):
         there = where[item.key]
-        _verify(picture, there, known, wanted.rank)
+        _verify(slot_image, there, digests, wanted.rank)
         start, into, length = has.payload_starts[there], target.payload_starts[index], item.payload_bytes
         memory[into : into + length] = source[start : start + length]
         ready.mark(index)
     opaque = frozenset(target.opaque)
     for index, fqn in enumerate(has.opaque):
         if fqn in opaque:
-            _verify(picture, len(has.items) + index, known, wanted.rank)
+            _verify(slot_image, len(has.items) + index, digests, wanted.rank)
     beside = matching.unexpected(matching.names_of(has), matching.names_of(wanted.layout))
-    return fill.Filled(opaque=_opaque(picture, target), match=found, unexpected=beside)
+    return fill.Filled(opaque=_opaque(slot_image, target), match=matched, unexpected=beside)
 
 
-def _verify(picture: image.SlotImage, index: int, known: list[str] | None, rank: int) -> None:
+def _verify(slot_image: image.SlotImage, index: int, digests: list[str] | None, rank: int) -> None:
     """
     Raises:
         catalog.Damaged.
     """
-    if known is None:
+    if digests is None:
         # Killed between its seal and its digests: layout and manifest matched, there is nothing to hold the rest against.
         return
-    of = picture.layout
-    num_items = len(of.items)
+    slot_layout = slot_image.layout
+    num_items = len(slot_layout.items)
     if index < num_items:
-        start, end, name = of.starts[index], of.end(index), of.items[index].fqn
+        start, end, name = slot_layout.starts[index], slot_layout.end(index), slot_layout.items[index].fqn
     else:
-        start = picture.opaque_starts[index - num_items]
-        end, name = start + picture.opaque_lengths[index - num_items], of.opaque[index - num_items]
-    if digest.digest(picture.memory[start:end]) != known[index]:
-        raise catalog.Damaged(f"{name!r} in the arena's slot {picture.slot} of rank {rank} changed since its seal")
+        start = slot_image.opaque_starts[index - num_items]
+        end, name = start + slot_image.opaque_lengths[index - num_items], slot_layout.opaque[index - num_items]
+    if digest.digest(slot_image.memory[start:end]) != digests[index]:
+        raise catalog.Damaged(f"{name!r} in the arena's slot {slot_image.slot} of rank {rank} changed since its seal")
 
 
-def _opaque(picture: image.SlotImage, target: layout.Layout) -> Mapping[str, Any]:
+def _opaque(slot_image: image.SlotImage, target: layout.Layout) -> Mapping[str, Any]:
     """Where the trainer finds its opaque leaves: in the snapshot itself, which the load keeps where it is."""
     places = {
         fqn: (start, length)
-        for fqn, start, length in zip(picture.layout.opaque, picture.opaque_starts, picture.opaque_lengths, strict=True)
+        for fqn, start, length in zip(
+            slot_image.layout.opaque, slot_image.opaque_starts, slot_image.opaque_lengths, strict=True
+        )
     }
-    base = picture.segment.header.slot_offset(picture.slot) + arena.PAGE_BYTES
+    base = slot_image.segment.header.slot_offset(slot_image.slot) + arena.PAGE_BYTES
     return {
-        "file": picture.segment.path,
+        "file": slot_image.segment.path,
         "starts": [base + places[fqn][0] for fqn in target.opaque],
         "lengths": [places[fqn][1] for fqn in target.opaque],
     }

@@ -49,18 +49,18 @@ def metadata_of(context: Context, request: Request, phase: str, plan: plan_modul
     ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
     generation = generation_of(context, request)
     key = (plan.plan_id, generation, tuple(tuple(ranks[rank][1]) for rank in sorted(ranks)))
-    known = context.metadata.get(key)
-    if known is not None:
-        return known
+    cached = context.metadata.get(key)
+    if cached is not None:
+        return cached
     chunks: list[manifest.StoredChunk] = []
     opaque: list[manifest.StoredBytes] = []
     paths: dict[str, tuple[str | int, ...]] = {}
     for rank, (name, lengths) in ranks.items():
-        of = context.agreed.layouts[name]
-        place = RankPlacement(rank, of, tuple(lengths), plan, generation)
+        rank_layout = context.agreed.layouts[name]
+        place = RankPlacement(rank, rank_layout, tuple(lengths), plan, generation)
         chunks += [chunk for _, chunk in place.chunks()]
         opaque += [leaf for _, leaf in place.opaque()]
-        paths |= of.paths
+        paths |= rank_layout.paths
     built = commit.build_metadata(chunks, opaque, paths)
     context.metadata.clear()
     context.metadata[key] = built
@@ -177,11 +177,11 @@ def _make_room(context: Context, request: Request, errnos: set[int | None]) -> N
 
 def _differing(context: Context, plan: plan_module.Plan, documents: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """Names whose replicas differ: within a pod now, between pods when they were compared under this plan."""
-    found = replicas.across(documents.values())
+    fqns = replicas.across(documents.values())
     if any("sample" in document for document in documents.values()):
-        context.differing = plan.plan_id, found
-    known = context.differing[1] if context.differing[0] == plan.plan_id else []
-    return sorted({*found, *known})[: replicas.DIFFERING_MOST]
+        context.differing = plan.plan_id, fqns
+    fqns_before = context.differing[1] if context.differing[0] == plan.plan_id else []
+    return sorted({*fqns, *fqns_before})[: replicas.DIFFERING_MOST]
 
 
 def _commit(

@@ -50,7 +50,7 @@ _ATOMS: Final = (
     Atom("bytes", bytes, lambda data: base64.b64encode(data).decode(), base64.b64decode),
     Atom("path", pathlib.PosixPath, str, pathlib.Path),
     Atom("pure path", pathlib.PurePosixPath, str, pathlib.PurePosixPath),
-    Atom("dict", dict, lambda of: [[key, value] for key, value in of.items()], dict),
+    Atom("dict", dict, lambda mapping: [[key, value] for key, value in mapping.items()], dict),
 )
 
 
@@ -134,8 +134,8 @@ class Codec:
         items: list[Any] = []
         for item in plan.items:
             place = places.get(item.index)
-            known = place is not None and own[place] == item
-            items.append([place, item.index.index] if known else {"item": self.encode(item)})
+            is_own = place is not None and own[place] == item
+            items.append([place, item.index.index] if is_own else {"item": self.encode(item)})
         return {
             "items": items,
             "storage_data": self.encode(plan.storage_data),
@@ -177,15 +177,19 @@ class Codec:
         module, _, qualname = name.partition(":")
         if not self._may_cross(module):
             raise CodecError(f"{self._writer}: a class of {module} may not come from another pod")
-        found: Any = importlib.import_module(module)
+        attribute: Any = importlib.import_module(module)
         for part in qualname.split("."):
             # A module that is merely imported there is no class of the module.
-            found = None if isinstance(found, types.ModuleType) and found.__name__ != module else getattr(found, part)
-        if not isinstance(found, type) or found.__module__ != module:
+            attribute = (
+                None
+                if isinstance(attribute, types.ModuleType) and attribute.__name__ != module
+                else getattr(attribute, part)
+            )
+        if not isinstance(attribute, type) or attribute.__module__ != module:
             raise CodecError(f"{self._writer}: {name} is no class")
-        if not dataclasses.is_dataclass(found) and not issubclass(found, enum.Enum):
+        if not dataclasses.is_dataclass(attribute) and not issubclass(attribute, enum.Enum):
             raise CodecError(f"{self._writer}: {name} is neither a dataclass nor an enum")
-        return found
+        return attribute
 
     def _may_cross(self, module: str) -> bool:
         return module == self._module or module == DCP_PACKAGE or module.startswith(DCP_PACKAGE + ".")

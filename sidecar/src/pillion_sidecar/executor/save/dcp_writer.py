@@ -55,10 +55,10 @@ T = TypeVar("T")
 # --- planning ----------------------------------------------------------------------------------------------------------
 
 
-def write_items(of: layout.Layout, opaque_lengths: Sequence[int]) -> list[dcp_planner.WriteItem]:
+def write_items(slot_layout: layout.Layout, opaque_lengths: Sequence[int]) -> list[dcp_planner.WriteItem]:
     """DCP's items of a rank: one for each item of the layout, then one for each opaque leaf."""
     items = []
-    for item in of.items:
+    for item in slot_layout.items:
         offsets, sizes, size = torch.Size(item.offsets), torch.Size(item.sizes), torch.Size(item.size)
         kind = dcp_planner.WriteItemType.TENSOR if sizes == size else dcp_planner.WriteItemType.SHARD
         data = dcp_planner.TensorWriteData(
@@ -67,7 +67,7 @@ def write_items(of: layout.Layout, opaque_lengths: Sequence[int]) -> list[dcp_pl
             size=size,
         )
         items.append(dcp_planner.WriteItem(MetadataIndex(item.fqn, offsets), kind, tensor_data=data))
-    for fqn, length in zip(of.opaque, opaque_lengths, strict=True):
+    for fqn, length in zip(slot_layout.opaque, opaque_lengths, strict=True):
         items.append(
             dcp_planner.WriteItem(
                 MetadataIndex(fqn),
@@ -90,12 +90,14 @@ def global_plan(plans: Mapping[int, SavePlan], layouts: Mapping[int, layout.Layo
     chosen = plan_module.make_plan(layouts)
     deduped = []
     for rank in sorted(plans):
-        of = layouts[rank]
-        dropped = {MetadataIndex(item.fqn, item.offsets) for item in of.items} | {MetadataIndex(f) for f in of.opaque}
+        rank_layout = layouts[rank]
+        dropped = {MetadataIndex(item.fqn, item.offsets) for item in rank_layout.items} | {
+            MetadataIndex(f) for f in rank_layout.opaque
+        }
         for first, last in chosen.items[rank]:
-            dropped -= {MetadataIndex(item.fqn, item.offsets) for item in of.items[first:last]}
+            dropped -= {MetadataIndex(item.fqn, item.offsets) for item in rank_layout.items[first:last]}
         for first, last in chosen.opaque[rank]:
-            dropped -= {MetadataIndex(fqn) for fqn in of.opaque[first:last]}
+            dropped -= {MetadataIndex(fqn) for fqn in rank_layout.opaque[first:last]}
         plan = plans[rank]
         deduped.append(dataclasses.replace(plan, items=[item for item in plan.items if item.index not in dropped]))
     made, metadata = create_default_global_save_plan(deduped)
@@ -110,17 +112,17 @@ class ArenaPlanner(SavePlanner):
     Must never copy a tensor: a view by `frombuffer` has a storage of its own size, so that no writer clones it.
     """
 
-    def __init__(self, picture: image.SlotImage, layouts: Mapping[int, layout.Layout]) -> None:
-        self._picture = picture
+    def __init__(self, slot_image: image.SlotImage, layouts: Mapping[int, layout.Layout]) -> None:
+        self._slot_image = slot_image
         self._layouts = layouts
-        self.items = write_items(picture.layout, picture.opaque_lengths)
+        self.items = write_items(slot_image.layout, slot_image.opaque_lengths)
         self._places = {item.index: place for place, item in enumerate(self.items)}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing: the state is in the slot."""
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan(list(self.items), planner_data=dict(self._picture.layout.paths))
+        return SavePlan(list(self.items), planner_data=dict(self._slot_image.layout.paths))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return global_plan(dict(enumerate(all_plans)), self._layouts)
@@ -135,19 +137,19 @@ class ArenaPlanner(SavePlanner):
         Raises:
             KeyError: the plan asks for what is not in this rank's state.
         """
-        picture = self._picture
-        of = picture.layout
+        slot_image = self._slot_image
+        slot_layout = slot_image.layout
         place = self._places[write_item.index]
-        if place >= len(of.items):
-            leaf = place - len(of.items)
-            start = picture.opaque_starts[leaf]
-            return io.BytesIO(picture.memory[start : start + picture.opaque_lengths[leaf]])
-        item = of.items[place]
+        if place >= len(slot_layout.items):
+            leaf = place - len(slot_layout.items)
+            start = slot_image.opaque_starts[leaf]
+            return io.BytesIO(slot_image.memory[start : start + slot_image.opaque_lengths[leaf]])
+        item = slot_layout.items[place]
         dtype: torch.dtype = getattr(torch, item.dtype)
         if item.payload_bytes == 0:
             return torch.empty(item.sizes, dtype=dtype)
         flat = torch.frombuffer(
-            picture.memory, dtype=torch.uint8, count=item.payload_bytes, offset=of.payload_starts[place]
+            slot_image.memory, dtype=torch.uint8, count=item.payload_bytes, offset=slot_layout.payload_starts[place]
         )
         return flat.view(dtype).view(item.sizes)
 
@@ -160,10 +162,10 @@ def _torch_name(value: object) -> str:
 
 
 def _torch_value(name: str) -> object:
-    found = getattr(torch, name)
-    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+    value = getattr(torch, name)
+    if not isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         raise dcp_codec.CodecError(f"torch.{name} is no dtype, layout or memory format")
-    return found
+    return value
 
 
 ATOMS: Final = (
@@ -191,18 +193,18 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
     """
     started = time.monotonic()
     phase = persist_module.phase_of(context, request.step, persist=True)
-    pictures, failures = persist_module.read_slots(context, request)
-    save = _Save(context, request, phase, pictures)
+    slot_images, failures = persist_module.read_slots(context, request)
+    save = _Save(context, request, phase, slot_images)
     try:
         plans = save.plan(failures)
         # The digests for a restore from the arena, beside the writing, as in Pillion's own path.
         digesting = futures.ThreadPoolExecutor(1, "pillion-digest")
-        digests = [digesting.submit(_digest, picture) for picture in pictures.values()]
+        digests = [digesting.submit(_digest, slot_image) for slot_image in slot_images.values()]
         try:
             save.write(plans)
         finally:
             digesting.shutdown()
-        for rank, done in zip(pictures, digests, strict=True):
+        for rank, done in zip(slot_images, digests, strict=True):
             if done.exception() is not None:
                 _log.warning("rank %d: the snapshot in memory has no digests: %s", rank, done.exception())
         durable = time.monotonic()
@@ -220,8 +222,8 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
     }
 
 
-def _digest(picture: image.SlotImage) -> None:
-    image.digest_all(image.frame(picture))
+def _digest(slot_image: image.SlotImage) -> None:
+    image.digest_all(image.frame(slot_image))
 
 
 class _Rank:
@@ -243,10 +245,12 @@ class _Rank:
 class _Save:
     """One save in this pod. See the module."""
 
-    def __init__(self, context: Context, request: Request, phase: str, pictures: Mapping[int, image.SlotImage]) -> None:
+    def __init__(
+        self, context: Context, request: Request, phase: str, slot_images: Mapping[int, image.SlotImage]
+    ) -> None:
         self._context = context
         self._phase = phase
-        self._pictures = pictures
+        self._slot_images = slot_images
         destination = request.destination or {}
         self.path: str | None = destination.get("path")
         self._step = request.step
@@ -257,7 +261,9 @@ class _Save:
         self._codec = dcp_codec.Codec(self._name, self._name.partition(":")[0], ATOMS)
         self._layouts: dict[int, layout.Layout] = {}
         """(coordinator) rank -> its layout, for all ranks."""
-        self._ranks = {rank: _Rank(rank, ArenaPlanner(of, self._layouts)) for rank, of in pictures.items()}
+        self._ranks = {
+            rank: _Rank(rank, ArenaPlanner(slot_image, self._layouts)) for rank, slot_image in slot_images.items()
+        }
         self._own_plans: dict[int, SavePlan] = {}
         self._own_results: dict[int, list[WriteResult]] = {}
         self._remote_items: dict[int, list[dcp_planner.WriteItem]] = {}
@@ -298,14 +304,14 @@ class _Save:
         context = self._context
         self._own_plans, failed = self._each(self._local_step, context.peer_timeout_s)
         failures |= failed
-        told = {} if context.coordinator else self._encoded(self._own_plans, self._plan_document, failures)
-        persist_module.publish_layouts(context, self._pictures)
+        documents = {} if context.coordinator else self._encoded(self._own_plans, self._plan_document, failures)
+        persist_module.publish_layouts(context, self._slot_images)
         context.exchange.post(
             f"{self._phase}/plan",
             {
                 "failures": failures_module.documents(failures),
-                "ranks": {str(rank): [p.layout.digest, p.opaque_lengths] for rank, p in self._pictures.items()},
-                "plans": told,
+                "ranks": {str(rank): [p.layout.digest, p.opaque_lengths] for rank, p in self._slot_images.items()},
+                "plans": documents,
             },
         )
         final: dict[int, SavePlan] = {}
@@ -321,30 +327,30 @@ class _Save:
             self._told_plans = {rank: decision["plans"][str(rank)] for rank in self._ranks}
         return final
 
-    def _local_step(self, of: _Rank) -> SavePlan:
-        writer = of.made = writer_class.find(self._name)(**self._arguments)
-        coordinator = of.rank == 0
+    def _local_step(self, rank_save: _Rank) -> SavePlan:
+        writer = rank_save.made = writer_class.find(self._name)(**self._arguments)
+        coordinator = rank_save.rank == 0
         if self.path is not None:
             writer.reset(self.path)
-        of.planner.set_up_planner({}, storage_meta=writer.storage_meta(), is_coordinator=coordinator)
-        writer.set_up_storage_writer(coordinator, **_accepted(writer, rank=of.rank, use_collectives=True))
-        plan: SavePlan = writer.prepare_local_plan(of.planner.create_local_plan())
+        rank_save.planner.set_up_planner({}, storage_meta=writer.storage_meta(), is_coordinator=coordinator)
+        writer.set_up_storage_writer(coordinator, **_accepted(writer, rank=rank_save.rank, use_collectives=True))
+        plan: SavePlan = writer.prepare_local_plan(rank_save.planner.create_local_plan())
         return plan
 
     def _plan_document(self, rank: int, plan: SavePlan) -> dict[str, Any]:
-        return self._codec.encode_plan(plan, self._ranks[rank].planner.items, self._pictures[rank].layout.paths)
+        return self._codec.encode_plan(plan, self._ranks[rank].planner.items, self._slot_images[rank].layout.paths)
 
     def _encoded(
         self, own: Mapping[int, T], encode: Callable[[int, T], Any], failures: dict[int, RemoteFailure]
     ) -> dict[str, Any]:
         """Documents of what local ranks have to tell another pod; what cannot cross is that rank's failure."""
-        told = {}
+        documents = {}
         for rank, value in own.items():
             try:
-                told[str(rank)] = encode(rank, value)
+                documents[str(rank)] = encode(rank, value)
             except Exception as err:  # a boundary: the writer's objects may fail in any way when they are looked at
                 failures[rank] = failures_module.of_exception(err)
-        return told
+        return documents
 
     def _global_step(self, final: dict[int, SavePlan], gone: list[str]) -> dict[str, Any]:
         """(coordinator) Plan for all ranks; `final` gets those of the local ranks, `gone` the names to unpublish."""
@@ -361,11 +367,13 @@ class _Save:
         plans = dict(self._own_plans)
         for document in documents.values():
             for rank, (name, lengths) in ((int(r), entry) for r, entry in document["ranks"].items()):
-                self._layouts[rank] = of = persist_module.find_layout(context, name)
+                self._layouts[rank] = rank_layout = persist_module.find_layout(context, name)
                 if rank not in plans:
-                    self._remote_items[rank] = write_items(of, lengths)
-                    told = document["plans"][str(rank)]
-                    plans[rank] = SavePlan(**self._codec.decode_plan(told, self._remote_items[rank], of.paths))
+                    self._remote_items[rank] = write_items(rank_layout, lengths)
+                    plan_document = document["plans"][str(rank)]
+                    plans[rank] = SavePlan(
+                        **self._codec.decode_plan(plan_document, self._remote_items[rank], rank_layout.paths)
+                    )
         planned, self._metadata = self._ranks[0].planner.create_global_plan([plans[rank] for rank in sorted(plans)])
 
         def prepare(lead: _Rank) -> list[SavePlan]:
@@ -392,25 +400,25 @@ class _Save:
     def write(self, plans: Mapping[int, SavePlan]) -> None:
         """Every local rank writes its plan; the results are posted. Never raises for what a writer does."""
 
-        def write(of: _Rank) -> list[WriteResult]:
-            plan = plans.get(of.rank) or self._told_plan(of)
-            written = of.writer.write_data(of.planner.finish_plan(plan), of.planner)
+        def write(rank_save: _Rank) -> list[WriteResult]:
+            plan = plans.get(rank_save.rank) or self._told_plan(rank_save)
+            written = rank_save.writer.write_data(rank_save.planner.finish_plan(plan), rank_save.planner)
             written.wait()
             # As it is: only the writer's own `finish` knows what it holds.
             returned: list[WriteResult] = written.value()
             return returned
 
         self._own_results, failures = self._each(write, self._context.persist_timeout_s)
-        told: dict[str, Any] = {}
+        documents: dict[str, Any] = {}
         if not self._context.coordinator:
-            told = self._encoded(self._own_results, lambda _, results: self._codec.encode(results), failures)
+            documents = self._encoded(self._own_results, lambda _, results: self._codec.encode(results), failures)
         self._context.exchange.post(
-            f"{self._phase}/result", {"failures": failures_module.documents(failures), "results": told}
+            f"{self._phase}/result", {"failures": failures_module.documents(failures), "results": documents}
         )
 
-    def _told_plan(self, of: _Rank) -> SavePlan:
-        paths = self._pictures[of.rank].layout.paths
-        return SavePlan(**self._codec.decode_plan(self._told_plans[of.rank], of.planner.items, paths))
+    def _told_plan(self, rank_save: _Rank) -> SavePlan:
+        paths = self._slot_images[rank_save.rank].layout.paths
+        return SavePlan(**self._codec.decode_plan(self._told_plans[rank_save.rank], rank_save.planner.items, paths))
 
     def conclude(self) -> None:
         """(coordinator) `finish` when every rank has written, and tell every pod what became of the save."""
@@ -425,8 +433,8 @@ class _Save:
             return {"failures": failures_module.documents(failures)}
         results = dict(self._own_results)
         for document in documents.values():
-            for rank, told in document["results"].items():
-                results[int(rank)] = self._codec.decode(told)
+            for rank, encoded in document["results"].items():
+                results[int(rank)] = self._codec.decode(encoded)
         if context.root:
             commit.fence(context.root, context.generation)
 

@@ -58,8 +58,8 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         outcome = _found_complete(context, request)
         if outcome is not None:
             return outcome
-    pictures, failures = read_slots(context, request)
-    plan = _agree(context, request, phase, pictures, failures)
+    slot_images, failures = read_slots(context, request)
+    plan = _agree(context, request, phase, slot_images, failures)
     if not request.persist:
         return {"path": "", "size_bytes": 0, "persist_s": time.monotonic() - started, "commit_s": 0.0}
     share = PodWriter(context, request, plan)
@@ -73,7 +73,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         while True:
             at = f"{phase}/{attempt}"
             if result.get("failures", True):
-                result = share.write(pictures)
+                result = share.write(slot_images)
             durable = time.monotonic()
             phases.reach(phases.Phase.REPORT, path=share.directory)
             context.exchange.post(f"{at}/result", result)
@@ -195,21 +195,21 @@ def phase_of(context: Context, step: int, *, persist: bool, rescued: bool = Fals
 
 
 def read_slots(context: Context, request: Request) -> tuple[dict[int, image.SlotImage], dict[int, RemoteFailure]]:
-    pictures: dict[int, image.SlotImage] = {}
+    slot_images: dict[int, image.SlotImage] = {}
     failures: dict[int, RemoteFailure] = {}
     for rank in context.local_ranks:
         try:
-            pictures[rank] = context.reader.read(context.segments[rank], request.slot, step=request.step)
+            slot_images[rank] = context.reader.read(context.segments[rank], request.slot, step=request.step)
         except image.TornSlot as err:
             failures[rank] = failures_module.of_exception(err)
-    return pictures, failures
+    return slot_images, failures
 
 
 def _agree(
     context: Context,
     request: Request,
     phase: str,
-    pictures: Mapping[int, image.SlotImage],
+    slot_images: Mapping[int, image.SlotImage],
     failures: Mapping[int, RemoteFailure],
 ) -> plan_module.Plan:
     phases.reach(phases.Phase.PLAN)
@@ -220,9 +220,9 @@ def _agree(
         }
     document: dict[str, Any] = {
         "failures": failures_module.documents(failures),
-        "ranks": {str(r): [p.layout.digest, p.opaque_lengths] for r, p in pictures.items()},
+        "ranks": {str(r): [p.layout.digest, p.opaque_lengths] for r, p in slot_images.items()},
     }
-    publish_layouts(context, pictures)
+    publish_layouts(context, slot_images)
     context.exchange.post(f"{phase}/plan", document)
     if context.coordinator:
         _rise_above(context, request)
@@ -265,15 +265,17 @@ def _rise_above(context: Context, request: Request) -> None:
         context.generation = lies + 1
 
 
-def publish_layouts(context: Context, pictures: Mapping[int, image.SlotImage]) -> None:
+def publish_layouts(context: Context, slot_images: Mapping[int, image.SlotImage]) -> None:
     """
     Have the other pods find the layouts of this one. Under names of their own: what did not change costs nothing, and a coordinator that
     was replaced finds them again.
     """
-    for of in (picture.layout for picture in pictures.values()):
-        if of.digest not in context.agreed.layouts:
-            context.exchange.publish(agreements.layout_name(of.digest), {"layout": of.encoded.decode()})
-            context.agreed.layouts[of.digest] = of
+    for slot_layout in (slot_image.layout for slot_image in slot_images.values()):
+        if slot_layout.digest not in context.agreed.layouts:
+            context.exchange.publish(
+                agreements.layout_name(slot_layout.digest), {"layout": slot_layout.encoded.decode()}
+            )
+            context.agreed.layouts[slot_layout.digest] = slot_layout
 
 
 def find_layout(context: Context, digest: str) -> layout.Layout:
@@ -283,11 +285,11 @@ def find_layout(context: Context, digest: str) -> layout.Layout:
     Raises:
         BarrierTimeout: none has.
     """
-    known = context.agreed.layouts.get(digest)
-    if known is None:
+    cached = context.agreed.layouts.get(digest)
+    if cached is None:
         document = context.exchange.receive(agreements.layout_name(digest), context.peer_timeout_s)
-        known = context.agreed.layouts[digest] = layout.decode(str(document["layout"]).encode())
-    return known
+        cached = context.agreed.layouts[digest] = layout.decode(str(document["layout"]).encode())
+    return cached
 
 
 def _publish_decision(context: Context, phase: str, *, persist: bool) -> None:

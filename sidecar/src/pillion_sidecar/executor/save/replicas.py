@@ -30,24 +30,26 @@ def within(ranks: Sequence[Digested]) -> list[str]:
     if len(ranks) < 2:
         return []
     seen: dict[object, str] = {}
-    found: set[str] = set()
-    for of, digests in ranks:
-        keys = itertools.chain((item.key for item in of.items), ((fqn, None, None) for fqn in of.opaque))
+    fqns: set[str] = set()
+    for rank_layout, digests in ranks:
+        keys = itertools.chain(
+            (item.key for item in rank_layout.items), ((fqn, None, None) for fqn in rank_layout.opaque)
+        )
         for key, digest in zip(keys, digests, strict=True):
             if seen.setdefault(key, digest) != digest:
-                found.add(key[0])
-    return sorted(found)[:DIFFERING_MOST]
+                fqns.add(key[0])
+    return sorted(fqns)[:DIFFERING_MOST]
 
 
 def sample(ranks: Iterable[Digested]) -> dict[str, str]:
     """Name -> digest, of what other pods are likely to have as well: opaque leaves first, then small tensors that are whole."""
     opaque: dict[str, str] = {}
     tensors: dict[str, str] = {}
-    for of, digests in ranks:
-        for item, digest in zip(of.items, digests, strict=False):
+    for rank_layout, digests in ranks:
+        for item, digest in zip(rank_layout.items, digests, strict=False):
             if item.sizes == item.size and item.payload_bytes <= SAMPLED_BYTES:
                 tensors.setdefault(item.fqn, digest)
-        for fqn, digest in zip(of.opaque, digests[len(of.items) :], strict=True):
+        for fqn, digest in zip(rank_layout.opaque, digests[len(rank_layout.items) :], strict=True):
             opaque.setdefault(fqn, digest)
     return dict([*sorted(opaque.items()), *sorted(tensors.items())][:SAMPLED_MOST])
 
@@ -55,10 +57,10 @@ def sample(ranks: Iterable[Digested]) -> dict[str, str]:
 def across(results: Iterable[Mapping[str, Any]]) -> list[str]:
     """Names that differ within a pod or between pods, from the result documents of all."""
     seen: dict[str, str] = {}
-    found: set[str] = set()
+    fqns: set[str] = set()
     for result in results:
-        found.update(str(fqn) for fqn in result.get("differing", ()))
+        fqns.update(str(fqn) for fqn in result.get("differing", ()))
         for fqn, digest in result.get("sample", {}).items():
             if seen.setdefault(str(fqn), str(digest)) != digest:
-                found.add(str(fqn))
-    return sorted(found)[:DIFFERING_MOST]
+                fqns.add(str(fqn))
+    return sorted(fqns)[:DIFFERING_MOST]

@@ -40,7 +40,7 @@ class PodWriter:
         self._repeated = request.repeated
         self._made = context.begun_files(self.directory, self.generation)
 
-    def write(self, pictures: Mapping[int, image.SlotImage]) -> dict[str, Any]:
+    def write(self, slot_images: Mapping[int, image.SlotImage]) -> dict[str, Any]:
         """
         Frame, write and digest; leave the part file.
 
@@ -49,11 +49,11 @@ class PodWriter:
             told to every rank.
         """
         try:
-            return self._write(pictures)
+            return self._write(slot_images)
         except Exception as err:  # a boundary, see above
             return failed(dict.fromkeys(self.context.local_ranks, err))
 
-    def _write(self, pictures: Mapping[int, image.SlotImage]) -> dict[str, Any]:
+    def _write(self, slot_images: Mapping[int, image.SlotImage]) -> dict[str, Any]:
         watch = self.context.watch
         watch.storage(f"write {self.directory}")
         if self._repeated and commit.is_committed_as(self.directory, self.generation):
@@ -62,20 +62,20 @@ class PodWriter:
         sys.setswitchinterval(SWITCH_S)
         failures: dict[int, Exception] = {}
         places: dict[int, tuple[image.SlotImage, RankPlacement]] = {}
-        for rank, picture in pictures.items():
+        for rank, slot_image in slot_images.items():
             try:
-                place = RankPlacement(rank, picture.layout, picture.opaque_lengths, self.plan, self.generation)
-                places[rank] = image.frame(picture), place
+                place = RankPlacement(rank, slot_image.layout, slot_image.opaque_lengths, self.plan, self.generation)
+                places[rank] = image.frame(slot_image), place
             except Exception as err:  # a boundary: the other local ranks' failures are to be told too
                 failures[rank] = err
         files = {place.file: place.file_bytes for _, place in places.values() if place.runs}
         with futures.ThreadPoolExecutor(1, "pillion-digest") as pool:
             # Beside the writing, and its text too: 10,000 tensors take as long as writing 200 MiB.
             describing = pool.submit(self._describe, places, files)
-            for rank, (picture, place) in places.items():
+            for rank, (slot_image, place) in places.items():
                 try:
                     if place.runs:
-                        self._write_file(picture, place)
+                        self._write_file(slot_image, place)
                 except Exception as err:  # a boundary, as above
                     failures[rank] = err
         if failures:
@@ -130,7 +130,7 @@ class PodWriter:
         with contextlib.suppress(OSError):
             os.rmdir(self.directory)
 
-    def _write_file(self, picture: image.SlotImage, place: RankPlacement) -> None:
+    def _write_file(self, slot_image: image.SlotImage, place: RankPlacement) -> None:
         self._begin(place.file)
         watch = self.context.watch
         what = f"write {place.file}"
@@ -142,7 +142,7 @@ class PodWriter:
         watch.storage(what)
         directio.write_file(
             os.path.join(self.directory, place.file),
-            picture.memory,
+            slot_image.memory,
             place.runs,
             num_threads=self.context.write_threads,
             on_progress=progressed,
@@ -156,12 +156,12 @@ class PodWriter:
         chunks: list[manifest.StoredChunk] = []
         opaque: list[manifest.StoredBytes] = []
         paths: dict[str, tuple[str | int, ...]] = {}
-        for picture, place in places.values():
-            digests = image.digest_all(picture)
-            digested.append((picture.layout, digests))
+        for slot_image, place in places.values():
+            digests = image.digest_all(slot_image)
+            digested.append((slot_image.layout, digests))
             chunks += [chunk for _, chunk in place.chunks(digests)]
-            opaque += [leaf for _, leaf in place.opaque(digests[len(picture.layout.items) :])]
-            paths |= picture.layout.paths
+            opaque += [leaf for _, leaf in place.opaque(digests[len(slot_image.layout.items) :])]
+            paths |= slot_image.layout.paths
         written = {chunk.fqn for chunk in chunks} | {leaf.fqn for leaf in opaque}
         part = manifest.Part(
             step=self.step,
@@ -186,15 +186,23 @@ class RankPlacement:
     """Where one rank's chunks lie in its file. Pure: the coordinator computes the same for every rank."""
 
     def __init__(
-        self, rank: int, of: layout.Layout, opaque_lengths: tuple[int, ...], plan: plan_module.Plan, generation: str
+        self,
+        rank: int,
+        rank_layout: layout.Layout,
+        opaque_lengths: tuple[int, ...],
+        plan: plan_module.Plan,
+        generation: str,
     ) -> None:
-        self.layout = of
+        self.layout = rank_layout
         self.file = names.data_file(rank, 0, generation)
         self._opaque_lengths = opaque_lengths
         self._item_ranges = plan.items.get(rank, ())
         self._opaque_ranges = plan.opaque.get(rank, ())
-        self._opaque_starts, _ = of.opaque_starts(opaque_lengths)
-        self.runs = [directio.Run(of.starts[a], of.end(b - 1) - of.starts[a]) for a, b in self._item_ranges]
+        self._opaque_starts, _ = rank_layout.opaque_starts(opaque_lengths)
+        self.runs = [
+            directio.Run(rank_layout.starts[a], rank_layout.end(b - 1) - rank_layout.starts[a])
+            for a, b in self._item_ranges
+        ]
         for first, last in self._opaque_ranges:
             start = self._opaque_starts[first]
             end = self._opaque_starts[last - 1] + opaque_lengths[last - 1]
@@ -204,38 +212,38 @@ class RankPlacement:
 
     def chunks(self, digests: Sequence[str] | None = None) -> list[tuple[int, manifest.StoredChunk]]:
         """(index of the item, its chunk); `digests` are those of all items."""
-        found = []
-        of = self.layout
+        chunks = []
+        rank_layout = self.layout
         for run, (first, last) in enumerate(self._item_ranges):
             shift = self._placed.file_offsets[run] - self.runs[run].slot_offset
             for index in range(first, last):
-                item, start = of.items[index], of.starts[index]
-                found.append(
+                item, start = rank_layout.items[index], rank_layout.starts[index]
+                chunks.append(
                     (
                         index,
                         manifest.StoredChunk(
                             item.fqn, item.dtype, item.size, item.offsets, item.sizes,
-                            self.file, start + shift, of.end(index) - start, digests[index] if digests else "",
+                            self.file, start + shift, rank_layout.end(index) - start, digests[index] if digests else "",
                         ),
                     )
                 )  # fmt: skip
-        return found
+        return chunks
 
     def opaque(self, digests: Sequence[str] | None = None) -> list[tuple[int, manifest.StoredBytes]]:
         """(index of the opaque leaf, it); `digests` are those of all opaque leaves."""
-        found = []
+        leaves = []
         for position, (first, last) in enumerate(self._opaque_ranges):
             run = len(self._item_ranges) + position
             shift = self._placed.file_offsets[run] - self.runs[run].slot_offset
             for index in range(first, last):
-                fqn, start, known = (
+                fqn, start, leaf_digest = (
                     self.layout.opaque[index],
                     self._opaque_starts[index],
                     digests[index] if digests else "",
                 )
-                leaf = manifest.StoredBytes(fqn, self.file, start + shift, self._opaque_lengths[index], known)
-                found.append((index, leaf))
-        return found
+                leaf = manifest.StoredBytes(fqn, self.file, start + shift, self._opaque_lengths[index], leaf_digest)
+                leaves.append((index, leaf))
+        return leaves
 
 
 def directory_of(context: Context, request: Request) -> str:

@@ -20,11 +20,11 @@ def find(name: str) -> type[StorageWriter]:
         ImportError, AttributeError: there is none of that name.
     """
     module, _, qualname = name.partition(":")
-    found: object = importlib.import_module(module)
+    attribute: object = importlib.import_module(module)
     for part in qualname.split("."):
-        found = getattr(found, part)
-    if not isinstance(found, type) or not issubclass(found, StorageWriter):
+        attribute = getattr(attribute, part)
+    if not isinstance(attribute, type) or not issubclass(attribute, StorageWriter):
         raise TypeError(
             f"{name} is no StorageWriter: a class derived from torch.distributed.checkpoint.StorageWriter is needed"
         )
-    return found
+    return attribute
