@@ -117,7 +117,7 @@ def test_a_projected_token_is_its_pod_and_no_other_token_is(api: Api) -> None:
             except Refused as err:
                 return err.status == 401
             # What was good a moment ago is remembered.
-            gone._known.clear()
+            gone._identities.clear()
             return False
 
         # The API server remembers for ten seconds, too.

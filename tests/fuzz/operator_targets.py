@@ -228,7 +228,7 @@ def _reports(_: contextlib.ExitStack) -> Feed:
         for operation in (*mirror.plan(job.report, objects, 1e9), *commands.plan(objects, job, 1e9)):
             if not isinstance(operation, mirror.Delete):
                 json.dumps(operation.status.to_json())
-        commands.Notes(0.0).open([commands.Note(about={}, uid="u", value="v", set_at="")], job, 1e9)
+        commands.SaveAnnotations(0.0).open([commands.SaveAnnotation(about={}, uid="u", value="v", set_at="")], job, 1e9)
         registry.recovery_point_s(job, 1e9, with_snapshot=True)
 
     return feed
@@ -301,7 +301,7 @@ def _objects(_: contextlib.ExitStack) -> Feed:
                 commands.plan(objects, jobs[0], 1e9)
             case _:
                 found = policies.project(document)
-                after = conditions.status(found.found, found.status, jobs, 1, lambda _: "n", 1e9)
+                after = conditions.status(found.parsed, found.status, jobs, 1, lambda _: "n", 1e9)
                 conditions.patch(found.status, after)
 
     return feed
@@ -315,11 +315,11 @@ def _texts(_: contextlib.ExitStack) -> Feed:
         lines = text.split("\n")
         noted = {name: lines[n % len(lines)] for n, name in enumerate(annotations.KNOWN)}
         noted[f"pillion.dev/{lines[0]}"] = lines[-1]
-        wishes, _ = annotations.parse(noted)
+        pod_annotations, _ = annotations.parse(noted)
         limited = {"metadata": {"annotations": noted | {"kubernetes.io/limit-ranger": text}}, "spec": {}}
-        overrides.apply(_FOUND, wishes, limited, None, SETTINGS)
+        overrides.apply(_FOUND, pod_annotations, limited, None, SETTINGS)
         found = identity.identify(
-            {"metadata": {"name": lines[0], "labels": noted, "annotations": noted}}, wishes.job_id
+            {"metadata": {"name": lines[0], "labels": noted, "annotations": noted}}, pod_annotations.job_id
         )
         assert isinstance(found, identity.Unclear) or annotations.is_job_id(found.id)
         for name in ("cpu", "memory"):

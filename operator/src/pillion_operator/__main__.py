@@ -85,23 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(command: str) -> int:
     try:
-        found = settings.from_env(os.environ, in_cluster=True)
+        loaded = settings.from_env(os.environ, in_cluster=True)
     except SettingsError as err:
         return _fail(Exit.BAD_SETTINGS, err.problems)
     if command == "webhook":
         from pillion_operator.webhook import app as webhook
 
-        log.configure(found.log_level)
-        return webhook.run(found)
+        log.configure(loaded.log_level)
+        return webhook.run(loaded)
     from pillion_operator.controller import app as controller
 
-    log.configure(found.log_level, "kopf")
-    return controller.run(found)
+    log.configure(loaded.log_level, "kopf")
+    return controller.run(loaded)
 
 
 def _inject(given: argparse.Namespace) -> int:
     try:
-        found = settings.from_env(os.environ)
+        loaded = settings.from_env(os.environ)
         documents = _documents(given.file)
         policies = [document for document in documents if offline.is_policy(document)]
         policies += [document for path in given.policy for document in _documents(path)]
@@ -110,11 +110,11 @@ def _inject(given: argparse.Namespace) -> int:
     except (OSError, ValueError, yaml.YAMLError) as err:
         return _fail(Exit.BAD_INPUT, [str(err)])
     if given.image:
-        found = dataclasses.replace(found, sidecar_image=given.image)
+        loaded = dataclasses.replace(loaded, sidecar_image=given.image)
     if given.remove:
         _print(documents, offline.remove(documents), as_diff=given.diff)
         return Exit.INJECTED
-    result, outcomes = offline.inject(documents, [checkpoint_policy.from_object(each) for each in policies], found)
+    result, outcomes = offline.inject(documents, [checkpoint_policy.from_object(each) for each in policies], loaded)
     for outcome in outcomes:
         verb = type(outcome.decision).__name__.lower()
         text = f"{outcome.where}: {verb}: {outcome.decision.reason}: {decide.message(outcome.decision)}"

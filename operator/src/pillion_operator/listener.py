@@ -79,7 +79,7 @@ class Listener:
         self._shaking: set[asyncio.Task[None]] = set()
         """Handshakes that are not done."""
         self._busy: set[asyncio.BaseProtocol] = set()
-        self._known: weakref.WeakKeyDictionary[asyncio.BaseTransport, None] = weakref.WeakKeyDictionary()
+        self._answered: weakref.WeakKeyDictionary[asyncio.BaseTransport, None] = weakref.WeakKeyDictionary()
         """Connections that were given a good answer."""
         application.middlewares.append(self._counted)
         self._runner = web.AppRunner(
@@ -144,7 +144,7 @@ class Listener:
             for each in connections
             if each not in self._busy and (transport := each.transport) is not None and not transport.is_closing()
         ]
-        goes = next((each for each in idle if each not in self._known), idle[0] if idle else None)
+        goes = next((each for each in idle if each not in self._answered), idle[0] if idle else None)
         if goes is None:
             return False
         goes.abort()
@@ -159,7 +159,7 @@ class Listener:
         finally:
             self._busy.discard(protocol)
         if response.status == 200 and transport is not None:
-            self._known[transport] = None
+            self._answered[transport] = None
         return response
 
 

@@ -59,8 +59,10 @@ def inject(
     for document in result:
         for where, pod, job in _pods(document):
             wanted = pods.metadata_map(pod, "annotations").get(annotations.POLICY, "")
-            found = next((each for each in policies if each.name in ("", wanted)), None)
-            decision = decide.inject(pod, found, settings, made_by=job, claim=_claim(documents, document, found))
+            policy_object = next((each for each in policies if each.name in ("", wanted)), None)
+            decision = decide.inject(
+                pod, policy_object, settings, made_by=job, claim=_claim(documents, document, policy_object)
+            )
             if isinstance(decision, decide.Inject):
                 _replace(pod, decision.pod)
             outcomes.append(Outcome(where=where, decision=decision))
@@ -87,10 +89,12 @@ def made_elsewhere(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{each['kind']}/{(each.get('metadata') or {}).get('name') or ''}" for each in kinds]
 
 
-def _claim(documents: Sequence[Json], of: Json, found: checkpoint_policy.CheckpointPolicy | None) -> Json | None:
+def _claim(
+    documents: Sequence[Json], document: Json, policy_object: checkpoint_policy.CheckpointPolicy | None
+) -> Json | None:
     """The claim that a policy names, where one of the documents is it."""
-    wanted = found.spec.storage.persistent_volume_claim if found and found.spec else None
-    namespace = (of.get("metadata") or {}).get("namespace")
+    wanted = policy_object.spec.storage.persistent_volume_claim if policy_object and policy_object.spec else None
+    namespace = (document.get("metadata") or {}).get("namespace")
     for each in documents if wanted else ():
         metadata = each.get("metadata") or {}
         is_claim = each.get("kind") == "PersistentVolumeClaim" and metadata.get("name") == (

@@ -267,9 +267,9 @@ def test_each_rule_has_its_mirror_and_each_mirror_its_rule() -> None:
 def test_the_id_of_a_job_fits_into_a_checkpoint() -> None:
     """Whatever id a pod gets, the Checkpoint that stands for its job can hold it."""
     schema = dict(structural.walk(structural.schema_of(structural.read("checkpoints"))))["spec.jobID"]
-    wishes, problems = annotations.parse({annotations.JOB_ID: "A" + "_" * 251 + "9"})
+    pod_annotations, problems = annotations.parse({annotations.JOB_ID: "A" + "_" * 251 + "9"})
     job = identity.identify({"metadata": {"name": "a." * 126 + "a"}})
     assert problems == []
     assert isinstance(job, identity.Job)
-    for job_id in (wishes.job_id, job.id):
+    for job_id in (pod_annotations.job_id, job.id):
         assert structural.problems(schema, job_id) == []

@@ -36,7 +36,7 @@ def test_the_page_has_each_reason_of_an_admission() -> None:
 
 def test_the_page_has_each_reason_of_a_jobs_event() -> None:
     """Requests by annotation, commits, loads and failures."""
-    assert linked(section("Events about a job")) == {each.value for each in commands.WordReason}
+    assert linked(section("Events about a job")) == {each.value for each in commands.NoticeReason}
 
 
 def test_the_page_has_each_condition_of_a_policy_and_its_reasons() -> None:

@@ -52,7 +52,7 @@ def remote_failures() -> set[str]:
 
 def codes() -> set[str]:
     """Every code: of decisions, conditions and events, and every class of a save or load that fails."""
-    enums = (reasons.Reason, conditions.Reason, commands.Reason, commands.WordReason)
+    enums = (reasons.Reason, conditions.Reason, commands.Reason, commands.NoticeReason)
     said = {each.value for enum in enums for each in enum} | {mirror.COMMITTED, mirror.REMOVED}
     failed = family(errors.SaveError) | family(errors.LoadError) | {errors.InternalError.__name__}
     return said | failed | remote_failures()
@@ -112,20 +112,22 @@ def sentences() -> Iterator[tuple[str, str]]:
 
 def words() -> Iterator[tuple[str, str]]:
     """What somebody is told who asked by annotation."""
-    note = commands.Note(about={}, uid="uid", value="1", set_at=reports.at(-10))
+    note = commands.SaveAnnotation(about={}, uid="uid", value="1", set_at=reports.at(-10))
     for progress in home.Progress:
         text = "no trainer is connected to the sidecar"
         said = home.Acknowledgement(id=note.id, progress=progress.value, step=425, message=text)
-        _, told = commands.Notes(reports.NOW_S - 60).open([note], job(acknowledgements=(said,)), reports.NOW_S)
+        _, told = commands.SaveAnnotations(reports.NOW_S - 60).open(
+            [note], job(acknowledgements=(said,)), reports.NOW_S
+        )
         yield from ((each.reason, each.message) for each in told)
-    _, told = commands.Notes(reports.NOW_S - 60).open([note], None, reports.NOW_S + commands.LIFETIME_S)
+    _, told = commands.SaveAnnotations(reports.NOW_S - 60).open([note], None, reports.NOW_S + commands.LIFETIME_S)
     yield from ((each.reason, each.message) for each in told)
     of, key = news.News(), JobKey("team", "charlm")
     for number, step, time_s in ((0, -1, 0.0), (1, 400, 1.0), (13, 4800, 1000.0)):
         metrics = {"saves_committed": number, "saves_skipped": number % 12}
         loaded = {"loaded_step": 400, "loaded_from": "storage", "loaded_time": reports.at(0)} if number else {}
         report = reports.report(committed_step=step, metrics=metrics, **loaded)
-        yield from ((reason.value, text) for reason, text in of.of(key, report, reports.NOW_S + time_s))
+        yield from ((reason.value, text) for reason, text in of.notices(key, report, reports.NOW_S + time_s))
     for reason, step, message in (
         (
             home.LOAD_FAILED,
@@ -140,7 +142,7 @@ def words() -> Iterator[tuple[str, str]]:
         ),
     ):
         failure = home.Failure(step=step, reason=reason, message=message, time=reports.at(0))
-        yield reason, conditions.told(failure)
+        yield reason, conditions.describe(failure)
 
 
 def test_each_code_has_a_page_and_each_page_a_code() -> None:
@@ -182,7 +184,7 @@ def test_the_pages_of_conditions_and_events_quote_what_the_controller_says() -> 
     """The examples are what the controller makes of such a job, policy or request."""
     said = [*sentences(), *words()]
     assert {code for code, _ in said} >= {
-        *(each.value for enum in (conditions.Reason, commands.Reason, commands.WordReason) for each in enum),
+        *(each.value for enum in (conditions.Reason, commands.Reason, commands.NoticeReason) for each in enum),
         *(mirror.COMMITTED, mirror.REMOVED),
     }
     assert [(code, text) for code, text in said if text not in page(code)] == []

@@ -155,8 +155,8 @@ def bundle(authority: Authority, now: datetime, *, trusted: str = "") -> str:
         now: when.
         trusted: what a leaf that is still served is trusted by; PEM.
     """
-    found = _valid([authority.certificate, *authority.previous, trusted], now)
-    return "".join(list(found)[: 1 + PREVIOUS_MOST])
+    certificates = _valid([authority.certificate, *authority.previous, trusted], now)
+    return "".join(list(certificates)[: 1 + PREVIOUS_MOST])
 
 
 def split(text: str) -> list[str]:
@@ -166,14 +166,14 @@ def split(text: str) -> list[str]:
 
 def ends(chain: str) -> datetime | None:
     """When the first certificate of a chain ends; None: it cannot be read."""
-    found = _read(chain)
-    return found.not_valid_after_utc if found else None
+    certificate = _read(chain)
+    return certificate.not_valid_after_utc if certificate else None
 
 
 def fingerprint(chain: str) -> str:
     """Names the first certificate of a chain in logs, without saying anything about it. Empty: it cannot be read."""
-    found = _read(chain)
-    return hashlib.sha256(found.public_bytes(serialization.Encoding.DER)).hexdigest()[:16] if found else ""
+    certificate = _read(chain)
+    return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()[:16] if certificate else ""
 
 
 def _authority(
@@ -225,16 +225,16 @@ def _general_name(name: str) -> x509.GeneralName:
 
 def _names(certificate: x509.Certificate) -> list[str]:
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return []
-    addresses = found.get_values_for_type(x509.IPAddress)
-    return [*found.get_values_for_type(x509.DNSName), *(str(address) for address in addresses)]
+    addresses = alternatives.get_values_for_type(x509.IPAddress)
+    return [*alternatives.get_values_for_type(x509.DNSName), *(str(address) for address in addresses)]
 
 
 def _is_pair(certificate: x509.Certificate, key: str) -> bool:
-    found = _read_key(key)
-    return found is not None and found.public_key() == certificate.public_key()
+    private_key = _read_key(key)
+    return private_key is not None and private_key.public_key() == certificate.public_key()
 
 
 def _is_signed_by(certificate: x509.Certificate, signer: x509.Certificate) -> bool:
@@ -257,12 +257,12 @@ def _is_old(certificate: x509.Certificate, now: datetime) -> bool:
 
 def _valid(texts: Iterable[str], now: datetime) -> Iterable[str]:
     """The certificates in these texts that are valid now, each once, in order."""
-    found: dict[str, None] = {}
+    valid: dict[str, None] = {}
     for text in texts:
         for certificate in _read_all(text):
             if _is_valid(certificate, now):
-                found[_pem(certificate)] = None
-    return found
+                valid[_pem(certificate)] = None
+    return valid
 
 
 def _read(text: str) -> x509.Certificate | None:
@@ -278,12 +278,12 @@ def _read_all(text: str) -> list[x509.Certificate]:
 
 def _read_key(text: str) -> ec.EllipticCurvePrivateKey | None:
     try:
-        found = serialization.load_pem_private_key(text.encode(), password=None)
+        key = serialization.load_pem_private_key(text.encode(), password=None)
     except (ValueError, TypeError):
         # No PEM, or one with a password.
         return None
     # We make no other kind; one of another was put there by somebody else.
-    return found if isinstance(found, ec.EllipticCurvePrivateKey) else None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
 
 
 def _pem(certificate: x509.Certificate) -> str:

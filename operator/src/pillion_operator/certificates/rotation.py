@@ -159,11 +159,11 @@ class Rotation:
         except client.NotFound:
             return None
 
-    async def _write(self, name: str, found: Json | None, kind: str, data: dict[str, str]) -> None:
+    async def _write(self, name: str, secret: Json | None, kind: str, data: dict[str, str]) -> None:
         encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
-        if found is not None:
+        if secret is not None:
             # The version that was read is in it: whoever wrote meanwhile is not overwritten.
-            await self._client.replace(self._secret(name), found | {"data": encoded})
+            await self._client.replace(self._secret(name), secret | {"data": encoded})
             return
         metadata = {"name": name, "labels": {"app.kubernetes.io/managed-by": "pillion-operator"}}
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": encoded}
@@ -229,9 +229,9 @@ def read_leaf(secret: Json | None) -> issue.Leaf | None:
     """The leaf in its Secret; None: there is none."""
     if secret is None:
         return None
-    found = serving.material(secret)
-    return issue.Leaf(chain=found.chain, key=found.key)
+    material = serving.material(secret)
+    return issue.Leaf(chain=material.chain, key=material.key)
 
 
-def _version(found: Json) -> str:
-    return str((found.get("metadata") or {}).get("resourceVersion") or "")
+def _version(document: Json) -> str:
+    return str((document.get("metadata") or {}).get("resourceVersion") or "")

@@ -104,26 +104,26 @@ class Serving:
         """Follow the Secret. Blocks: until it is cancelled."""
         await self._reflector.run()
 
-    def take(self, found: Material) -> bool:
+    def take(self, fresh_material: Material) -> bool:
         """Serve this from now on; False, with the reason in the log, where it cannot be served."""
         fresh = self._empty_context()
         try:
-            load(fresh, found)
+            load(fresh, fresh_material)
         except (ssl.SSLError, OSError) as err:
             metrics.CERTIFICATE_LOADS.labels("refused").inc()
             _log.error("the certificate in the Secret %s cannot be served: %s", self._name, err)
             return False
-        self._newest, self.material = fresh, found
-        ends = issue.ends(found.chain)
+        self._newest, self.material = fresh, fresh_material
+        ends = issue.ends(fresh_material.chain)
         metrics.CERTIFICATE_LOADS.labels("loaded").inc()
         metrics.CERTIFICATE_EXPIRY.set(ends.timestamp() if ends else 0)
         _log.info(
             "serves the certificate %s",
-            issue.fingerprint(found.chain),
+            issue.fingerprint(fresh_material.chain),
             extra={Field.EXPIRES: ends and ends.isoformat()},
         )
         if self._on_change is not None:
-            self._on_change(found)
+            self._on_change(fresh_material)
         return True
 
     def _empty_context(self) -> ssl.SSLContext:
@@ -150,7 +150,7 @@ class Serving:
         return None
 
 
-def load(context: ssl.SSLContext, found: Material) -> None:
+def load(context: ssl.SSLContext, material: Material) -> None:
     """
     Have a context show a certificate.
 
@@ -161,7 +161,7 @@ def load(context: ssl.SSLContext, found: Material) -> None:
     """
     chain, key = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("chain", "key"))
     try:
-        for descriptor, content in ((chain, found.chain), (key, found.key)):
+        for descriptor, content in ((chain, material.chain), (key, material.key)):
             with os.fdopen(os.dup(descriptor), "wb") as file:
                 file.write(content.encode())
         # A key with a password must not make OpenSSL ask a terminal for it.

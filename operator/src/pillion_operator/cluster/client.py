@@ -107,11 +107,11 @@ class Client:
     Owns: its connections; `async with` closes them. One is enough for a process.
     """
 
-    def __init__(self, found: configuration.Configuration) -> None:
+    def __init__(self, api_configuration: configuration.Configuration) -> None:
         # client-go verifies as Python did before 3.13: the authorities of many clusters lack an Authority Key Identifier.
-        found.disable_strict_ssl_verification = True
-        self._configuration = found
-        self._rest = rest.RESTClientObject(found)
+        api_configuration.disable_strict_ssl_verification = True
+        self._configuration = api_configuration
+        self._rest = rest.RESTClientObject(api_configuration)
 
     @classmethod
     async def connect(cls, kubeconfig: str = "") -> "Client":
@@ -124,14 +124,16 @@ class Client:
         Raises:
             Unreachable: neither is there, or it cannot be used.
         """
-        found = configuration.Configuration()
+        api_configuration = configuration.Configuration()
         try:
             if kubeconfig or not os.environ.get("KUBERNETES_SERVICE_HOST"):
                 path = kubeconfig or os.environ.get("KUBECONFIG") or None
-                await config.load_kube_config(config_file=path, client_configuration=found, persist_config=False)
+                await config.load_kube_config(
+                    config_file=path, client_configuration=api_configuration, persist_config=False
+                )
             else:
-                config.load_incluster_config(client_configuration=found)
-            return cls(found)
+                config.load_incluster_config(client_configuration=api_configuration)
+            return cls(api_configuration)
         except (config.ConfigException, OSError, ssl.SSLError) as err:
             raise Unreachable(f"no API server is configured: {err}") from err
 
@@ -148,15 +150,15 @@ class Client:
 
     async def connection(self) -> Connection:
         """How this API server is reached, as it is now: a token lives for an hour."""
-        found = self._configuration
+        api_configuration = self._configuration
         # The loader for a pod writes "bearer", the one for a kubeconfig "Bearer".
-        _, _, token = str(await found.get_api_key_with_prefix("BearerToken") or "").partition(" ")
+        _, _, token = str(await api_configuration.get_api_key_with_prefix("BearerToken") or "").partition(" ")
         return Connection(
-            server=found.host,
-            authority=found.ssl_ca_cert,
-            verify=found.verify_ssl,
-            certificate=found.cert_file,
-            key=found.key_file,
+            server=api_configuration.host,
+            authority=api_configuration.ssl_ca_cert,
+            verify=api_configuration.verify_ssl,
+            certificate=api_configuration.cert_file,
+            key=api_configuration.key_file,
             token=token.strip(),
         )
 
@@ -345,10 +347,10 @@ class Client:
 
     async def _headers(self, accept: str) -> dict[str, str]:
         # Reads the token's file again when it is a minute old.
-        found = {"Accept": accept, "User-Agent": "pillion-operator"}
+        headers = {"Accept": accept, "User-Agent": "pillion-operator"}
         if token := await self._configuration.get_api_key_with_prefix("BearerToken"):
-            found["Authorization"] = token
-        return found
+            headers["Authorization"] = token
+        return headers
 
     async def _send(
         self,
@@ -413,12 +415,12 @@ def _object(body: bytes) -> Json:
 
 def _event(line: bytes) -> WatchEvent:
     document = _object(line)
-    kind, found = str(document.get("type")), document.get("object")
-    if not isinstance(found, dict):
+    kind, body = str(document.get("type")), document.get("object")
+    if not isinstance(body, dict):
         raise ValueError("an event of the watch has no object")
     if kind == "ERROR":
-        raise _error(int(found.get("code") or 500), found)
-    return WatchEvent(kind, found)
+        raise _error(int(body.get("code") or 500), body)
+    return WatchEvent(kind, body)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncGenerator[bytes]:

@@ -45,7 +45,7 @@ Key = tuple[str, str, str, str, str, str]
 
 
 @dataclass(slots=True)
-class _Told:
+class _Posted:
     """An Event that was queued."""
 
     name: str
@@ -80,7 +80,7 @@ class Events:
         self._client = api
         self._instance = instance[:128]
         self._queue: asyncio.Queue[_Write] = asyncio.Queue(QUEUE_MOST)
-        self._told: OrderedDict[Key, _Told] = OrderedDict()
+        self._posted: OrderedDict[Key, _Posted] = OrderedDict()
         self._tokens = BURST
         self._filled_s = time.monotonic()
 
@@ -99,27 +99,27 @@ class Events:
         message = message if len(message) <= _MESSAGE_MOST else message[: _MESSAGE_MOST - 3] + "..."
         namespace, uid = str(about.get("namespace") or ""), str(about.get("uid") or "")
         key = (namespace, str(about.get("kind")), str(about.get("name")), uid, reason, message)
-        told = self._told.get(key)
-        if told is None or now_s - told.begun_s > SAME_S:
+        record = self._posted.get(key)
+        if record is None or now_s - record.begun_s > SAME_S:
             name = f"{str(about.get('name'))[:_NAME_MOST].rstrip('-.')}.{uuid.uuid4().hex[:16]}"
-            told = self._told[key] = _Told(name, now_s)
-            while len(self._told) > REMEMBERED_MOST:
-                self._told.popitem(last=False)
+            record = self._posted[key] = _Posted(name, now_s)
+            while len(self._posted) > REMEMBERED_MOST:
+                self._posted.popitem(last=False)
         else:
-            told.count += 1
-            if now_s - told.written_s < QUIET_S:
+            record.count += 1
+            if now_s - record.written_s < QUIET_S:
                 return
-        self._told.move_to_end(key)
-        self._enqueue(_Write(key, about, "Warning" if warning else "Normal", action), told)
+        self._posted.move_to_end(key)
+        self._enqueue(_Write(key, about, "Warning" if warning else "Normal", action), record)
 
-    def _enqueue(self, write: _Write, told: _Told) -> None:
-        told.written_s, told.written_count = time.monotonic(), told.count
+    def _enqueue(self, write: _Write, record: _Posted) -> None:
+        record.written_s, record.written_count = time.monotonic(), record.count
         try:
             self._queue.put_nowait(write)
         except asyncio.QueueFull:
             metrics.EVENTS_DROPPED.labels("queue").inc()
             # The next one of its kind is to be tried anew.
-            del self._told[write.key]
+            del self._posted[write.key]
 
     async def run(self) -> None:
         """Write what is posted. Blocks: until it is cancelled."""
@@ -140,9 +140,9 @@ class Events:
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = time.monotonic()
-            for key, told in list(self._told.items()):
-                if told.exists and told.count > told.written_count and now_s - told.written_s >= QUIET_S:
-                    self._enqueue(_Write(key, {}, "", ""), told)
+            for key, record in list(self._posted.items()):
+                if record.exists and record.count > record.written_count and now_s - record.written_s >= QUIET_S:
+                    self._enqueue(_Write(key, {}, "", ""), record)
 
     async def flush(self) -> None:
         """Blocks: until all that was posted is written, while `run` runs; `FLUSH_S` at most."""
@@ -161,31 +161,31 @@ class Events:
         self._tokens -= 1
 
     async def _write(self, write: _Write) -> None:
-        told = self._told.get(write.key)
-        if told is None:
+        record = self._posted.get(write.key)
+        if record is None:
             return
         # An Event lies in the namespace of what it is about; that of an object without one, in `default`.
         collection = paths.EVENTS.within(write.key[0] or "default")
         try:
-            if told.exists:
-                series = {"count": told.count, "lastObservedTime": _now()}
-                await self._client.patch(f"{collection}/{told.name}", {"series": series})
+            if record.exists:
+                series = {"count": record.count, "lastObservedTime": _now()}
+                await self._client.patch(f"{collection}/{record.name}", {"series": series})
             else:
-                await self._client.create(collection, self._event(write, told))
-                told.exists = True
+                await self._client.create(collection, self._event(write, record))
+                record.exists = True
             metrics.EVENTS_POSTED.inc()
         except (client.ApiError, client.Unreachable) as err:
             metrics.EVENTS_DROPPED.labels("refused").inc()
-            self._told.pop(write.key, None)
+            self._posted.pop(write.key, None)
             _log.warning("an event was not written: %s", err, extra={Field.REASON: write.key[4]})
 
-    def _event(self, write: _Write, told: _Told) -> Json:
+    def _event(self, write: _Write, record: _Posted) -> Json:
         namespace, _, _, _, reason, message = write.key
         fields = ("apiVersion", "kind", "namespace", "name", "uid")
         event: Json = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"name": told.name, "namespace": namespace or "default"},
+            "metadata": {"name": record.name, "namespace": namespace or "default"},
             "eventTime": _now(),
             "regarding": {name: write.about[name] for name in fields if write.about.get(name)},
             "reason": reason,
@@ -195,8 +195,8 @@ class Events:
             "reportingController": CONTROLLER,
             "reportingInstance": self._instance,
         }
-        if told.count > 1:
-            event["series"] = {"count": told.count, "lastObservedTime": _now()}
+        if record.count > 1:
+            event["series"] = {"count": record.count, "lastObservedTime": _now()}
         return event
 
 

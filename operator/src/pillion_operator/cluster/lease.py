@@ -168,7 +168,7 @@ class Lease:
         """One attempt to take or renew it: whether it is ours now."""
         begun_s = time.monotonic()
         try:
-            found = await self._client.get(self._path, timeout_s=REQUEST_TIMEOUT_S)
+            current = await self._client.get(self._path, timeout_s=REQUEST_TIMEOUT_S)
         except client.NotFound:
             body: Json = {
                 "apiVersion": "coordination.k8s.io/v1",
@@ -178,7 +178,7 @@ class Lease:
             }
             self._took(await self._client.create(self._collection, body, timeout_s=REQUEST_TIMEOUT_S), begun_s)
             return True
-        spec = found.get("spec") or {}
+        spec = current.get("spec") or {}
         record = Record(
             holder=str(spec.get("holderIdentity") or ""),
             lifetime_s=float(spec.get("leaseDurationSeconds") or self._timing.lifetime_s),
@@ -190,8 +190,8 @@ class Lease:
             return False
         if not is_free(record, mine=self.identity, seen_s=self._seen[1], now_s=time.monotonic()):
             return False
-        found["spec"] = self._spec(spec)
-        self._took(await self._client.replace(self._path, found, timeout_s=REQUEST_TIMEOUT_S), begun_s)
+        current["spec"] = self._spec(spec)
+        self._took(await self._client.replace(self._path, current, timeout_s=REQUEST_TIMEOUT_S), begun_s)
         return True
 
     def _spec(self, before: Json) -> Json:

@@ -128,8 +128,8 @@ class Reflector(Generic[T]):
         version = ""
         async for page in self._client.pages(self._path, **self._selection):  # type: ignore[arg-type]  # see __init__
             self.last_event_s = time.monotonic()
-            for found in page.get("items") or []:
-                seen.add(self._take(found))
+            for document in page.get("items") or []:
+                seen.add(self._take(document))
             version = str((page.get("metadata") or {}).get("resourceVersion") or "")
             # A long list is not to hold up what else the loop does.
             await asyncio.sleep(0)
@@ -172,10 +172,10 @@ class Reflector(Generic[T]):
             self._failures = 0
         return version
 
-    def _take(self, found: Json) -> Key:
-        key = _key(found)
+    def _take(self, document: Json) -> Key:
+        key = _key(document)
         try:
-            kept = self._project(found)
+            kept = self._project(document)
         except Exception:
             # The boundary of the process: one object that we cannot read must not cost us all the others.
             metrics.WATCH_UNREADABLE.labels(self._resource).inc()
@@ -208,6 +208,6 @@ class Reflector(Generic[T]):
         return bound * random.uniform(0.5, 1.0)
 
 
-def _key(found: Json) -> Key:
-    metadata = found.get("metadata") or {}
+def _key(document: Json) -> Key:
+    metadata = document.get("metadata") or {}
     return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")

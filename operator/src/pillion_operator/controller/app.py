@@ -21,9 +21,9 @@ from typing import Any, Final
 from pillion_operator import health, listener, metrics, process
 from pillion_operator.certificates import rotation, serving
 from pillion_operator.cluster import client, events, lease, paths, reflector
-from pillion_operator.controller import arrivals, checkpoints, endpoint, handlers, population
-from pillion_operator.controller.desk import Desk
+from pillion_operator.controller import arrivals, checkpoints, endpoint, handlers, pod_index
 from pillion_operator.controller.reconcile import Reconciler
+from pillion_operator.controller.report_handler import ReportHandler
 from pillion_operator.home import authenticate, injected, server
 from pillion_operator.home.registry import Registry
 from pillion_operator.log import Field
@@ -72,8 +72,8 @@ class Controller:
         self.is_leading = False
         self.jobs = Registry()
         self.events = events.Events(api, settings.pod_name)
-        self.population = population.Population(self._policy_changed, self._job_changed)
-        self.reconciler = Reconciler(api, self.jobs, self.population.num_pods, self.events.post)
+        self.pod_index = pod_index.PodIndex(self._policy_changed, self._job_changed)
+        self.reconciler = Reconciler(api, self.jobs, self.pod_index.num_pods, self.events.post)
         self.pods = reflector.Reflector(
             api,
             paths.PODS.everywhere,
@@ -86,15 +86,15 @@ class Controller:
         self.job_objects = reflector.Reflector(
             api,
             paths.JOBS.everywhere,
-            population.project_job,
+            pod_index.project_job,
             metadata_only=True,
-            on_change=self.population.job_changed,
+            on_change=self.pod_index.job_changed,
         )
         self.checkpoints = reflector.Reflector(
             api, paths.CHECKPOINTS.everywhere, checkpoints.project, on_change=self.reconciler.checkpoints.changed
         )
         self.watcher = handlers.Watcher(api, self.reconciler.policies)
-        self.desk = Desk(self.jobs, self.population, self.reconciler, self.pods, self.events.post)
+        self.report_handler = ReportHandler(self.jobs, self.pod_index, self.reconciler, self.pods, self.events.post)
         self.serving = serving.Serving(api, settings.namespace, settings.secret_name)
         self.health = health.Health(settings.listen_address, settings.health_port, self.missing, self.stuck)
         self.endpoint: endpoint.Endpoint | None = None
@@ -102,7 +102,7 @@ class Controller:
         self._api = api
         self._restore_signals = restore_signals
         self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)
-        self._known = asyncio.Event()
+        self._caches_filled = asyncio.Event()
         """Set once every cache has been filled."""
         self._trusted = asyncio.Event()
         """Set once the API server trusts the webhook."""
@@ -129,7 +129,7 @@ class Controller:
         parts = [("the API server does not trust the webhook yet", not self._trusted.is_set())]
         if self.is_leading:
             parts += [
-                ("the caches are not filled yet", not self._known.is_set()),
+                ("the caches are not filled yet", not self._caches_filled.is_set()),
                 ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
                 ("no sidecar is sent here yet: the endpoint is not written", self._is_unreachable()),
             ]
@@ -160,13 +160,13 @@ class Controller:
         """Why this process had better be started anew."""
         if not self.is_leading:
             return []
-        found = []
-        if self._known.is_set() and time.monotonic() - self.reconciler.last_turn_s > STUCK_S:
-            found.append(f"the writer has not come round for {STUCK_S:.0f} s")
+        problems = []
+        if self._caches_filled.is_set() and time.monotonic() - self.reconciler.last_turn_s > STUCK_S:
+            problems.append(f"the writer has not come round for {STUCK_S:.0f} s")
         for name, each in (("pods", self.pods), ("jobs", self.job_objects), ("checkpoints", self.checkpoints)):
             if each.age_s() > reflector.STALE_S:
-                found.append(f"the watch of {name} has been silent for {each.age_s():.0f} s")
-        return found
+                problems.append(f"the watch of {name} has been silent for {each.age_s():.0f} s")
+        return problems
 
     async def _lead(self, stopping: asyncio.Task[Any]) -> Exit:
         self.is_leading = True
@@ -186,7 +186,7 @@ class Controller:
             metrics.FLEET.jobs = metrics.FLEET.pods = tuple
 
     def _coroutines(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
-        metrics.FLEET.jobs, metrics.FLEET.pods = self.desk.rows, self.population.counts
+        metrics.FLEET.jobs, metrics.FLEET.pods = self.report_handler.rows, self.pod_index.counts
         metrics.FLEET.is_named = self.settings.job_series
         coroutines: list[tuple[str, Coroutine[Any, Any, None]]] = [
             ("events", self.events.run()),
@@ -194,13 +194,13 @@ class Controller:
             ("jobs", self.job_objects.run()),
             ("checkpoints", self.checkpoints.run()),
             ("policies", self._follow_policies()),
-            ("writer", self._when_known(self.reconciler.run)),
-            ("sweep", self._when_known(self._sweep)),
+            ("writer", self._after_caches(self.reconciler.run)),
+            ("sweep", self._after_caches(self._sweep)),
         ]
         if self.settings.certificate_mode is CertificateMode.SELF:
             coroutines.append(("certificates", rotation.Rotation(self._api, self.settings).run()))
         if self.settings.home_enabled:
-            coroutines += [("certificate", self.serving.run()), ("home", self._when_known(self._serve_home))]
+            coroutines += [("certificate", self.serving.run()), ("home", self._after_caches(self._serve_home))]
         return coroutines
 
     async def _follow_policies(self) -> None:
@@ -213,18 +213,18 @@ class Controller:
                 await asyncio.sleep(RETRY_S)
         for each in (self.pods, self.job_objects, self.checkpoints):
             await each.synced.wait()
-        self._known.set()
+        self._caches_filled.set()
         _log.info("leads: knows %d pods and %d checkpoints", len(self.pods), len(self.checkpoints))
         await self.watcher.run(self._restore_signals)
 
-    async def _when_known(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _after_caches(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin with a part when the caches are filled: what is not known yet would be taken for gone."""
-        await self._known.wait()
+        await self._caches_filled.wait()
         await part()
 
     async def _sweep(self) -> None:
         while True:
-            self.desk.sweep()
+            self.report_handler.sweep()
             await asyncio.sleep(SWEEP_S)
 
     async def _serve_home(self) -> None:
@@ -234,8 +234,8 @@ class Controller:
             pods,
             self.jobs,
             policy_of=self.reconciler.policies.now,
-            commands_of=self.desk.commands_of,
-            on_report=self.desk.reported,
+            commands_of=self.report_handler.commands_of,
+            on_report=self.report_handler.reported,
         )
         tls = listener.Listener(
             home.application(),
@@ -265,11 +265,11 @@ class Controller:
         await self.events.flush()
 
     def _pod_changed(self, key: reflector.Key, old: injected.Pod | None, new: injected.Pod | None) -> None:
-        self.population.pod_changed(key, old, new)
+        self.pod_index.pod_changed(key, old, new)
         if old is None and new is not None:
             arrivals.arrived(new, self.events.post, time.time())
 
-    def _policy_changed(self, key: population.PolicyKey) -> None:
+    def _policy_changed(self, key: pod_index.PolicyKey) -> None:
         self.reconciler.mark_policy(key)
 
     def _job_changed(self, _: object) -> None:

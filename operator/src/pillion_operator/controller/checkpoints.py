@@ -167,9 +167,9 @@ class Checkpoints:
     def put(self, checkpoint: Checkpoint) -> None:
         """Know an object as it is."""
         key = checkpoint.key
-        known = self._by_job.setdefault(key, {})
-        before = known.get(checkpoint.name)
-        known[checkpoint.name] = checkpoint
+        objects = self._by_job.setdefault(key, {})
+        before = objects.get(checkpoint.name)
+        objects[checkpoint.name] = checkpoint
         if checkpoint.is_open:
             self._open.setdefault(key, {})[checkpoint.name] = checkpoint
         else:
@@ -179,13 +179,13 @@ class Checkpoints:
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Forget an object."""
-        known = self._by_job.get(checkpoint.key, {})
-        found = known.get(checkpoint.name)
+        objects = self._by_job.get(checkpoint.key, {})
+        current = objects.get(checkpoint.name)
         # Its successor of the same name may have come before the news of its end.
-        if found is None or found.uid != checkpoint.uid:
+        if current is None or current.uid != checkpoint.uid:
             return
-        del known[checkpoint.name]
-        if not known:
+        del objects[checkpoint.name]
+        if not objects:
             del self._by_job[checkpoint.key]
         self._close(checkpoint)
         self._on_change(checkpoint.key)

@@ -53,7 +53,7 @@ class Reason(StrEnum):
     NOT_A_REQUEST = "NotARequest"
 
 
-class WordReason(StrEnum):
+class NoticeReason(StrEnum):
     """Of the events on a pod or a Job that somebody asked on."""
 
     ACCEPTED = "SaveAccepted"
@@ -67,7 +67,7 @@ class WordReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class SaveAnnotation:
     """The annotation ``pillion.dev/save-now`` on an object."""
 
     about: Json
@@ -83,7 +83,7 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Word:
+class Notice:
     """What somebody who asked by annotation is told."""
 
     about: Json
@@ -106,7 +106,7 @@ def plan(objects: Iterable[Checkpoint], job: Job | None, now_s: float) -> list[m
         job: None: it does not report.
         now_s: seconds since 1970.
     """
-    told = []
+    writes = []
     for each in objects:
         status = None
         if each.is_open:
@@ -115,8 +115,8 @@ def plan(objects: Iterable[Checkpoint], job: Job | None, now_s: float) -> list[m
             text = f"Only the operator makes one with the trigger {each.trigger}. To ask for a save, leave the trigger out."
             status = _ready(each.status, FALSE, Reason.NOT_A_REQUEST, text, now_s)
         if status is not None and status != each.status:
-            told.append(mirror.SetStatus(checkpoint=each, status=status))
-    return told
+            writes.append(mirror.SetStatus(checkpoint=each, status=status))
+    return writes
 
 
 def _answer(checkpoint: Checkpoint, job: Job | None, now_s: float) -> Status:
@@ -158,7 +158,7 @@ def _acknowledgement(job: Job, command: str) -> home.Acknowledgement | None:
     return next((each for each in job.report.acknowledgements if each.id == command), None)
 
 
-class Notes:
+class SaveAnnotations:
     """Which requests by annotation are open, and what is left to say about them."""
 
     def __init__(self, begun_s: float) -> None:
@@ -172,67 +172,71 @@ class Notes:
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._accepted: OrderedDict[str, None] = OrderedDict()
 
-    def open(self, notes: Iterable[Note], job: Job | None, now_s: float) -> tuple[list[Note], list[Word]]:
+    def open(
+        self, save_annotations: Iterable[SaveAnnotation], job: Job | None, now_s: float
+    ) -> tuple[list[SaveAnnotation], list[Notice]]:
         """
         The requests of a job that wait to be done, the oldest first, and what is to be said now.
 
         Args:
-            notes: the annotations of its pods and its Job object.
+            save_annotations: the annotations of its pods and its Job object.
             job: None: it does not report.
             now_s: seconds since 1970.
         """
-        waiting: list[tuple[float, Note]] = []
-        words: list[Word] = []
-        for note in notes:
-            if note.id in self._finished:
+        waiting: list[tuple[float, SaveAnnotation]] = []
+        notices: list[Notice] = []
+        for annotation in save_annotations:
+            if annotation.id in self._finished:
                 continue
-            asked_s = self._asked_s.get(note.id)
+            asked_s = self._asked_s.get(annotation.id)
             if asked_s is None:
-                asked_s = times.parse(note.set_at) or now_s
-                _remember(self._asked_s, note.id, asked_s)
-            if word := self._judge(note, job, asked_s, now_s):
-                words.append(word)
-            if note.id not in self._finished:
-                waiting.append((asked_s, note))
-        return [note for _, note in sorted(waiting, key=lambda each: (each[0], each[1].id))], words
+                asked_s = times.parse(annotation.set_at) or now_s
+                _remember(self._asked_s, annotation.id, asked_s)
+            if notice := self._judge(annotation, job, asked_s, now_s):
+                notices.append(notice)
+            if annotation.id not in self._finished:
+                waiting.append((asked_s, annotation))
+        return [annotation for _, annotation in sorted(waiting, key=lambda each: (each[0], each[1].id))], notices
 
-    def _judge(self, note: Note, job: Job | None, asked_s: float, now_s: float) -> Word | None:
+    def _judge(self, annotation: SaveAnnotation, job: Job | None, asked_s: float, now_s: float) -> Notice | None:
         was_before = asked_s < self._begun_s
-        answer = _acknowledgement(job, note.id) if job else None
+        answer = _acknowledgement(job, annotation.id) if job else None
         if answer is not None and answer.progress == home.Progress.DONE:
-            self._finish(note)
+            self._finish(annotation)
             text = f"The save of step {answer.step} is committed."
-            return Word(about=note.about, reason=WordReason.COMMITTED, message=text)
+            return Notice(about=annotation.about, reason=NoticeReason.COMMITTED, message=text)
         if answer is not None and answer.progress == home.Progress.FAILED:
-            self._finish(note)
+            self._finish(annotation)
             text = f"The save that was asked for failed: {answer.message[: home.TEXT_LIMIT]}"
-            return Word(about=note.about, reason=WordReason.FAILED, message=text, warning=True)
+            return Notice(about=annotation.about, reason=NoticeReason.FAILED, message=text, warning=True)
         if answer is not None:
-            if note.id in self._accepted:
+            if annotation.id in self._accepted:
                 return None
-            _remember(self._accepted, note.id, None)
-            return Word(
-                about=note.about, reason=WordReason.ACCEPTED, message="The job was asked for a save, and is saving."
+            _remember(self._accepted, annotation.id, None)
+            return Notice(
+                about=annotation.about,
+                reason=NoticeReason.ACCEPTED,
+                message="The job was asked for a save, and is saving.",
             )
         if was_before and job is not None and _has_since(job.report.checkpoints, asked_s):
-            self._finish(note)
+            self._finish(annotation)
         elif now_s - asked_s > LIFETIME_S:
-            self._finish(note)
+            self._finish(annotation)
             if not was_before:
                 text = f"No job took the request up within {LIFETIME_S:.0f} s; it was given up."
-                return Word(about=note.about, reason=WordReason.NOT_TAKEN, message=text, warning=True)
+                return Notice(about=annotation.about, reason=NoticeReason.NOT_TAKEN, message=text, warning=True)
         return None
 
-    def _finish(self, note: Note) -> None:
-        self._asked_s.pop(note.id, None)
-        self._accepted.pop(note.id, None)
-        _remember(self._finished, note.id, None)
+    def _finish(self, annotation: SaveAnnotation) -> None:
+        self._asked_s.pop(annotation.id, None)
+        self._accepted.pop(annotation.id, None)
+        _remember(self._finished, annotation.id, None)
 
 
-def commands(requests: Collection[Checkpoint], notes: Sequence[Note]) -> tuple[home.Command, ...]:
+def commands(requests: Collection[Checkpoint], save_annotations: Sequence[SaveAnnotation]) -> tuple[home.Command, ...]:
     """What a job is told: all that is open, within `COMMANDS_MOST`."""
     oldest_first = sorted(requests, key=lambda each: (each.created, each.name))
-    ids = [*map(command_id, oldest_first), *(note.id for note in notes)]
+    ids = [*map(command_id, oldest_first), *(annotation.id for annotation in save_annotations)]
     return tuple(home.Command(id=each) for each in ids[:COMMANDS_MOST])
 
 
@@ -242,8 +246,8 @@ def _has_since(stored: Iterable[home.CommittedCheckpoint], asked_s: float) -> bo
     return any(each is not None and each > asked_s for each in begun)
 
 
-def _remember(known: OrderedDict[str, T], command: str, value: T) -> None:
-    known[command] = value
-    known.move_to_end(command)
-    while len(known) > FINISHED_MOST:
-        known.popitem(last=False)
+def _remember(entries: OrderedDict[str, T], command: str, value: T) -> None:
+    entries[command] = value
+    entries.move_to_end(command)
+    while len(entries) > FINISHED_MOST:
+        entries.popitem(last=False)

@@ -47,7 +47,7 @@ class Reason(StrEnum):
 
 
 def status(
-    found: CheckpointPolicy,
+    policy: CheckpointPolicy,
     before: Json,
     jobs: Sequence[Job],
     num_pods: int,
@@ -58,7 +58,7 @@ def status(
     The status that a policy shall have. What is not in it is not to be there.
 
     Args:
-        found: the policy.
+        policy: the policy.
         before: its status now.
         jobs: those that report and run under it.
         num_pods: injected pods that run under it.
@@ -67,18 +67,18 @@ def status(
     """
     last, gap_s = _last_checkpoint(before, jobs, checkpoint_name)
     drafts = (
-        (READY, *_ready(found)),
+        (READY, *_ready(policy)),
         (STORAGE, *_storage(jobs)),
         (DEGRADED, *_degraded(jobs)),
-        (DRAIN, *_drain(found, jobs)),
+        (DRAIN, *_drain(policy, jobs)),
         (MEMORY, *_memory(jobs)),
     )
-    known = {each.get("type"): each for each in before.get("conditions") or []}
+    by_type = {each.get("type"): each for each in before.get("conditions") or []}
     result: Json = {
-        "observedGeneration": found.generation,
+        "observedGeneration": policy.generation,
         "injectedPods": num_pods,
         "conditions": [
-            _condition(kind, state, reason, message, found.generation, known.get(kind) or {}, now_s)
+            _condition(kind, state, reason, message, policy.generation, by_type.get(kind) or {}, now_s)
             for kind, state, reason, message in drafts
         ],
     }
@@ -103,9 +103,9 @@ def patch(before: Json, after: Json) -> Json | None:
     return {"status": changed | gone}
 
 
-def condition(of: Json, kind: str) -> Json:
+def condition(document: Json, kind: str) -> Json:
     """A condition in a status; empty where there is none."""
-    return next((each for each in of.get("conditions") or [] if each.get("type") == kind), {})
+    return next((each for each in document.get("conditions") or [] if each.get("type") == kind), {})
 
 
 def is_failing(report: home.Report) -> bool:
@@ -114,10 +114,10 @@ def is_failing(report: home.Report) -> bool:
     return failed_s is not None and failed_s > (times.parse(report.committed_time) or 0.0)
 
 
-def _ready(found: CheckpointPolicy) -> tuple[str, Reason, str]:
-    if found.spec is None:
-        return FALSE, Reason.INVALID, "The policy cannot be used: " + "; ".join(found.problems)
-    if found.spec.suspend:
+def _ready(policy: CheckpointPolicy) -> tuple[str, Reason, str]:
+    if policy.spec is None:
+        return FALSE, Reason.INVALID, "The policy cannot be used: " + "; ".join(policy.problems)
+    if policy.spec.suspend:
         text = "The policy is suspended: new pods are not injected, and running jobs save only when they are asked to."
         return TRUE, Reason.SUSPENDED, text
     return TRUE, Reason.VALID, "The policy can be used."
@@ -139,16 +139,16 @@ def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     failing = [job for job in jobs if is_failing(job.report)]
     if failing:
         newest = [max(job.report.failures, key=lambda each: times.parse(each.time) or 0.0) for job in failing]
-        said = ((job.report.job_id, told(each)) for job, each in zip(failing, newest, strict=True))
+        said = ((job.report.job_id, describe(each)) for job, each in zip(failing, newest, strict=True))
         return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
     return FALSE, Reason.SAVING, "No job under the policy fails to save."
 
 
-def _drain(found: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+def _drain(policy: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     """Whether what the end of a pod has to wait for fits into the time that injection adds to its grace period."""
-    if not jobs or found.spec is None:
+    if not jobs or policy.spec is None:
         return FALSE, Reason.NO_JOB, "No job under the policy reports."
-    given_s = found.spec.drain.timeout_seconds
+    given_s = policy.spec.drain.timeout_seconds
     slow = [job for job in jobs if job.report.drain_s > given_s]
     if slow:
         said = ((job.report.job_id, f"a save took {math.ceil(job.report.drain_s)} s") for job in slow)
@@ -169,7 +169,7 @@ def _memory(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     return FALSE, Reason.FITS, "The arena holds the state of every job that has said how large it is."
 
 
-def told(failure: home.Failure) -> str:
+def describe(failure: home.Failure) -> str:
     """A failure in one line; a load of the newest names no step."""
     step = f"step {failure.step}: " if failure.step >= 0 else ""
     return f"{step}{failure.reason}: {failure.message}"

@@ -55,14 +55,14 @@ class _Login(kopf.ConnectionInfo):
 class Watcher:
     """kopf, and the policies that it brings."""
 
-    def __init__(self, api: client.Client, known: policies.Policies) -> None:
+    def __init__(self, api: client.Client, store: policies.Policies) -> None:
         """
         Args:
             api: access to the API server, for the list, and for how kopf is to reach it.
-            known: where policies are kept.
+            store: where policies are kept.
         """
         self._api = api
-        self._known = known
+        self._store = store
 
     async def relist(self) -> None:
         """
@@ -71,8 +71,8 @@ class Watcher:
         Raises:
             ApiError, Unreachable: what is known stays.
         """
-        found = await self._api.list(paths.POLICIES.everywhere)
-        self._known.replace_all([policies.project(each) for each in found["items"]])
+        listing = await self._api.list(paths.POLICIES.everywhere)
+        self._store.replace_all([policies.project(each) for each in listing["items"]])
 
     async def run(self, restore_signals: Callable[[], None]) -> None:
         """
@@ -123,23 +123,23 @@ class Watcher:
         async def on_policy(event: Any, **_: Any) -> None:
             # async, as kopf runs the others in threads.
             document = dict(event["object"])
-            found = policies.project(document)
+            changed = policies.project(document)
             if event["type"] == "DELETED":
-                self._known.remove(found.key)
+                self._store.remove(changed.key)
             else:
-                self._known.put(found)
+                self._store.put(changed)
 
         @kopf.on.login(registry=registry)
         async def login(**_: Any) -> kopf.ConnectionInfo:
             # Also called when a token has expired. One client knows how to get the next.
-            found = await self._api.connection()
+            connection = await self._api.connection()
             return _Login(
-                server=found.server,
-                ca_path=found.authority,
-                insecure=not found.verify,
-                certificate_path=found.certificate,
-                private_key_path=found.key,
-                token=found.token or None,
+                server=connection.server,
+                ca_path=connection.authority,
+                insecure=not connection.verify,
+                certificate_path=connection.certificate,
+                private_key_path=connection.key,
+                token=connection.token or None,
             )
 
         return registry

@@ -132,8 +132,8 @@ def object_name(job_id: str, step: int, taken: Collection[str] = ()) -> str:
 
 def name_of(report: home.Report, step: int, objects: Collection[Checkpoint]) -> str:
     """The object that stands for a step, or will."""
-    found = next((each.name for each in objects if _stands(each) and each.status.step == step), "")
-    return found or object_name(report.job_id, step, _taken(objects))
+    existing = next((each.name for each in objects if _stands(each) and each.status.step == step), "")
+    return existing or object_name(report.job_id, step, _taken(objects))
 
 
 def committed(stored: home.CommittedCheckpoint, report: home.Report, before: Status, now_s: float) -> Status:

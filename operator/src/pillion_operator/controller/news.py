@@ -1,7 +1,7 @@
 """
 The whole of: what people read of a job that goes well: commits, saves that its policy drops, and what training went on from.
 
-Called from: `desk`, with each report. Pure: time is an argument.
+Called from: `report_handler`, with each report. Pure: time is an argument.
 Must never: make an event of each save. A job that saves each minute says so once, and then every FOLD_S how many there were and which is
 the newest; what was not said when a pod drains is said then.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pillion.wire import home
-from pillion_operator.controller.commands import WordReason
+from pillion_operator.controller.commands import NoticeReason
 from pillion_operator.home import times
 from pillion_operator.home.registry import JobKey
 
@@ -20,11 +20,11 @@ FOLD_S: Final = 600.0
 RECENT_S: Final = 60.0
 """What a job that we do not know yet brings with it is news when it is younger; a controller before us has told the rest."""
 _FROM: Final = {"arena": "memory", "storage": "storage"}
-Said = tuple[WordReason, str]
+Said = tuple[NoticeReason, str]
 
 
 @dataclass(slots=True)
-class _Known:
+class _Announced:
     """What was said of a job."""
 
     pod: str
@@ -39,9 +39,9 @@ class News:
     """What was said of each job that reports."""
 
     def __init__(self) -> None:
-        self._known: dict[JobKey, _Known] = {}
+        self._announced: dict[JobKey, _Announced] = {}
 
-    def of(self, key: JobKey, report: home.Report, now_s: float) -> list[Said]:
+    def notices(self, key: JobKey, report: home.Report, now_s: float) -> list[Said]:
         """
         What is to be said now.
 
@@ -51,32 +51,32 @@ class News:
             now_s: seconds since 1970.
         """
         committed, dropped = _count(report, "saves_committed"), _count(report, "saves_skipped", "saves_replaced")
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _Known(report.pod_uid, committed, dropped, report.loaded_time)
-            known.committed -= committed > 0 and _is_recent(report.committed_time, now_s)
-            known.loaded = "" if _is_recent(report.loaded_time, now_s) else report.loaded_time
-        if known.pod != report.pod_uid or committed < known.committed or dropped < known.dropped:
+        announced = self._announced.get(key)
+        if announced is None:
+            announced = self._announced[key] = _Announced(report.pod_uid, committed, dropped, report.loaded_time)
+            announced.committed -= committed > 0 and _is_recent(report.committed_time, now_s)
+            announced.loaded = "" if _is_recent(report.loaded_time, now_s) else report.loaded_time
+        if announced.pod != report.pod_uid or committed < announced.committed or dropped < announced.dropped:
             # Another sidecar, which counts from nothing.
-            known.pod, known.committed, known.dropped = report.pod_uid, 0, 0
+            announced.pod, announced.committed, announced.dropped = report.pod_uid, 0, 0
         said: list[Said] = []
-        if known.loaded != report.loaded_time:
-            known.loaded = report.loaded_time
+        if announced.loaded != report.loaded_time:
+            announced.loaded = report.loaded_time
             where = _FROM.get(report.loaded_from, report.loaded_from)
-            said.append((WordReason.LOADED, f"Training goes on from step {report.loaded_step}, from {where}."))
-        if committed > known.committed and (report.draining or now_s - known.committed_s >= FOLD_S):
-            number, known.committed, known.committed_s = committed - known.committed, committed, now_s
-            said.append((WordReason.COMMITTED, _commits(number, report.committed_step)))
-        if dropped > known.dropped and (report.draining or now_s - known.dropped_s >= FOLD_S):
-            number, known.dropped, known.dropped_s = dropped - known.dropped, dropped, now_s
+            said.append((NoticeReason.LOADED, f"Training goes on from step {report.loaded_step}, from {where}."))
+        if committed > announced.committed and (report.draining or now_s - announced.committed_s >= FOLD_S):
+            number, announced.committed, announced.committed_s = committed - announced.committed, committed, now_s
+            said.append((NoticeReason.COMMITTED, _commits(number, report.committed_step)))
+        if dropped > announced.dropped and (report.draining or now_s - announced.dropped_s >= FOLD_S):
+            number, announced.dropped, announced.dropped_s = dropped - announced.dropped, dropped, now_s
             what = "1 save was" if number == 1 else f"{number} saves were"
-            said.append((WordReason.SKIPPED, f"{what} dropped, as staging.overlap says: no slot was free."))
+            said.append((NoticeReason.SKIPPED, f"{what} dropped, as staging.overlap says: no slot was free."))
         return said
 
     def keep(self, jobs: Collection[JobKey]) -> None:
         """Forget those that do not report any more."""
-        for key in self._known.keys() - set(jobs):
-            del self._known[key]
+        for key in self._announced.keys() - set(jobs):
+            del self._announced[key]
 
 
 def _commits(number: int, newest: int) -> str:
@@ -86,8 +86,8 @@ def _commits(number: int, newest: int) -> str:
 
 
 def _count(report: home.Report, *names: str) -> int:
-    found = (report.metrics.get(name) for name in names)
-    return sum(each for each in found if isinstance(each, int))
+    numbers = (report.metrics.get(name) for name in names)
+    return sum(each for each in numbers if isinstance(each, int))
 
 
 def _is_recent(time: str, now_s: float) -> bool:

@@ -24,7 +24,7 @@ class Policy:
     """A CheckpointPolicy object."""
 
     namespace: str
-    found: CheckpointPolicy
+    parsed: CheckpointPolicy
     now: server.PolicyNow
     """What jobs are told of it."""
     status: Json
@@ -32,23 +32,23 @@ class Policy:
 
     @property
     def key(self) -> Key:
-        return self.namespace, self.found.name
+        return self.namespace, self.parsed.name
 
     @property
     def about(self) -> Json:
         """What an event on it refers to."""
-        named = {"namespace": self.namespace, "name": self.found.name, "uid": self.found.uid}
+        named = {"namespace": self.namespace, "name": self.parsed.name, "uid": self.parsed.uid}
         return {"apiVersion": policy.API_VERSION, "kind": policy.KIND} | named
 
 
 def project(document: Json) -> Policy:
     """A CheckpointPolicy object as the API server gives it."""
     metadata = document["metadata"]
-    found = checkpoint_policy.from_object(document)
-    now = server.PolicyNow(policy.dump(found.spec), found.generation) if found.spec else server.NO_POLICY
+    parsed = checkpoint_policy.from_object(document)
+    now = server.PolicyNow(policy.dump(parsed.spec), parsed.generation) if parsed.spec else server.NO_POLICY
     return Policy(
         namespace=str(metadata.get("namespace") or ""),
-        found=found,
+        parsed=parsed,
         now=now,
         status=document.get("status") or {},
         version=str(metadata.get("resourceVersion") or ""),
@@ -64,37 +64,37 @@ class Policies:
             on_change: called with the key of each one that is new, gone or another.
         """
         self._on_change = on_change
-        self._known: dict[Key, Policy] = {}
+        self._policies: dict[Key, Policy] = {}
 
     def get(self, namespace: str, name: str) -> Policy | None:
         """The policy, or None where there is none."""
-        return self._known.get((namespace, name))
+        return self._policies.get((namespace, name))
 
     def all_keys(self) -> list[Key]:
         """All that there are."""
-        return list(self._known)
+        return list(self._policies)
 
     def now(self, namespace: str, name: str) -> server.PolicyNow:
         """What jobs under a policy are told of it."""
-        found = self._known.get((namespace, name))
-        return found.now if found else server.NO_POLICY
+        entry = self._policies.get((namespace, name))
+        return entry.now if entry else server.NO_POLICY
 
-    def put(self, found: Policy) -> None:
+    def put(self, entry: Policy) -> None:
         """Know a policy as it is."""
-        before = self._known.get(found.key)
-        self._known[found.key] = found
-        if before is None or before.version != found.version:
-            self._on_change(found.key)
+        before = self._policies.get(entry.key)
+        self._policies[entry.key] = entry
+        if before is None or before.version != entry.version:
+            self._on_change(entry.key)
 
     def remove(self, key: Key) -> None:
         """Forget a policy."""
-        if self._known.pop(key, None) is not None:
+        if self._policies.pop(key, None) is not None:
             self._on_change(key)
 
-    def replace_all(self, found: Iterable[Policy]) -> None:
+    def replace_all(self, entries: Iterable[Policy]) -> None:
         """Know these and no others: what went while nobody watched is gone then."""
-        there: Collection[Policy] = list(found)
-        for key in self._known.keys() - {each.key for each in there}:
+        there: Collection[Policy] = list(entries)
+        for key in self._policies.keys() - {each.key for each in there}:
             self.remove(key)
         for each in there:
             self.put(each)

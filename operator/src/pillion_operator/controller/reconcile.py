@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 from pillion_operator import metrics
 from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
-from pillion_operator.controller import agenda, checkpoints, commands, conditions, mirror, policies
+from pillion_operator.controller import checkpoints, commands, conditions, mirror, policies, work_queue
 from pillion_operator.controller.checkpoints import Checkpoint, Checkpoints
 from pillion_operator.home.registry import Job, JobKey, Registry
 from pillion_operator.log import Field
@@ -46,15 +46,16 @@ def operations(objects: Collection[Checkpoint], job: Job | None, now_s: float) -
 
     Requests come first, and each object is written once.
     """
-    told = {each.checkpoint.name: each for each in commands.plan(objects, job, now_s)}
+    answers = {each.checkpoint.name: each for each in commands.plan(objects, job, now_s)}
     if job is None:
-        return list(told.values())
-    as_told = [
-        dataclasses.replace(each, status=told[each.name].status) if each.name in told else each for each in objects
+        return list(answers.values())
+    as_answered = [
+        dataclasses.replace(each, status=answers[each.name].status) if each.name in answers else each
+        for each in objects
     ]
     originals = {each.name: each for each in objects}
-    result: dict[str, mirror.Operation] = dict(told)
-    for each in mirror.plan(job.report, as_told, now_s):
+    result: dict[str, mirror.Operation] = dict(answers)
+    for each in mirror.plan(job.report, as_answered, now_s):
         if isinstance(each, mirror.SetStatus):
             each = mirror.SetStatus(checkpoint=originals[each.checkpoint.name], status=each.status)
         result[each.name if isinstance(each, mirror.Create) else each.checkpoint.name] = each
@@ -108,21 +109,21 @@ class Reconciler:
         self._post = post
         self._clock = clock
         self._pace = Pace(WRITES_PER_S, BURST)
-        self._of_policies = agenda.Agenda[PolicyKey]()
-        self._of_requests = agenda.Agenda[JobKey]()
-        self._of_jobs = agenda.Agenda[JobKey]()
+        self._due_policies = work_queue.WorkQueue[PolicyKey]()
+        self._due_requests = work_queue.WorkQueue[JobKey]()
+        self._due_jobs = work_queue.WorkQueue[JobKey]()
         self._wake = asyncio.Event()
         self._resynced_s = time.monotonic()
 
     def mark_job(self, key: JobKey) -> None:
         """Something about a job changed: its report, or an object that names it."""
-        due = self._of_requests if self.checkpoints.open_requests(key) else self._of_jobs
+        due = self._due_requests if self.checkpoints.open_requests(key) else self._due_jobs
         due.mark(key, time.monotonic() + DEBOUNCE_S)
         self._wake.set()
 
     def mark_policy(self, key: PolicyKey) -> None:
         """Something about a policy changed: its spec, its pods, or a job under it."""
-        self._of_policies.mark(key, time.monotonic() + DEBOUNCE_S)
+        self._due_policies.mark(key, time.monotonic() + DEBOUNCE_S)
         self._wake.set()
 
     async def run(self) -> None:
@@ -130,17 +131,17 @@ class Reconciler:
         while True:
             self.last_turn_s = now_s = time.monotonic()
             self._tick(now_s)
-            num_due = len(self._of_policies) + len(self._of_requests) + len(self._of_jobs)
+            num_due = len(self._due_policies) + len(self._due_requests) + len(self._due_jobs)
             metrics.RECONCILE_WAITING.set(num_due)
             # In turns, so that none of the three can keep the others waiting.
-            did_policy = await self._turn(self._of_policies, self._write_policy)
-            did_request = await self._turn(self._of_requests, self._write_job)
-            did_job = await self._turn(self._of_jobs, self._write_job)
+            did_policy = await self._turn(self._due_policies, self._write_policy)
+            did_request = await self._turn(self._due_requests, self._write_job)
+            did_job = await self._turn(self._due_jobs, self._write_job)
             if did_policy or did_request or did_job:
                 # Most turns find nothing to write, and so nothing to wait for: reports are answered in between.
                 await asyncio.sleep(0)
                 continue
-            times = (self._of_policies.next_s(), self._of_requests.next_s(), self._of_jobs.next_s())
+            times = (self._due_policies.next_s(), self._due_requests.next_s(), self._due_jobs.next_s())
             pause_s = min([TICK_S, *(each - time.monotonic() for each in times if each is not None)])
             self._wake.clear()
             try:
@@ -161,7 +162,7 @@ class Reconciler:
             for policy_key in self.policies.all_keys():
                 self.mark_policy(policy_key)
 
-    async def _turn(self, due: agenda.Agenda[K], write: Callable[[K], Awaitable[None]]) -> bool:
+    async def _turn(self, due: work_queue.WorkQueue[K], write: Callable[[K], Awaitable[None]]) -> bool:
         """Do what one key needs; whether there was one."""
         taken = due.take(time.monotonic())
         if taken is None:
@@ -246,31 +247,31 @@ class Reconciler:
     # --- policies
 
     async def _write_policy(self, key: PolicyKey) -> None:
-        found = self.policies.get(*key)
-        if found is None:
+        entry = self.policies.get(*key)
+        if entry is None:
             return
         jobs = self._registry.under(*key)
         after = conditions.status(
-            found.found, found.status, jobs, self._count_pods(key), self._checkpoint_name, self._clock()
+            entry.parsed, entry.status, jobs, self._count_pods(key), self._checkpoint_name, self._clock()
         )
-        patch = conditions.patch(found.status, after)
+        patch = conditions.patch(entry.status, after)
         if patch is None:
             return
         await self._pace.wait()
-        path = paths.POLICIES.one(found.namespace, found.found.name)
-        body = patch | {"metadata": {"uid": found.found.uid}}
+        path = paths.POLICIES.one(entry.namespace, entry.parsed.name)
+        body = patch | {"metadata": {"uid": entry.parsed.uid}}
         try:
             written = await self._api.patch(path, body, subresource="status")
         except (client.NotFound, client.Conflict):
             # It is gone, or another has its name, which kopf brings.
             self.policies.remove(key)
             return
-        self._of_policies.hold(key, time.monotonic(), POLICY_PAUSE_S)
+        self._due_policies.hold(key, time.monotonic(), POLICY_PAUSE_S)
         metrics.POLICY_STATUS_WRITES.inc()
-        before = found.status
+        before = entry.status
         self.policies.put(policies.project(written))
         for reason, message, is_warning in _flips(before, after):
-            self._post(found.about, reason, message, warning=is_warning, action="Reconcile")
+            self._post(entry.about, reason, message, warning=is_warning, action="Reconcile")
 
     def _checkpoint_name(self, job: Job) -> str:
         return mirror.name_of(job.report, job.report.committed_step, self.checkpoints.of(job.key))

@@ -103,7 +103,7 @@ class Authenticator:
         self._audience = audience
         self._clock = clock
         self._pods = pods
-        self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
+        self._identities: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
         self._refused: OrderedDict[bytes, tuple[float, Refused]] = OrderedDict()
         self._asking_for: Counter[str] = Counter()
         """Questions under way, by the UID of the pod that the token names."""
@@ -128,10 +128,10 @@ class Authenticator:
         now_s = self._clock()
         claims = self._claims(token, now_s)
         digest = hashlib.sha256(token.encode()).digest()
-        until_s, known = self._known.get(digest, (0.0, None))
-        if known is not None and now_s < until_s:
-            self._known.move_to_end(digest)
-            return known
+        until_s, identity = self._identities.get(digest, (0.0, None))
+        if identity is not None and now_s < until_s:
+            self._identities.move_to_end(digest)
+            return identity
         until_s, refused = self._refused.get(digest, (0.0, None))
         if refused is not None and now_s < until_s:
             raise Refused(refused.result, str(refused))
@@ -169,12 +169,12 @@ class Authenticator:
             raise Refused(Result.UNAUTHENTICATED, "the token has expired")
         try:
             bound = claims[_BOUND_TO]
-            found = bound["namespace"], bound["pod"]["name"], bound["pod"]["uid"]
-            if not all(isinstance(each, str) and each for each in found):
+            holder = bound["namespace"], bound["pod"]["name"], bound["pod"]["uid"]
+            if not all(isinstance(each, str) and each for each in holder):
                 raise TypeError
         except (KeyError, TypeError) as err:
             raise Refused(Result.FORBIDDEN, _BOUND_TO_NO_POD) from err
-        namespace, pod, uid = found
+        namespace, pod, uid = holder
         return _Claims(end_s=end_s, namespace=namespace, pod=pod, pod_uid=uid)
 
     def _asked(self, digest: bytes, pod_uid: str, done: asyncio.Task[Identity]) -> None:
@@ -201,12 +201,12 @@ class Authenticator:
                 _log.warning("tokens cannot be checked now: %s", err)
             raise Refused(Result.UNAVAILABLE, "the token cannot be checked now; come again") from err
         now_s = self._clock()
-        found = judge(answer.get("status") or {}, self._audience)
-        if isinstance(found, Refused):
-            _remember(self._refused, digest, (min(now_s + REFUSED_S, end_s), found), REFUSALS_MOST)
-            raise found
-        _remember(self._known, digest, (min(now_s + KNOWN_S, end_s), found), REMEMBERED_MOST)
-        return found
+        verdict = judge(answer.get("status") or {}, self._audience)
+        if isinstance(verdict, Refused):
+            _remember(self._refused, digest, (min(now_s + REFUSED_S, end_s), verdict), REFUSALS_MOST)
+            raise verdict
+        _remember(self._identities, digest, (min(now_s + KNOWN_S, end_s), verdict), REMEMBERED_MOST)
+        return verdict
 
 
 def _remember(answers: OrderedDict[bytes, T], digest: bytes, answer: T, most: int) -> None:

@@ -68,22 +68,22 @@ def project(document: Json) -> Pod | None:
     """What is kept of a pod as the API server gives it, with or without spec. None: it is not injected."""
     if pods.metadata_map(document, "labels").get(annotations.INJECTED) != "true":
         return None
-    found = status.read(document)
-    if found is None:
+    injection = status.read(document)
+    if injection is None:
         return None
     metadata = document["metadata"]
-    note, note_time = save_now(document)
+    value, set_at = save_now(document)
     # Many pods share these: one text for all of them.
     return Pod(
         namespace=sys.intern(str(metadata.get("namespace") or "")),
         name=str(metadata.get("name") or ""),
         uid=str(metadata.get("uid") or ""),
         created=sys.intern(str(metadata.get("creationTimestamp") or "")),
-        policy=sys.intern(str(found.policy)),
-        job_id=sys.intern(str(found.job_id)),
+        policy=sys.intern(str(injection.policy)),
+        job_id=sys.intern(str(injection.job_id)),
         owner=_owner(document),
-        save_now=sys.intern(note),
-        save_now_time=note_time,
+        save_now=sys.intern(value),
+        save_now_time=set_at,
     )
 
 
@@ -92,8 +92,8 @@ def save_now(document: Json) -> tuple[str, str]:
     The annotation ``pillion.dev/save-now`` of an object and when it was set: a value that the object was made with is none,
     as a template repeats it with each pod.
     """
-    note = pods.metadata_map(document, "annotations").get(annotations.SAVE_NOW, "")
-    if not note:
+    value = pods.metadata_map(document, "annotations").get(annotations.SAVE_NOW, "")
+    if not value:
         return "", ""
     metadata = document["metadata"]
     set_at = ""
@@ -103,15 +103,15 @@ def save_now(document: Json) -> tuple[str, str]:
             set_at = max(set_at, times.canonical(str(entry.get("time") or "")))
     if set_at and set_at == times.canonical(str(metadata.get("creationTimestamp") or "")):
         return "", ""
-    return note, set_at
+    return value, set_at
 
 
 def _owner(document: Json) -> Owner | None:
-    found = pods.controller(document)
-    if found is None:
+    controller = pods.controller(document)
+    if controller is None:
         return None
     keys = ("apiVersion", "kind", "name", "uid")
-    version, kind, name, uid = (sys.intern(str(found.get(key) or "")) for key in keys)
+    version, kind, name, uid = (sys.intern(str(controller.get(key) or "")) for key in keys)
     return Owner(api_version=version, kind=kind, name=name, uid=uid)
 
 
@@ -150,15 +150,15 @@ class Pods:
         if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name)):
             return None
         key, now_s = (namespace, name, uid), time.monotonic()
-        until_s, found = self._asked.get(key, (0.0, None))
+        until_s, pod = self._asked.get(key, (0.0, None))
         if now_s >= until_s:
             self._count_question(now_s)
-            found = await self._ask(namespace, name, uid)
-            self._asked[key] = now_s + REMEMBERED_S, found
+            pod = await self._ask(namespace, name, uid)
+            self._asked[key] = now_s + REMEMBERED_S, pod
             self._asked.move_to_end(key)
             while len(self._asked) > REMEMBERED_MOST:
                 self._asked.popitem(last=False)
-        return found
+        return pod
 
     def _count_question(self, now_s: float) -> None:
         self._questions = min(ASKED_BURST, self._questions + (now_s - self._counted_s) * ASKED_PER_S)
@@ -169,9 +169,9 @@ class Pods:
 
     async def _ask(self, namespace: str, name: str, uid: str) -> Pod | None:
         try:
-            found = project(await self._api.get(paths.PODS.one(namespace, name), metadata_only=True))
+            pod = project(await self._api.get(paths.PODS.one(namespace, name), metadata_only=True))
         except client.NotFound:
             return None
         except (client.ApiError, client.Unreachable) as err:
             raise Refused(Result.UNAVAILABLE, "the API server cannot be asked about the pod now") from err
-        return found if found is not None and found.uid == uid else None
+        return pod if pod is not None and pod.uid == uid else None

@@ -99,8 +99,8 @@ class Registry:
 
     def under(self, namespace: str, policy: str) -> list[Job]:
         """The jobs under a policy, by id."""
-        found = [job for job in self._jobs.values() if (job.report.namespace, job.report.policy) == (namespace, policy)]
-        return sorted(found, key=lambda job: job.report.job_id)
+        jobs = [job for job in self._jobs.values() if (job.report.namespace, job.report.policy) == (namespace, policy)]
+        return sorted(jobs, key=lambda job: job.report.job_id)
 
     def interval_s(self) -> float:
         """When a job that reports now shall report again."""
@@ -179,8 +179,8 @@ def recovery_point_s(job: Job, now_s: float, *, with_snapshot: bool = False) -> 
     None: there is neither. Clocks of a pod and ours differ a little; no age is below zero.
     """
     report = job.report
-    found = [times.parse(report.committed_time), times.parse(report.snapshot_time) if with_snapshot else None]
-    newest_s = max((each for each in found if each is not None), default=None)
+    times_s = [times.parse(report.committed_time), times.parse(report.snapshot_time) if with_snapshot else None]
+    newest_s = max((each for each in times_s if each is not None), default=None)
     return None if newest_s is None else max(0.0, now_s - newest_s)
 
 
@@ -199,8 +199,8 @@ def _commit_gap_s(report: home.Report, before: Job | None) -> float | None:
     if before is not None and before.report.committed_time == report.committed_time and before.commit_gap_s is not None:
         return before.commit_gap_s
     # What storage holds is known after a restart of ours too; what the report before said, also when only one is kept.
-    told = [times.parse(each.completed) for each in report.checkpoints if each.step != report.committed_step]
-    earlier = [each for each in told if each is not None and each < last_s]
+    completed_s = [times.parse(each.completed) for each in report.checkpoints if each.step != report.committed_step]
+    earlier = [each for each in completed_s if each is not None and each < last_s]
     if before is not None and (said_s := times.parse(before.report.committed_time)) is not None and said_s < last_s:
         earlier.append(said_s)
     return last_s - max(earlier) if earlier else None

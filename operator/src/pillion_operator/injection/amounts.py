@@ -28,34 +28,34 @@ _LIMIT_RANGER: Final = "kubernetes.io/limit-ranger"
 
 def said(bare: Json, declared: Json | None) -> dict[str, dict[str, Any]]:
     """The amounts that a pod says for the sidecar that it declares, without the defaults that a LimitRange has filled in."""
-    found = (declared or {}).get("resources") or {}
+    resources = (declared or {}).get("resources") or {}
     defaults = _defaults(
         pods.metadata_map(bare, "annotations").get(_LIMIT_RANGER, ""), (declared or {}).get("name", "")
     )
     return {
-        part: {name: amount for name, amount in (found.get(part) or {}).items() if (part, name) not in defaults}
+        part: {name: amount for name, amount in (resources.get(part) or {}).items() if (part, name) not in defaults}
         for part in ("requests", "limits")
     }
 
 
 def _defaults(text: str, container: str) -> set[tuple[str, str]]:
     # LimitRanger plugin set: cpu, memory request for container a; cpu limit for init container b
-    found = set()
+    defaults = set()
     for clause in text.partition("set:")[2].split(";"):
         match = re.fullmatch(r"\s*(.+) (request|limit) for init container (\S+)\s*", clause)
         if match and match[3] == container:
-            found |= {(f"{match[2]}s", name.strip()) for name in match[1].split(",")}
-    return found
+            defaults |= {(f"{match[2]}s", name.strip()) for name in match[1].split(",")}
+    return defaults
 
 
 def of_sidecar(
-    of: policy.Resources, beside: Sequence[Json], charged_bytes: int, declared: Mapping[str, Mapping[str, Any]]
+    resources: policy.Resources, beside: Sequence[Json], charged_bytes: int, declared: Mapping[str, Mapping[str, Any]]
 ) -> Json:
     """
     Requests and limits, both always there, with the arena in the memory.
 
     Args:
-        of: the policy's.
+        resources: the policy's.
         beside: the pod's containers, init containers too, without ours.
         charged_bytes: the arena, where the sidecar pays for it.
         declared: what the pod says for the sidecar that it declares.
@@ -63,7 +63,7 @@ def of_sidecar(
     A pod of the class Guaranteed stays one: it would lose its own cores otherwise. A CPU limit is set only where each container
     of the pod has one, as it slows the drain.
     """
-    requests, limits = of.requests, of.limits
+    requests, limits = resources.requests, resources.limits
     memory = requests.memory_bytes or limits.memory_bytes or FALLBACK.memory_bytes or 0
     memory_limit = limits.memory_bytes or memory
     cpu = requests.cpu_millicores or limits.cpu_millicores or FALLBACK.cpu_millicores or 0
@@ -81,29 +81,29 @@ def of_sidecar(
     }
 
 
-def of_client(of: policy.Resources, beside: Sequence[Json]) -> Json:
+def of_client(resources: policy.Resources, beside: Sequence[Json]) -> Json:
     """
     Those of the sidecar without the arena: what a namespace demands at least, and allows at most, holds for both.
 
     The container runs before the others, so that its amounts come on top of nothing.
     """
-    return of_sidecar(of, beside, 0, {})
+    return of_sidecar(resources, beside, 0, {})
 
 
 def _disk(beside: Sequence[Json], declared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Local storage, by part: what the pod declares for the sidecar, else enough for it where another container says some."""
-    found: dict[str, dict[str, Any]] = {"requests": {}, "limits": {}}
-    for part, amounts in found.items():
+    storage: dict[str, dict[str, Any]] = {"requests": {}, "limits": {}}
+    for part, amounts in storage.items():
         if (own := (declared.get(part) or {}).get(STORAGE)) is not None:
             amounts[STORAGE] = own
         elif any(_amount(each, part, STORAGE) is not None for each in beside):
             amounts[STORAGE] = policy.format_bytes(DISK_BYTES)
-    request, limit = (quantities.num_bytes(found[part].get(STORAGE)) for part in ("requests", "limits"))
+    request, limit = (quantities.num_bytes(storage[part].get(STORAGE)) for part in ("requests", "limits"))
     if request and limit and request > limit:
         # One of the two is ours: it gives way.
         given = "requests" if (declared.get("requests") or {}).get(STORAGE) is not None else "limits"
-        found["limits" if given == "requests" else "requests"][STORAGE] = found[given][STORAGE]
-    return found
+        storage["limits" if given == "requests" else "requests"][STORAGE] = storage[given][STORAGE]
+    return storage
 
 
 def _amounts(millicores: int | None, memory_bytes: int) -> dict[str, str]:

@@ -54,7 +54,7 @@ _UNKNOWN_MOST: Final = 20
 """Annotations that do not exist and are told one by one: a pod may have ten thousand, and each is compared with all that do."""
 
 
-class Client(StrEnum):
+class ClientSource(StrEnum):
     """Where the trainer has the client library from."""
 
     INJECTED = "Injected"
@@ -62,7 +62,7 @@ class Client(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class PodAnnotations:
     """What the annotations of a pod say. A value that was refused is as if it were absent."""
 
     policy: str = ""
@@ -72,7 +72,7 @@ class Wishes:
     """Trainer containers. Empty: injection chooses."""
     job_id: str = ""
     """Empty: from the pod's owner. It may hold `JOB_ID_FIELD`."""
-    client: Client = Client.INJECTED
+    client: ClientSource = ClientSource.INJECTED
     image: str = ""
     """Empty: the operator's setting."""
     resources: Mapping[str, str]
@@ -81,8 +81,8 @@ class Wishes:
     """Not yet judged. None: the policy's."""
 
 
-def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
-    """The wishes of a pod, and all that is wrong with how they are written."""
+def parse(annotations: Mapping[str, str]) -> tuple[PodAnnotations, list[str]]:
+    """The pod_annotations of a pod, and all that is wrong with how they are written."""
     problems: list[str] = []
 
     def read(name: str, pattern: re.Pattern[str], allowed: str) -> str:
@@ -102,9 +102,9 @@ def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
     inject = annotations.get(INJECT, "true")
     if inject not in ("true", "false"):
         problems.append(f'{INJECT}: got {_clip(inject)}; allowed: "true" or "false"')
-    client = annotations.get(CLIENT, Client.INJECTED.value)
-    if client not in list(Client):
-        problems.append(f"{CLIENT}: got {_clip(client)}; allowed: one of {', '.join(Client)}")
+    client = annotations.get(CLIENT, ClientSource.INJECTED.value)
+    if client not in list(ClientSource):
+        problems.append(f"{CLIENT}: got {_clip(client)}; allowed: one of {', '.join(ClientSource)}")
     names = tuple(name.strip() for name in annotations[CONTAINERS].split(",")) if CONTAINERS in annotations else ()
     if not all(_CONTAINER_NAME.fullmatch(name) for name in names) or len(set(names)) != len(names):
         allowed = "names of the pod's containers, each once, separated by commas"
@@ -116,18 +116,18 @@ def parse(annotations: Mapping[str, str]) -> tuple[Wishes, list[str]]:
             f"{JOB_ID}: got {_clip(job_id)}; allowed: {JOB_ID_ALLOWED}; $(index) and $(job-index) stand for the pod's"
         )
         job_id = ""
-    wishes = Wishes(
+    parsed = PodAnnotations(
         # An empty name is what matchConditions takes as not opted in, so it is no mistake here either.
         policy=read(POLICY, _OBJECT_NAME, "the name of a CheckpointPolicy") if annotations.get(POLICY) else "",
         inject=inject != "false",
         containers=names,
         job_id=job_id,
-        client=Client(client) if client in list(Client) else Client.INJECTED,
+        client=ClientSource(client) if client in list(ClientSource) else ClientSource.INJECTED,
         image=read(SIDECAR_IMAGE, _IMAGE, "an image reference"),
         resources={name: annotations[name] for name in RESOURCES if name in annotations},
         staging_size_limit=annotations.get(STAGING_SIZE_LIMIT),
     )
-    return wishes, problems
+    return parsed, problems
 
 
 def is_job_id(text: str) -> bool:

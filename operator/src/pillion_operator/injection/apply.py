@@ -25,12 +25,12 @@ _OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
 
 def remove(pod: Json) -> Json:
     """The pod without what `insert` put into it; the pod itself where that was nothing."""
-    found = status.read(pod)
+    injected = status.read(pod)
     bare = pods.copied(pod)
-    if found is None:
+    if injected is None:
         return bare
     spec = bare["spec"]
-    before = found.before
+    before = injected.before
     declared = [before.declared] if before.declared else []
     _set(spec, "initContainers", _merge(spec.get("initContainers"), declared, "name", _OWN_CONTAINERS))
     _set(spec, "volumes", _merge(spec.get("volumes"), [], "name", sidecar_spec.VOLUMES))
@@ -79,15 +79,18 @@ def insert(pod: Json, bare: Json, parts: Parts) -> tuple[Json, status.Before]:
     )
 
 
-def mark(pod: Json, of: status.Status, parts: Parts) -> None:
+def mark(pod: Json, record: status.Status, parts: Parts) -> None:
     """Write status annotation and label into a pod that `insert` made, and that none of its volumes on disk keeps a node alive."""
     metadata = pod["metadata"]
-    known = metadata.get("annotations") or {}
-    others = [each for each in known.get(_EVICTABLE, "").split(",") if each and each not in sidecar_spec.VOLUMES]
+    before = metadata.get("annotations") or {}
+    others = [each for each in before.get(_EVICTABLE, "").split(",") if each and each not in sidecar_spec.VOLUMES]
     on_disk = [
         each["name"] for each in parts.volumes if each.get("emptyDir", {"medium": "Memory"}).get("medium") is None
     ]
-    metadata["annotations"] = known | {_EVICTABLE: ",".join([*others, *on_disk]), annotations.STATUS: status.dump(of)}
+    metadata["annotations"] = before | {
+        _EVICTABLE: ",".join([*others, *on_disk]),
+        annotations.STATUS: status.dump(record),
+    }
     metadata["labels"] = (metadata.get("labels") or {}) | {annotations.INJECTED: "true"}
 
 
@@ -145,8 +148,8 @@ def _lay_into_trainer(container: Json, bare: Json, parts: Parts) -> str | None:
             entry = {"name": sidecar_spec.PYTHONPATH, "value": _behind(literal)}
         else:
             # The kubelet expands a variable that an earlier entry, or an envFrom, has set.
-            known = last is not None or bool(bare.get("envFrom"))
-            entry = {"name": sidecar_spec.PYTHONPATH, "value": _behind("$(PYTHONPATH)" if known else "")}
+            is_set = last is not None or bool(bare.get("envFrom"))
+            entry = {"name": sidecar_spec.PYTHONPATH, "value": _behind("$(PYTHONPATH)" if is_set else "")}
         literals = [
             n for n, each in enumerate(env) if each.get("name") == sidecar_spec.PYTHONPATH and "valueFrom" not in each
         ]

@@ -72,7 +72,7 @@ def message(decision: Decision) -> str:
 
 def inject(
     pod: Json,
-    found: CheckpointPolicy | None,
+    checkpoint_policy: CheckpointPolicy | None,
     settings: Settings,
     *,
     made_by: identity.Job | identity.Unclear | None = None,
@@ -83,35 +83,39 @@ def inject(
 
     Args:
         pod: as the API server sends it.
-        found: the policy that its annotation names; None: there is none.
+        checkpoint_policy: the policy that its annotation names; None: there is none.
         settings: the operator's.
         made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: the pod tells.
         claim: the PersistentVolumeClaim that the policy names. None: not known.
     """
-    wishes, problems = annotations.parse(pods.metadata_map(pod, "annotations"))
+    pod_annotations, problems = annotations.parse(pods.metadata_map(pod, "annotations"))
     if _MIRROR in pods.metadata_map(pod, "annotations"):
         return Skip(reason=Reason.MIRROR_POD)
     if not pods.metadata_map(pod, "annotations").get(annotations.POLICY):
         return Skip(reason=Reason.NOT_OPTED_IN)
-    if not wishes.inject:
+    if not pod_annotations.inject:
         return Skip(reason=Reason.OPTED_OUT)
     # Who cannot be injected starts untouched, or not at all, as the policy says.
-    failure_policy = (found.failure_policy if found else None) or settings.failure_policy
+    failure_policy = (checkpoint_policy.failure_policy if checkpoint_policy else None) or settings.failure_policy
     refuse = Deny if failure_policy is policy.FailurePolicy.FAIL else Skip
-    if found is None:
+    if checkpoint_policy is None:
         if problems:
             return refuse(reason=Reason.BAD_ANNOTATION, details=tuple(problems))
-        return refuse(reason=Reason.POLICY_MISSING, details=(f"policy {wishes.policy}",))
-    if found.spec is None:
-        return refuse(reason=Reason.POLICY_INVALID, details=(f"policy {found.name}", *found.problems))
-    if found.spec.suspend:
-        return Skip(reason=Reason.POLICY_SUSPENDED, details=(f"policy {found.name}",))
+        return refuse(reason=Reason.POLICY_MISSING, details=(f"policy {pod_annotations.policy}",))
+    if checkpoint_policy.spec is None:
+        return refuse(
+            reason=Reason.POLICY_INVALID, details=(f"policy {checkpoint_policy.name}", *checkpoint_policy.problems)
+        )
+    if checkpoint_policy.spec.suspend:
+        return Skip(reason=Reason.POLICY_SUSPENDED, details=(f"policy {checkpoint_policy.name}",))
 
     bare = apply.remove(pod)
     declared = pods.named(pods.init_containers(bare), sidecar_spec.SIDECAR)
-    effective, in_annotations, in_container = overrides.apply(found.spec, wishes, bare, declared, settings)
-    chosen, not_there = trainers.choose(bare, wishes, status.read(pod))
-    belongs_to = identity.identify(bare, wishes.job_id, made_by=made_by)
+    effective, in_annotations, in_container = overrides.apply(
+        checkpoint_policy.spec, pod_annotations, bare, declared, settings
+    )
+    chosen, not_there = trainers.choose(bare, pod_annotations, status.read(pod))
+    belongs_to = identity.identify(bare, pod_annotations.job_id, made_by=made_by)
     unclear = [belongs_to.why] if isinstance(belongs_to, identity.Unclear) else []
     for reason, details in (
         (Reason.UNSUPPORTED_POD, _unsupported(bare)),
@@ -124,14 +128,14 @@ def inject(
             return refuse(reason=reason, details=tuple(details))
     assert isinstance(belongs_to, identity.Job), "what is unclear was refused"
 
-    parts = sidecar_spec.build(bare, effective, belongs_to, wishes, declared, chosen, settings)
+    parts = sidecar_spec.build(bare, effective, belongs_to, pod_annotations, declared, chosen, settings)
     if declared and (details := overrides.container_problems(declared, parts.sidecar)):
         return refuse(reason=Reason.BAD_SIDECAR_CONTAINER, details=tuple(details))
     done, before = apply.insert(pod, bare, parts)
     what = status.Status(
-        policy=wishes.policy,
-        policy_uid=found.uid,
-        policy_generation=found.generation,
+        policy=pod_annotations.policy,
+        policy_uid=checkpoint_policy.uid,
+        policy_generation=checkpoint_policy.generation,
         job_kind=belongs_to.kind,
         job_name=belongs_to.name,
         job_id=belongs_to.id,
@@ -140,7 +144,7 @@ def inject(
         before=before,
     )
     apply.mark(done, what, parts)
-    warnings = doubts.find(bare, done, effective.policy, wishes, declared, chosen, settings, claim)
+    warnings = doubts.find(bare, done, effective.policy, pod_annotations, declared, chosen, settings, claim)
     return Inject(pod=done, patch=patch.diff(pod, done), status=what, warnings=tuple(warnings))
 
 
@@ -160,20 +164,20 @@ def _misplaced(bare: Json) -> list[str]:
 
 def _collisions(bare: Json, chosen: tuple[str, ...]) -> list[str]:
     """Names and paths of ours that the pod uses for something else, all of them."""
-    found = [
+    collisions = [
         f"volume {each['name']}"
         for each in pods.spec(bare).get("volumes") or []
         if each.get("name") in sidecar_spec.VOLUMES
     ]
     if pods.named([*pods.init_containers(bare), *pods.containers(bare)], sidecar_spec.CLIENT):
-        found.append(f"container {sidecar_spec.CLIENT}")
+        collisions.append(f"container {sidecar_spec.CLIENT}")
     for container in pods.containers(bare):
         if container.get("name") in chosen:
             where = f"container {container['name']}"
             set_already = {each.get("name") for each in container.get("env") or []}
-            found += [f"{where}: variable {name}" for name in sidecar_spec.TRAINER_ENV if name in set_already]
+            collisions += [f"{where}: variable {name}" for name in sidecar_spec.TRAINER_ENV if name in set_already]
             mounted = {str(each.get("mountPath")).rstrip("/") for each in container.get("volumeMounts") or []}
-            found += [f"{where}: mount {path}" for path in sidecar_spec.TRAINER_MOUNTS if path in mounted]
-    if found and status.read(bare) is None and annotations.INJECTED in pods.metadata_map(bare, "labels"):
-        found.append(f"the pod looks injected, but its annotation {annotations.STATUS} is missing or unreadable")
-    return found
+            collisions += [f"{where}: mount {path}" for path in sidecar_spec.TRAINER_MOUNTS if path in mounted]
+    if collisions and status.read(bare) is None and annotations.INJECTED in pods.metadata_map(bare, "labels"):
+        collisions.append(f"the pod looks injected, but its annotation {annotations.STATUS} is missing or unreadable")
+    return collisions

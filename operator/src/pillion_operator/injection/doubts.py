@@ -28,8 +28,8 @@ _ONE_NODE: Final = ("ReadWriteOnce", "ReadWriteOncePod")
 def find(
     bare: Json,
     done: Json,
-    of: policy.Policy,
-    wishes: annotations.Wishes,
+    effective: policy.Policy,
+    pod_annotations: annotations.PodAnnotations,
     declared: Json | None,
     chosen: tuple[str, ...],
     settings: Settings,
@@ -41,25 +41,25 @@ def find(
     Args:
         bare: the pod without what injection puts into it.
         done: the pod with it.
-        of: the policy that holds for it.
-        wishes: its annotations.
+        effective: the policy that holds for it.
+        pod_annotations: its annotations.
         declared: the sidecar that it declares itself, or None.
         chosen: its trainer containers.
         settings: the operator's.
         claim: the PersistentVolumeClaim of its storage; None: not known.
     """
     return [
-        *_about_trainers(bare, wishes, chosen),
-        *_about_the_user(bare, of, declared, chosen, settings),
+        *_about_trainers(bare, pod_annotations, chosen),
+        *_about_the_user(bare, effective, declared, chosen, settings),
         *_about_the_network(bare, settings),
         *_about_the_end(done),
-        *_about_the_arena(bare, of, chosen),
+        *_about_the_arena(bare, effective, chosen),
         *_about_the_claim(bare, claim),
     ]
 
 
-def _about_trainers(bare: Json, wishes: annotations.Wishes, chosen: tuple[str, ...]) -> Iterator[str]:
-    if trainers.is_guessed(bare, wishes):
+def _about_trainers(bare: Json, pod_annotations: annotations.PodAnnotations, chosen: tuple[str, ...]) -> Iterator[str]:
+    if trainers.is_guessed(bare, pod_annotations):
         names = ", ".join(str(each.get("name")) for each in pods.containers(bare))
         yield (
             f"of the containers {names} nothing tells which one trains: {', '.join(chosen)} is taken; say it with {annotations.CONTAINERS}"
@@ -67,10 +67,10 @@ def _about_trainers(bare: Json, wishes: annotations.Wishes, chosen: tuple[str, .
 
 
 def _about_the_user(
-    bare: Json, of: policy.Policy, declared: Json | None, chosen: tuple[str, ...], settings: Settings
+    bare: Json, effective: policy.Policy, declared: Json | None, chosen: tuple[str, ...], settings: Settings
 ) -> Iterator[str]:
     said = ((declared or {}).get("securityContext") or {}).get("runAsUser")
-    if said is None and of.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
+    if said is None and effective.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
         yield (
             f"the pod says no runAsUser, so that the sidecar runs as {settings.run_as_user}, which may not write to a fresh volume: say"
             " runAsUser or fsGroup in the pod, or sidecar.runAsUser in the policy (0 where only root may write)"
@@ -95,18 +95,18 @@ def _about_the_end(done: Json) -> Iterator[str]:
         )
 
 
-def _about_the_arena(bare: Json, of: policy.Policy, chosen: tuple[str, ...]) -> Iterator[str]:
-    arena_bytes = of.staging.size_limit_bytes
+def _about_the_arena(bare: Json, effective: policy.Policy, chosen: tuple[str, ...]) -> Iterator[str]:
+    arena_bytes = effective.staging.size_limit_bytes
     if arena_bytes is None:
         return
     size = policy.format_bytes(arena_bytes)
     if arena_bytes > ARENA_MOST_BYTES:
         yield f"no node has the {size} of memory that the arena may take: lower staging.sizeLimit"
-    elif of.staging.memory_accounting is policy.MemoryAccounting.WORKLOAD:
+    elif effective.staging.memory_accounting is policy.MemoryAccounting.WORKLOAD:
         own = [quantities.num_bytes(_limit(pods.spec(bare)))]
         each = [quantities.num_bytes(_limit(one)) for one in pods.containers(bare) if one.get("name") in chosen]
         limits = own if own[0] is not None else each
-        total_bytes = sum(found for found in limits if found is not None)
+        total_bytes = sum(limit for limit in limits if limit is not None)
         if None not in limits and arena_bytes >= total_bytes:
             yield (
                 f"the workload pays for an arena of {size} and may have {policy.format_bytes(total_bytes)} in all: raise the trainer's"
@@ -114,14 +114,14 @@ def _about_the_arena(bare: Json, of: policy.Policy, chosen: tuple[str, ...]) -> 
             )
 
 
-def _limit(of: Json) -> object:
-    return ((of.get("resources") or {}).get("limits") or {}).get("memory")
+def _limit(holder: Json) -> object:
+    return ((holder.get("resources") or {}).get("limits") or {}).get("memory")
 
 
 def _about_the_claim(bare: Json, claim: Json | None) -> Iterator[str]:
     modes = ((claim or {}).get("spec") or {}).get("accessModes") or []
-    known = pods.metadata_map(bare, "labels") | pods.metadata_map(bare, "annotations")
-    several = known.get(_COMPLETION_INDEX, "0") != "0" or any(known.get(each, "1") != "1" for each in _SIZES)
+    marks = pods.metadata_map(bare, "labels") | pods.metadata_map(bare, "annotations")
+    several = marks.get(_COMPLETION_INDEX, "0") != "0" or any(marks.get(each, "1") != "1" for each in _SIZES)
     if several and modes and all(each in _ONE_NODE for each in modes):
         name = ((claim or {}).get("metadata") or {}).get("name")
         yield (

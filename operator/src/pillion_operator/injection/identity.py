@@ -90,20 +90,20 @@ def identify(pod: Json, job_id: str = "", *, made_by: Job | Unclear | None = Non
         job_id: what its annotation says, with `$(index)` in it perhaps. Empty: nothing.
         made_by: the object whose template the pod is. None: the pod is one that its controller made.
     """
-    found = made_by or _by_owner(pod)
+    job = made_by or _by_owner(pod)
     if job_id:
         resolved = _resolved(pod, job_id, is_template=made_by is not None)
         if isinstance(resolved, Unclear):
             return resolved
         owner = pods.controller(pod) or {}
         kind, name = str(owner.get("kind") or "Pod"), str(owner.get("name") or pods.name(pod) or resolved)
-        known = found if isinstance(found, Job) else Job(kind=kind, name=name, id="", uid=str(owner.get("uid") or ""))
-        found = Job(kind=known.kind, name=known.name, id=resolved, uid=known.uid)
-    if isinstance(found, Job) and not annotations.is_job_id(found.id):
+        owner_job = job if isinstance(job, Job) else Job(kind=kind, name=name, id="", uid=str(owner.get("uid") or ""))
+        job = Job(kind=owner_job.kind, name=owner_job.name, id=resolved, uid=owner_job.uid)
+    if isinstance(job, Job) and not annotations.is_job_id(job.id):
         return Unclear(
-            why=f"{found.kind} {found.name!r:.80} gives no id: allowed is {annotations.JOB_ID_ALLOWED}; say one{_HINT}"
+            why=f"{job.kind} {job.name!r:.80} gives no id: allowed is {annotations.JOB_ID_ALLOWED}; say one{_HINT}"
         )
-    return found
+    return job
 
 
 def _by_owner(pod: Json) -> Job | Unclear:
@@ -114,22 +114,22 @@ def _by_owner(pod: Json) -> Job | Unclear:
     group = str(owner.get("apiVersion") or "").rpartition("/")[0]
     kind, name, uid = (str(owner.get(key) or "") for key in ("kind", "name", "uid"))
     match (group, kind):
-        case known if known in _ONE_TRAINING:
-            return Job(kind=_ONE_TRAINING[known], name=name, id=name, uid=uid)
-        case known if known == _BATCH_JOB:
+        case owner_kind if owner_kind in _ONE_TRAINING:
+            return Job(kind=_ONE_TRAINING[owner_kind], name=name, id=name, uid=uid)
+        case owner_kind if owner_kind == _BATCH_JOB:
             return _of_a_job(pod, name, uid)
-        case known if known == _STATEFUL_SET:
+        case owner_kind if owner_kind == _STATEFUL_SET:
             if lws := labels.get(_LWS_NAME):
                 # Each group of a LeaderWorkerSet is a world of its own.
                 return Job(kind="LeaderWorkerSet", name=lws, id=f"{lws}-{labels.get(_LWS_GROUP, '0')}")
             return Job(kind=kind, name=name, id=name, uid=uid)
-        case known if known == _REPLICA_SET:
+        case owner_kind if owner_kind == _REPLICA_SET:
             template_hash = labels.get(_TEMPLATE_HASH, "")
             if template_hash and name.endswith(f"-{template_hash}"):
                 made_by = name.removesuffix(f"-{template_hash}")
                 return Job(kind="Deployment", name=made_by, id=made_by)
             return Job(kind=kind, name=name, id=name, uid=uid)
-        case known if known == _RAY_CLUSTER and labels.get(_RAY_MADE_FROM_KIND) == "RayJob":
+        case owner_kind if owner_kind == _RAY_CLUSTER and labels.get(_RAY_MADE_FROM_KIND) == "RayJob":
             # Each retry of a RayJob is by another RayCluster. KubeRay 1.5 puts these labels on the RayCluster; the user, on the templates.
             made_by = labels.get(_RAY_MADE_FROM_NAME, "")
             return Job(kind="RayJob", name=made_by, id=made_by)
@@ -172,8 +172,8 @@ def _of_nobody(pod: Json, labels: Mapping[str, str]) -> Job | Unclear:
 
 def _resolved(pod: Json, job_id: str, *, is_template: bool) -> str | Unclear:
     """The annotation's id with the pod's own indices in it."""
-    known = pods.metadata_map(pod, "labels") | pods.metadata_map(pod, "annotations")
-    values = {name: next((known[each] for each in places if each in known), None) for name, places in _INDICES.items()}
+    marks = pods.metadata_map(pod, "labels") | pods.metadata_map(pod, "annotations")
+    values = {name: next((marks[each] for each in places if each in marks), None) for name, places in _INDICES.items()}
     named = annotations.JOB_ID_FIELD.findall(job_id)
     if missing := [name for name in named if values.get(name) is None]:
         where = " or ".join(_INDICES[missing[0]])

@@ -35,12 +35,16 @@ class Effective:
 
 
 def apply(
-    given: policy.Policy, wishes: annotations.Wishes, bare: Json, declared: Json | None, settings: Settings
+    given: policy.Policy,
+    pod_annotations: annotations.PodAnnotations,
+    bare: Json,
+    declared: Json | None,
+    settings: Settings,
 ) -> tuple[Effective, list[str], list[str]]:
     """What holds for the pod, and all that is wrong with its annotations and with the amounts and the image that it declares."""
     in_annotations: list[str] = []
     in_container: list[str] = []
-    asked = _asked(wishes, bare, declared)
+    asked = _asked(pod_annotations, bare, declared)
     effective = given
     while asked:  # One of them goes with each problem.
         try:
@@ -59,11 +63,11 @@ def apply(
             text = f"{source}: got {value!r}; allowed: at most {most}, as the policy says"
             (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
 
-    image = wishes.image or str((declared or {}).get("image") or "") or settings.sidecar_image
+    image = pod_annotations.image or str((declared or {}).get("image") or "") or settings.sidecar_image
     if image != settings.sidecar_image and repository(image) not in allowed_repositories(settings):
-        source = annotations.SIDECAR_IMAGE if wishes.image else f"{_CONTAINER}: image"
+        source = annotations.SIDECAR_IMAGE if pod_annotations.image else f"{_CONTAINER}: image"
         text = f"{source}: got {image!r}; allowed: an image of {', '.join(allowed_repositories(settings))}"
-        (in_annotations if wishes.image else in_container).append(text)
+        (in_annotations if pod_annotations.image else in_container).append(text)
     pull = str((declared or {}).get("imagePullPolicy") or settings.image_pull_policy)
     return Effective(policy=effective, image=image, image_pull_policy=pull), in_annotations, in_container
 
@@ -79,17 +83,19 @@ def allowed_repositories(settings: Settings) -> tuple[str, ...]:
     return listed or (repository(settings.sidecar_image),)
 
 
-def _asked(wishes: annotations.Wishes, bare: Json, declared: Json | None) -> dict[str, tuple[object, str]]:
+def _asked(
+    pod_annotations: annotations.PodAnnotations, bare: Json, declared: Json | None
+) -> dict[str, tuple[object, str]]:
     """By path in the policy: what the pod asks for, and where it says so."""
     asked: dict[str, tuple[object, str]] = {}
     for part, said in amounts.said(bare, declared).items():
         for name, amount in said.items():
             if name in ("cpu", "memory"):
                 asked[f"sidecar.resources.{part}.{name}"] = (amount, f"{_CONTAINER}: resources.{part}.{name}")
-    for annotation, amount in wishes.resources.items():
+    for annotation, amount in pod_annotations.resources.items():
         asked[".".join(("sidecar.resources", *annotations.RESOURCES[annotation]))] = (amount, annotation)
-    if wishes.staging_size_limit is not None:
-        asked["staging.sizeLimit"] = (wishes.staging_size_limit, annotations.STAGING_SIZE_LIMIT)
+    if pod_annotations.staging_size_limit is not None:
+        asked["staging.sizeLimit"] = (pod_annotations.staging_size_limit, annotations.STAGING_SIZE_LIMIT)
     return asked
 
 

@@ -24,8 +24,8 @@ def copied(value: T) -> T:
 
 def metadata_map(pod: Json, name: str) -> dict[str, str]:
     """`metadata.labels` or `metadata.annotations`; empty where there are none."""
-    found = (pod.get("metadata") or {}).get(name) or {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    entries = (pod.get("metadata") or {}).get(name) or {}
+    return {key: value for key, value in entries.items() if isinstance(value, str)}
 
 
 def name(pod: Json) -> str:

@@ -100,15 +100,17 @@ def _problem(value: Any, shape: Any, path: str) -> str:
         if shape is _CONTAINER and not isinstance(value.get("name"), str):
             return f"{at} has no name"
         # A null is an absent field.
-        found = (
-            _problem(value[key], of, f"{path}.{key}") for key, of in inner if of is not None and value[key] is not None
+        problems = (
+            _problem(value[key], expected, f"{path}.{key}")
+            for key, expected in inner
+            if expected is not None and value[key] is not None
         )
-        return next(filter(None, found), "")
+        return next(filter(None, problems), "")
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{at} must be a list"
-        found = (_problem(each, shape[0], f"{path}[{index}]") for index, each in enumerate(value))
-        return next(filter(None, found), "")
+        problems = (_problem(each, shape[0], f"{path}[{index}]") for index, each in enumerate(value))
+        return next(filter(None, problems), "")
     if not isinstance(value, shape) or isinstance(value, bool):
         return f"{at} is of another type"
     return f"{at} is no number of 64 bits" if isinstance(value, int) and not -_INT64 <= value < _INT64 else ""

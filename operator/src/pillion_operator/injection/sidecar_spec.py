@@ -89,7 +89,7 @@ def build(
     bare: Json,
     effective: overrides.Effective,
     job: identity.Job,
-    wishes: annotations.Wishes,
+    pod_annotations: annotations.PodAnnotations,
     declared: Json | None,
     trainers: tuple[str, ...],
     settings: Settings,
@@ -101,16 +101,16 @@ def build(
         bare: the pod without them.
         effective: the policy and the image for this pod.
         job: the training that the pod belongs to.
-        wishes: the pod's annotations.
+        pod_annotations: the pod's annotations.
         declared: the sidecar that the pod declares itself, or None.
         trainers: names of the trainer containers.
         settings: the operator's.
     """
-    injects_client = wishes.client is annotations.Client.INJECTED
+    injects_client = pod_annotations.client is annotations.ClientSource.INJECTED
     # What a namespace demands at least and allows at most is measured by the pod's other containers.
     others = [each for each in (*pods.containers(bare), *pods.init_containers(bare)) if each.get("name") != SIDECAR]
     sidecar = _sidecar(bare, effective, others, declared, trainers, settings)
-    sidecar["env"] = _environment(effective.policy, job, wishes.policy, declared, settings)
+    sidecar["env"] = _environment(effective.policy, job, pod_annotations.policy, declared, settings)
     client = _client(bare, effective, others, trainers, settings) if injects_client else None
     return Parts(
         sidecar=sidecar,

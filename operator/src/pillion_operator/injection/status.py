@@ -65,8 +65,8 @@ def read(pod: Json) -> Status | None:
         if document.pop("version") != VERSION or shape.status_problem(document):
             return None
         # A null is an absent field: one that may be absent has its default then, one that may not is a TypeError.
-        known = {key: value for key, value in document.items() if value is not None}
-        before = {key: value for key, value in known.pop("before").items() if value is not None}
-        return Status(**known | {"containers": tuple(known["containers"]), "before": Before(**before)})
+        fields = {key: value for key, value in document.items() if value is not None}
+        before = {key: value for key, value in fields.pop("before").items() if value is not None}
+        return Status(**fields | {"containers": tuple(fields["containers"]), "before": Before(**before)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -29,23 +29,25 @@ _NOT_TRAINERS: Final = ("istio-proxy", "linkerd-proxy")
 """Sidecars of another make that may stand first among the regular containers."""
 
 
-def choose(bare: Json, wishes: annotations.Wishes, earlier: status.Status | None) -> tuple[tuple[str, ...], list[str]]:
+def choose(
+    bare: Json, pod_annotations: annotations.PodAnnotations, earlier: status.Status | None
+) -> tuple[tuple[str, ...], list[str]]:
     """The trainer containers: the annotation's, those with an accelerator, the main one, those with any device, the first; and what is wrong."""
     names = [str(each.get("name")) for each in pods.containers(bare)]
-    if wishes.containers:
-        missing = [name for name in wishes.containers if name not in names]
+    if pod_annotations.containers:
+        missing = [name for name in pod_annotations.containers if name not in names]
         there = f"allowed: containers of the pod, which are {', '.join(names)}"
-        return wishes.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
+        return pod_annotations.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
     if earlier and set(earlier.containers) <= set(names):
         return earlier.containers, []
     main, candidates = _main(bare)
     return _with_accelerators(bare) or main or _with_devices(bare) or candidates[:1], []
 
 
-def is_guessed(bare: Json, wishes: annotations.Wishes) -> bool:
+def is_guessed(bare: Json, pod_annotations: annotations.PodAnnotations) -> bool:
     """Whether several containers may train, and nothing tells which one does."""
     main, candidates = _main(bare)
-    return not (wishes.containers or main or _with_devices(bare)) and len(candidates) > 1
+    return not (pod_annotations.containers or main or _with_devices(bare)) and len(candidates) > 1
 
 
 def _main(bare: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -16,7 +16,7 @@ ROOT: Final = 0
 
 
 def of_sidecar(
-    of: policy.Sidecar, bare: Json, trainers: tuple[str, ...], declared: Json | None, settings: Settings
+    section: policy.Sidecar, bare: Json, trainers: tuple[str, ...], declared: Json | None, settings: Settings
 ) -> Json:
     """
     The sidecar's security context: under the user that the pod declares for it, else the policy's, else the trainer's, so that both
@@ -25,18 +25,18 @@ def of_sidecar(
     A root sidecar may write where another user has written before, as root does; of root's rights it has that one.
     """
     own = (declared or {}).get("securityContext") or {}
-    user = _first(own.get("runAsUser"), of.run_as_user, _said(bare, trainers, "runAsUser"), settings.run_as_user)
+    user = _first(own.get("runAsUser"), section.run_as_user, _said(bare, trainers, "runAsUser"), settings.run_as_user)
     # A root trainer's group is root's, but none is said.
     fallback = ROOT if user == ROOT else settings.run_as_group
     said = _said(bare, trainers, "runAsGroup")
-    group = _first(own.get("runAsGroup"), of.run_as_group, said if said or user == ROOT else None, fallback)
+    group = _first(own.get("runAsGroup"), section.run_as_group, said if said or user == ROOT else None, fallback)
     return _context(user, group, bare, trainers)
 
 
-def of_client(of: policy.Sidecar, bare: Json, trainers: tuple[str, ...], settings: Settings) -> Json:
+def of_client(section: policy.Sidecar, bare: Json, trainers: tuple[str, ...], settings: Settings) -> Json:
     """The security context of the container that lays out the client, which is never root: an empty volume takes any user's files."""
-    users = (of.run_as_user, _said(bare, trainers, "runAsUser"))
-    groups = (of.run_as_group, _said(bare, trainers, "runAsGroup"))
+    users = (section.run_as_user, _said(bare, trainers, "runAsUser"))
+    groups = (section.run_as_group, _said(bare, trainers, "runAsGroup"))
     user = next((each for each in users if each), settings.run_as_user)
     return _context(user, next((each for each in groups if each), settings.run_as_group), bare, trainers)
 
@@ -75,8 +75,8 @@ def _context(user: Any, group: Any, bare: Json, trainers: tuple[str, ...]) -> Js
 
 
 def _of_trainer(bare: Json, trainers: tuple[str, ...]) -> Json:
-    found = pods.named(pods.containers(bare), trainers[0]) if trainers else None
-    return (found or {}).get("securityContext") or {}
+    trainer = pods.named(pods.containers(bare), trainers[0]) if trainers else None
+    return (trainer or {}).get("securityContext") or {}
 
 
 def _of_pod(bare: Json) -> Json:

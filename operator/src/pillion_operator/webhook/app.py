@@ -109,7 +109,7 @@ class Webhook:
         await self.refusals.flush()
         await self.events.flush()
 
-    def _certificate_changed(self, found: serving.Material) -> None:
+    def _certificate_changed(self, material: serving.Material) -> None:
         """Pods that are injected from now on trust whom the certificate is of."""
-        if found.authority:
-            self.server.settings = dataclasses.replace(self.server.settings, home_ca=found.authority)
+        if material.authority:
+            self.server.settings = dataclasses.replace(self.server.settings, home_ca=material.authority)

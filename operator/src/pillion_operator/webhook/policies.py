@@ -72,10 +72,10 @@ class Policies:
         Raises:
             LookupFailed: the API server does not say, or may not be asked now.
         """
-        found = self._reflector.get(namespace, name)
-        if found is not None:
+        cached = self._reflector.get(namespace, name)
+        if cached is not None:
             metrics.POLICY_LOOKUPS.labels("cache").inc()
-            return found
+            return cached
         key = (namespace, name)
         if time.monotonic() < self._missing.get(key, 0.0):
             metrics.POLICY_LOOKUPS.labels("cache").inc()
@@ -101,7 +101,7 @@ class Policies:
         metrics.POLICY_LOOKUPS.labels("api").inc()
         namespace, name = key
         try:
-            found = await self._client.get(paths.POLICIES.one(namespace, name), timeout_s=LOOKUP_S)
+            document = await self._client.get(paths.POLICIES.one(namespace, name), timeout_s=LOOKUP_S)
         except client.NotFound:
             self._missing[key] = time.monotonic() + MISSING_S
             self._missing.move_to_end(key)
@@ -110,7 +110,7 @@ class Policies:
             return None
         except (client.ApiError, client.Unreachable) as err:
             raise LookupFailed(f"policy {name} could not be looked up: {err}") from err
-        return checkpoint_policy.from_object(found)
+        return checkpoint_policy.from_object(document)
 
     def _changed(self, key: Key, old: CheckpointPolicy | None, new: CheckpointPolicy | None) -> None:
         self._missing.pop(key, None)

@@ -64,7 +64,7 @@ class Refusals:
         self._client = api
         self._events = posted
         self._waiting: asyncio.Queue[_Refusal] = asyncio.Queue(WAITING_MOST)
-        self._known: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
+        self._owners: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
         """By path and UID: until when it holds, and whether there is such an owner."""
 
     def post(self, about: Json, reason: str, message: str) -> None:
@@ -111,22 +111,22 @@ class Refusals:
         if path is None:
             return False
         now_s = time.monotonic()
-        until_s, known = self._known.get((path, uid), (0.0, False))
+        until_s, exists = self._owners.get((path, uid), (0.0, False))
         if now_s < until_s:
-            return known
+            return exists
         await asyncio.sleep(1 / LOOKS_PER_S)
         try:
-            found = await self._client.get(path, metadata_only=True, timeout_s=LOOKUP_S)
-            known = (found.get("metadata") or {}).get("uid") == uid
+            document = await self._client.get(path, metadata_only=True, timeout_s=LOOKUP_S)
+            exists = (document.get("metadata") or {}).get("uid") == uid
         except client.NotFound:
-            known = False
-        self._known[path, uid] = now_s + KNOWN_S, known
-        self._known.move_to_end((path, uid))
-        while len(self._known) > KNOWN_MOST:
-            self._known.popitem(last=False)
-        if not known:
+            exists = False
+        self._owners[path, uid] = now_s + KNOWN_S, exists
+        self._owners.move_to_end((path, uid))
+        while len(self._owners) > KNOWN_MOST:
+            self._owners.popitem(last=False)
+        if not exists:
             _log.debug("a review names an owner that there is not", extra={Field.NAMESPACE: about.get("namespace")})
-        return known
+        return exists
 
 
 def path_of(about: Json) -> str | None:

@@ -64,16 +64,16 @@ def read(body: bytes) -> Question:
         raise BadReview("request.kind is no object")
     is_made = request.get("operation") == "CREATE" and not request.get("subResource")
     is_pod = is_made and (kind.get("group"), kind.get("version"), kind.get("kind")) == ("", "v1", "Pod")
-    found, namespace = request.get("object"), request.get("namespace")
-    if isinstance(found, dict) and isinstance(found.get("metadata"), dict):
+    pod, namespace = request.get("object"), request.get("namespace")
+    if isinstance(pod, dict) and isinstance(pod.get("metadata"), dict):
         # Who wrote which field is half of many a pod. Injection neither reads nor writes it, and what is not there is not copied.
-        found["metadata"].pop("managedFields", None)
-    if is_pod and not isinstance(found, dict):
+        pod["metadata"].pop("managedFields", None)
+    if is_pod and not isinstance(pod, dict):
         raise BadReview("request.object is missing")
     return Question(
         uid=request["uid"],
         namespace=namespace if isinstance(namespace, str) else "",
-        pod=found if is_pod else None,
+        pod=pod if is_pod else None,
         is_dry_run=bool(request.get("dryRun")),
     )
 
@@ -127,12 +127,12 @@ def about(question: Question) -> Json:
     pod = question.pod if question.pod is not None and not shape.problem(question.pod, ("metadata",)) else {}
     owner: Any = pods.controller(pod)
     if owner:
-        found = {key: str(owner.get(key) or "") for key in ("apiVersion", "kind", "name", "uid")}
+        named = {key: str(owner.get(key) or "") for key in ("apiVersion", "kind", "name", "uid")}
     else:
         metadata = pod.get("metadata") or {}
         own = str(metadata.get("name") or metadata.get("generateName") or "pod")
-        found = {"apiVersion": "v1", "kind": "Pod", "name": own, "uid": str(metadata.get("uid") or "")}
-    return found | {"namespace": question.namespace}
+        named = {"apiVersion": "v1", "kind": "Pod", "name": own, "uid": str(metadata.get("uid") or "")}
+    return named | {"namespace": question.namespace}
 
 
 def _clip(text: str, most: int) -> str:

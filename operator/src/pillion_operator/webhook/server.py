@@ -50,19 +50,19 @@ _QUIET: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_
 class Server:
     """The handler, and what it decides with."""
 
-    def __init__(self, found: policies.Policies, refused: refusals.Refusals, settings: Settings) -> None:
+    def __init__(self, cache: policies.Policies, queue: refusals.Refusals, settings: Settings) -> None:
         """
         Args:
-            found: the policies of the cluster.
-            refused: who says on a pod's owner that the pod was refused.
+            cache: the policies of the cluster.
+            queue: who says on a pod's owner that the pod was refused.
             settings: see there.
         """
         self.settings = settings
         """With what pods are injected from now on; replaced when the certificate's authority changes."""
         self.is_ending = False
         """Whether connections are closed with their next answer, so that the API server finds another replica."""
-        self._policies = found
-        self._refusals = refused
+        self._policies = cache
+        self._refusals = queue
         self._bodies = Bodies(longest=BODY_MOST_BYTES, most_bytes=BODIES_MOST_BYTES, most=BODIES_MOST, within_s=BODY_S)
 
     def application(self) -> web.Application:
@@ -114,26 +114,26 @@ class Server:
         """
         The decision about a pod, whatever happens. Blocks: until `until_s`, by the loop's clock.
         """
-        pod, found = question.pod or {}, None
+        pod, policy_object = question.pod or {}, None
         try:
             async with asyncio.timeout_at(until_s):
                 # The name is judged before it becomes a part of a path.
-                wishes, _ = annotations.parse(pods.metadata_map(pod, "annotations"))
-                if wishes.policy and wishes.inject:
-                    found = await self._policies.find(question.namespace, wishes.policy)
+                pod_annotations, _ = annotations.parse(pods.metadata_map(pod, "annotations"))
+                if pod_annotations.policy and pod_annotations.inject:
+                    policy_object = await self._policies.find(question.namespace, pod_annotations.policy)
             shape.require(pod)
-            return decide.inject(pod, found, self.settings)
+            return decide.inject(pod, policy_object, self.settings)
         except policies.LookupFailed as err:
-            return self._failed(found, str(err))
+            return self._failed(policy_object, str(err))
         except TimeoutError:
-            return self._failed(found, f"it took longer than {DEADLINE_S:.0f} s")
+            return self._failed(policy_object, f"it took longer than {DEADLINE_S:.0f} s")
         except Exception as err:
             # The boundary of the process: what is wrong with us must not decide about a pod, but the policy.
             _log.exception("injection failed", extra={Field.NAMESPACE: question.namespace})
-            return self._failed(found, f"{type(err).__name__}: {err}")
+            return self._failed(policy_object, f"{type(err).__name__}: {err}")
 
-    def _failed(self, found: checkpoint_policy.CheckpointPolicy | None, why: str) -> decide.Decision:
-        failure_policy = (found.failure_policy if found else None) or self.settings.failure_policy
+    def _failed(self, policy_object: checkpoint_policy.CheckpointPolicy | None, why: str) -> decide.Decision:
+        failure_policy = (policy_object.failure_policy if policy_object else None) or self.settings.failure_policy
         refuse = decide.Deny if failure_policy is policy.FailurePolicy.FAIL else decide.Skip
         return refuse(reason=Reason.INTERNAL_ERROR, details=(why,))
 

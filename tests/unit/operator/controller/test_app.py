@@ -35,7 +35,7 @@ def test_a_leader_whose_writer_or_watch_hangs_says_which() -> None:
     """The kubelet starts it anew, and the log of the probe says why."""
     controller = made()
     controller.is_leading = True
-    controller._known.set()
+    controller._caches_filled.set()
     assert controller.stuck() == []
     controller.reconciler.last_turn_s = time.monotonic() - app.STUCK_S - 1
     assert ["writer" in each for each in controller.stuck()] == [True]
@@ -48,7 +48,7 @@ def test_a_leader_is_not_ready_before_it_knows_what_there_is() -> None:
     controller = made()
     controller.is_leading = True
     assert any("caches" in each for each in controller.missing())
-    controller._known.set()
+    controller._caches_filled.set()
     assert not any("caches" in each for each in controller.missing())
 
 

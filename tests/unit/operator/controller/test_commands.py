@@ -11,7 +11,7 @@ import pytest
 from pillion.wire import home
 from pillion_operator.controller import commands
 from pillion_operator.controller.checkpoints import Checkpoint, Status
-from pillion_operator.controller.commands import LIFETIME_S, Note, Notes, Word
+from pillion_operator.controller.commands import LIFETIME_S, Notice, SaveAnnotation, SaveAnnotations
 from pillion_operator.home.registry import Job
 from support import reports
 
@@ -33,9 +33,9 @@ def outcome(status: Status) -> tuple[str, str]:
     return status.ready, status.reason
 
 
-def note(value: str = "1", *, uid: str = "pod-uid-0", set_at: float | None = -10) -> Note:
+def note(value: str = "1", *, uid: str = "pod-uid-0", set_at: float | None = -10) -> SaveAnnotation:
     at = "" if set_at is None else reports.at(set_at)
-    return Note(about={"kind": "Pod", "name": "run-0"}, uid=uid, value=value, set_at=at)
+    return SaveAnnotation(about={"kind": "Pod", "name": "run-0"}, uid=uid, value=value, set_at=at)
 
 
 def test_a_request_goes_from_asked_to_saving_to_committed() -> None:
@@ -109,7 +109,7 @@ def test_the_id_of_an_annotation_is_its_object_and_its_value() -> None:
 
 def test_an_annotation_asks_until_the_job_has_answered_and_never_again() -> None:
     """It is told when the job takes it up and when it is done, once each; a new value asks anew."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     still, words = notes.open([note()], reports.job(10), reports.NOW_S)
     assert (still, words) == ([note()], [])
     job = acknowledged(note().id, home.Progress.ACCEPTED, 10)
@@ -128,12 +128,12 @@ def test_an_annotation_asks_until_the_job_has_answered_and_never_again() -> None
 
 def test_an_annotation_whose_save_failed_is_told_and_not_tried_again() -> None:
     """The event is a warning with the job's words."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     job = acknowledged(note().id, home.Progress.FAILED, message="disk full")
     still, words = notes.open([note()], job, reports.NOW_S)
     assert still == []
     assert words == [
-        Word(
+        Notice(
             about=note().about,
             reason="SaveFailed",
             message="The save that was asked for failed: disk full",
@@ -145,7 +145,7 @@ def test_an_annotation_whose_save_failed_is_told_and_not_tried_again() -> None:
 
 def test_after_a_restart_of_ours_the_sidecars_memory_answers() -> None:
     """The command has the same id, and the sidecar repeats what became of it instead of saving again."""
-    first, second = Notes(BEGUN_S), Notes(reports.NOW_S + 100)
+    first, second = SaveAnnotations(BEGUN_S), SaveAnnotations(reports.NOW_S + 100)
     job = acknowledged(note().id, home.Progress.DONE, 10, 25, step=25)
     assert first.open([note()], job, reports.NOW_S)[0] == []
     assert second.open([note()], job, reports.NOW_S + 101)[0] == []
@@ -163,21 +163,21 @@ def test_after_a_restart_of_ours_the_sidecars_memory_answers() -> None:
 )
 def test_after_a_restart_of_everything_storage_answers(set_at: float, steps: tuple[int, ...], asked: bool) -> None:
     """A request from before our time is done when a save that began after it is committed, and is never a surprise later."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     still, words = notes.open([note(set_at=set_at)], reports.job(*steps), reports.NOW_S)
     assert (bool(still), words) == (asked, [])
 
 
 def test_a_save_that_was_due_anyway_does_not_answer_a_request_of_our_own_time() -> None:
     """Clocks differ: only the job's own answer counts while we are there to hear it."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     still, _ = notes.open([note(set_at=-10)], reports.job(3595), reports.NOW_S)
     assert still == [note(set_at=-10)]
 
 
 def test_an_annotation_that_no_job_takes_up_is_given_up_with_a_word() -> None:
     """After ten minutes it is no request any more, also for a job that comes later."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     assert notes.open([note()], None, reports.NOW_S) == ([note()], [])
     still, words = notes.open([note()], None, reports.NOW_S + LIFETIME_S)
     assert (still, [each.reason for each in words]) == ([], ["SaveNotTaken"])
@@ -186,7 +186,7 @@ def test_an_annotation_that_no_job_takes_up_is_given_up_with_a_word() -> None:
 
 def test_an_annotation_of_an_unknown_time_asks_from_when_it_was_seen() -> None:
     """Without managedFields nothing can be compared with the storage; it is a request all the same, with the same bound."""
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     old = note(set_at=None)
     assert notes.open([old], reports.job(3599), reports.NOW_S) == ([old], [])
     assert notes.open([old], None, reports.NOW_S + LIFETIME_S + 1)[0] == []
@@ -195,7 +195,7 @@ def test_an_annotation_of_an_unknown_time_asks_from_when_it_was_seen() -> None:
 def test_what_is_remembered_of_annotations_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever annotates for ever does not fill our memory."""
     monkeypatch.setattr(commands, "FINISHED_MOST", 5)
-    notes = Notes(BEGUN_S)
+    notes = SaveAnnotations(BEGUN_S)
     for number in range(50):
         found = note(str(number))
         notes.open([found], None, reports.NOW_S)

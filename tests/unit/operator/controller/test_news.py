@@ -33,7 +33,7 @@ class Story:
             "saves_replaced": dropped - dropped // 2,
         }
         made = reports.report(committed_step=step, metrics=counted, **changes)
-        return [f"{reason}: {text}" for reason, text in self.news.of(KEY, made, self.now_s)]
+        return [f"{reason}: {text}" for reason, text in self.news.notices(KEY, made, self.now_s)]
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_a_controller_that_begins_tells_what_is_fresh_and_no_more() -> None:
 def test_what_a_report_claims_to_have_counted_is_taken_for_numbers_only(story: Story) -> None:
     """Anybody's sidecar reports; what is no whole number says nothing."""
     made = reports.report(metrics={"saves_committed": float("nan"), "saves_skipped": float("inf")})
-    assert story.news.of(KEY, made, story.now_s) == []
+    assert story.news.notices(KEY, made, story.now_s) == []
 
 
 def test_a_job_that_is_gone_is_forgotten(story: Story) -> None:
     """Nothing is kept of jobs that do not report."""
     story.news.keep([])
-    assert story.news._known == {}
+    assert story.news._announced == {}

@@ -17,7 +17,7 @@ import pytest
 from pillion.wire import home
 from pillion_operator import metrics
 from pillion_operator.cluster import client
-from pillion_operator.controller import agenda, checkpoints, commands, mirror, policies, reconcile
+from pillion_operator.controller import checkpoints, commands, mirror, policies, reconcile, work_queue
 from pillion_operator.home.registry import Registry
 from support import reports
 from support.api_in_memory import ApiInMemory
@@ -83,7 +83,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "DEBOUNCE_S", 0.002)
     monkeypatch.setattr(reconcile, "POLICY_PAUSE_S", 0.02)
     monkeypatch.setattr(reconcile, "TICK_S", 0.01)
-    monkeypatch.setattr(agenda, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(work_queue, "RETRY_FIRST_S", 0.01)
     monkeypatch.setattr(reconcile, "WRITES_PER_S", 10_000.0)
 
 
@@ -117,7 +117,7 @@ async def quiet(writer: Writer) -> None:
 
 def waiting(writer: Writer) -> int:
     of = writer.reconciler
-    return len(of._of_policies) + len(of._of_requests) + len(of._of_jobs)
+    return len(of._due_policies) + len(of._due_requests) + len(of._due_jobs)
 
 
 def test_objects_follow_what_jobs_report() -> None:

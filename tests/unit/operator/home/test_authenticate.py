@@ -188,7 +188,7 @@ def test_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error.result is Result.BUSY
         api.gate.set()
         await asyncio.gather(*tasks[:12])
-        assert len(authenticator._known) == 5
+        assert len(authenticator._identities) == 5
         assert authenticator._asking == {}
         assert authenticator._asking_for == {}
 

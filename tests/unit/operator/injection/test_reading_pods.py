@@ -1,5 +1,5 @@
 """
-The whole of: what injection reads out of a pod: its job, its wishes, what it may override; and what it answers.
+The whole of: what injection reads out of a pod: its job, its annotations, what it may override; and what it answers.
 
 Called from: pytest.
 Must never: compare whole messages; only what a reader needs from them.
@@ -54,20 +54,20 @@ def test_a_bad_annotation_is_named_with_what_is_allowed(name: str, value: str) -
 
 def test_annotations_of_others_are_none_of_our_business() -> None:
     """Only our own prefix is read."""
-    wishes, problems = annotations.parse({"example.com/inject": "no", "pillion.dev/policy": "llm"})
+    values, problems = annotations.parse({"example.com/inject": "no", "pillion.dev/policy": "llm"})
     assert problems == []
-    assert (wishes.policy, wishes.inject) == ("llm", True)
+    assert (values.policy, values.inject) == ("llm", True)
 
 
-def decided(**wishes: str) -> decide.Decision:
-    given = {f"pillion.dev/{name.replace('_', '-')}": value for name, value in wishes.items()}
+def decided(**values: str) -> decide.Decision:
+    given = {f"pillion.dev/{name.replace('_', '-')}": value for name, value in values.items()}
     metadata = {"name": "train", "annotations": {"pillion.dev/policy": "llm"} | given}
     pod = {"metadata": metadata, "spec": {"containers": [{"name": "trainer"}]}}
     return decide.inject(pod, checkpoint_policy.from_object(SPEC), settings.Settings(sidecar_image=IMAGE))
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "values",
     [
         {"staging_size_limit": "9Gi"},
         {"staging_size_limit": ""},
@@ -80,16 +80,16 @@ def decided(**wishes: str) -> decide.Decision:
         {"sidecar_image": "other/pillion-sidecar:1"},
     ],
 )
-def test_an_override_above_the_policy_is_refused(wishes: dict[str, str]) -> None:
+def test_an_override_above_the_policy_is_refused(values: dict[str, str]) -> None:
     """The policy is the ceiling, and requests stay below limits; the annotation that is to blame is named."""
-    made = decided(**wishes)
+    made = decided(**values)
     assert isinstance(made, decide.Deny)
     assert made.reason is reasons.Reason.BAD_ANNOTATION
-    assert [each.split(":")[0] for each in made.details] == [f"pillion.dev/{next(iter(wishes)).replace('_', '-')}"]
+    assert [each.split(":")[0] for each in made.details] == [f"pillion.dev/{next(iter(values)).replace('_', '-')}"]
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "values",
     [
         {"staging_size_limit": "1Gi"},
         {"sidecar_memory_limit": "512Mi", "sidecar_memory_request": "256Mi"},
@@ -97,9 +97,9 @@ def test_an_override_above_the_policy_is_refused(wishes: dict[str, str]) -> None
         {"sidecar_image": "example/pillion-sidecar@sha256:" + "0" * 64},
     ],
 )
-def test_an_override_within_the_policy_is_taken(wishes: dict[str, str]) -> None:
+def test_an_override_within_the_policy_is_taken(values: dict[str, str]) -> None:
     """What the policy leaves open, or more, a pod may have less of."""
-    assert isinstance(decided(**wishes), decide.Inject)
+    assert isinstance(decided(**values), decide.Inject)
 
 
 def test_repositories_are_compared_without_tag_and_digest() -> None:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion_operator.controller.commands import Note
+from pillion_operator.controller.commands import SaveAnnotation
 from pillion_operator.home import injected
 from pillion_operator.home.registry import JobKey
 
 Json = dict[str, Any]
 PolicyKey = tuple[str, str]
 
-NOTES_MOST: Final = 64
+SAVE_ANNOTATIONS_MOST: Final = 64
 """Annotations that are looked at for one job: those of its pods. More ask for nothing else."""
 
 
@@ -27,7 +27,7 @@ class JobObject:
     """A batch/v1 Job that has the annotation."""
 
     namespace: str
-    note: Note
+    annotation: SaveAnnotation
 
 
 def project_job(document: Json) -> JobObject | None:
@@ -39,11 +39,12 @@ def project_job(document: Json) -> JobObject | None:
     namespace, name, uid = (str(metadata.get(key) or "") for key in ("namespace", "name", "uid"))
     about = {"apiVersion": "batch/v1", "kind": "Job", "namespace": namespace, "name": name, "uid": uid}
     return JobObject(
-        namespace=sys.intern(namespace), note=Note(about=about, uid=uid, value=sys.intern(value), set_at=set_at)
+        namespace=sys.intern(namespace),
+        annotation=SaveAnnotation(about=about, uid=uid, value=sys.intern(value), set_at=set_at),
     )
 
 
-class Population:
+class PodIndex:
     """Counts and indexes over pods and jobs."""
 
     def __init__(self, on_policy: Callable[[PolicyKey], None], on_job: Callable[[JobKey], None]) -> None:
@@ -58,8 +59,8 @@ class Population:
         self._owned: Counter[tuple[str, JobKey]] = Counter()
         """Pods by the UID of their owner, and their job."""
         self._owners: dict[JobKey, set[str]] = {}
-        self._pod_notes: dict[JobKey, dict[str, Note]] = {}
-        self._job_notes: dict[str, JobObject] = {}
+        self._on_pods: dict[JobKey, dict[str, SaveAnnotation]] = {}
+        self._on_jobs: dict[str, JobObject] = {}
 
     def num_pods(self, key: PolicyKey) -> int:
         """Injected pods that run under a policy."""
@@ -69,18 +70,18 @@ class Population:
         """All policies that have pods, and how many."""
         return list(self._pods.items())
 
-    def notes(self, key: JobKey) -> list[Note]:
+    def save_annotations(self, key: JobKey) -> list[SaveAnnotation]:
         """The annotations that ask a job for a save: on its pods, and on the Job objects that own them."""
-        on_pods = self._pod_notes.get(key)
-        if not on_pods and not self._job_notes:
+        on_pods = self._on_pods.get(key)
+        if not on_pods and not self._on_jobs:
             return []
-        on_jobs = (self._job_notes.get(uid) for uid in self._owners.get(key, ()))
-        found = [*(each.note for each in on_jobs if each), *(on_pods or {}).values()]
-        return found[:NOTES_MOST]
+        on_jobs = (self._on_jobs.get(uid) for uid in self._owners.get(key, ()))
+        annotated = [*(each.annotation for each in on_jobs if each), *(on_pods or {}).values()]
+        return annotated[:SAVE_ANNOTATIONS_MOST]
 
-    def jobs_with_notes(self) -> list[JobKey]:
+    def jobs_with_save_annotations(self) -> list[JobKey]:
         """The jobs that are asked for a save by annotation."""
-        return list({*self._pod_notes, *(key for uid, key in self._owned if uid in self._job_notes)})
+        return list({*self._on_pods, *(key for uid, key in self._owned if uid in self._on_jobs)})
 
     def pod_changed(self, _: tuple[str, str], old: injected.Pod | None, new: injected.Pod | None) -> None:
         """What the Reflector of pods calls."""
@@ -97,10 +98,10 @@ class Population:
     def job_changed(self, _: tuple[str, str], old: JobObject | None, new: JobObject | None) -> None:
         """What the Reflector of jobs calls."""
         if old is not None:
-            self._job_notes.pop(old.note.uid, None)
+            self._on_jobs.pop(old.annotation.uid, None)
         if new is not None:
-            self._job_notes[new.note.uid] = new
-            for key in self._keys_of(new.note.uid):
+            self._on_jobs[new.annotation.uid] = new
+            for key in self._keys_of(new.annotation.uid):
                 self._on_job(key)
 
     def _keys_of(self, owner_uid: str) -> Collection[JobKey]:
@@ -122,13 +123,15 @@ class Population:
                 owners.discard(pod.owner.uid)
                 if not owners:
                     del self._owners[key]
-        notes = self._pod_notes.setdefault(key, {})
+        save_annotations = self._on_pods.setdefault(key, {})
         if by > 0 and pod.save_now:
-            notes[pod.uid] = Note(about=_about(pod), uid=pod.uid, value=pod.save_now, set_at=pod.save_now_time)
+            save_annotations[pod.uid] = SaveAnnotation(
+                about=_about(pod), uid=pod.uid, value=pod.save_now, set_at=pod.save_now_time
+            )
         else:
-            notes.pop(pod.uid, None)
-        if not notes:
-            del self._pod_notes[key]
+            save_annotations.pop(pod.uid, None)
+        if not save_annotations:
+            del self._on_pods[key]
 
 
 def _about(pod: injected.Pod) -> Json:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from pillion.wire import home
 from pillion_operator import metrics
 from pillion_operator.controller import commands, conditions, news
-from pillion_operator.controller.population import Population
+from pillion_operator.controller.pod_index import PodIndex
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import injected, registry, times
 from pillion_operator.home.registry import JobKey, Received, Registry
@@ -29,13 +29,13 @@ class Post(Protocol):
     ) -> None: ...
 
 
-class Desk:
+class ReportHandler:
     """Between the jobs and the rest of the controller."""
 
     def __init__(
         self,
         jobs: Registry,
-        population: Population,
+        pod_index: PodIndex,
         reconciler: Reconciler,
         pods: injected.Cache,
         post: Post,
@@ -43,21 +43,21 @@ class Desk:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._jobs = jobs
-        self._population = population
+        self._pod_index = pod_index
         self._reconciler = reconciler
         self._pods = pods
         self._post = post
         self._clock = clock
-        self._notes = commands.Notes(clock())
+        self._save_annotations = commands.SaveAnnotations(clock())
         self._news = news.News()
 
     def reported(self, received: Received) -> None:
         """A report was taken in."""
         report, before = received.job.report, received.before
         if not received.stale:
-            for reason, text in self._news.of(received.job.key, report, self._clock()):
+            for reason, text in self._news.notices(received.job.key, report, self._clock()):
                 # On what made the pod, which is what people look at.
-                action = "Load" if reason is commands.WordReason.LOADED else "Save"
+                action = "Load" if reason is commands.NoticeReason.LOADED else "Save"
                 self._post(self._abouts(report)[-1], reason, text, action=action)
         if not received.changed:
             return
@@ -65,22 +65,22 @@ class Desk:
         self._reconciler.mark_policy((report.namespace, report.policy))
         if before is not None and before.report.policy != report.policy:
             self._reconciler.mark_policy((report.namespace, before.report.policy))
-        known = before.report.failures if before else ()
+        reported_before = before.report.failures if before else ()
         for failure in report.failures:
             age_s = self._clock() - (times.parse(failure.time) or 0.0)
-            if failure not in known and (before is not None or age_s < RECENT_S):
+            if failure not in reported_before and (before is not None or age_s < RECENT_S):
                 self._failed(report, failure)
 
     def commands_of(self, key: JobKey) -> tuple[home.Command, ...]:
         """What a job is to do; whoever asked for it by annotation is told how far it is."""
-        open_notes = self._open_notes(key)
-        return commands.commands(self._reconciler.checkpoints.open_requests(key), open_notes)
+        open_annotations = self._open_annotations(key)
+        return commands.commands(self._reconciler.checkpoints.open_requests(key), open_annotations)
 
     def sweep(self) -> None:
         """Give up what was asked of jobs that do not report, and forget what was said of them."""
-        for key in self._population.jobs_with_notes():
+        for key in self._pod_index.jobs_with_save_annotations():
             if self._jobs.get(key) is None:
-                self._open_notes(key)
+                self._open_annotations(key)
         self._news.keep([job.key for job in self._jobs.jobs()])
 
     def rows(self) -> Iterable[metrics.JobRow]:
@@ -106,26 +106,26 @@ class Desk:
                 counters=report.metrics,
             )
 
-    def _open_notes(self, key: JobKey) -> list[commands.Note]:
-        notes = self._population.notes(key)
-        if not notes:
+    def _open_annotations(self, key: JobKey) -> list[commands.SaveAnnotation]:
+        save_annotations = self._pod_index.save_annotations(key)
+        if not save_annotations:
             return []
-        still_open, words = self._notes.open(notes, self._jobs.get(key), self._clock())
-        for word in words:
-            self._post(word.about, word.reason, word.message, warning=word.warning, action="Save")
+        still_open, notices = self._save_annotations.open(save_annotations, self._jobs.get(key), self._clock())
+        for notice in notices:
+            self._post(notice.about, notice.reason, notice.message, warning=notice.warning, action="Save")
         return still_open
 
     def _failed(self, report: home.Report, failure: home.Failure) -> None:
         """An event on the pod that says so, and on what made the pod, which is what people look at."""
-        own = {each.value: each for each in (commands.WordReason.LOAD_FAILED, commands.WordReason.REFUSED)}
-        reason = own.get(failure.reason, commands.WordReason.FAILED)
+        own = {each.value: each for each in (commands.NoticeReason.LOAD_FAILED, commands.NoticeReason.REFUSED)}
+        reason = own.get(failure.reason, commands.NoticeReason.FAILED)
         for about in self._abouts(report):
             self._post(
                 about,
                 reason,
-                conditions.told(failure),
+                conditions.describe(failure),
                 warning=True,
-                action="Save" if reason is commands.WordReason.FAILED else "Load",
+                action="Save" if reason is commands.NoticeReason.FAILED else "Load",
             )
 
     def _abouts(self, report: home.Report) -> list[dict[str, Any]]:

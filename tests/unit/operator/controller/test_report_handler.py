@@ -13,9 +13,9 @@ from kopf._core.intents import registries
 from pillion.wire import home
 from pillion_operator import metrics
 from pillion_operator.controller import endpoint, handlers, policies
-from pillion_operator.controller.desk import Desk
-from pillion_operator.controller.population import Population
+from pillion_operator.controller.pod_index import PodIndex
 from pillion_operator.controller.reconcile import Reconciler
+from pillion_operator.controller.report_handler import ReportHandler
 from pillion_operator.home import injected
 from pillion_operator.home.registry import JobKey, Registry
 from pillion_operator.settings import Settings
@@ -26,16 +26,18 @@ KEY = JobKey(reports.NAMESPACE, reports.JOB)
 FAILURE = home.Failure(step=30, reason="PersistError", message="No space left", time=reports.at(-5))
 
 
-class Office:
-    """A desk, and what it said."""
+class Handled:
+    """A handler of reports, and the events that it posted."""
 
     def __init__(self) -> None:
         self.jobs = Registry()
         self.events: list[tuple[str, str, bool]] = []
-        self.population = Population(lambda _: None, lambda _: None)
+        self.pod_index = PodIndex(lambda _: None, lambda _: None)
         api: Any = ApiInMemory()
         self.reconciler = Reconciler(api, self.jobs, lambda _: 0, self._post)
-        self.desk = Desk(self.jobs, self.population, self.reconciler, self, self._post, clock=lambda: reports.NOW_S)
+        self.report_handler = ReportHandler(
+            self.jobs, self.pod_index, self.reconciler, self, self._post, clock=lambda: reports.NOW_S
+        )
         self.pod = injected.project(reports.pod())
 
     def get(self, namespace: str, name: str) -> injected.Pod | None:
@@ -43,7 +45,7 @@ class Office:
 
     def report(self, *steps: int, now_s: float = 0.0, **changes: Any) -> None:
         received = self.jobs.receive(reports.report(*steps, **changes), created="t", now_s=now_s)
-        self.desk.reported(received)
+        self.report_handler.reported(received)
 
     def _post(self, about: Any, reason: str, message: str, *, warning: bool = False, action: str = "") -> None:
         del message, action
@@ -51,65 +53,65 @@ class Office:
 
 
 @pytest.fixture
-def office() -> Office:
-    return Office()
+def handled() -> Handled:
+    return Handled()
 
 
-def test_a_failure_is_an_event_on_the_pod_and_on_what_made_it(office: Office) -> None:
+def test_a_failure_is_an_event_on_the_pod_and_on_what_made_it(handled: Handled) -> None:
     """Once, though it stands in many reports."""
-    office.report(10)
+    handled.report(10)
     for _ in range(3):
-        office.report(10, failures=(FAILURE,))
-    assert office.events == [("Pod/run-0", "SaveFailed", True), ("Job/run", "SaveFailed", True)]
+        handled.report(10, failures=(FAILURE,))
+    assert handled.events == [("Pod/run-0", "SaveFailed", True), ("Job/run", "SaveFailed", True)]
     again = dataclasses.replace(FAILURE, step=31)
-    office.report(10, failures=(again, FAILURE))
-    assert len(office.events) == 4
+    handled.report(10, failures=(again, FAILURE))
+    assert len(handled.events) == 4
 
 
 @pytest.mark.parametrize("reason", ["LoadFailed", "CheckpointRefused"])
-def test_a_load_that_failed_or_passed_a_checkpoint_over_is_an_event_of_its_own(office: Office, reason: str) -> None:
+def test_a_load_that_failed_or_passed_a_checkpoint_over_is_an_event_of_its_own(handled: Handled, reason: str) -> None:
     """Nobody takes a lost or corrupt checkpoint for a save that failed."""
-    office.report(10)
-    office.report(10, failures=(dataclasses.replace(FAILURE, reason=reason, step=-1),))
-    assert office.events == [("Pod/run-0", reason, True), ("Job/run", reason, True)]
+    handled.report(10)
+    handled.report(10, failures=(dataclasses.replace(FAILURE, reason=reason, step=-1),))
+    assert handled.events == [("Pod/run-0", reason, True), ("Job/run", reason, True)]
 
 
-def test_failures_from_before_a_restart_of_ours_are_no_news(office: Office) -> None:
+def test_failures_from_before_a_restart_of_ours_are_no_news(handled: Handled) -> None:
     """What is older than a minute was told by the controller before; what is younger may not have been."""
     old = dataclasses.replace(FAILURE, time=reports.at(-100))
-    office.report(10, failures=(FAILURE, old))
-    assert [each[0] for each in office.events] == ["Pod/run-0", "Job/run"]
+    handled.report(10, failures=(FAILURE, old))
+    assert [each[0] for each in handled.events] == ["Pod/run-0", "Job/run"]
 
 
-def test_a_change_marks_the_job_and_its_policies(office: Office) -> None:
+def test_a_change_marks_the_job_and_its_policies(handled: Handled) -> None:
     """A job that goes over to another policy concerns both."""
-    office.report(10)
-    assert office.reconciler._of_policies.take(1e9) == ((reports.NAMESPACE, reports.POLICY), 0)
-    office.report(10, step=20)
-    assert office.reconciler._of_policies.take(1e9) is None
-    office.report(10, policy="other")
-    found = [office.reconciler._of_policies.take(1e9) for _ in range(2)]
+    handled.report(10)
+    assert handled.reconciler._due_policies.take(1e9) == ((reports.NAMESPACE, reports.POLICY), 0)
+    handled.report(10, step=20)
+    assert handled.reconciler._due_policies.take(1e9) is None
+    handled.report(10, policy="other")
+    found = [handled.reconciler._due_policies.take(1e9) for _ in range(2)]
     assert {each[0][1] for each in found if each} == {reports.POLICY, "other"}
 
 
-def test_a_job_is_told_of_requests_by_object_and_by_annotation(office: Office) -> None:
+def test_a_job_is_told_of_requests_by_object_and_by_annotation(handled: Handled) -> None:
     """And of nothing that is asked of another job."""
-    office.report(10)
-    assert office.desk.commands_of(KEY) == ()
-    office.reconciler.checkpoints.put(reports.request())
-    assert office.pod is not None
-    asked = dataclasses.replace(office.pod, save_now="1", save_now_time=reports.at(0))
-    office.population.pod_changed(("", ""), None, asked)
-    assert [each.id.split("-")[0] for each in office.desk.commands_of(KEY)] == ["checkpoint", "note"]
-    assert office.desk.commands_of(JobKey(reports.NAMESPACE, "other")) == ()
-    assert office.desk.commands_of(JobKey("other", reports.JOB)) == ()
+    handled.report(10)
+    assert handled.report_handler.commands_of(KEY) == ()
+    handled.reconciler.checkpoints.put(reports.request())
+    assert handled.pod is not None
+    asked = dataclasses.replace(handled.pod, save_now="1", save_now_time=reports.at(0))
+    handled.pod_index.pod_changed(("", ""), None, asked)
+    assert [each.id.split("-")[0] for each in handled.report_handler.commands_of(KEY)] == ["checkpoint", "note"]
+    assert handled.report_handler.commands_of(JobKey(reports.NAMESPACE, "other")) == ()
+    assert handled.report_handler.commands_of(JobKey("other", reports.JOB)) == ()
 
 
-def test_the_metrics_of_a_job_end_with_it(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_of_a_job_end_with_it(handled: Handled, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come from its newest report, with the age of its newest commit; no series of a job that is gone is left."""
     numbers = {"saves_committed": 3, "saves_failed": 1, "persist_seconds": 2.5, "unknown": 1}
-    office.report(10, 20, metrics=numbers, storage_error="x")
-    monkeypatch.setattr(metrics.FLEET, "jobs", office.desk.rows)
+    handled.report(10, 20, metrics=numbers, storage_error="x")
+    monkeypatch.setattr(metrics.FLEET, "jobs", handled.report_handler.rows)
     monkeypatch.setattr(metrics.FLEET, "pods", lambda: [((reports.NAMESPACE, reports.POLICY), 4)])
 
     def value(name: str, **labels: str) -> float | None:
@@ -131,7 +133,7 @@ def test_the_metrics_of_a_job_end_with_it(office: Office, monkeypatch: pytest.Mo
     )
     assert metrics.REGISTRY.get_sample_value("pillion_jobs") == 1
     assert b"unknown" not in metrics.render()
-    office.jobs.forget_silent(1000.0)
+    handled.jobs.forget_silent(1000.0)
     assert value("last_committed_step") is None
     assert reports.JOB.encode() + b'"' not in metrics.render()
 

@@ -22,7 +22,7 @@ class _Entry:
     failures: int = 0
 
 
-class Agenda(Generic[T]):
+class WorkQueue(Generic[T]):
     """Keys that are due, now or later."""
 
     def __init__(self) -> None:
