@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 PREFIX: Final = "pillion.dev/"
 POLICY: Final = "pillion.dev/policy"
@@ -81,8 +81,16 @@ class PodAnnotations:
     """Not yet judged. None: the policy's."""
 
 
-def parse(annotations: Mapping[str, str]) -> tuple[PodAnnotations, list[str]]:
-    """The pod_annotations of a pod, and all that is wrong with how they are written."""
+class Parsed(NamedTuple):
+    """The annotations of one pod after one look at them."""
+
+    annotations: PodAnnotations
+    problems: list[str]
+    """Every problem with how they are written."""
+
+
+def parse(annotations: Mapping[str, str]) -> Parsed:
+    """Parse the annotations of a pod."""
     problems: list[str] = []
 
     def read(name: str, pattern: re.Pattern[str], allowed: str) -> str:
@@ -127,7 +135,7 @@ def parse(annotations: Mapping[str, str]) -> tuple[PodAnnotations, list[str]]:
         resources={name: annotations[name] for name in RESOURCES if name in annotations},
         staging_size_limit=annotations.get(STAGING_SIZE_LIMIT),
     )
-    return parsed, problems
+    return Parsed(parsed, problems)
 
 
 def is_job_id(text: str) -> bool:

@@ -24,8 +24,18 @@ _OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
 
 
 def remove(pod: Json) -> Json:
-    """The pod without what `insert` put into it; the pod itself where that was nothing."""
-    injected = status.read(pod)
+    """A copy of the pod without what `insert` put into it."""
+    return without(pod, status.read(pod))
+
+
+def without(pod: Json, injected: status.Status | None) -> Json:
+    """
+    As `remove`, for a pod whose status was read.
+
+    Args:
+        pod: with what `insert` put into it, or without.
+        injected: `status.read(pod)`. None: nothing is taken out.
+    """
     bare = pods.copied(pod)
     if injected is None:
         return bare

@@ -75,6 +75,7 @@ def inject(
     checkpoint_policy: CheckpointPolicy | None,
     settings: Settings,
     *,
+    parsed: annotations.Parsed | None = None,
     made_by: identity.Job | identity.Unclear | None = None,
     claim: Json | None = None,
 ) -> Decision:
@@ -85,14 +86,16 @@ def inject(
         pod: as the API server sends it.
         checkpoint_policy: the policy that its annotation names; None: there is none.
         settings: the operator's.
+        parsed: the pod's annotations where the caller has parsed them; a pod may have thousands. None: they are parsed here.
         made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: the pod tells.
         claim: the PersistentVolumeClaim that the policy names. None: not known.
     """
-    pod_annotations, problems = annotations.parse(pods.metadata_map(pod, "annotations"))
-    if _MIRROR in pods.metadata_map(pod, "annotations"):
+    raw = pods.metadata_map(pod, "annotations")
+    if _MIRROR in raw:
         return Skip(reason=Reason.MIRROR_POD)
-    if not pods.metadata_map(pod, "annotations").get(annotations.POLICY):
+    if not raw.get(annotations.POLICY):
         return Skip(reason=Reason.NOT_OPTED_IN)
+    pod_annotations, problems = parsed or annotations.parse(raw)
     if not pod_annotations.inject:
         return Skip(reason=Reason.OPTED_OUT)
     # Who cannot be injected starts untouched, or not at all, as the policy says.
@@ -109,12 +112,13 @@ def inject(
     if checkpoint_policy.spec.suspend:
         return Skip(reason=Reason.POLICY_SUSPENDED, details=(f"policy {checkpoint_policy.name}",))
 
-    bare = apply.remove(pod)
+    earlier = status.read(pod)
+    bare = apply.without(pod, earlier)
     declared = pods.named(pods.init_containers(bare), sidecar_spec.SIDECAR)
     effective, in_annotations, in_container = overrides.apply(
         checkpoint_policy.spec, pod_annotations, bare, declared, settings
     )
-    chosen, not_there = trainers.choose(bare, pod_annotations, status.read(pod))
+    chosen, not_there = trainers.choose(bare, pod_annotations, earlier)
     belongs_to = identity.identify(bare, pod_annotations.job_id, made_by=made_by)
     unclear = [belongs_to.why] if isinstance(belongs_to, identity.Unclear) else []
     for reason, details in (
@@ -178,6 +182,7 @@ def _collisions(bare: Json, chosen: tuple[str, ...]) -> list[str]:
             collisions += [f"{where}: variable {name}" for name in sidecar_spec.TRAINER_ENV if name in set_already]
             mounted = {str(each.get("mountPath")).rstrip("/") for each in container.get("volumeMounts") or []}
             collisions += [f"{where}: mount {path}" for path in sidecar_spec.TRAINER_MOUNTS if path in mounted]
-    if collisions and status.read(bare) is None and annotations.INJECTED in pods.metadata_map(bare, "labels"):
+    # A pod whose status could be read has lost the label by now, with the parts.
+    if collisions and annotations.INJECTED in pods.metadata_map(bare, "labels"):
         collisions.append(f"the pod looks injected, but its annotation {annotations.STATUS} is missing or unreadable")
     return collisions

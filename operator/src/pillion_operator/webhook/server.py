@@ -118,11 +118,11 @@ class Server:
         try:
             async with asyncio.timeout_at(until_s):
                 # The name is judged before it becomes a part of a path.
-                pod_annotations, _ = annotations.parse(pods.metadata_map(pod, "annotations"))
-                if pod_annotations.policy and pod_annotations.inject:
-                    policy_object = await self._policies.find(question.namespace, pod_annotations.policy)
+                parsed = annotations.parse(pods.metadata_map(pod, "annotations"))
+                if parsed.annotations.policy and parsed.annotations.inject:
+                    policy_object = await self._policies.find(question.namespace, parsed.annotations.policy)
             shape.require(pod)
-            return decide.inject(pod, policy_object, self.settings)
+            return decide.inject(pod, policy_object, self.settings, parsed=parsed)
         except policies.LookupFailed as err:
             return self._failed(policy_object, str(err))
         except TimeoutError:

@@ -4,18 +4,21 @@ The whole of: what the API server asks, and how a decision is put in its words.
 Called from: pytest.
 """
 
+import asyncio
 import base64
 import json
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillion_operator.injection import checkpoint_policy, decide
+from pillion_operator.injection import annotations, checkpoint_policy, decide, status
 from pillion_operator.injection.reasons import Reason
 from pillion_operator.settings import Settings
-from pillion_operator.webhook import review
+from pillion_operator.webhook import review, server
 from support import json_patch
 
 POD: dict[str, Any] = {
@@ -175,3 +178,35 @@ def test_an_event_is_about_the_pods_controller() -> None:
     assert review.about(question(object=owned)) == expected
     assert review.about(question())["name"] == "train"
     assert review.about(question())["kind"] == "Pod"
+
+
+def test_a_review_parses_annotations_and_status_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a pod that is injected already: a pod may have a quarter of a MiB of annotations, and the API server asks twice."""
+    injected = decide.inject(POD, POLICY, Settings())
+    assert isinstance(injected, decide.Inject)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def call(value: Any) -> Any:
+            calls[name] += 1
+            return original(value)
+
+        return call
+
+    monkeypatch.setattr(annotations, "parse", counted("parse", annotations.parse))
+    monkeypatch.setattr(status, "read", counted("read", status.read))
+
+    class Policies:
+        async def find(self, namespace: str, name: str) -> checkpoint_policy.CheckpointPolicy:
+            return POLICY
+
+    policies: Any = Policies()
+    refusals: Any = None
+
+    async def decided() -> decide.Decision:
+        asked = question(object=injected.pod)
+        until_s = asyncio.get_running_loop().time() + server.DEADLINE_S
+        return await server.Server(policies, refusals, Settings()).decision(asked, until_s)
+
+    assert isinstance(asyncio.run(decided()), decide.Inject)
+    assert calls == {"parse": 1, "read": 1}
