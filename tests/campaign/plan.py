@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing.faults import Fault, Kind
 
 TWO_PODS_SHARE: Final = 0.1
@@ -111,10 +111,18 @@ def _act(strikes: list[Strike], dice: random.Random) -> Act:
 
 def _faults(inside: Inside, dice: random.Random) -> tuple[Fault, ...]:
     step = dice.choice([None, 10, 20, 30, 40, 50])
-    writing = dice.choice((Phase.WRITE, Phase.FSYNC, Phase.COMMIT, Phase.PUBLISH))
-    data = dice.choice((Phase.WRITE, Phase.FSYNC))
+    writing = dice.choice((FaultPoint.WRITE, FaultPoint.FSYNC, FaultPoint.COMMIT, FaultPoint.PUBLISH))
+    data = dice.choice((FaultPoint.WRITE, FaultPoint.FSYNC))
     anywhere = dice.choice(
-        (Phase.PLAN, Phase.WRITE, Phase.FSYNC, Phase.REPORT, Phase.COMMIT, Phase.PUBLISH, Phase.RETAIN)
+        (
+            FaultPoint.PLAN,
+            FaultPoint.WRITE,
+            FaultPoint.FSYNC,
+            FaultPoint.REPORT,
+            FaultPoint.COMMIT,
+            FaultPoint.PUBLISH,
+            FaultPoint.RETAIN,
+        )
     )
     if inside is Inside.REFUSED:
         kind = dice.choice((Kind.EIO, Kind.ENOSPC))

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from pillion import checkpointer
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from process import ranks as processes
 from process.ranks import Peer, Ranks
@@ -99,7 +99,7 @@ def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_t
     folder, root = tmp_path / "faults", tmp_path / "runs"
     folder.mkdir()
     policy = {"trigger": {"periodSteps": 1}, "drain": {"timeoutSeconds": 4}}
-    held = faults.fail_at(rank=1, phase=Phase.WRITE, fault=faults.Kind.HOLD, step=2)
+    held = faults.fail_at(rank=1, phase=FaultPoint.WRITE, fault=faults.Kind.HOLD, step=2)
     env = {"PILLION_LINGER_S": "60"} | faults.to_environment(folder, [held])
 
     def train(peer: Peer) -> None:

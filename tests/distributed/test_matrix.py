@@ -36,7 +36,7 @@ from distributed.scene import (
     train,
     write_down,
 )
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind
 from process import ranks as processes
@@ -62,12 +62,12 @@ def scene(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path) -> Itera
         rank=cell.rank,
         phase=cell.phase,
         fault=cell.kind,
-        step=2 if cell.phase not in (Phase.LOAD, Phase.RESCUE) else None,
+        step=2 if cell.phase not in (FaultPoint.LOAD, FaultPoint.RESCUE) else None,
         times=cell.times,
         seconds=cell.seconds,
     )
     env = {"MATRIX_ROOT": str(root), **BOUNDS, **faults.to_environment(folder, [fault])}
-    if cell.phase is Phase.RESCUE:
+    if cell.phase is FaultPoint.RESCUE:
         env["MATRIX_TRIGGER"] = json.dumps({"periodSteps": 1000, "snapshotSteps": 1})
     with contextlib.ExitStack() as stack:
         made = None
@@ -97,7 +97,7 @@ def test_a_fault_at_a_phase_loses_nothing_and_stops_nothing(scene: Scene) -> Non
     assert scene.all("save", 1) == ["trains on"] * 2
     assert scene.all("result", 1) == [1, 1]
     before = scene.all("pids")
-    break_it = {Phase.LOAD: load_under_the_fault, Phase.RESCUE: rescue_under_the_fault}
+    break_it = {FaultPoint.LOAD: load_under_the_fault, FaultPoint.RESCUE: rescue_under_the_fault}
     outcome = break_it.get(cell.phase, save_under_the_fault)(scene, before)
     assert outcome in EXPECTED[cell.name].outcomes, f"{cell.name}: {outcome}; see {matrix.OUTCOMES.name}"
     check_storage(scene.root, outcome)

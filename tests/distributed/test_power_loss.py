@@ -21,7 +21,7 @@ import torch
 from torch.distributed import checkpoint as stock
 
 from distributed.scene import BOUNDS, NUMEL, PODS, train, values
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind
 from pillion_sidecar.checkpoint import catalog
@@ -82,18 +82,18 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 @pytest.mark.parametrize(
     ("phase", "committed"),
     [
-        (Phase.WRITE, False),
-        (Phase.FSYNC, False),
-        (Phase.REPORT, False),
-        (Phase.COMMIT, False),
-        (Phase.PUBLISH, False),
-        (Phase.RETAIN, True),
+        (FaultPoint.WRITE, False),
+        (FaultPoint.FSYNC, False),
+        (FaultPoint.REPORT, False),
+        (FaultPoint.COMMIT, False),
+        (FaultPoint.PUBLISH, False),
+        (FaultPoint.RETAIN, True),
         (None, True),
     ],
     ids=["write", "fsync", "report", "commit", "publish", "retain", "told"],
 )
 def test_a_power_cut_leaves_the_newest_commit_or_the_one_before(
-    disk: Disk, ranks: Ranks, tmp_path: Path, phase: Phase | None, *, committed: bool
+    disk: Disk, ranks: Ranks, tmp_path: Path, phase: FaultPoint | None, *, committed: bool
 ) -> None:
     """Whatever is named as committed loads bit for bit, what was told is there, and what every part of lies there is finished."""
     root, folder = disk.mounted / "runs", tmp_path / "faults"
@@ -127,7 +127,7 @@ def test_a_power_cut_leaves_the_newest_commit_or_the_one_before(
         assert named == ([1, 2] if committed else [1])
         catalog.finish_interrupted(str(found))
         finished = processes.committed(found)
-        if committed or phase in (Phase.COMMIT, Phase.PUBLISH):
+        if committed or phase in (FaultPoint.COMMIT, FaultPoint.PUBLISH):
             assert finished == [1, 2], "every part of step 2 was durable"
         else:
             # At the report it is the other pod's part that may be there or not.

@@ -33,7 +33,7 @@ from distributed.scene import (
     train,
     write_down,
 )
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind
 from process.ranks import Job, Ranks
@@ -104,7 +104,7 @@ def again(scene: Scene, story: Story) -> Outcome:
     end(scene)
     scene.ranks.alone()
     kind, times = (Kind.EIO, PERSISTENT) if story is Story.AGAIN_REFUSED else (Kind.SIGKILL, 2)
-    begin(scene, faults.fail_at(rank=0, phase=Phase.WRITE, fault=kind, step=2, times=times), attempt=1)
+    begin(scene, faults.fail_at(rank=0, phase=FaultPoint.WRITE, fault=kind, step=2, times=times), attempt=1)
     assert scene.all("load", 1) == [1, 1]
     assert scene.all("again", 2) == ["trains on"] * 2
     told = scene.all("result", 2)
@@ -147,7 +147,7 @@ def without_descriptors(pid: int) -> Iterator[None]:
 
 
 def short_supervisor(scene: Scene, _: Story) -> Outcome:
-    begin(scene, faults.fail_at(rank=0, phase=Phase.WRITE, fault=Kind.HOLD, step=2))
+    begin(scene, faults.fail_at(rank=0, phase=FaultPoint.WRITE, fault=Kind.HOLD, step=2))
     saved(scene, 1)
     supervisor, executor = scene.all("pids")[0]
     assert scene.all("save", 2) == ["trains on"] * 2
@@ -191,7 +191,7 @@ def forked(scene: Scene, _: Story) -> Outcome:
 
 
 def slow_retention(scene: Scene, _: Story) -> Outcome:
-    begin(scene, faults.fail_at(rank=0, phase=Phase.RETAIN, fault=Kind.SLOW, step=2, seconds=SLOW_DELETION_S))
+    begin(scene, faults.fail_at(rank=0, phase=FaultPoint.RETAIN, fault=Kind.SLOW, step=2, seconds=SLOW_DELETION_S))
     saved(scene, 1)
     begun = time.monotonic()
     saved(scene, 2)

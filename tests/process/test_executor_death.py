@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pillion.errors import SaveError
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion_sidecar import app
 from pillion_sidecar.executor import worker
@@ -92,7 +92,7 @@ def test_a_snapshot_that_kills_two_executors_is_given_up_and_the_next_one_is_sav
     """The handle says that the executor died, on which rank; the step before stays, and the step after is committed."""
     kit = tmp_path / "kit"
     kit.mkdir()
-    deadly = faults.fail_at(phase=Phase.WRITE, fault=faults.Kind.SIGKILL, step=2, times=99)
+    deadly = faults.fail_at(phase=FaultPoint.WRITE, fault=faults.Kind.SIGKILL, step=2, times=99)
     for name, value in faults.to_environment(kit, [deadly]).items():
         monkeypatch.setenv(name, value)
     root = tmp_path / "root"

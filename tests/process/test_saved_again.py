@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as stock
 
 from pillion import checkpointer
 from pillion.errors import SaveError
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind
 from pillion.wire import names
@@ -43,7 +43,7 @@ def rolled_back(
     """Steps 1 and 2 are committed and 1 is loaded; the third value arms the fault of the test's parameter for step 2."""
     folder, root = tmp_path / "faults", tmp_path / "run"
     folder.mkdir()
-    fault = faults.fail_at(phase=Phase.WRITE, fault=request.param, step=2, times=TIMES)
+    fault = faults.fail_at(phase=FaultPoint.WRITE, fault=request.param, step=2, times=TIMES)
     for name, text in faults.to_environment(folder, [fault]).items():
         monkeypatch.setenv(name, text)
     # What has struck already strikes no more.

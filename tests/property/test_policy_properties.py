@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from pillion import cadence, rules
+from pillion import cadence, rule_timeline
 from pillion.cadence import Due
 from pillion.wire import policy
 
@@ -145,7 +145,7 @@ class RanksAndMessages(RuleBasedStateMachine):
     def start(self, num_ranks: int, period_steps: int | None, period_seconds: int | None, lead_s: float) -> None:
         trigger = policy.Trigger(period_steps=period_steps, period_seconds=period_seconds)
         self.ranks = [
-            cadence.Cadence(rules.Rule(trigger), decides=rank == 0, lead_s=lead_s) for rank in range(num_ranks)
+            cadence.Cadence(rule_timeline.Rule(trigger), decides=rank == 0, lead_s=lead_s) for rank in range(num_ranks)
         ]
         self.period_steps = period_steps
         self.now_s = 0.0
@@ -265,7 +265,10 @@ def test_with_a_lead_that_suffices_all_ranks_save_at_the_same_steps_and_in_time(
 ) -> None:
     """When messages take less than the lead, the ranks persist the same steps, and none is late by more than it."""
     trigger = policy.Trigger(period_steps=period_steps, period_seconds=period_seconds)
-    ranks = [cadence.Cadence(rules.Rule(trigger), decides=rank == 0, lead_s=float(lead_s)) for rank in range(num_ranks)]
+    ranks = [
+        cadence.Cadence(rule_timeline.Rule(trigger), decides=rank == 0, lead_s=float(lead_s))
+        for rank in range(num_ranks)
+    ]
     on_the_way: list[tuple[float, int, int]] = []
     persisted: list[list[int]] = [[] for _ in ranks]
     for step in range(1, 120):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from pillion import cadence, rules
+from pillion import cadence, rule_timeline
 from pillion.cadence import Due
-from pillion.rules import Rule
+from pillion.rule_timeline import Rule
 from pillion.wire import policy
 
 RULES = st.builds(
@@ -200,7 +200,7 @@ def test_with_a_lead_that_suffices_all_ranks_change_at_one_step(
 @settings(max_examples=100, deadline=None)
 def test_what_holds_at_a_step_that_was_answered_for_never_changes(data: st.DataObject, first: Rule) -> None:
     """Accepting and withdrawing in any order changes only the steps ahead; as many changes as are remembered are answered for."""
-    of = rules.Rules(first)
+    of = rule_timeline.RuleTimeline(first)
     highest, seen = 0, {0: first}
     for _ in range(data.draw(st.integers(0, 30))):
         if data.draw(st.booleans()):

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.testing.faults import Kind
 
 OUTCOMES: Final = Path(__file__).with_name("matrix_outcomes.txt")
@@ -76,7 +76,7 @@ class Deed(StrEnum):
 class Cell:
     """One fault at one phase."""
 
-    phase: Phase
+    phase: FaultPoint
     where: Where
     who: Who
     kind: Kind
@@ -165,21 +165,21 @@ SLOW_S: Final = 1.0
 PERSISTENT: Final = 4
 """As many attempts as one save gets."""
 
-EVERY_POD: Final = (Phase.PLAN, Phase.WRITE, Phase.FSYNC, Phase.REPORT)
-COORDINATORS: Final = (Phase.COMMIT, Phase.PUBLISH, Phase.RETAIN)
+EVERY_POD: Final = (FaultPoint.PLAN, FaultPoint.WRITE, FaultPoint.FSYNC, FaultPoint.REPORT)
+COORDINATORS: Final = (FaultPoint.COMMIT, FaultPoint.PUBLISH, FaultPoint.RETAIN)
 
 
 def cells() -> Iterator[Cell]:
     """All of them."""
     for where in Where:
-        for phase in (Phase.STAGE, Phase.SEAL):
+        for phase in (FaultPoint.STAGE, FaultPoint.SEAL):
             for kind in SIGNALS:
                 yield Cell(phase=phase, where=where, who=Who.TRAINER, kind=kind)
         for kind in SIGNALS:
-            yield Cell(phase=Phase.CLAIM, where=where, who=Who.SUPERVISOR, kind=kind)
-        yield Cell(phase=Phase.CLAIM, where=where, who=Who.SUPERVISOR, kind=Kind.CLOCK)
-        yield Cell(phase=Phase.SEAL, where=where, who=Who.TRAINER, kind=Kind.CLOCK)
-    for phase in (*EVERY_POD, Phase.LOAD):
+            yield Cell(phase=FaultPoint.CLAIM, where=where, who=Who.SUPERVISOR, kind=kind)
+        yield Cell(phase=FaultPoint.CLAIM, where=where, who=Who.SUPERVISOR, kind=Kind.CLOCK)
+        yield Cell(phase=FaultPoint.SEAL, where=where, who=Who.TRAINER, kind=Kind.CLOCK)
+    for phase in (*EVERY_POD, FaultPoint.LOAD):
         for where in Where:
             yield from _executor(phase, where)
             yield from _deeds(phase, where)
@@ -187,13 +187,13 @@ def cells() -> Iterator[Cell]:
         yield from _executor(phase, Where.COORDINATOR)
         yield from _deeds(phase, Where.COORDINATOR)
     for where in Where:
-        yield from _executor(Phase.RESCUE, where)
-        yield from _deeds(Phase.RESCUE, where)
+        yield from _executor(FaultPoint.RESCUE, where)
+        yield from _deeds(FaultPoint.RESCUE, where)
 
 
 def sample() -> Iterator[Cell]:
     """Some of them, with every phase and every fault at least once: for `make test`. `make matrix` runs all."""
-    phases: set[Phase] = set()
+    phases: set[FaultPoint] = set()
     faults: set[str] = set()
     for cell in cells():
         fault = f"{cell.who.value} {cell.kind.value} {cell.deed.value} {cell.times}"
@@ -203,38 +203,38 @@ def sample() -> Iterator[Cell]:
             yield cell
 
 
-def _executor(phase: Phase, where: Where) -> Iterator[Cell]:
+def _executor(phase: FaultPoint, where: Where) -> Iterator[Cell]:
     for kind in SIGNALS:
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=kind)
-    writes = phase in (Phase.WRITE, Phase.FSYNC, *COORDINATORS)
+    writes = phase in (FaultPoint.WRITE, FaultPoint.FSYNC, *COORDINATORS)
     if writes:
         for kind in REFUSALS:
             yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=kind)
-    if writes or phase is Phase.LOAD:
+    if writes or phase is FaultPoint.LOAD:
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.SLOW, seconds=SLOW_S)
-    if phase in (Phase.WRITE, Phase.FSYNC, Phase.COMMIT, Phase.PUBLISH):
+    if phase in (FaultPoint.WRITE, FaultPoint.FSYNC, FaultPoint.COMMIT, FaultPoint.PUBLISH):
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.STUCK)
-    if phase is Phase.WRITE:
+    if phase is FaultPoint.WRITE:
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.EIO, times=PERSISTENT)
-    if phase in (Phase.WRITE, Phase.FSYNC):
+    if phase in (FaultPoint.WRITE, FaultPoint.FSYNC):
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.TORN)
-    if phase is Phase.FSYNC:
+    if phase is FaultPoint.FSYNC:
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.CUT)
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.FLIP)
-    if phase is Phase.COMMIT:
+    if phase is FaultPoint.COMMIT:
         yield Cell(phase=phase, where=where, who=Who.EXECUTOR, kind=Kind.CLOCK)
 
 
-def _deeds(phase: Phase, where: Where) -> Iterator[Cell]:
+def _deeds(phase: FaultPoint, where: Where) -> Iterator[Cell]:
     held: dict[str, Any] = {"phase": phase, "where": where, "kind": Kind.HOLD}
-    if phase not in (Phase.LOAD, Phase.RESCUE):
+    if phase not in (FaultPoint.LOAD, FaultPoint.RESCUE):
         for of in Where:
             yield Cell(who=Who.TRAINER, deed=Deed.KILL, of=of, **held)
     for of in Where:
         yield Cell(who=Who.SUPERVISOR, deed=Deed.KILL, of=of, **held)
     other = Where.PEER if where is Where.COORDINATOR else Where.COORDINATOR
     yield Cell(who=Who.EXECUTOR, deed=Deed.KILL, of=other, **held)
-    if where is Where.COORDINATOR or phase in (Phase.REPORT, Phase.LOAD, Phase.RESCUE):
+    if where is Where.COORDINATOR or phase in (FaultPoint.REPORT, FaultPoint.LOAD, FaultPoint.RESCUE):
         yield Cell(who=Who.STORE, deed=Deed.LOSE, **held)
         yield Cell(who=Who.STORE, deed=Deed.SILENCE, **held)
     if where is Where.COORDINATOR:

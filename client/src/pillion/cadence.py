@@ -33,7 +33,7 @@ A loop need not ask at every step. What is due at a step is due at the first ste
 
     periodSteps 10, asked at 7 14 21 28 35    PERSIST at 14 21 35 (for 10, 20 and 30)
 
-A rule that changes while the job runs (`rules`) goes the same way: the deciding rank names a step T from which the new rule
+A rule that changes while the job runs (`rule_timeline`) goes the same way: the deciding rank names a step T from which the new rule
 holds, a rank that is past T declines, the others then take it back, and the next T is twice as far ahead:
 
     rank 0   request_change(B)   change_proposal(97) -> 101, B
@@ -54,7 +54,7 @@ from enum import Enum
 from typing import Final, final
 
 from pillion.errors import UsageError
-from pillion.rules import Rule, Rules
+from pillion.rule_timeline import Rule, RuleTimeline
 
 LEAST_LEAD_STEPS: Final = 2
 """Fewest steps between a proposal and its T: with one, a rank a single step ahead would always be too far."""
@@ -104,7 +104,7 @@ class Cadence:
     def __init__(self, rule: Rule, *, decides: bool, lead_s: float) -> None:
         if not (lead_s > 0 and math.isfinite(lead_s)):
             raise UsageError(f"lead_s is {lead_s!r}; it is a positive number of seconds")
-        self._rules = Rules(rule)
+        self._rules = RuleTimeline(rule)
         self._decides = decides
         self._lead_s = lead_s
         # `announce` decides by what `due` has answered; between its look and its note no answer may be given.

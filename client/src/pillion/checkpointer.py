@@ -17,7 +17,7 @@ from typing import Any, Final, SupportsIndex
 
 import torch.distributed as dist
 
-from pillion import cadence, ending, group, loading, policy_source, rules, saving, storing
+from pillion import cadence, exit_drain, group, loading, policy_source, rule_timeline, saving, store_mode
 from pillion import leaves as leaves_module
 from pillion.errors import SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
@@ -76,9 +76,9 @@ class Checkpointer:
             process_group,
             environ,
             root=where,
-            ask_policy=lambda environ: storing.policy_of_all(policy, environ),
+            ask_policy=lambda environ: store_mode.policy_of_all(policy, environ),
         )
-        self._session = storing.open_session(
+        self._session = store_mode.open_session(
             self._group,
             root=where,
             policy_document=policy_source.document(policy, environ),
@@ -91,12 +91,12 @@ class Checkpointer:
         self._collector = leaves_module.Collector()
         self._saver = saving.Saver(self._session, overlaps=True)
         self._cadence = cadence.Cadence(
-            rules.Rule(self._policy.trigger, self._policy.suspend),
+            rule_timeline.Rule(self._policy.trigger, self._policy.suspend),
             decides=self._group.rank == 0,
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
         self._session.listen()
-        ending.drain_at_exit(self)
+        exit_drain.drain_at_exit(self)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Checkpointer:
                 self._at_stake = handle
                 if self._closed or self._session.inherited:
                     # Nobody closes it here any more, and looks at what it owes.
-                    ending.closed(self, [handle])
+                    exit_drain.closed(self, [handle])
             return handle
         if again is not None:
             return again
@@ -291,7 +291,7 @@ class Checkpointer:
 
         Blocks: up to `timeout_s` (None: the policy's drain.timeoutSeconds).
         """
-        self._close(timeout_s, clean=not ending.by_exception())
+        self._close(timeout_s, clean=not exit_drain.by_exception())
 
     def in_flight(self) -> list[SaveHandle]:
         """The handles of saves whose outcome is not known yet."""
@@ -316,7 +316,7 @@ class Checkpointer:
             _log.error("pillion: %s", err)
         finally:
             self._saver.join()
-            ending.closed(self, owed)
+            exit_drain.closed(self, owed)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -324,7 +324,7 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self._close(None, clean=error is None or (isinstance(error, SystemExit) and ending.is_success(error.code)))
+        self._close(None, clean=error is None or (isinstance(error, SystemExit) and exit_drain.is_success(error.code)))
 
     def _on_event(self, message: messages.Message) -> None:
         if message["type"] == "announced":
@@ -361,7 +361,7 @@ class Checkpointer:
             return
         self._policy = dataclasses.replace(self._policy, drain=now.drain)
         if self._group.rank == 0:
-            self._cadence.request_change(rules.Rule(now.trigger, now.suspend))
+            self._cadence.request_change(rule_timeline.Rule(now.trigger, now.suspend))
 
 
 def _whole(step: object) -> int:
@@ -393,12 +393,12 @@ def _read(document: Mapping[str, Any]) -> policy.Policy | None:
         return None
 
 
-def _rule(document: Mapping[str, Any]) -> rules.Rule | None:
+def _rule(document: Mapping[str, Any]) -> rule_timeline.Rule | None:
     of = _read(document)
-    return None if of is None else rules.Rule(of.trigger, of.suspend)
+    return None if of is None else rule_timeline.Rule(of.trigger, of.suspend)
 
 
-def _rule_document(rule: rules.Rule) -> dict[str, object]:
+def _rule_document(rule: rule_timeline.Rule) -> dict[str, object]:
     whole = policy.dump(policy.Policy(trigger=rule.trigger, suspend=rule.suspended))
     return {name: whole[name] for name in ("trigger", "suspend")}
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pillion import callbacks, dcp_failures, ending, group, loading, policy_source, saving, storing
+from pillion import callbacks, dcp_failures, exit_drain, group, loading, policy_source, saving, store_mode
 from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import ErrorDocument, LoadError, RemoteFailure, SidecarError, SidecarUnavailable
@@ -100,7 +100,7 @@ class Saves:
         self._calls = 0
         self._last: SaveHandle | None = None
         session.listen()
-        ending.drain_at_exit(self)
+        exit_drain.drain_at_exit(self)
 
     def check_process(self) -> None:
         self._session.check_process()
@@ -177,13 +177,13 @@ class Saves:
         self._saver.close()
         drain_s = self._session.policy.drain.timeout_seconds if timeout_s is None else timeout_s
         try:
-            self._session.close(drain_s=drain_s, clean=not ending.by_exception())
+            self._session.close(drain_s=drain_s, clean=not exit_drain.by_exception())
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
         finally:
             self._saver.join()
             self._events.close()
-            ending.closed(self, owed)
+            exit_drain.closed(self, owed)
 
 
 _open: dict[object, Saves] = {}
@@ -223,14 +223,14 @@ def _open_session(
         CheckpointException: on every rank, with the ranks that could not.
     """
     members = (
-        group.join(process_group, ask_policy=lambda environ: storing.policy_of_all(None, environ))
+        group.join(process_group, ask_policy=lambda environ: store_mode.policy_of_all(None, environ))
         if distributed
         else _alone()
     )
     session = None
     mine: dict[str, object] | None = None
     try:
-        session = storing.open_session(
+        session = store_mode.open_session(
             members,
             root="",
             policy_document=policy_source.document(None, os.environ),

@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
-from pillion import devices, modes, phases, preparing, stateful
+from pillion import devices, fault_points, modes, preparing, stateful
 from pillion import leaves as leaves_module
 from pillion import opaque as opaque_module
 from pillion import overlap as overlap_module
@@ -257,14 +257,14 @@ class Saver:
                 # Beside the training loop nobody hurries.
                 on_wait=lambda: waiting.enter_context(_hurry.paused()) if hurried else None,
             )
-        phases.reach(phases.Phase.STAGE, rank=session.group.rank, step=handle.step)
+        fault_points.reach(fault_points.FaultPoint.STAGE, rank=session.group.rank, step=handle.step)
         return grant
 
     def _seal(
         self, handle: SaveHandle, grant: Grant, leaves: leaves_module.Leaves, opaque: list[bytes], *, stall_s: float
     ) -> None:
         session = self._session
-        phases.reach(phases.Phase.SEAL, rank=session.group.rank, step=handle.step)
+        fault_points.reach(fault_points.FaultPoint.SEAL, rank=session.group.rank, step=handle.step)
         grant.mapping.seal(
             grant.slot,
             leaves=leaves,

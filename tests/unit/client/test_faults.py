@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pillion import phases
-from pillion.phases import Phase
+from pillion import fault_points
+from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind, fail_at
 from pillion.wire import names
@@ -20,7 +20,7 @@ from support.deadlines import Deadline
 def disarmed() -> object:
     """No fault of one test strikes in another."""
     yield
-    phases.observe(None)
+    fault_points.observe(None)
 
 
 def arm(monkeypatch: pytest.MonkeyPatch, folder: Path, *of: faults.Fault) -> None:
@@ -33,13 +33,13 @@ def test_a_fault_strikes_at_its_phase_step_and_rank_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever else passes the point passes it."""
-    arm(monkeypatch, tmp_path, fail_at(rank=1, phase=Phase.WRITE, fault=Kind.EIO, step=20))
-    phases.reach(Phase.FSYNC, rank=1, step=20)
-    phases.reach(Phase.WRITE, rank=0, step=20)
-    phases.reach(Phase.WRITE, rank=1, step=10)
+    arm(monkeypatch, tmp_path, fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.EIO, step=20))
+    fault_points.reach(FaultPoint.FSYNC, rank=1, step=20)
+    fault_points.reach(FaultPoint.WRITE, rank=0, step=20)
+    fault_points.reach(FaultPoint.WRITE, rank=1, step=10)
     assert faults.hits(tmp_path) == []
     with pytest.raises(OSError, match="Input/output error"):
-        phases.reach(Phase.WRITE, rank=1, step=20, path="file")
+        fault_points.reach(FaultPoint.WRITE, rank=1, step=20, path="file")
     assert faults.hits(tmp_path) == [faults.Hit(index=0, pid=os.getpid(), step=20, path="file")]
 
 
@@ -47,12 +47,12 @@ def test_a_fault_strikes_as_often_as_it_was_asked_to_whatever_restarts_in_betwee
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each strike claims a file, which outlives the process."""
-    arm(monkeypatch, tmp_path, fail_at(phase=Phase.COMMIT, fault=Kind.ENOSPC, times=2))
+    arm(monkeypatch, tmp_path, fail_at(phase=FaultPoint.COMMIT, fault=Kind.ENOSPC, times=2))
     struck = 0
     for _ in range(5):
         faults.arm()  # as a restarted process
         try:
-            phases.reach(Phase.COMMIT)
+            fault_points.reach(FaultPoint.COMMIT)
         except OSError:
             struck += 1
     assert struck == len(faults.hits(tmp_path)) == 2
@@ -64,10 +64,10 @@ def test_storage_that_lies_changes_the_file_and_reports_success(
 ) -> None:
     """The call returns, and the file is not what was written."""
     (tmp_path / "hits").mkdir()
-    arm(monkeypatch, tmp_path / "hits", fail_at(phase=Phase.FSYNC, fault=kind))
+    arm(monkeypatch, tmp_path / "hits", fail_at(phase=FaultPoint.FSYNC, fault=kind))
     file = tmp_path / "data"
     file.write_bytes(bytes(100))
-    phases.reach(Phase.FSYNC, path=str(file))
+    fault_points.reach(FaultPoint.FSYNC, path=str(file))
     assert file.read_bytes() != bytes(100)
 
 
@@ -82,7 +82,7 @@ def test_faults_that_cannot_be_read_are_refused_with_what_is_allowed(text: str) 
 
 def test_it_is_off_and_not_even_imported_unless_it_is_asked_for() -> None:
     """A process without the variable has no observer, and has not loaded the kit."""
-    code = "import sys, pillion.phases as p; print(p._observer, 'pillion.testing.faults' in sys.modules)"
+    code = "import sys, pillion.fault_points as p; print(p._observer, 'pillion.testing.faults' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if key != names.ENV_FAULTS}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=Deadline.PROCESS_START.s
@@ -92,8 +92,8 @@ def test_it_is_off_and_not_even_imported_unless_it_is_asked_for() -> None:
 
 def test_a_process_whose_environment_asks_is_armed_from_its_first_import(tmp_path: Path) -> None:
     """Without a line of its own."""
-    asked = faults.to_environment(tmp_path, [fail_at(phase=Phase.PLAN, fault=Kind.SIGKILL)])
-    code = "from pillion import phases; phases.reach(phases.Phase.PLAN); print('alive')"
+    asked = faults.to_environment(tmp_path, [fail_at(phase=FaultPoint.PLAN, fault=Kind.SIGKILL)])
+    code = "from pillion import fault_points; fault_points.reach(fault_points.FaultPoint.PLAN); print('alive')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **asked},

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 
-from pillion import embedded, group, storing
+from pillion import embedded, group, store_mode
 from pillion.errors import SettingsError
 
 
@@ -58,7 +58,7 @@ def test_an_address_is_taken_as_it_stands() -> None:
 
 
 def test_the_mode_of_the_store_is_what_the_table_says() -> None:
-    """Every row of the table in `pillion.storing`."""
+    """Every row of the table in `pillion.store_mode`."""
     found = {}
     for asked, pods, has_store, policy in itertools.product(
         (None, "1", "0", "true"), ("aa", "ab"), (True, False), ("Prefix", "Own")
@@ -66,7 +66,7 @@ def test_the_mode_of_the_store_is_what_the_table_says() -> None:
         members = group._group(0, entries(pods, ("h", 1) if has_store else None, "MASTER_ADDR is not set"))
         environ = {} if asked is None else {"DCP_USE_PREFIX_STORE": asked}
         try:
-            found[asked, pods, has_store, policy] = storing.choose(members, environ, policy_store=policy)
+            found[asked, pods, has_store, policy] = store_mode.choose(members, environ, policy_store=policy)
         except SettingsError as err:
             assert "MASTER_ADDR" in str(err)
             found[asked, pods, has_store, policy] = "error"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pillion import policy_source, storing
+from pillion import policy_source, store_mode
 from pillion.errors import SettingsError, UsageError
 from pillion.wire import policy
 
@@ -34,19 +34,19 @@ def test_the_store_of_a_policy_counts_in_every_form_that_it_is_given_in(
     monkeypatch.chdir(tmp_path)
     expected = policy.dump(policy.parse(SPEC, embedded=True))
     assert expected["store"] == "Own"
-    assert storing.policy_of_all(SPEC, {}) == expected
-    assert storing.policy_of_all(WHOLE, {}) == expected
-    assert storing.policy_of_all(Path("policy.yaml"), {}) == expected
-    assert storing.policy_of_all(None, {"PILLION_POLICY": "policy.json"}) == expected
-    assert storing.policy_of_all(None, {"PILLION_POLICY": json.dumps(SPEC)}) == expected
-    assert storing.policy_of_all(SPEC, {"PILLION_POLICY": "{}"}) == expected, "the argument wins"
-    assert storing.policy_of_all(None, {}) is None
+    assert store_mode.policy_of_all(SPEC, {}) == expected
+    assert store_mode.policy_of_all(WHOLE, {}) == expected
+    assert store_mode.policy_of_all(Path("policy.yaml"), {}) == expected
+    assert store_mode.policy_of_all(None, {"PILLION_POLICY": "policy.json"}) == expected
+    assert store_mode.policy_of_all(None, {"PILLION_POLICY": json.dumps(SPEC)}) == expected
+    assert store_mode.policy_of_all(SPEC, {"PILLION_POLICY": "{}"}) == expected, "the argument wins"
+    assert store_mode.policy_of_all(None, {}) is None
 
 
 @pytest.mark.parametrize("bad", [{"store": "Mine"}, "no-such-file.yaml", '{"store": ', "[1]"])
 def test_a_policy_that_cannot_be_read_is_no_error_before_the_ranks_have_met(bad: Any) -> None:
     """The others wait for this rank in the next line: the error is that of opening the session."""
-    assert storing.policy_of_all(bad, {}) is None
+    assert store_mode.policy_of_all(bad, {}) is None
 
 
 def test_a_path_is_sent_absolute_and_a_wrong_mapping_is_told_at_the_call(

@@ -7,7 +7,7 @@ Must never: read a clock.
 
 import pytest
 
-from pillion import cadence, rules
+from pillion import cadence, rule_timeline
 from pillion.cadence import Due
 from pillion.errors import UsageError
 from pillion.wire import policy
@@ -22,7 +22,7 @@ def a_rank(
     lead_s: float = 1.0,
 ) -> cadence.Cadence:
     trigger = policy.Trigger(period_steps=period_steps, period_seconds=period_seconds, snapshot_steps=snapshot_steps)
-    return cadence.Cadence(rules.Rule(trigger), decides=decides, lead_s=lead_s)
+    return cadence.Cadence(rule_timeline.Rule(trigger), decides=decides, lead_s=lead_s)
 
 
 def walk(rank: cadence.Cadence, first: int, last: int, *, step_s: float = 1.0) -> list[int]:

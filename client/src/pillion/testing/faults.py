@@ -1,12 +1,12 @@
 """
 The fault kit: faults at named phases, for tests of this product and of jobs that use it. Off unless PILLION_FAULTS asks for them.
 
-    faults = [fail_at(rank=1, phase=Phase.WRITE, fault=Kind.SIGKILL, step=20)]
+    faults = [fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.SIGKILL, step=20)]
     environment = to_environment(folder, faults)      # for the trainers; their sidecars inherit it
     ...
     hits(folder)                                      # what really happened: a fault that never struck proves nothing
 
-Called from: `pillion.phases`, at import, in every process whose environment asks for faults. The chart never sets it.
+Called from: `pillion.fault_points`, at import, in every process whose environment asks for faults. The chart never sets it.
 Must never: strike when it was not asked to, or more often than it was asked to, whatever restarts in between: each strike claims a
 file in `folder` first.
 
@@ -27,8 +27,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from pillion import phases
-from pillion.phases import Phase
+from pillion import fault_points
+from pillion.fault_points import FaultPoint
 from pillion.wire import names
 
 HOLD_LIMIT_S: Final = 120.0
@@ -77,7 +77,7 @@ _ERRORS: Final = {Kind.ENOSPC: errno.ENOSPC, Kind.EIO: errno.EIO}
 class Fault:
     """One fault, to strike up to `times` times."""
 
-    phase: Phase
+    phase: FaultPoint
     kind: Kind
     rank: int | None = None
     """Which rank's process: a trainer's own, or the sidecar that serves it. None: whoever comes first."""
@@ -90,14 +90,14 @@ class Fault:
 
 def fail_at(
     *,
-    phase: Phase,
+    phase: FaultPoint,
     fault: Kind,
     rank: int | None = None,
     step: int | None = None,
     times: int = 1,
     seconds: float = 0.0,
 ) -> Fault:
-    """A fault, as a test reads it: ``fail_at(rank=1, phase=Phase.WRITE, fault=Kind.SIGKILL)``."""
+    """A fault, as a test reads it: ``fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.SIGKILL)``."""
     return Fault(phase=phase, kind=fault, rank=rank, step=step, times=times, seconds=seconds)
 
 
@@ -167,7 +167,7 @@ def parse(text: str) -> tuple[Path, list[Fault]]:
         folder = Path(document["folder"])
         faults = [
             Fault(
-                phase=Phase(each["phase"]),
+                phase=FaultPoint(each["phase"]),
                 kind=Kind(each["fault"]),
                 rank=each.get("rank"),
                 step=each.get("step"),
@@ -177,7 +177,7 @@ def parse(text: str) -> tuple[Path, list[Fault]]:
             for each in document["faults"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        allowed = f"phases {', '.join(Phase)}; faults {', '.join(Kind)}"
+        allowed = f"phases {', '.join(FaultPoint)}; faults {', '.join(Kind)}"
         raise BadFaults(f"{names.ENV_FAULTS}={text!r}: {err!r}; allowed are {allowed}") from err
     if not folder.is_dir():
         raise BadFaults(f"{names.ENV_FAULTS}: there is no folder {folder}")
@@ -192,7 +192,7 @@ def arm() -> None:
         BadFaults.
     """
     text = os.environ.get(names.ENV_FAULTS)
-    phases.observe(_Armed(*parse(text)) if text else None)
+    fault_points.observe(_Armed(*parse(text)) if text else None)
 
 
 class _Armed:
@@ -202,8 +202,8 @@ class _Armed:
         self._folder = folder
         self._faults = faults
 
-    def __call__(self, phase: Phase, rank: int | None, step: int | None, path: str) -> None:
-        served = phases.ranks() if rank is None else (rank,)
+    def __call__(self, phase: FaultPoint, rank: int | None, step: int | None, path: str) -> None:
+        served = fault_points.ranks() if rank is None else (rank,)
         for index, fault in enumerate(self._faults):
             if fault.phase is not phase or (fault.step is not None and fault.step != step):
                 continue

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
 from pillion_sidecar.storage import dcp_metadata, digest, directio
@@ -138,7 +138,7 @@ def publish(
         _look_for(directory, files, late_s)
         for name, temporary in ready.items():
             if name == names.COMMIT_MARKER:
-                phases.reach(phases.Phase.PUBLISH, path=directory)
+                fault_points.reach(fault_points.FaultPoint.PUBLISH, path=directory)
             try:
                 os.rename(temporary, os.path.join(directory, name))
             except FileNotFoundError as err:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import BarrierTimeout
 from pillion.wire import names, policy
 from pillion_sidecar.arena import image
@@ -193,7 +193,7 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
         store_lost=lost,
         owner=str(document.get("owner", "")),
     )
-    phases.serving(local_ranks)
+    fault_points.serving(local_ranks)
     # An own store has no peers yet when it opens: its address travels with the welcome that waits for this.
     context.generation = _agree_on_generation(context, document)
     return context

@@ -34,7 +34,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Final, NamedTuple, final
 
-from pillion import phases
+from pillion import fault_points
 
 _log = logging.getLogger(__name__)
 PAGE_BYTES: Final = 4096
@@ -142,14 +142,14 @@ def write_file(
             def write(index: int) -> None:
                 file_offset, length, spans = blocks[index]
                 _transfer(file, os.pwritev, [memory[a:b] for a, b in spans], file_offset, needed=length)
-                phases.reach(phases.Phase.WRITE, path=file.path)
+                fault_points.reach(fault_points.FaultPoint.WRITE, path=file.path)
 
             def progressed(index: int) -> None:
                 if on_progress is not None:
                     on_progress(blocks[index].file_offset + blocks[index].length)
 
             _run_in_order(len(blocks), num_threads, write, progressed)
-            phases.reach(phases.Phase.FSYNC, path=file.path)
+            fault_points.reach(fault_points.FaultPoint.FSYNC, path=file.path)
             os.fdatasync(file.fd)
         except BaseException:
             with contextlib.suppress(OSError):

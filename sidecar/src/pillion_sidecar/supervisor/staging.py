@@ -16,7 +16,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import (
     BarrierTimeout,
     ErrorDocument,
@@ -27,7 +27,7 @@ from pillion.errors import (
     SaveSkipped,
     StagingError,
 )
-from pillion.phases import Phase as Point
+from pillion.fault_points import FaultPoint
 from pillion.wire import messages
 from pillion_sidecar import settings
 from pillion_sidecar.arena import slots
@@ -111,7 +111,7 @@ class StagingCoordinator:
         destination = messages.optional_field(message, "destination", dict)
         if destination is not None and not self._settings.embedded:
             destinations.check(destination, root=pod.identity.root, writer=pod.policy.storage.writer)
-        phases.reach(Point.CLAIM, rank=client.rank, step=step)
+        fault_points.reach(FaultPoint.CLAIM, rank=client.rank, step=step)
         decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
         if isinstance(decision, slots.MustWait):
             self._sidecar_status.metrics.saves_waited += not message.get("waited")

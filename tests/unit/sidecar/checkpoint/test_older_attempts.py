@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import CommitError
-from pillion.phases import Phase
+from pillion.fault_points import FaultPoint
 from pillion.wire import names
 from pillion.wire.policy import Retention
 from pillion_sidecar.checkpoint import catalog, commit, retention
@@ -34,17 +34,17 @@ def test_an_older_attempt_that_was_stopped_before_its_commit_finds_that_a_newer_
     write(folder, "1")
     write(folder, "2")
 
-    def meanwhile(phase: Phase, *_: object) -> None:
-        if phase is Phase.PUBLISH:
-            phases.observe(None)
+    def meanwhile(phase: FaultPoint, *_: object) -> None:
+        if phase is FaultPoint.PUBLISH:
+            fault_points.observe(None)
             assert commit.finish(str(folder), generation="2") is not None
 
-    phases.observe(meanwhile)
+    fault_points.observe(meanwhile)
     try:
         with pytest.raises(CommitError, match="generation 1 is fenced off"):
             commit.finish(str(folder), generation="1")
     finally:
-        phases.observe(None)
+        fault_points.observe(None)
     assert catalog.read(str(folder), 5).chunks["w"][0].file == names.data_file(0, 0, "2")
 
 

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import BarrierTimeout, ErrorDocument, InternalError, LoadError, PillionError
 from pillion.wire import names
 from pillion_sidecar.arena.slots import NO_SLOT
@@ -51,7 +51,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
         LoadError: see pillion.errors.
     """
     phase = f"load/{context.loads}"
-    phases.working_on(request.step)
+    fault_points.working_on(request.step)
     offer = snapshot.offer(context, request)
     context.exchange.post(f"{phase}/offer", offer.to_document() | {"not_shared": context.not_shared})
     refused: dict[str, str] = {}
@@ -80,7 +80,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             fresh = {"tier": "fresh"} if choice["step"] is None else {}
             return chosen | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
         step, tier = int(choice["step"]), str(choice["tier"])
-        phases.reach(phases.Phase.LOAD, step=step, path=str(choice["path"]))
+        fault_points.reach(fault_points.FaultPoint.LOAD, step=step, path=str(choice["path"]))
         result: dict[str, Any] = {"corrupt": None, "error": None}
         filled: dict[int, fill.Filled] = {}
         try:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any, Final
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import BarrierTimeout, CommitError, PillionError, RemoteFailure
 from pillion.wire import manifest, names
 from pillion_sidecar.checkpoint import commit, milestones, retention
@@ -193,7 +193,7 @@ def _commit(
     metadata: bytes,
     differing: Sequence[str],
 ) -> None:
-    phases.reach(phases.Phase.COMMIT, path=directory)
+    fault_points.reach(fault_points.FaultPoint.COMMIT, path=directory)
     if context.root:
         commit.fence(context.root, context.generation)
     generation = generation_of(context, request)
@@ -246,8 +246,8 @@ def retain(context: Context, current: int, slice_s: float) -> bool:
         OSError: the root cannot be listed.
     """
     context.watch.storage("retention")
-    phases.working_on(current)
-    phases.reach(phases.Phase.RETAIN, path=context.step_path(current))
+    fault_points.working_on(current)
+    fault_points.reach(fault_points.FaultPoint.RETAIN, path=context.step_path(current))
     until = time.monotonic() + slice_s
     try:
         for _ in retention.tidy(context.root, context.retention, current=current, generation=context.generation):

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import BarrierTimeout, CommitError, ErrorDocument, RemoteFailure
 from pillion.wire import layout, names
 from pillion_sidecar.arena import image
@@ -49,7 +49,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         SaveError: with the failures of every failed rank; no checkpoint was made.
         exchange.StoreLost: see `context.with_failover`.
     """
-    phases.working_on(request.step)
+    fault_points.working_on(request.step)
     phase = phase_of(context, request.step, persist=request.persist, rescued=request.rescued)
     started = time.monotonic()
     # Nobody waits for this pod's part of what is found complete: there are no others, or they look for it as well.
@@ -75,7 +75,7 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
             if result.get("failures", True):
                 result = share.write(slot_images)
             durable = time.monotonic()
-            phases.reach(phases.Phase.REPORT, path=share.directory)
+            fault_points.reach(fault_points.FaultPoint.REPORT, path=share.directory)
             context.exchange.post(f"{at}/result", result)
             if metadata is not None:
                 commit_module.conclude(context, request, phase, plan, share.directory, metadata, attempt=attempt)
@@ -212,7 +212,7 @@ def _agree(
     slot_images: Mapping[int, image.SlotImage],
     failures: Mapping[int, RemoteFailure],
 ) -> plan_module.Plan:
-    phases.reach(phases.Phase.PLAN)
+    fault_points.reach(fault_points.FaultPoint.PLAN)
     if context.not_shared:
         failures = {
             **dict.fromkeys(context.local_ranks, RemoteFailure("RootNotShared", context.not_shared)),

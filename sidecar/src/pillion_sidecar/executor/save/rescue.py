@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pillion import phases
+from pillion import fault_points
 from pillion.errors import BarrierTimeout
 from pillion_sidecar.executor.exchange.watchdog import LOOK_S
 
@@ -79,7 +79,7 @@ def agree(
         BarrierTimeout: some pod did not come; nothing can be persisted without it. It names this one when it came too late.
         exchange.StoreLost: see `context.with_failover`.
     """
-    phases.reach(phases.Phase.RESCUE)
+    fault_points.reach(fault_points.FaultPoint.RESCUE)
     phase = f"rescue/{context.rescues}"
     bound_s = min(PEERS_S, context.peer_timeout_s * PEERS_SHARE)
     if context.store_lost:

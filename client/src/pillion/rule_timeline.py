@@ -31,7 +31,7 @@ class Rule:
 
 
 @final
-class Rules:
+class RuleTimeline:
     """The rules of one rank, by the step from which each holds."""
 
     def __init__(self, first: Rule) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pillion import ending
+from pillion import exit_drain
 from pillion.errors import SidecarUnavailable
 from pillion.handle import Checkpoint, SaveHandle
 
@@ -23,14 +23,14 @@ class Closed:
 
 def test_saves_that_are_lost_and_that_nobody_asked_about_are_told_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that failed before the drain; not one that was committed, or whose error the caller has seen."""
-    monkeypatch.setattr(ending, "_lost", [])
+    monkeypatch.setattr(exit_drain, "_lost", [])
     lost, seen, committed = SaveHandle(1), SaveHandle(2), SaveHandle(3)
     lost.fail(SidecarUnavailable("gone"))
     seen.fail(SidecarUnavailable("gone"))
     committed.resolve(Checkpoint(step=3, path="runs/step-3"))
-    ending.closed(Closed(), [lost, seen, committed, lost])
+    exit_drain.closed(Closed(), [lost, seen, committed, lost])
     seen.committed.exception(0)
-    assert ending.lost_saves() == ["step 1: gone"]
+    assert exit_drain.lost_saves() == ["step 1: gone"]
 
 
 @pytest.mark.parametrize(("status", "clean"), [(0, True), (None, True), (1, False), ("an error", False), (False, True)])
@@ -38,8 +38,8 @@ def test_an_exit_with_a_status_is_no_clean_end(
     monkeypatch: pytest.MonkeyPatch, status: str | int | None, clean: bool
 ) -> None:
     """A script that ends by sys.exit(1) is started again, and then looks for its arena."""
-    monkeypatch.setattr(ending, "_status", None)
+    monkeypatch.setattr(exit_drain, "_status", None)
     with pytest.raises(SystemExit) as caught:
-        ending._noting_exit(sys.exit)(status)
+        exit_drain._noting_exit(sys.exit)(status)
     assert caught.value.code == status
-    assert ending.by_exception() is not clean
+    assert exit_drain.by_exception() is not clean

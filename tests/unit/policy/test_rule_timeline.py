@@ -10,7 +10,7 @@ import pytest
 from pillion import cadence
 from pillion.cadence import Due
 from pillion.errors import UsageError
-from pillion.rules import Rule
+from pillion.rule_timeline import Rule
 from pillion.wire import policy
 
 OFTEN = Rule(policy.Trigger(period_steps=4))

@@ -22,7 +22,7 @@ from typing import Final
 from pillion.wire import names
 
 
-class Phase(StrEnum):
+class FaultPoint(StrEnum):
     """See the module. In the order of a save; `LOAD` is of a load, `RESCUE` of what follows a trainer's death."""
 
     CLAIM = "claim"
@@ -51,7 +51,7 @@ class Phase(StrEnum):
     """A trainer is dead; the pods are about to agree on the snapshot that all of them persist."""
 
 
-Observer = Callable[[Phase, int | None, int | None, str], None]
+Observer = Callable[[FaultPoint, int | None, int | None, str], None]
 """Called with phase, rank, step and path."""
 
 _observer: Observer | None = None
@@ -83,7 +83,7 @@ def ranks() -> Collection[int]:
     return _ranks
 
 
-def reach(phase: Phase, *, rank: int | None = None, step: int | None = None, path: str = "") -> None:
+def reach(phase: FaultPoint, *, rank: int | None = None, step: int | None = None, path: str = "") -> None:
     """
     The code is here now.
 
