@@ -126,5 +126,5 @@ def test_a_pod_lost_in_the_middle_of_a_write_holds_the_next_world_up_no_longer_t
     assert {(step, equal) for step, _, equal in found} == {(1, True)}, found
     ranks.alone()
     log = (root / ".pillion" / "sidecar-0.log").read_text()
-    assert "step 2 was of the session before" in log
+    assert "step 2 belongs to the previous session" in log
     assert "internal error" not in log

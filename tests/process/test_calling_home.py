@@ -172,7 +172,7 @@ def test_a_running_job_takes_up_when_to_save_and_what_to_keep(
         ),
     )
     assert all(step % 50 == 0 for step in committed(tmp_path / "run"))
-    assert "the policy's store changed: a running pod keeps what it has" in sidecar.run.stderr
+    assert "the policy's store changed: a running pod keeps its own until it is replaced" in sidecar.run.stderr
 
     says(controller, 3, trigger={"periodSteps": 50}, suspend=True)
     controller.hears("of the suspension", lambda report: report.policy_generation == 3)
@@ -240,16 +240,18 @@ def test_training_never_notices_a_controller_that_is_away(
     controller.stop()
     newest = max(committed(tmp_path / "run"))
     deadlines.eventually(
-        lambda: max(committed(tmp_path / "run")) > newest + 20 and "does not take reports" in sidecar.run.stderr,
+        lambda: (
+            max(committed(tmp_path / "run")) > newest + 20 and "cannot report to the controller" in sidecar.run.stderr
+        ),
         Deadline.COMMITTED,
         "saves are committed meanwhile",
     )
     controller.start()
     heard = controller.hears("of them", lambda report: report.committed_step > newest + 20)
     assert newest in [each.step for each in heard.checkpoints]
-    assert sidecar.run.stderr.count("the controller does not take reports") == 1
+    assert sidecar.run.stderr.count("cannot report to the controller") == 1
     deadlines.eventually(
-        lambda: "the controller answers again" in sidecar.run.stderr, Deadline.REPLY, "the log says so"
+        lambda: "the controller is reachable again" in sidecar.run.stderr, Deadline.REPLY, "the log says so"
     )
     job.say()
     job.finish()
@@ -264,7 +266,7 @@ def test_a_refusal_is_logged_and_a_redirect_is_not_followed(
         controller.status, controller.location = status, f"https://127.0.0.1:{other.port}/v1/report"
         sidecar = Injected(processes, tmp_path / "arena", tmp_path / "run", env=controller.env())
         deadlines.eventually(lambda: len(controller.requests) >= 2, Deadline.REPLY, "it asked twice")
-        assert f"does not take reports: {status}" in sidecar.run.stderr
+        assert f"cannot report to the controller: {status}" in sidecar.run.stderr
         controller.status = 200
         controller.hears("the sidecar", lambda report: True)
         assert other.requests == []
@@ -287,7 +289,7 @@ def test_a_server_that_it_does_not_trust_gets_no_token(
 @pytest.mark.parametrize(
     ("setting", "value", "told"),
     [
-        (names.ENV_HOME_CA, "no certificate", "the sidecar does not call home: no certificate"),
+        (names.ENV_HOME_CA, "no certificate", "this sidecar cannot report to the controller: no certificate"),
         (names.ENV_TOKEN_FILE, "/nowhere/token", "/nowhere/token cannot be read: No such file"),
     ],
 )
@@ -344,7 +346,7 @@ def test_a_controller_that_is_away_does_not_hold_up_the_end(
     controller.stop()
     sidecar = Injected(processes, tmp_path / "arena", tmp_path / "run", env=controller.env())
     deadlines.eventually(
-        lambda: "the controller does not take reports" in sidecar.run.stderr, Deadline.REPLY, "it has tried"
+        lambda: "cannot report to the controller" in sidecar.run.stderr, Deadline.REPLY, "it has tried"
     )
     begun = time.monotonic()
     sidecar.run.signal(signal.SIGTERM)
@@ -410,7 +412,7 @@ def test_the_prometheus_endpoint_has_the_fields_names(
 
     ranks.start(train, env=first.trainer).finish()
     second = Injected(processes, tmp_path / "arena2", tmp_path / "run", env=env)
-    assert f"no metrics endpoint: port {port} cannot be opened" in second.run.stderr
+    assert f"metrics endpoint disabled: cannot listen on port {port}" in second.run.stderr
     shown = subprocess.run(
         ["curl", "-sS", "--max-time", "10", f"http://127.0.0.1:{port}/metrics"],
         capture_output=True, text=True, check=True,

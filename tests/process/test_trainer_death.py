@@ -98,7 +98,9 @@ def test_a_snapshot_that_is_in_the_executors_hands_when_its_trainer_dies_is_pers
     executor, sidecar, path = job[0].hear()
     job.kill()
     log = Path(path)
-    deadlines.eventually(lambda: "gone without a goodbye" in log.read_text(), Deadline.SETTLE, "its death was seen")
+    deadlines.eventually(
+        lambda: "ended without closing its Checkpointer" in log.read_text(), Deadline.SETTLE, "its death was seen"
+    )
     assert processes.committed(tmp_path) == [1]
     processes.go_on(executor)
     deadlines.eventually(lambda: processes.committed(tmp_path) == [1, 2], Deadline.DRAINED, "step 2 is on storage")

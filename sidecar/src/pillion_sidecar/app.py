@@ -71,7 +71,7 @@ async def run(settings: Settings) -> Exit:
     """Run until it is told to end, or not needed any more. Blocks: for the sidecar's life."""
     lock = _lock(settings)
     if lock is None:
-        _log.info("another sidecar owns %s", settings.runtime_dir)
+        _log.info("another sidecar has the runtime directory %s: this one ends", settings.runtime_dir)
         return Exit.ALREADY_RUNNING
     if settings.embedded:
         log.tend(settings.runtime_dir)
@@ -152,7 +152,7 @@ def _calling(supervisor: Supervisor) -> reporter.Reporter | None:
     try:
         return reporter.Reporter(supervisor)
     except ValueError as err:
-        _log.error("the sidecar does not call home: %s", err)
+        _log.error("this sidecar cannot report to the controller: %s; saves are not affected", err)
         return None
 
 
@@ -207,6 +207,9 @@ async def _drain(supervisor: Supervisor) -> bool:
     drained = await supervisor.persister.quiet(max(0.0, deadline - time.monotonic()))
     newest = pod.table.newest_complete()
     if not drained or (newest is not None and newest.persist and not newest.persisted):
-        _log.error("ends with step %s not on storage; the arena keeps it", newest.step if newest is not None else None)
+        _log.error(
+            "the sidecar ends while step %s is not on storage; the snapshot stays in memory for a restart",
+            newest.step if newest is not None else None,
+        )
         return False
     return True

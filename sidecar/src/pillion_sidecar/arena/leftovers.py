@@ -50,7 +50,9 @@ def remove(base: str, *, but: str, now_s: float | None = None) -> list[str]:
         with contextlib.suppress(OSError):
             if path != but and _is_old(path, now_s) and _remove(path):
                 _log.warning(
-                    "removed the arena %s: no process has it, and for %.0f h nobody came for it", path, KEPT_S / 3600
+                    "removed the abandoned arena %s: no process holds it, and nothing has changed in it for %.0f h",
+                    path,
+                    KEPT_S / 3600,
                 )
                 removed.append(path)
     return removed

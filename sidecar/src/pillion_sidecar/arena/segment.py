@@ -218,8 +218,8 @@ def _set_length(path: str, fd: int, length: int) -> None:
         if err.errno != errno.EFBIG or limit == resource.RLIM_INFINITY:
             raise
         raise SidecarError(
-            f"the sidecar cannot make the arena segment {path}: its length is {length} bytes, of addresses, not of memory, and a file of this"
-            f" process may have {limit} (ulimit -f), which it has from the trainer"
+            f"the sidecar cannot make the arena segment {path}: the file needs a length of {length} bytes (of addresses, not of memory), and"
+            f" this process may have {limit} (ulimit -f, inherited from the trainer)"
         ) from err
 
 

@@ -199,7 +199,7 @@ def wait_until_free(
     first = read(root, generation)
     if first is None or judge(first, served=served, age_s=_age_s(root, generation)) is Verdict.FREE:
         return generation
-    _log.warning("%s is, or was, in use by %s: it is watched for %.0f s", root, first.name, silent_s)
+    _log.warning("%s may be in use by %s: waiting up to %.0f s for a sign of life", root, first.name, silent_s)
     until = time.monotonic() + silent_s
     drained_by = time.monotonic() + DRAIN_MOST_S
     while time.monotonic() < until:
@@ -220,7 +220,7 @@ def wait_until_free(
                 f"the root {root} is in use by {now.name}, which lives; this is {name}. A root has one training at a time:"
                 " give each a root of its own, or end the other"
             )
-    _log.warning("%s has not been heard of for %.0f s: its root goes to %s", first.name, silent_s, name)
+    _log.warning("%s has shown no sign of life for %.0f s: its root is given to %s", first.name, silent_s, name)
     return generation
 
 
@@ -312,7 +312,7 @@ def _say_whose(root: str, before: int, record: Record) -> None:
     with contextlib.suppress(OSError):
         last = read(root, before)
         if last is not None and last.owner and record.owner and last.owner != record.owner:
-            _log.warning("%s holds the checkpoints of %s: %s goes on from them", root, last.owner, record.owner)
+            _log.warning("%s holds checkpoints of %s: %s continues from them", root, last.owner, record.owner)
 
 
 def _prune(root: str, number: int) -> None:
@@ -390,6 +390,6 @@ class Lease:
             return False  # a newer session has removed it
         except OSError as err:
             if not self._warned:
-                _log.warning("cannot show on storage that this session lives: %s", err)
+                _log.warning("cannot write this session's sign of life to storage: %s", err)
             self._warned = True
         return True

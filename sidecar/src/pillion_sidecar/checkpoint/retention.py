@@ -100,7 +100,7 @@ def make_room(root: str, policy: Retention, *, current: int, generation: int) ->
     newest = line(committed)[-1:]
     after = committed | {current: max([*committed.values(), commit.OLDEST])}
     removed = choose(after, policy, current=current, keep=[*newest, *milestones.verified(root)])
-    _log.warning("storage is full: steps %s make room for step %d", removed, current)
+    _log.warning("storage is full: removing steps %s to make room for step %d", removed, current)
     yield from _remove_all(root, removed, _leftovers(committed_by_step, current), generation)
 
 
@@ -118,12 +118,18 @@ def _remove_all(root: str, committed: Iterable[int], leftovers: Iterable[int], g
         except FileNotFoundError:
             pass  # somebody else has removed it meanwhile
         except OSError as err:
-            _log.warning("retention: step %d stays for now: %s", step, err)
+            _log.warning(
+                "retention: step %d could not be removed, and is tried again after the next commit: %s", step, err
+            )
     for step in leftovers:
         try:
             yield from _remove_files(os.path.join(root, names.step_directory(step)), generation)
         except OSError as err:
-            _log.warning("retention: what a failed save of step %d left stays for now: %s", step, err)
+            _log.warning(
+                "retention: files of the failed save of step %d could not be removed, and are tried again after the next commit: %s",
+                step,
+                err,
+            )
     yield from _sweep(root, generation)
 
 
@@ -146,7 +152,7 @@ def remove(path: str, *, generation: int) -> Iterator[None]:
     os.rename(path, aside)
     directio.fsync_directory(os.path.dirname(path))
     if newest_in(aside) > (generation,):
-        _log.warning("%s is of a newer attempt: it stays", path)
+        _log.warning("%s was written by a newer attempt: it is kept", path)
         os.rename(aside, path)
         return
     yield

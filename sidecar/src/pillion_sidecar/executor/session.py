@@ -162,7 +162,10 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
         except RuntimeError as err:
             if not is_successor or not root:
                 raise
-            _log.warning("the pods meet on storage from now on: %s", str(err).splitlines()[0])
+            _log.warning(
+                "the job's store is lost, and the pods coordinate through storage from now on: %s",
+                str(err).splitlines()[0],
+            )
             lost = True
     if between is None:
         between = storage.StorageExchange(root, session, pods, local_ranks[0])
@@ -312,7 +315,7 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
     except protocol.StoreLost as err:
         if context.store_lost or not context.root:
             raise
-        _log.warning("the pods meet on storage from now on: %s", err)
+        _log.warning("the job's store is lost, and the pods coordinate through storage from now on: %s", err)
         between = storage.StorageExchange(context.root, context.session, context.pods, context.first_rank)
         context.exchange = WatchedExchange(between, context.watch)
         context.store_lost = True

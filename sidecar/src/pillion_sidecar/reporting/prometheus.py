@@ -104,4 +104,4 @@ def start(supervisor: Supervisor, port: int) -> None:
     try:
         prometheus_client.start_http_server(port, registry=registry)
     except OSError as err:
-        _log.warning("no metrics endpoint: port %d cannot be opened: %s", port, err.strerror)
+        _log.warning("metrics endpoint disabled: cannot listen on port %d: %s", port, err.strerror)

@@ -95,7 +95,7 @@ class Reporter:
                     await self._report(LAST_CALL_S)
         except TimeoutError:
             if self._unheard:
-                _log.warning("the last report was not heard within %.0f s", LAST_CALL_S)
+                _log.warning("the last report was not delivered within %.0f s", LAST_CALL_S)
 
     def close(self) -> None:
         """Let the threads end. Blocks: never."""
@@ -133,13 +133,13 @@ class Reporter:
             self._log(str(err) or f"no answer within {timeout_s:.0f} s")
             return
         if self._failed:
-            _log.info("the controller answers again, after %d calls", self._failed)
+            _log.info("the controller is reachable again after %d failed reports", self._failed)
         self._failed, self._logged = 0, ("", 0.0)
         self._interval_s = max(LEAST_INTERVAL_S, answer.interval_s)
         try:
             self._answered(answer)
         except Exception:  # a boundary: no answer may keep the next report from being made
-            _log.exception("an answer of the controller could not be taken up")
+            _log.exception("could not apply an answer of the controller")
 
     async def _storage(self, timeout_s: float) -> report.Storage:
         root = self._supervisor.settings.root
@@ -165,7 +165,7 @@ class Reporter:
         demands = supervisor.sidecar_status.demands
         before = demands.acknowledgements()
         if demands.take(wanted, time.monotonic(), has_trainers=0 in supervisor.trainers.clients):
-            _log.info("the controller asks for a save now")
+            _log.info("the controller requests a save now")
             supervisor.trainers.save_now()
         if demands.acknowledgements() != before:
             self._happened()
@@ -175,4 +175,4 @@ class Reporter:
         now_s = time.monotonic()
         if reason != before or now_s - since_s >= LOG_AGAIN_S:
             self._logged = (reason, now_s)
-            _log.warning("the controller does not take reports: %s; saves go on as they are", reason)
+            _log.warning("cannot report to the controller: %s; saves are not affected", reason)

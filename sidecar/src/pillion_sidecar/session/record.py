@@ -75,7 +75,7 @@ def write(runtime_dir: str, record: Record) -> None:
             json.dump(dataclasses.asdict(record), file)
         os.replace(f"{path}.new", path)
     except OSError as err:
-        _log.warning("a restarted sidecar will not find this session: %s", err)
+        _log.warning("cannot write the session record, so a restarted sidecar cannot continue this session: %s", err)
 
 
 def read(runtime_dir: str) -> Record | None:
@@ -97,5 +97,5 @@ def read(runtime_dir: str) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        _log.warning("the record of the session before cannot be read: %r", err)
+        _log.warning("ignored an unreadable session record: %r", err)
         return None

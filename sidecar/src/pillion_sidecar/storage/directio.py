@@ -277,7 +277,7 @@ class _File:
         """Take O_DIRECT off the open file: calls that other threads are in the middle of end as they began."""
         fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
         if self.is_direct:
-            _log.warning("no direct I/O on %s (%s): going through the page cache", self.path, why)
+            _log.warning("no direct I/O on %s (%s): using the page cache", self.path, why)
         self.is_direct = False
 
 

@@ -44,7 +44,7 @@ def retried(path: str, read: Callable[[], T]) -> T:
                     f"cannot read {path}: {err} ({len(RETRY_AFTER_S) + 1} tries). That says nothing about the checkpoint, so that no"
                     " older one is loaded for it; load(step=...) takes one by its number"
                 ) from err
-            _log.warning("reading %s is tried again in %.1f s: %s", path, pause_s, err)
+            _log.warning("reading %s is retried in %.1f s: %s", path, pause_s, err)
             time.sleep(pause_s)
     raise AssertionError("the last try returns or raises")
 

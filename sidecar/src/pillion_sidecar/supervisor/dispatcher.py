@@ -218,7 +218,7 @@ class Supervisor:
         if self.pod is not None and not client.said_goodbye:
             trainers.crashed = True
             extra = {"rank": client.rank, "pid": client.pid}
-            _log.warning("rank %d is gone without a goodbye", client.rank, extra=extra)
+            _log.warning("rank %d ended without closing its Checkpointer", client.rank, extra=extra)
         self.staging.rank_lost(client)
         self.loader.rank_lost(client.rank)
         if self.pod is not None and not client.said_goodbye:
@@ -243,7 +243,7 @@ class Supervisor:
         try:
             self.trainers.heard(event)
         except (messages.BadFrame, policy.PolicyError) as err:
-            _log.warning("another pod said what is not understood here: %s", err)
+            _log.warning("ignored an invalid message from another pod: %s", err)
 
     # --- ending ------------------------------------------------------------------------------------------------------
 

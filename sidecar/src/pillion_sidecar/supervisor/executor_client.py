@@ -155,9 +155,7 @@ class ExecutorClient:
         try:
             await asyncio.sleep(LEAVE_TIMEOUT_S)
             if self._executor is executor and self._working_for == session:
-                _log.warning(
-                    "the executor is at work for a session that is over, and does not leave it: it is replaced"
-                )
+                _log.warning("replacing the executor: it does not leave a session that has ended")
                 executor.kill()
         finally:
             told.cancel()
@@ -176,7 +174,7 @@ class ExecutorClient:
         try:
             await self.open(pod)
         except PillionError as err:
-            _log.warning("the executor could not open the session yet: %s", err)
+            _log.warning("the executor cannot open the session yet: %s", err)
 
     async def open(self, pod: PodArena) -> dict[str, Any]:
         """
@@ -309,7 +307,7 @@ class ExecutorClient:
             try:
                 result = await self._run(pod, message)
             except ExecutorDied as err:
-                _log.warning("the load goes to the executor's successor: %s", err)
+                _log.warning("repeating the load with a new executor: %s", err)
                 result = await self._run(pod, message)
         except ExecutorDied as err:
             if self._record is not None:
@@ -362,7 +360,7 @@ class ExecutorClient:
                 try:
                     await executor.request({"type": "state", "state": state.value})
                 except PillionError as err:
-                    _log.info("the root was not told that its session is %s: %s", state.value, err)
+                    _log.info("could not write to the root that its session is %s: %s", state.value, err)
 
     async def retain(self, pod: PodArena, current: int, slice_s: float) -> bool:
         """
@@ -396,7 +394,7 @@ class ExecutorClient:
                 await self._executor.request({"type": "signal", "message": message})
                 return True
         except PillionError as err:
-            _log.warning("other pods were not told %s: %s", message, err)
+            _log.warning("could not send %s to the other pods: %s", message, err)
         return False
 
     async def _run(self, pod: PodArena, message: dict[str, Any]) -> dict[str, Any]:

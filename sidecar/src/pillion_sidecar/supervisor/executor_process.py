@@ -170,7 +170,7 @@ class ExecutorProcess:
         except ConnectionError:
             pass
         except Exception as err:  # a boundary: whoever waits for an answer would wait for ever
-            _log.exception("the executor says what is not understood (%s): it is replaced", type(err).__name__)
+            _log.exception("replacing the executor after an invalid message: %s", type(err).__name__)
             self.kill()
         process = self._process
         status: int | str = "unknown"
@@ -186,7 +186,7 @@ class ExecutorProcess:
             try:
                 self._on_event(message)
             except Exception:  # a boundary: an event that is not taken costs no save
-                _log.exception("the event %s of the executor failed", message.get("type"))
+                _log.exception("handling the executor's event %s failed", message.get("type"))
             return
         answer = self._pending.get(message.get("id", 0))
         if answer is not None and not answer.done():
@@ -211,7 +211,7 @@ class ExecutorProcess:
             try:
                 pong = await asyncio.wait_for(self.request({"type": "ping"}), self._ping_timeout_s)
             except TimeoutError:
-                _log.error("the executor answered no ping for %.0f s: it is killed", self._ping_timeout_s)
+                _log.error("killing the executor: it has not answered a ping for %.0f s", self._ping_timeout_s)
                 self.kill()
                 return
             except PillionError:
@@ -220,7 +220,7 @@ class ExecutorProcess:
             self._on_wait(waits)
             if waits is not None and waits["for_s"] > waits["bound_s"]:
                 self._hung = waits
-                _log.error("the executor is replaced: %s", ExecutorHung(waits))
+                _log.error("replacing the executor: %s", ExecutorHung(waits))
                 self.kill()
                 return
 

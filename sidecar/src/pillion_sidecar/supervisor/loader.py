@@ -216,9 +216,12 @@ class Loader:
             _log.error("refused the checkpoint %s: %s", where, why)
             self._sidecar_status.refused(where, why)
         for where, why in result["passed_over"].items():
-            _log.warning("%s is newer than what is loaded, and was not used: %s", where, why)
+            _log.warning("%s is newer than the loaded checkpoint, and was not used: %s", where, why)
         if result["set_aside"]:
-            _log.warning("the committed steps %s are ahead of what is loaded, and set aside", result["set_aside"])
+            _log.warning(
+                "committed steps %s are newer than the loaded step; they stay on storage and are loaded only by number",
+                result["set_aside"],
+            )
         for rank, (client, message) in asked.items():
             client.answer(
                 message,
@@ -245,7 +248,7 @@ class Loader:
         if error.kind == SessionOver.__name__ or not any(
             here.get(rank) is client for rank, (client, _) in asked.items()
         ):
-            _log.info("a load was left, as its trainers have ended: %s", error.message)
+            _log.info("abandoned a load because its trainers have ended: %s", error.message)
         else:
             self._sidecar_status.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
         for client, message in asked.values():

@@ -131,7 +131,7 @@ class Persister:
     def _to_storage(self, pod: PodArena, save: Save) -> None:
         pod.table.to_storage(save)
         self._sidecar_status.rescued(save.step)
-        _log.warning("step %d was in memory only: it is persisted now", save.step, extra={"step": save.step})
+        _log.warning("step %d was in memory only: writing it to storage now", save.step, extra={"step": save.step})
 
     async def _call_rescue(self, pod: PodArena) -> None:
         call = uuid.uuid4().hex
@@ -186,9 +186,9 @@ class Persister:
             await self._persist(pod, save)
         except PillionError as err:
             if self._trainers.pod is not pod:
-                _log.info("a rescue of the session before was left: %s", err)
+                _log.info("abandoned a rescue of the previous session: %s", err)
             elif self._missed_by_others(pod, err) and self._repeated < RESCUES_REPEATED:
-                _log.warning("the other pods are called to a rescue once more: %s", err)
+                _log.warning("calling the other pods to a rescue again: %s", err)
                 self._repeated += 1
                 self.rescue()
             else:
@@ -301,7 +301,7 @@ class Persister:
         try:
             more = await self._executor_client.retain(pod, step, RETENTION_SLICE_S)
         except PillionError as err:
-            _log.warning("retention after step %d was cut short: %s", step, err, extra={"step": step})
+            _log.warning("retention after step %d stopped early: %s", step, err, extra={"step": step})
         finally:
             self._retaining = False
             if not more and self._retain_after == step:
@@ -348,7 +348,7 @@ class Persister:
                 failure = RemoteFailure("ExecutorDied", str(err))
                 error = SaveError("the executor died", step=save.step, failures=dict.fromkeys(pod.segments, failure))
                 if attempt + 1 < PERSIST_ATTEMPTS:
-                    _log.warning("step %d goes to the executor's successor: %s", save.step, err)
+                    _log.warning("repeating step %d with a new executor: %s", save.step, err)
             except SaveError as err:
                 error = failures.for_local_ranks(err, list(pod.segments))
                 break
@@ -360,7 +360,9 @@ class Persister:
             # Its trainers are gone, others are there, and its segments are closed: nobody waits for it.
             if outcome is not None and save.persist:
                 self._sidecar_status.committed(save.step, outcome)
-            _log.warning("step %d was of the session before: %s", save.step, error or "done", extra={"step": save.step})
+            _log.warning(
+                "step %d belongs to the previous session: %s", save.step, error or "done", extra={"step": save.step}
+            )
             return
         persisted = outcome is not None and wanted
         hopeless = outcome is None and (error is None or failures.is_hopeless(error))

@@ -89,7 +89,7 @@ class PodEnd:
             self._tasks.start(self._end_trainers(pod, wanted=wanted), "ending the trainers")
         if not wanted:
             return False
-        _log.info("the pod is terminating: the trainers are asked for a save")
+        _log.info("the pod is terminating: requesting a last save from the trainers")
         self._trainers.save_now()
         self._tasks.start(self._flush(pod), "flush")
         return True
@@ -114,9 +114,7 @@ class PodEnd:
         await asyncio.sleep(max(0.0, begun + SIGNAL_FOLLOWS_S - time.monotonic()))
         drained = await self._persister.quiet(max(0.0, begun + bound_s - time.monotonic()))
         if drained and not self._signalled and self._trainers.pod is pod:
-            _log.info(
-                "what the trainers have saved is on storage: those without a SIGTERM handler of their own are ended"
-            )
+            _log.info("the last save is on storage: ending trainers without a SIGTERM handler of their own")
             self._end()
 
     async def _end_comers(self) -> None:

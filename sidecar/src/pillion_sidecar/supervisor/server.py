@@ -69,7 +69,7 @@ class TrainerConnection:
             return
         self._writer.write(messages.encode(message))
         if self._writer.transport.get_write_buffer_size() > WRITE_LIMIT_BYTES:
-            _log.error("rank %d takes no messages: dropped", self.rank)
+            _log.error("closing the connection of rank %d: it does not read its messages", self.rank)
             self._writer.transport.abort()
 
     def answer(self, request: messages.Message, message: Mapping[str, Any]) -> None:
@@ -181,7 +181,7 @@ class ControlServer:
                     else:
                         raise messages.BadFrame(f"the first message must be hello, not {message['type']!r:.40}")
         except messages.BadFrame as err:
-            _log.warning("pid %d sent what is no message: %s", client.pid, err)
+            _log.warning("invalid message from pid %d: %s", client.pid, err)
             client.send({"type": "failed", "id": 0, "error": ErrorDocument("SidecarError", str(err)).to_document()})
         except (ConnectionError, TimeoutError):
             pass

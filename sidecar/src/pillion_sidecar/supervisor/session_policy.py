@@ -92,7 +92,9 @@ class SessionPolicy:
         started_with = self._require()
         later = self._in_force.later(proposed, started_with)
         if later:
-            _log.warning("the policy's %s changed: a running pod keeps what it has", ", ".join(sorted(later)))
+            _log.warning(
+                "the policy's %s changed: a running pod keeps its own until it is replaced", ", ".join(sorted(later))
+            )
         differs = effective_policy.document(proposed) != effective_policy.document(now)
         session = self._trainers.pod.identity.session if self._trainers.pod is not None else ""
         overdue = time.monotonic() - self._sent_s >= POLICY_REPEAT_S or session != self._sent_to
@@ -113,7 +115,7 @@ class SessionPolicy:
         generation = messages.field(message, "generation", int)
         started_with = self._require()
         if self._in_force.take(taken, generation, started_with):
-            _log.info("generation %d of the policy holds now", generation)
+            _log.info("generation %d of the policy is in force", generation)
         if self._trainers.pod is not None:
             self._trainers.pod.policy = self._in_force.over(started_with)
         if self._in_force.changed:

@@ -64,9 +64,11 @@ class Sessions:
                 shared=not self._settings.embedded,
             )
         except (OSError, ValueError, PillionError) as err:
-            _log.warning("session %s of a sidecar before this one is not adopted: %s", record.session, err)
+            _log.warning("cannot continue session %s of an earlier sidecar: %s", record.session, err)
             return
-        _log.warning("adopted session %s with %d snapshots in memory", record.session, len(pod.adopted))
+        _log.warning(
+            "continuing session %s of an earlier sidecar with %d snapshots in memory", record.session, len(pod.adopted)
+        )
         self._trainers.adopt_session(pod, record.trainers)
         self._executor_client.session(pod, record)
         self._persister.wake()
@@ -143,7 +145,7 @@ class Sessions:
             bound_s = min(before.policy.drain.timeout_seconds, self._settings.peer_timeout_s * MOVED_SHARE)
             if not await self._persister.quiet(bound_s):
                 _log.error(
-                    "ranks are in other pods than before, and after %.0f s not all that was saved there is on storage: going on without",
+                    "ranks have moved to other pods; older saves did not reach storage within %.0f s and are abandoned",
                     bound_s,
                 )
         else:

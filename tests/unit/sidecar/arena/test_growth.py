@@ -213,7 +213,9 @@ def test_a_limit_of_the_length_of_files_is_named_as_what_forbids_the_arena(tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(SidecarError, match=r"cannot make the arena segment .*may have 1048576 \(ulimit -f\)"):
+        with pytest.raises(
+            SidecarError, match=r"cannot make the arena segment .*may have 1048576 \(ulimit -f, inherited"
+        ):
             Segment.create(str(tmp_path / "segment"), num_slots=2, stride_bytes=1 << 30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -203,8 +203,8 @@ def test_a_root_says_whose_checkpoints_it_holds(tmp_path: Path, caplog: pytest.L
     assert Record.decode(old) == dataclasses.replace(first, owner="")
     for owner in ("Job llm (uid-1)", "Job llm (uid-1)", "Job llm (uid-2)"):
         ownership.claim(str(tmp_path), dataclasses.replace(first, owner=owner), silent_s=SILENT_S)
-    said = [each.getMessage() for each in caplog.records if "goes on from" in each.getMessage()]
-    assert said == [f"{tmp_path} holds the checkpoints of Job llm (uid-1): Job llm (uid-2) goes on from them"]
+    said = [each.getMessage() for each in caplog.records if "continues from" in each.getMessage()]
+    assert said == [f"{tmp_path} holds checkpoints of Job llm (uid-1): Job llm (uid-2) continues from them"]
 
 
 def test_a_lease_ends_by_itself_when_a_newer_session_has_removed_its_record(tmp_path: Path, living: Lease) -> None:

@@ -106,7 +106,7 @@ class Signals:
                     self._seen += 1
                     self._on_message(self._seen, protocol.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
             except (RuntimeError, ValueError) as err:
-                _log.warning("announcements of other pods are not heard any more: %s", str(err).splitlines()[0])
+                _log.warning("this pod no longer receives announcements of other pods: %s", str(err).splitlines()[0])
                 if not self._closed.is_set():
                     self._on_lost()
                 return

@@ -489,7 +489,9 @@ def _retain(context: Context, current: int) -> None:
             for _ in retention.remove_written(context.root, step):
                 context.watch.moved()
         except OSError as err:
-            _log.warning("retention: step %d stays for now: %s", step, err)
+            _log.warning(
+                "retention: step %d could not be removed, and is tried again after the next commit: %s", step, err
+            )
 
 
 def _accepted(writer: StorageWriter, **offered: object) -> dict[str, object]:

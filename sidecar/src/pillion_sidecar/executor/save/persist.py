@@ -82,7 +82,9 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
             outcome = context.exchange.receive(f"{at}/outcome", context.persist_timeout_s)
             if outcome.get("again_s") is None:
                 break
-            _log.warning("step %d is tried again in %.0f s: %s", request.step, outcome["again_s"], outcome["failures"])
+            _log.warning(
+                "writing step %d is retried in %.0f s: %s", request.step, outcome["again_s"], outcome["failures"]
+            )
             time.sleep(float(outcome["again_s"]))
             attempt += 1
     if outcome.get("discarded"):
@@ -115,7 +117,7 @@ def _found_complete(context: Context, request: Request) -> dict[str, Any] | None
                 commit.fence(context.root, context.generation)
             if commit.finish(directory, generation=ours, over_strangers=request.destination is not None) is None:
                 return None
-            _log.warning("step %d was complete without its commit: it is committed now", request.step)
+            _log.warning("step %d was written completely by an earlier process: committed it now", request.step)
             if context.root and request.destination is None:
                 milestones.remember(context.root, request.step, ours)
         size_bytes = catalog.size_bytes(directory)
@@ -254,13 +256,13 @@ def _rise_above(context: Context, request: Request) -> None:
     try:
         lies = commit.newest_written(directory)
     except OSError as err:
-        _log.warning("cannot look into %s, the write will tell: %s", directory, err)
+        _log.warning("cannot list %s before the write: %s", directory, err)
         return
     finally:
         context.watch.idle()
     if lies > context.generation:
         _log.warning(
-            "%s was written by a clock that is ahead, or by a session that is younger: its files make room", directory
+            "%s was written by a newer session, or under a clock that is ahead: its files are removed", directory
         )
         context.generation = lies + 1
 
