@@ -209,11 +209,11 @@ def await_ready(log: Path) -> tuple[int, int]:
             each["message"]: each
             for each in map(json.loads, (line for line in log.read_text().splitlines() if line.endswith("}")))
         }
-        if "serves admission" in said and "serves health and metrics" in said:
-            health = int(said["serves health and metrics"]["port"])
+        if "serving admission" in said and "serving health and metrics" in said:
+            health = int(said["serving health and metrics"]["port"])
             try:
                 with urllib.request.urlopen(f"http://{HOST}:{health}/readyz", timeout=5):
-                    return int(said["serves admission"]["port"]), health
+                    return int(said["serving admission"]["port"]), health
             except OSError:
                 # 503: not ready yet.
                 pass

@@ -71,7 +71,7 @@ def said(run: Run, part: str) -> dict[str, Any]:
 
 
 def status(run: Run, path: str) -> int:
-    port = said(run, "serves health")["port"]
+    port = said(run, "serving health")["port"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=Deadline.REPLY.s) as answer:
         return int(answer.status)
 
@@ -88,7 +88,7 @@ def test_one_leads_and_another_takes_over_when_it_is_told_to_end(
     first = start(processes, kubeconfig, "first", "192.0.2.1")
     eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "the first to lead")
     second = start(processes, kubeconfig, "second", "192.0.2.2")
-    eventually(lambda: said(second, "serves health"), Deadline.PROCESS_START, "the second to wait")
+    eventually(lambda: said(second, "serving health"), Deadline.PROCESS_START, "the second to wait")
     assert holder(server) == "first"
     for run in (first, second):
         eventually(functools.partial(is_ready, run), Deadline.REPLY, "readiness")

@@ -69,8 +69,8 @@ class Webhook:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.port = self._said("serves admission")
-        self.health_port = self._said("serves health and metrics")
+        self.port = self._said("serving admission")
+        self.health_port = self._said("serving health and metrics")
 
     def _said(self, message: str) -> int:
         def port() -> int:

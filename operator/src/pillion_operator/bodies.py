@@ -95,9 +95,9 @@ class Bodies:
         except TimeoutError:
             if body.is_given_up:
                 raise _crowded() from None
-            raise Unread(408, f"the body was not whole within {self._within_s:.0f} s") from None
+            raise Unread(408, f"the body was not complete within {self._within_s:.0f} s") from None
         except (OSError, web.RequestPayloadError):
-            raise Unread(400, "the body broke off") from None
+            raise Unread(400, "the connection broke before the body was complete") from None
         return bytes(content)
 
     def _make_room(self, asking: _Body | None = None) -> None:
@@ -126,4 +126,4 @@ class Bodies:
 
 
 def _crowded() -> Unread:
-    return Unread(503, "too many bodies come at one time; come again")
+    return Unread(503, "too many requests at one time; try again")

@@ -61,7 +61,7 @@ class Health:
         await self._runner.setup()
         await web.TCPSite(self._runner, self._address or None, self.port).start()
         self.port = self._runner.addresses[0][1]
-        _log.info("serves health and metrics", extra={Field.PORT: self.port})
+        _log.info("serving health and metrics", extra={Field.PORT: self.port})
         return self
 
     async def __aexit__(

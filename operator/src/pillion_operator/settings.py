@@ -104,7 +104,7 @@ class Settings:
     job_series: bool = field(default=False, metadata={"env": "PILLION_JOB_SERIES", "allowed": ("true", "false")})
     """Whether /metrics has the series of jobs and policies, with their names: everybody who reaches the port can read them."""
     home_enabled: bool = field(default=True, metadata={"env": "PILLION_HOME_ENABLED", "allowed": ("true", "false")})
-    """Whether the controller serves sidecars that call home."""
+    """Whether the controller serving reports of sidecars."""
     certificate_mode: CertificateMode = field(
         default=CertificateMode.SELF,
         metadata={"env": "PILLION_CERTIFICATE_MODE", "allowed": tuple(CertificateMode)},

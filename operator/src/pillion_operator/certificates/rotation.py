@@ -80,7 +80,7 @@ class Rotation:
                     # Somebody wrote meanwhile; the next look shows what.
                     wait_s = 0.0
                 except (client.ApiError, client.Unreachable) as err:
-                    _log.warning("the certificates could not be looked after: %s", err)
+                    _log.warning("checking the certificates failed; trying again: %s", err)
                     wait_s = RETRY_S
                 await asyncio.sleep(PAUSE_S * random.uniform(1.0, 1.5))
                 with contextlib.suppress(TimeoutError):
@@ -141,7 +141,7 @@ class Rotation:
         """Have the API server trust these; whether it did not before."""
         if configuration is None:
             # The chart may be about to make it, and then the watch says so.
-            _log.warning("there is no MutatingWebhookConfiguration %s", self._settings.webhook_configuration)
+            _log.warning("MutatingWebhookConfiguration %s does not exist", self._settings.webhook_configuration)
             return False
         operations = trust(configuration, bundle)
         if not operations:
@@ -172,7 +172,7 @@ class Rotation:
     def _made(self, what: str, chain: str) -> None:
         metrics.CERTIFICATE_ROTATIONS.labels(what).inc()
         ends = str(issue.ends(chain))
-        _log.info("made the certificate's %s anew: %s", what, issue.fingerprint(chain), extra={Field.EXPIRES: ends})
+        _log.info("created a new %s certificate: %s", what, issue.fingerprint(chain), extra={Field.EXPIRES: ends})
 
 
 def trust(configuration: Json, bundle: str) -> list[Json]:

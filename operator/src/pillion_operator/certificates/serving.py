@@ -111,14 +111,14 @@ class Serving:
             load(fresh, fresh_material)
         except (ssl.SSLError, OSError) as err:
             metrics.CERTIFICATE_LOADS.labels("refused").inc()
-            _log.error("the certificate in the Secret %s cannot be served: %s", self._name, err)
+            _log.error("cannot serve the certificate in Secret %s: %s", self._name, err)
             return False
         self._newest, self.material = fresh, fresh_material
         ends = issue.ends(fresh_material.chain)
         metrics.CERTIFICATE_LOADS.labels("loaded").inc()
         metrics.CERTIFICATE_EXPIRY.set(ends.timestamp() if ends else 0)
         _log.info(
-            "serves the certificate %s",
+            "serving certificate %s",
             issue.fingerprint(fresh_material.chain),
             extra={Field.EXPIRES: ends and ends.isoformat()},
         )
@@ -139,7 +139,7 @@ class Serving:
 
     def _changed(self, _: reflector.Key, old: Material | None, new: Material | None) -> None:
         if new is None:
-            _log.warning("the Secret %s is gone; its last certificate is served on", self._name)
+            _log.warning("Secret %s was deleted; still serving its last certificate", self._name)
         elif new != self.material:
             self.take(new)
 

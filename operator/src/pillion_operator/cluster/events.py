@@ -177,7 +177,7 @@ class Events:
         except (client.ApiError, client.Unreachable) as err:
             metrics.EVENTS_DROPPED.labels("refused").inc()
             self._posted.pop(write.key, None)
-            _log.warning("an event was not written: %s", err, extra={Field.REASON: write.key[4]})
+            _log.warning("could not write an Event: %s", err, extra={Field.REASON: write.key[4]})
 
     def _event(self, write: _Write, record: _Posted) -> Json:
         namespace, _, _, _, reason, message = write.key

@@ -117,13 +117,13 @@ class Lease:
             try:
                 if await self._try():
                     metrics.LEADER.set(1)
-                    _log.info("holds the lease %s", self._name, extra={Field.IDENTITY: self.identity})
+                    _log.info("acquired Lease %s", self._name, extra={Field.IDENTITY: self.identity})
                     return
             except client.Conflict:
                 # Another replica was quicker.
                 pass
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the lease %s cannot be taken now: %s", self._name, err)
+                _log.warning("cannot acquire Lease %s: %s", self._name, err)
             await asyncio.sleep(self._timing.retry_s * random.uniform(0.8, 1.2))
 
     async def renew(self) -> None:
@@ -143,7 +143,7 @@ class Lease:
                 # Somebody wrote to it; the next look says who.
                 pass
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the lease %s was not renewed: %s", self._name, err)
+                _log.warning("could not renew Lease %s: %s", self._name, err)
 
     async def release(self) -> None:
         """Give the lease up, if it is held, so that another replica need not wait for its end."""
@@ -156,10 +156,10 @@ class Lease:
         with contextlib.suppress(client.ApiError, client.Unreachable):
             # Another holder would have changed the version, and then there is nothing to give.
             await self._client.replace(self._path, held, timeout_s=REQUEST_TIMEOUT_S)
-            _log.info("released the lease %s", self._name, extra={Field.IDENTITY: self.identity})
+            _log.info("released Lease %s", self._name, extra={Field.IDENTITY: self.identity})
 
     def _lose(self, why: str) -> None:
-        _log.error("lost the lease %s: %s", self._name, why, extra={Field.IDENTITY: self.identity})
+        _log.error("lost Lease %s: %s", self._name, why, extra={Field.IDENTITY: self.identity})
         metrics.LEADER.set(0)
         self._held = None
         self.lost.set()

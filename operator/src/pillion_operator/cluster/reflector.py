@@ -179,7 +179,9 @@ class Reflector(Generic[T]):
         except Exception:
             # The boundary of the process: one object that we cannot read must not cost us all the others.
             metrics.WATCH_UNREADABLE.labels(self._resource).inc()
-            _log.exception("%s %s/%s cannot be read", self._resource, *key, extra={Field.PATH: self._path})
+            _log.exception(
+                "cannot read %s %s/%s; ignoring the object", self._resource, *key, extra={Field.PATH: self._path}
+            )
             kept = None
         self._keep(key, kept)
         return key
@@ -195,12 +197,12 @@ class Reflector(Generic[T]):
         except Exception:
             # As in _take: the cache goes on.
             metrics.WATCH_UNREADABLE.labels(self._resource).inc()
-            _log.exception("the change of %s %s/%s failed", self._resource, *key, extra={Field.PATH: self._path})
+            _log.exception("handling a change of %s %s/%s failed", self._resource, *key, extra={Field.PATH: self._path})
 
     def _restarting(self, why: str, text: str) -> None:
         metrics.WATCH_RESTARTS.labels(self._resource, why).inc()
         level = logging.WARNING if why != "gone" else logging.INFO
-        _log.log(level, "the watch of %s begins again: %s", self._resource, text, extra={Field.PATH: self._path})
+        _log.log(level, "restarting the watch of %s: %s", self._resource, text, extra={Field.PATH: self._path})
 
     def _backoff_s(self) -> float:
         bound: float = min(BACKOFF_FIRST_S * 2**self._failures, BACKOFF_MOST_S)

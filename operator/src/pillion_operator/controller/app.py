@@ -126,12 +126,12 @@ class Controller:
 
     def missing(self) -> Sequence[str]:
         """What keeps this replica from being ready. One that waits for the Lease is ready to take over."""
-        parts = [("the API server does not trust the webhook yet", not self._trusted.is_set())]
+        parts = [("the API server does not trust the webhook's certificate yet", not self._trusted.is_set())]
         if self.is_leading:
             parts += [
                 ("the caches are not filled yet", not self._caches_filled.is_set()),
                 ("no certificate yet", self.settings.home_enabled and not self.serving.ready),
-                ("no sidecar is sent here yet: the endpoint is not written", self._is_unreachable()),
+                ("the endpoint for sidecars is not written yet", self._is_unreachable()),
             ]
         return [text for text, is_missing in parts if is_missing]
 
@@ -152,7 +152,7 @@ class Controller:
                 # Nothing calls the webhook, so nothing is to trust it.
                 break
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the webhook configuration cannot be read: %s", err)
+                _log.warning("cannot read the webhook configuration: %s", err)
             await asyncio.sleep(RETRY_S)
         self._trusted.set()
 
@@ -162,7 +162,7 @@ class Controller:
             return []
         problems = []
         if self._caches_filled.is_set() and time.monotonic() - self.reconciler.last_turn_s > STUCK_S:
-            problems.append(f"the writer has not come round for {STUCK_S:.0f} s")
+            problems.append(f"the writer has made no progress for {STUCK_S:.0f} s")
         for name, each in (("pods", self.pods), ("jobs", self.job_objects), ("checkpoints", self.checkpoints)):
             if each.age_s() > reflector.STALE_S:
                 problems.append(f"the watch of {name} has been silent for {each.age_s():.0f} s")
@@ -209,12 +209,12 @@ class Controller:
                 await self.watcher.relist()
                 break
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the policies cannot be listed: %s", err)
+                _log.warning("cannot list the policies: %s", err)
                 await asyncio.sleep(RETRY_S)
         for each in (self.pods, self.job_objects, self.checkpoints):
             await each.synced.wait()
         self._caches_filled.set()
-        _log.info("leads: knows %d pods and %d checkpoints", len(self.pods), len(self.checkpoints))
+        _log.info("active: the caches hold %d pods and %d Checkpoint objects", len(self.pods), len(self.checkpoints))
         await self.watcher.run(self._restore_signals)
 
     async def _after_caches(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -247,9 +247,9 @@ class Controller:
         )
         async with tls:
             self.home_port = tls.port
-            _log.info("serves sidecars that call home", extra={Field.PORT: self.home_port})
+            _log.info("serving reports of sidecars", extra={Field.PORT: self.home_port})
             if not self.settings.pod_ip:
-                _log.warning("PILLION_POD_IP is not set: nobody is told where to call")
+                _log.warning("PILLION_POD_IP is not set: sidecars cannot reach this controller")
                 await asyncio.Event().wait()
             self.endpoint = endpoint.Endpoint(self._api, self.settings, self.home_port)
             try:

@@ -112,7 +112,7 @@ def plan(objects: Iterable[Checkpoint], job: Job | None, now_s: float) -> list[m
         if each.is_open:
             status = _answer(each, job, now_s)
         elif not each.is_ours and not each.is_request and not each.status.ready:
-            text = f"Only the operator makes one with the trigger {each.trigger}. To ask for a save, leave the trigger out."
+            text = f"Only the operator creates Checkpoint objects with the trigger {each.trigger}. To ask for a save, leave the trigger out."
             status = _ready(each.status, FALSE, Reason.NOT_A_REQUEST, text, now_s)
         if status is not None and status != each.status:
             writes.append(mirror.SetStatus(checkpoint=each, status=status))
@@ -127,16 +127,16 @@ def _answer(checkpoint: Checkpoint, job: Job | None, now_s: float) -> Status:
     if job is None:
         text = f"No job {checkpoint.job_id} in this namespace reports"
         if is_late:
-            return _ready(before, FALSE, Reason.NO_JOB, f"{text}; the request was given up.", now_s)
-        return _ready(before, UNKNOWN, Reason.NO_JOB, f"{text}; the request waits for it.", now_s)
+            return _ready(before, FALSE, Reason.NO_JOB, f"{text}; the request expired.", now_s)
+        return _ready(before, UNKNOWN, Reason.NO_JOB, f"{text}; the request is waiting for it.", now_s)
     if not before.policy:
         before = dataclasses.replace(before, policy=job.report.policy)
     answer = _acknowledgement(job, command_id(checkpoint))
     if answer is None:
         if is_late:
-            text = "The job reports, and did not take the request up; see the log of its sidecar."
+            text = "The job reports but did not answer the request in time; see the log of its sidecar."
             return _ready(before, FALSE, Reason.NOT_ANSWERED, text, now_s)
-        return _ready(before, UNKNOWN, Reason.REQUESTED, "The job is asked for a save.", now_s)
+        return _ready(before, UNKNOWN, Reason.REQUESTED, "The request was sent to the job.", now_s)
     if answer.progress == home.Progress.FAILED:
         text = answer.message[: home.TEXT_LIMIT] or "The save failed."
         return _ready(before, FALSE, Reason.SAVE_FAILED, text, now_s)
@@ -207,7 +207,7 @@ class SaveAnnotations:
             return Notice(about=annotation.about, reason=NoticeReason.COMMITTED, message=text)
         if answer is not None and answer.progress == home.Progress.FAILED:
             self._finish(annotation)
-            text = f"The save that was asked for failed: {answer.message[: home.TEXT_LIMIT]}"
+            text = f"The requested save failed: {answer.message[: home.TEXT_LIMIT]}"
             return Notice(about=annotation.about, reason=NoticeReason.FAILED, message=text, warning=True)
         if answer is not None:
             if annotation.id in self._accepted:
@@ -216,14 +216,14 @@ class SaveAnnotations:
             return Notice(
                 about=annotation.about,
                 reason=NoticeReason.ACCEPTED,
-                message="The job was asked for a save, and is saving.",
+                message="The job received the request and is saving.",
             )
         if was_before and job is not None and _has_since(job.report.checkpoints, asked_s):
             self._finish(annotation)
         elif now_s - asked_s > LIFETIME_S:
             self._finish(annotation)
             if not was_before:
-                text = f"No job took the request up within {LIFETIME_S:.0f} s; it was given up."
+                text = f"No job answered the request within {LIFETIME_S:.0f} s; the request expired."
                 return Notice(about=annotation.about, reason=NoticeReason.NOT_TAKEN, message=text, warning=True)
         return None
 

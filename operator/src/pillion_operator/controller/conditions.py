@@ -116,16 +116,16 @@ def is_failing(report: home.Report) -> bool:
 
 def _ready(policy: CheckpointPolicy) -> tuple[str, Reason, str]:
     if policy.spec is None:
-        return FALSE, Reason.INVALID, "The policy cannot be used: " + "; ".join(policy.problems)
+        return FALSE, Reason.INVALID, "The policy is invalid: " + "; ".join(policy.problems)
     if policy.spec.suspend:
-        text = "The policy is suspended: new pods are not injected, and running jobs save only when they are asked to."
+        text = "The policy is suspended: new pods are not injected, and running jobs save only on request."
         return TRUE, Reason.SUSPENDED, text
-    return TRUE, Reason.VALID, "The policy can be used."
+    return TRUE, Reason.VALID, "The policy is valid."
 
 
 def _storage(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     if not jobs:
-        return UNKNOWN, Reason.NO_JOB, "No job under the policy reports, so that nobody knows."
+        return UNKNOWN, Reason.NO_JOB, "No job under the policy reports, so the state of the storage is unknown."
     failing = [job for job in jobs if job.report.storage_error]
     if failing:
         said = ((job.report.job_id, job.report.storage_error) for job in failing)
@@ -152,11 +152,9 @@ def _drain(policy: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, 
     slow = [job for job in jobs if job.report.drain_s > given_s]
     if slow:
         said = ((job.report.job_id, f"a save took {math.ceil(job.report.drain_s)} s") for job in slow)
-        text = (
-            f"drain.timeoutSeconds gives the end of a pod {given_s} s, and saves take longer: {_named(said, len(slow))}"
-        )
+        text = f"drain.timeoutSeconds is {given_s} s, but saves take longer: {_named(said, len(slow))}"
         return TRUE, Reason.DRAIN_TOO_SHORT, text
-    return FALSE, Reason.FITS, f"The last saves took no longer than the {given_s} s of drain.timeoutSeconds."
+    return FALSE, Reason.FITS, f"The last saves fit into drain.timeoutSeconds ({given_s} s)."
 
 
 def _memory(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
@@ -166,7 +164,7 @@ def _memory(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     if small:
         said = ((job.report.job_id, job.report.memory_error) for job in small)
         return TRUE, Reason.ARENA_TOO_SMALL, "The arena is too small: " + _named(said, len(small))
-    return FALSE, Reason.FITS, "The arena holds the state of every job that has said how large it is."
+    return FALSE, Reason.FITS, "The arena is large enough for every job that has reported its size."
 
 
 def describe(failure: home.Failure) -> str:

@@ -45,7 +45,7 @@ class Endpoint:
                 await self._write([self._settings.pod_ip])
                 self.is_written = True
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the endpoint of %s could not be written: %s", self._settings.home_service, err)
+                _log.warning("could not write the EndpointSlice of Service %s: %s", self._settings.home_service, err)
                 pause_s = RETRY_S
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
 
@@ -55,7 +55,7 @@ class Endpoint:
         try:
             await self._write([])
         except (client.ApiError, client.Unreachable) as err:
-            _log.warning("the endpoint of %s stays behind: %s", self._settings.home_service, err)
+            _log.warning("could not clear the EndpointSlice of Service %s: %s", self._settings.home_service, err)
 
     async def _write(self, addresses: list[str]) -> None:
         body = endpoint_slice(self._settings, addresses, self._port)

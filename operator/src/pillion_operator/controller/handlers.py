@@ -109,7 +109,7 @@ class Watcher:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
                 error = None if task.cancelled() else task.exception()
-                _log.error("kopf ended with %s, and begins anew: %r", task.get_name(), error)
+                _log.error("kopf stopped because its task %s ended; restarting it: %r", task.get_name(), error)
         finally:
             for task in tasks:
                 task.cancel()
@@ -151,7 +151,7 @@ class Watcher:
             try:
                 await self.relist()
             except (client.ApiError, client.Unreachable) as err:
-                _log.warning("the policies could not be listed after %.1f s: %s", time.monotonic() - begun_s, err)
+                _log.warning("listing the policies failed after %.1f s: %s", time.monotonic() - begun_s, err)
 
 
 def _settings() -> kopf.OperatorSettings:

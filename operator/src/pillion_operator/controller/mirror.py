@@ -23,7 +23,7 @@ POLICY_LABEL: Final = "pillion.dev/policy"
 COMMITTED: Final = "Committed"
 REMOVED: Final = "Removed"
 COMMITTED_TEXT: Final = "The checkpoint is committed and can be loaded."
-REMOVED_TEXT: Final = "The checkpoint was committed, and is no longer on storage."
+REMOVED_TEXT: Final = "The checkpoint was committed but is no longer on storage."
 _NAME_MOST: Final = 253
 """Source: Kubernetes documentation, "Object Names and IDs"."""
 _PATH_MOST: Final = 4096

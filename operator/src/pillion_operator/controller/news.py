@@ -63,14 +63,14 @@ class News:
         if announced.loaded != report.loaded_time:
             announced.loaded = report.loaded_time
             where = _FROM.get(report.loaded_from, report.loaded_from)
-            said.append((NoticeReason.LOADED, f"Training goes on from step {report.loaded_step}, from {where}."))
+            said.append((NoticeReason.LOADED, f"Training resumed from step {report.loaded_step}, from {where}."))
         if committed > announced.committed and (report.draining or now_s - announced.committed_s >= FOLD_S):
             number, announced.committed, announced.committed_s = committed - announced.committed, committed, now_s
             said.append((NoticeReason.COMMITTED, _commits(number, report.committed_step)))
         if dropped > announced.dropped and (report.draining or now_s - announced.dropped_s >= FOLD_S):
             number, announced.dropped, announced.dropped_s = dropped - announced.dropped, dropped, now_s
             what = "1 save was" if number == 1 else f"{number} saves were"
-            said.append((NoticeReason.SKIPPED, f"{what} dropped, as staging.overlap says: no slot was free."))
+            said.append((NoticeReason.SKIPPED, f"{what} dropped because no slot was free (staging.overlap)."))
         return said
 
     def keep(self, jobs: Collection[JobKey]) -> None:

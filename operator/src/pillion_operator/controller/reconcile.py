@@ -152,7 +152,7 @@ class Reconciler:
 
     def _tick(self, now_s: float) -> None:
         for job in self._registry.forget_silent(now_s):
-            _log.info("a job is silent", extra={Field.NAMESPACE: job.key.namespace, Field.JOB: job.key.job_id})
+            _log.info("job stopped reporting", extra={Field.NAMESPACE: job.key.namespace, Field.JOB: job.key.job_id})
             self.mark_job(job.key)
             self.mark_policy((job.report.namespace, job.report.policy))
         if now_s - self._resynced_s >= RESYNC_S:
@@ -173,11 +173,11 @@ class Reconciler:
         except (client.ApiError, client.Unreachable) as err:
             # A namespace that is on its way out refuses for a minute; that is no news after the first time.
             level = logging.WARNING if not failures else logging.DEBUG
-            _log.log(level, "a write failed, and is tried again: %s", err, extra={Field.NAMESPACE: key[0]})
+            _log.log(level, "a write failed and will be retried: %s", err, extra={Field.NAMESPACE: key[0]})
             due.failed(key, failures, time.monotonic())
         except Exception:
             # The boundary of the process: one job's or policy's state that we cannot deal with must not stop all the others.
-            _log.exception("working out what to write failed", extra={Field.NAMESPACE: key[0]})
+            _log.exception("deciding what to write failed", extra={Field.NAMESPACE: key[0]})
             metrics.RECONCILE_ERRORS.inc()
             due.failed(key, failures, time.monotonic())
         return True

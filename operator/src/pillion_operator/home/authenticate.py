@@ -124,7 +124,9 @@ class Authenticator:
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
-            raise Refused(Result.UNAUTHENTICATED, "a header 'Authorization: Bearer <service account token>' is needed")
+            raise Refused(
+                Result.UNAUTHENTICATED, "the header 'Authorization: Bearer <service account token>' is required"
+            )
         now_s = self._clock()
         claims = self._claims(token, now_s)
         digest = hashlib.sha256(token.encode()).digest()
@@ -136,11 +138,11 @@ class Authenticator:
         if refused is not None and now_s < until_s:
             raise Refused(refused.result, str(refused))
         if await self._pods.find(claims.namespace, claims.pod, claims.pod_uid) is None:
-            raise Refused(Result.FORBIDDEN, "the token is of a pod that was not injected, or is gone")
+            raise Refused(Result.FORBIDDEN, "the token belongs to a pod that was not injected or no longer exists")
         asking = self._asking.get(digest)
         if asking is None:
             if len(self._asking) >= WAITING_MOST or self._asking_for[claims.pod_uid] >= ASKED_FOR_A_POD:
-                raise Refused(Result.BUSY, "too many new tokens wait to be checked; come again")
+                raise Refused(Result.BUSY, "too many new tokens wait for verification; try again")
             asking = asyncio.create_task(self._ask(token, digest, claims.end_s), name="token review")
             self._asking[digest] = asking
             self._asking_for[claims.pod_uid] += 1
@@ -159,7 +161,7 @@ class Authenticator:
             audiences = [audiences] if isinstance(audiences, str) else [str(each) for each in audiences]
             end_s = float(claims["exp"])
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as err:
-            raise Refused(Result.UNAUTHENTICATED, "what came is no service account token") from err
+            raise Refused(Result.UNAUTHENTICATED, "the bearer token is not a service account token") from err
         if self._audience not in audiences:
             raise Refused(
                 Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {self._audience}"
@@ -198,8 +200,8 @@ class Authenticator:
         except (client.ApiError, client.Unreachable) as err:
             if time.monotonic() - self._said_s >= SAID_AGAIN_S:
                 self._said_s = time.monotonic()
-                _log.warning("tokens cannot be checked now: %s", err)
-            raise Refused(Result.UNAVAILABLE, "the token cannot be checked now; come again") from err
+                _log.warning("cannot verify tokens of sidecars: %s", err)
+            raise Refused(Result.UNAVAILABLE, "the token cannot be verified now; try again") from err
         now_s = self._clock()
         verdict = judge(answer.get("status") or {}, self._audience)
         if isinstance(verdict, Refused):
@@ -219,7 +221,7 @@ def _remember(answers: OrderedDict[bytes, T], digest: bytes, answer: T, most: in
 def judge(review: Json, audience: str) -> Identity | Refused:
     """What the status of a TokenReview says."""
     if review.get("authenticated") is not True:
-        return Refused(Result.UNAUTHENTICATED, "the API server does not know the token, or its pod is gone")
+        return Refused(Result.UNAUTHENTICATED, "the API server rejects the token, or its pod no longer exists")
     # An API server that knows no audiences leaves them out, and has then not looked at ours.
     if audience not in (review.get("audiences") or []):
         return Refused(Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {audience}")

@@ -164,7 +164,7 @@ class Pods:
         self._questions = min(ASKED_BURST, self._questions + (now_s - self._counted_s) * ASKED_PER_S)
         self._counted_s = now_s
         if self._questions < 1:
-            raise Refused(Result.BUSY, "too many pods are asked about that are not known; come again")
+            raise Refused(Result.BUSY, "too many lookups of unknown pods; try again")
         self._questions -= 1
 
     async def _ask(self, namespace: str, name: str, uid: str) -> Pod | None:
@@ -173,5 +173,7 @@ class Pods:
         except client.NotFound:
             return None
         except (client.ApiError, client.Unreachable) as err:
-            raise Refused(Result.UNAVAILABLE, "the API server cannot be asked about the pod now") from err
+            raise Refused(
+                Result.UNAVAILABLE, "the pod cannot be looked up now, because the API server does not answer"
+            ) from err
         return pod if pod is not None and pod.uid == uid else None

@@ -88,7 +88,7 @@ class Home:
 
     async def _post(self, request: web.Request) -> web.Response:
         if self._in_flight >= IN_FLIGHT_MOST:
-            return _refuse(Refused(Result.BUSY, f"more than {IN_FLIGHT_MOST} reports at once; come again"))
+            return _refuse(Refused(Result.BUSY, f"more than {IN_FLIGHT_MOST} reports at one time; try again"))
         self._in_flight += 1
         try:
             async with asyncio.timeout(DEADLINE_S):
@@ -96,7 +96,7 @@ class Home:
         except Refused as refused:
             return _refuse(refused)
         except TimeoutError:
-            return _refuse(Refused(Result.SLOW, f"the report was not there, or not checked, within {DEADLINE_S:.0f} s"))
+            return _refuse(Refused(Result.SLOW, f"the report was not received and verified within {DEADLINE_S:.0f} s"))
         finally:
             self._in_flight -= 1
         metrics.REPORTS.labels(result.value).inc()
@@ -114,9 +114,9 @@ class Home:
             raise Refused(_UNREAD[err.status], str(err)) from err
         pod = await self._pods.find(identity.namespace, identity.pod, identity.pod_uid)
         if pod is None:
-            raise Refused(Result.FORBIDDEN, f"the pod {identity.pod} was not injected, or is gone")
+            raise Refused(Result.FORBIDDEN, f"pod {identity.pod} was not injected or no longer exists")
         if said := _differences(report, identity, pod):
-            raise Refused(Result.FORBIDDEN, "a pod reports for its own job only: " + "; ".join(said))
+            raise Refused(Result.FORBIDDEN, "a pod may report only for its own job: " + "; ".join(said))
         received = self._registry.receive(report, created=pod.created, now_s=time.monotonic())
         if not received.stale:
             self._on_report(received)

@@ -21,24 +21,24 @@ class Reason(StrEnum):
         return member
 
     INJECTED = "Injected", "The sidecar was injected."
-    NOT_OPTED_IN = "NotOptedIn", "The pod has no annotation pillion.dev/policy, so it is none of our business."
+    NOT_OPTED_IN = "NotOptedIn", "The pod has no annotation pillion.dev/policy, so Pillion leaves it alone."
     OPTED_OUT = "OptedOut", 'The pod opted out with the annotation pillion.dev/inject: "false".'
     MIRROR_POD = "MirrorPod", "The pod mirrors a static pod of its node, which no webhook can change."
     POLICY_SUSPENDED = "PolicySuspended", "The policy is suspended; set spec.suspend to false to have pods injected."
     POLICY_MISSING = (
         "PolicyMissing",
-        "No CheckpointPolicy of that name is in the pod's namespace; create it, and the pod's controller tries again.",
+        "No CheckpointPolicy of that name is in the pod's namespace; create it; the pod's controller then tries again.",
     )
-    POLICY_INVALID = "PolicyInvalid", "The CheckpointPolicy cannot be used; its condition Ready says the same."
+    POLICY_INVALID = "PolicyInvalid", "The CheckpointPolicy is invalid; its condition Ready says why."
     BAD_ANNOTATION = "BadAnnotation", "An annotation of the pod has a value that is not allowed."
     JOB_UNCLEAR = (
         "JobUnclear",
-        "Nothing tells for certain which training the pod belongs to; say it with the annotation pillion.dev/job-id.",
+        "The training that the pod belongs to is ambiguous; set the annotation pillion.dev/job-id.",
     )
     BAD_SIDECAR_CONTAINER = (
         "BadSidecarContainer",
-        "The pod declares a container pillion-sidecar that asks for what is not allowed.",
+        "The pod declares a container pillion-sidecar with fields that are not allowed.",
     )
-    RESERVED_NAME = "ReservedName", "The pod uses a name or a path that injection needs for itself."
+    RESERVED_NAME = "ReservedName", "The pod uses a name or a path that is reserved for injection."
     UNSUPPORTED_POD = "UnsupportedPod", "The pod cannot run a sidecar."
-    INTERNAL_ERROR = "InternalError", "Injection failed for a reason of its own; please report it."
+    INTERNAL_ERROR = "InternalError", "Injection failed because of an internal error; please report it."

@@ -80,7 +80,7 @@ class Webhook:
                 # What was imported never goes away. Looking through it for garbage takes 20 ms, which some pod would wait for.
                 gc.collect()
                 gc.freeze()
-                _log.info("serves admission", extra={Field.PORT: self.port})
+                _log.info("serving admission", extra={Field.PORT: self.port})
                 ended, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if stopping not in ended:
                     return Exit.INTERNAL

@@ -94,7 +94,7 @@ class Policies:
         self._counted_s = now_s
         if self._questions < 1 or len(self._asked) >= ASKED_AT_ONCE:
             metrics.POLICY_LOOKUPS.labels("refused").inc()
-            raise LookupFailed("too many policies that are not in the cache are asked about at one time")
+            raise LookupFailed("too many lookups of policies that are not in the cache")
         self._questions -= 1
 
     async def _ask(self, key: Key) -> CheckpointPolicy | None:

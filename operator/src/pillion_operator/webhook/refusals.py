@@ -94,7 +94,7 @@ class Refusals:
                     metrics.EVENTS_DROPPED.labels("unverified").inc()
             except (client.ApiError, client.Unreachable) as err:
                 metrics.EVENTS_DROPPED.labels("unverified").inc()
-                _log.debug("the owner of a refused pod was not looked at: %s", err)
+                _log.debug("could not look up the owner of a refused pod: %s", err)
             finally:
                 self._waiting.task_done()
 
@@ -125,7 +125,7 @@ class Refusals:
         while len(self._owners) > KNOWN_MOST:
             self._owners.popitem(last=False)
         if not exists:
-            _log.debug("a review names an owner that there is not", extra={Field.NAMESPACE: about.get("namespace")})
+            _log.debug("the owner that a review names does not exist", extra={Field.NAMESPACE: about.get("namespace")})
         return exists
 
 

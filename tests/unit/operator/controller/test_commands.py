@@ -136,7 +136,7 @@ def test_an_annotation_whose_save_failed_is_told_and_not_tried_again() -> None:
         Notice(
             about=note().about,
             reason="SaveFailed",
-            message="The save that was asked for failed: disk full",
+            message="The requested save failed: disk full",
             warning=True,
         )
     ]

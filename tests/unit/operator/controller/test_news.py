@@ -67,20 +67,20 @@ def test_a_commit_that_was_not_told_is_told_without_another_one(story: Story) ->
 
 def test_saves_that_the_policy_drops_are_told_as_seldom(story: Story) -> None:
     """Skipped and replaced ones together: both are what `staging.overlap` says."""
-    assert story.report(dropped=1) == ["SaveSkipped: 1 save was dropped, as staging.overlap says: no slot was free."]
+    assert story.report(dropped=1) == ["SaveSkipped: 1 save was dropped because no slot was free (staging.overlap)."]
     assert story.report(10, dropped=4) == []
     assert story.report(600, dropped=4) == [
-        "SaveSkipped: 3 saves were dropped, as staging.overlap says: no slot was free."
+        "SaveSkipped: 3 saves were dropped because no slot was free (staging.overlap)."
     ]
 
 
 def test_each_load_is_told_once_with_where_from(story: Story) -> None:
     """Memory or storage, in the words of people; a load that found nothing is none."""
     loaded: dict[str, Any] = {"loaded_step": 40, "loaded_from": "arena", "loaded_time": reports.at(1)}
-    assert story.report(1, **loaded) == ["Loaded: Training goes on from step 40, from memory."]
+    assert story.report(1, **loaded) == ["Loaded: Training resumed from step 40, from memory."]
     assert story.report(1, **loaded) == []
     again: dict[str, Any] = {"loaded_step": 40, "loaded_from": "storage", "loaded_time": reports.at(9)}
-    assert story.report(1, **again) == ["Loaded: Training goes on from step 40, from storage."]
+    assert story.report(1, **again) == ["Loaded: Training resumed from step 40, from storage."]
 
 
 def test_another_sidecar_counts_from_nothing(story: Story) -> None:
@@ -111,7 +111,7 @@ def test_a_controller_that_begins_tells_what_is_fresh_and_no_more() -> None:
     old, fresh = story
     assert Story().report(**old) == []
     assert Story().report(**fresh) == [
-        "Loaded: Training goes on from step 10, from storage.",
+        "Loaded: Training resumed from step 10, from storage.",
         "SaveCommitted: The checkpoint of step 70 is committed.",
     ]
 
