@@ -47,7 +47,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "a job that never commits": {
         "alert": "PillionNoFirstCheckpoint",
         "series": {f"pillion_job_pods{AS_LABELS}": "2x80"},
-        "at": {"59m": None, "1h1m": "Job team/llm runs, and has never committed a checkpoint."},
+        "at": {"59m": None, "1h1m": "Job team/llm is running but has never committed a checkpoint."},
         "labels": JOB,
     },
     "a job that commits late": {
@@ -61,13 +61,13 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "a load that found one corrupt before the first scrape": {
         "alert": "PillionCorruptCheckpoint",
         "series": {f"pillion_job_checkpoints_refused_total{AS_LABELS}": "_x10 1x120"},
-        "at": {"9m": None, "12m": "A load of job team/llm passed over a corrupt checkpoint.", "1h30m": None},
+        "at": {"9m": None, "12m": "A load of job team/llm skipped a corrupt checkpoint.", "1h30m": None},
         "labels": JOB,
     },
     "a load that found one corrupt later": {
         "alert": "PillionCorruptCheckpoint",
         "series": {f"pillion_job_checkpoints_refused_total{AS_LABELS}": "0x99 1x120"},
-        "at": {"1h30m": None, "1h42m": "A load of job team/llm passed over a corrupt checkpoint.", "2h50m": None},
+        "at": {"1h30m": None, "1h42m": "A load of job team/llm skipped a corrupt checkpoint.", "2h50m": None},
         "labels": JOB,
     },
     "loads that find nothing corrupt": {
@@ -78,7 +78,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "a save that failed before the first scrape": {
         "alert": "PillionSavesFail",
         "series": {FAILED: "_x10 1x60"},
-        "at": {"9m": None, "12m": "Saves of job team/llm fail; its policy's condition Degraded says why.", "40m": None},
+        "at": {"9m": None, "12m": "Saves of job team/llm fail; see the condition Degraded of its policy.", "40m": None},
         "labels": JOB | {"outcome": "failed"},
     },
     "a save that failed later": {
@@ -86,7 +86,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "series": {FAILED: "0x29 1x60", FAILED.replace("failed", "committed"): "0+1x89"},
         "at": {
             "25m": None,
-            "32m": "Saves of job team/llm fail; its policy's condition Degraded says why.",
+            "32m": "Saves of job team/llm fail; see the condition Degraded of its policy.",
             "50m": None,
         },
         "labels": JOB | {"outcome": "failed"},
@@ -132,7 +132,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "series": {'pillion_admission_requests_total{decision="deny",reason="InternalError"}': "_x10 1x60"},
         "at": {
             "9m": None,
-            "12m": "The webhook failed for a reason of its own; its log has the traceback.",
+            "12m": "The webhook failed with an internal error; its log has the traceback.",
             "40m": None,
         },
         "labels": {"decision": "deny", "reason": "InternalError"},
@@ -169,7 +169,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "series": {'pillion_leader{pod="a"}': "1x5 0x20", 'pillion_leader{pod="b"}': "0x25"},
         "at": {
             "7m": None,
-            "9m": "No controller holds the Lease; running jobs go on, and nobody lists their checkpoints.",
+            "9m": "No controller holds the Lease; running jobs continue, but their Checkpoint objects are not updated.",
         },
         "labels": {},
     },
@@ -178,7 +178,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "series": {'pillion_leader{pod="a"}': "1x5"},
         "at": {
             "5m": None,
-            "15m": "No controller holds the Lease; running jobs go on, and nobody lists their checkpoints.",
+            "15m": "No controller holds the Lease; running jobs continue, but their Checkpoint objects are not updated.",
         },
         "labels": {},
     },
@@ -190,7 +190,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         },
         "at": {
             "12m": None,
-            "20m": "No replica of the webhook answers Prometheus; pods that opt in are most likely not created, or start"
+            "20m": "No replica of the webhook answers Prometheus; pods that opt in are probably refused or start"
             " without a sidecar.",
         },
         "labels": {"service": "pillion-webhook"},
@@ -217,7 +217,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
             'pillion_certificate_expiry_timestamp_seconds{pod="a"}': f"{8 * 86400}x{30 * HOUR}",
             'pillion_certificate_expiry_timestamp_seconds{pod="waits"}': f"0x{30 * HOUR}",
         },
-        "at": {"1h": None, "25h": "A certificate ends within a week, and should have been renewed long ago."},
+        "at": {"1h": None, "25h": "A certificate expires within a week; its renewal is overdue."},
         "labels": {},
     },
 }

@@ -79,7 +79,7 @@ def test_a_bad_annotation_is_named_with_what_is_allowed(training: Training) -> N
     assert "BadAnnotation" in text
     assert "pillion.dev/staging-size-limit" in text
     assert "did you mean pillion.dev/containers?" in refused(kube, pod(**{"pillion.dev/container": "main"}))
-    assert "at most 64Mi, as the policy says" in refused(kube, pod(**{"pillion.dev/staging-size-limit": "1Gi"}))
+    assert "at most 64Mi, the limit of the policy" in refused(kube, pod(**{"pillion.dev/staging-size-limit": "1Gi"}))
 
 
 def test_a_pod_that_opts_out_or_does_not_opt_in_is_left_alone(training: Training) -> None:

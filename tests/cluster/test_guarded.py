@@ -50,7 +50,7 @@ def patched(kube: Kube, *operations: Json) -> str:
 )
 def test_the_controller_changes_nothing_but_the_bundle(release: Release, operations: list[Json]) -> None:
     """Its account is refused each other change of its webhook configuration, which by its rights alone it could make."""
-    with pytest.raises(KubectlFailed, match="pillion: the controller may change the caBundle"):
+    with pytest.raises(KubectlFailed, match="pillion: the controller may change only the caBundle"):
         patched(release.kube, *operations)
 
 
@@ -75,7 +75,7 @@ def test_what_injection_wrote_on_a_pod_stays(training: Training) -> None:
         ("annotate", "pod", name, "pillion.dev/status-"),
         ("label", "pod", name, "pillion.dev/injected-"),
     ):
-        with pytest.raises(KubectlFailed, match="does not change; make a new pod"):
+        with pytest.raises(KubectlFailed, match="must not change; create a new pod"):
             kube.run(*change)
     kube.annotate("pod", name, "pillion.dev/save-now=1")
     kube.run("label", "pod", name, "a=b")

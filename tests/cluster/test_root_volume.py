@@ -39,4 +39,4 @@ def test_a_pod_that_may_not_write_is_warned_at_its_creation(training: Training) 
         "metadata": {"name": "plain", "annotations": {"pillion.dev/policy": "llm"}},
         "spec": {"containers": [{"name": "main", "image": jobs.IMAGE, "command": ["sleep", "1"]}]},
     }
-    assert "says no runAsUser" in kube.warned(pod)
+    assert "sets no runAsUser" in kube.warned(pod)

@@ -111,7 +111,7 @@ def test_forged_tokens_cost_the_api_server_next_to_nothing(
     eventually(lambda: addresses(server) == ["192.0.2.1"], Deadline.PROCESS_START, "it to lead")
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    port = said(run, "serves sidecars")["port"]
+    port = said(run, "serving reports of sidecars")["port"]
     statuses = Counter[int]()
     with contextlib.closing(
         http.client.HTTPSConnection("127.0.0.1", port, timeout=Deadline.REPLY.s, context=context)

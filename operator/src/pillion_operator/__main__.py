@@ -122,10 +122,10 @@ def _inject(given: argparse.Namespace) -> int:
     if any(isinstance(outcome.decision, decide.Deny) for outcome in outcomes):
         return Exit.DENIED
     for where in offline.made_elsewhere(documents):
-        text = "its pods come from a training runtime, not from this file: the webhook injects them"
+        text = "its pods are created by a training runtime and are not in this file: the webhook injects them"
         print(f"pillion-operator: {where}: {text} (or inject its pods, or the JobSet that it makes)", file=sys.stderr)
     if not outcomes:
-        print("pillion-operator: there is no pod, and no pod template of a kind that is known", file=sys.stderr)
+        print("pillion-operator: the file has no pod and no pod template of a known kind", file=sys.stderr)
     _print(documents, result, as_diff=given.diff)
     return Exit.INJECTED if any(isinstance(outcome.decision, decide.Inject) for outcome in outcomes) else Exit.SKIPPED
 

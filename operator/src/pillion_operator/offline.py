@@ -126,7 +126,7 @@ def _job(kind: str, name: str, document: Json) -> identity.Job | identity.Unclea
         return identity.Job(kind=kind, name=name, id=name)
     if (document.get("spec") or {}).get("replicas", 1) != 1:
         return identity.Unclear(
-            why=f"each group of LeaderWorkerSet {name!r:.80} is a training of its own, and they have one template: the webhook injects them"
+            why=f"each group of LeaderWorkerSet {name!r:.80} is a training of its own with the same template: only the webhook can inject them"
         )
     return identity.Job(kind=kind, name=name, id=f"{name}-0")
 

@@ -104,9 +104,9 @@ def parse(annotations: Mapping[str, str]) -> Parsed:
     for name in unknown[:_UNKNOWN_MOST]:
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else "the annotations are " + ", ".join(KNOWN)
-        problems.append(f"{name}: there is no such annotation; {hint}")
+        problems.append(f"{name}: unknown annotation; {hint}")
     if len(unknown) > _UNKNOWN_MOST:
-        problems.append(f"{len(unknown) - _UNKNOWN_MOST} more annotations that there are not")
+        problems.append(f"{len(unknown) - _UNKNOWN_MOST} more unknown annotations")
     inject = annotations.get(INJECT, "true")
     if inject not in ("true", "false"):
         problems.append(f'{INJECT}: got {_clip(inject)}; allowed: "true" or "false"')
@@ -121,7 +121,7 @@ def parse(annotations: Mapping[str, str]) -> Parsed:
     job_id = annotations.get(JOB_ID, "")
     if JOB_ID in annotations and not is_job_id(JOB_ID_FIELD.sub("0", job_id)):
         problems.append(
-            f"{JOB_ID}: got {_clip(job_id)}; allowed: {JOB_ID_ALLOWED}; $(index) and $(job-index) stand for the pod's"
+            f"{JOB_ID}: got {_clip(job_id)}; allowed: {JOB_ID_ALLOWED}; $(index) and $(job-index) are replaced by the pod's own"
         )
         job_id = ""
     parsed = PodAnnotations(

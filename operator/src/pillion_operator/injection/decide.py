@@ -153,17 +153,17 @@ def inject(
 
 
 def _unsupported(bare: Json) -> list[str]:
-    problems = [] if pods.containers(bare) else ["it has no container"]
+    problems = [] if pods.containers(bare) else ["the pod has no container"]
     spec = pods.spec(bare)
     if "windows" in ((spec.get("os") or {}).get("name"), (spec.get("nodeSelector") or {}).get(_OS_LABEL)):
-        problems.append("its operating system is windows; shared memory of Linux is needed")
+        problems.append("its operating system is Windows; Pillion needs the shared memory of Linux")
     return problems
 
 
 def _misplaced(bare: Json) -> list[str]:
     if pods.named(pods.containers(bare), sidecar_spec.SIDECAR) is None:
         return []
-    return [f"container {sidecar_spec.SIDECAR}: declare it under initContainers, where a native sidecar is"]
+    return [f"container {sidecar_spec.SIDECAR}: declare it under initContainers, as a native sidecar"]
 
 
 def _collisions(bare: Json, chosen: tuple[str, ...]) -> list[str]:

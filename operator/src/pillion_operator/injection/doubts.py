@@ -62,7 +62,7 @@ def _about_trainers(bare: Json, pod_annotations: annotations.PodAnnotations, cho
     if trainers.is_guessed(bare, pod_annotations):
         names = ", ".join(str(each.get("name")) for each in pods.containers(bare))
         yield (
-            f"of the containers {names} nothing tells which one trains: {', '.join(chosen)} is taken; say it with {annotations.CONTAINERS}"
+            f"it is unclear which of the containers {names} trains: using {', '.join(chosen)}; set {annotations.CONTAINERS}"
         )
 
 
@@ -72,7 +72,7 @@ def _about_the_user(
     said = ((declared or {}).get("securityContext") or {}).get("runAsUser")
     if said is None and effective.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
         yield (
-            f"the pod says no runAsUser, so that the sidecar runs as {settings.run_as_user}, which may not write to a fresh volume: say"
+            f"the pod sets no runAsUser, so the sidecar runs as {settings.run_as_user}, which may be unable to write to a new volume: set"
             " runAsUser or fsGroup in the pod, or sidecar.runAsUser in the policy (0 where only root may write)"
         )
 
@@ -82,7 +82,7 @@ def _about_the_network(bare: Json, settings: Settings) -> Iterator[str]:
     in_cluster = (urlsplit(settings.home_url).hostname or "").endswith(".svc")
     if in_cluster and spec.get("hostNetwork") and spec.get("dnsPolicy") in (None, "ClusterFirst", "Default"):
         yield (
-            "hostNetwork with the node's resolver finds no Service, so that the sidecar cannot call home: say dnsPolicy: ClusterFirstWithHostNet"
+            "with hostNetwork, the node's resolver does not resolve Services, so the sidecar cannot reach the controller: set dnsPolicy: ClusterFirstWithHostNet"
         )
 
 
@@ -90,7 +90,7 @@ def _about_the_end(done: Json) -> Iterator[str]:
     grace_s = pods.spec(done).get("terminationGracePeriodSeconds") or 0
     if grace_s > GRACE_MOST_S:
         yield (
-            f"with the drain the pod may take {grace_s} s to end, and a drain of its node waits for it: lower the policy's"
+            f"the pod may take {grace_s} s to terminate, drain included, and a drain of its node waits that long: lower the policy's"
             " drain.timeoutSeconds or the pod's terminationGracePeriodSeconds"
         )
 
@@ -101,7 +101,7 @@ def _about_the_arena(bare: Json, effective: policy.Policy, chosen: tuple[str, ..
         return
     size = policy.format_bytes(arena_bytes)
     if arena_bytes > ARENA_MOST_BYTES:
-        yield f"no node has the {size} of memory that the arena may take: lower staging.sizeLimit"
+        yield f"no node has {size} of memory for the arena: lower staging.sizeLimit"
     elif effective.staging.memory_accounting is policy.MemoryAccounting.WORKLOAD:
         own = [quantities.num_bytes(_limit(pods.spec(bare)))]
         each = [quantities.num_bytes(_limit(one)) for one in pods.containers(bare) if one.get("name") in chosen]
@@ -109,7 +109,7 @@ def _about_the_arena(bare: Json, effective: policy.Policy, chosen: tuple[str, ..
         total_bytes = sum(limit for limit in limits if limit is not None)
         if None not in limits and arena_bytes >= total_bytes:
             yield (
-                f"the workload pays for an arena of {size} and may have {policy.format_bytes(total_bytes)} in all: raise the trainer's"
+                f"the arena of {size} is charged to the workload, whose memory limit is {policy.format_bytes(total_bytes)}: raise the trainer's"
                 " memory limit, or lower staging.sizeLimit"
             )
 

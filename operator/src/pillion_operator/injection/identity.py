@@ -75,10 +75,10 @@ _INDICES: Final = {
 _HINTS: Final = {
     "Workflow": ', such as "{{workflow.name}}-{{inputs.parameters.name}}"',
     "flyteworkflow": ", such as the execution's id and the task's name",
-    "RayCluster": "; KubeRay does not tell pods which RayJob they are of: the RayJob's name, in the templates of head and workers",
+    "RayCluster": ", such as the RayJob's name in the templates of head and workers, as KubeRay does not label pods with it",
 }
 """By kind of a well-known owner of several trainings."""
-_HINT: Final = f" with {annotations.JOB_ID}, the same for each retry of it and for no other training"
+_HINT: Final = f" with {annotations.JOB_ID}, the same for each of its retries and different for every other training"
 
 
 def identify(pod: Json, job_id: str = "", *, made_by: Job | Unclear | None = None) -> Job | Unclear:
@@ -101,7 +101,7 @@ def identify(pod: Json, job_id: str = "", *, made_by: Job | Unclear | None = Non
         job = Job(kind=owner_job.kind, name=owner_job.name, id=resolved, uid=owner_job.uid)
     if isinstance(job, Job) and not annotations.is_job_id(job.id):
         return Unclear(
-            why=f"{job.kind} {job.name!r:.80} gives no id: allowed is {annotations.JOB_ID_ALLOWED}; say one{_HINT}"
+            why=f"{job.kind} {job.name!r:.80} has no valid id: allowed is {annotations.JOB_ID_ALLOWED}; set an id{_HINT}"
         )
     return job
 
@@ -136,9 +136,7 @@ def _by_owner(pod: Json) -> Job | Unclear:
     if gang := labels.get(_POD_GROUP):
         return Job(kind="PodGroup", name=gang, id=gang)
     what = f"{kind} {name!r:.80}" + (f" of {group}" if group else "")
-    return Unclear(
-        why=f"{what} may make several trainings, and it is not said which this is: say it{_HINT}{_HINTS.get(kind, '')}"
-    )
+    return Unclear(why=f"{what} may run several trainings: name this one{_HINT}{_HINTS.get(kind, '')}")
 
 
 def _of_a_job(pod: Json, name: str, uid: str) -> Job | Unclear:
@@ -148,8 +146,8 @@ def _of_a_job(pod: Json, name: str, uid: str) -> Job | Unclear:
             return Job(kind=kind, name=made_by, id=made_by, uid=labels.get(uid_label, ""))
     if _INDEX_FAILURES in pods.metadata_map(pod, "annotations"):
         return Unclear(
-            why=f"Job {name!r:.80} tries each index again by itself (backoffLimitPerIndex), so that its indices are runs of their own:"
-            f' say {annotations.JOB_ID}: "{name:.80}-$(index)"'
+            why=f"Job {name!r:.80} retries each index separately (backoffLimitPerIndex), so each index is a training of its own:"
+            f' set {annotations.JOB_ID}: "{name:.80}-$(index)"'
         )
     return Job(kind="Job", name=name, id=name, uid=uid)
 
@@ -160,14 +158,14 @@ def _of_nobody(pod: Json, labels: Mapping[str, str]) -> Job | Unclear:
     metadata = pod.get("metadata") or {}
     if all(each in labels for each in _AIRFLOW):
         hint = ', such as "{{ dag.dag_id }}-{{ task.task_id }}-{{ ts_nodash }}"'
-        return Unclear(why=f"Airflow gives each try a pod of another name: say which training it is{_HINT}{hint}")
+        return Unclear(why=f"Airflow gives each retry a new pod name: name the training{_HINT}{hint}")
     if prefix := metadata.get("generateName"):
         return Unclear(
-            why=f"each pod of the generateName {prefix!r:.80} has another name, and no owner: say which training it is{_HINT}"
+            why=f"each pod of the generateName {prefix!r:.80} has a different name and no owner: name the training{_HINT}"
         )
     if name := pods.name(pod):
         return Job(kind="Pod", name=name, id=name)
-    return Unclear(why=f"it has no name and no owner: say which training it is{_HINT}")
+    return Unclear(why=f"the pod has no name and no owner: name the training{_HINT}")
 
 
 def _resolved(pod: Json, job_id: str, *, is_template: bool) -> str | Unclear:
@@ -177,8 +175,8 @@ def _resolved(pod: Json, job_id: str, *, is_template: bool) -> str | Unclear:
     named = annotations.JOB_ID_FIELD.findall(job_id)
     if missing := [name for name in named if values.get(name) is None]:
         where = " or ".join(_INDICES[missing[0]])
-        text = f"{annotations.JOB_ID}: the pod has no $({missing[0]}): it would be in {where}"
+        text = f"{annotations.JOB_ID}: the pod has no $({missing[0]}); its source is {where}"
         if is_template:
-            text += "; a template has none, as it differs between its pods: the webhook injects them"
+            text += "; it differs between the pods of a template, so only the webhook can inject them"
         return Unclear(why=text)
     return annotations.JOB_ID_FIELD.sub(lambda match: str(values[match[1]]), job_id)

@@ -60,7 +60,7 @@ def apply(
                 (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
     for path, (value, source) in asked.items():
         if most := _ceiling(path, given, effective):
-            text = f"{source}: got {value!r}; allowed: at most {most}, as the policy says"
+            text = f"{source}: got {value!r}; allowed: at most {most}, the limit of the policy"
             (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
 
     image = pod_annotations.image or str((declared or {}).get("image") or "") or settings.sidecar_image
@@ -125,16 +125,16 @@ def container_problems(declared: Json, given: Json) -> list[str]:
         if declared.get(key) and declared[key] != given.get(key)
     ]
     if declared.get("restartPolicy", "Always") != "Always":
-        problems.append(f"restartPolicy: got {declared['restartPolicy']!r}; allowed: Always, or nothing")
+        problems.append(f"restartPolicy: got {declared['restartPolicy']!r}; allowed: Always, or no value")
     security: Mapping[str, Any] = declared.get("securityContext") or {}
     problems += [
-        f"securityContext.{key}: injection sets it; a pod may say {', '.join(_DECLARED_SECURITY)}"
+        f"securityContext.{key}: injection sets it; a pod may set {', '.join(_DECLARED_SECURITY)}"
         for key, value in security.items()
         if key not in _DECLARED_SECURITY and not users.asks_for_no_more(key, value, given["securityContext"])
     ]
     for part in ("requests", "limits"):
         problems += [
-            f"resources.{part}.{name}: a sidecar takes {', '.join(_AMOUNTS)} only"
+            f"resources.{part}.{name}: a sidecar may only use {', '.join(_AMOUNTS)}"
             for name in (declared.get("resources") or {}).get(part) or {}
             if name not in _AMOUNTS
         ]

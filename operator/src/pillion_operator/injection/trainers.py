@@ -36,7 +36,7 @@ def choose(
     names = [str(each.get("name")) for each in pods.containers(bare)]
     if pod_annotations.containers:
         missing = [name for name in pod_annotations.containers if name not in names]
-        there = f"allowed: containers of the pod, which are {', '.join(names)}"
+        there = f"allowed: containers of the pod: {', '.join(names)}"
         return pod_annotations.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
     if earlier and set(earlier.containers) <= set(names):
         return earlier.containers, []

@@ -106,7 +106,7 @@ def test_one_template_of_several_trainings_is_left_to_the_webhook(
         assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.DENIED
         said = capsys.readouterr().err
         assert "JobUnclear" in said
-        assert "the webhook injects them" in said
+        assert "only the webhook can inject them" in said
 
 
 def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
@@ -123,7 +123,7 @@ def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
         assert __main__.main(["inject", "-f", path, "-p", policy_file]) == __main__.Exit.INJECTED
         said = capsys.readouterr().err
         assert ("the claim checkpoints is ReadWriteOnce" in said) is doubted
-        assert "the pod says no runAsUser" in said
+        assert "the pod sets no runAsUser" in said
 
 
 def test_a_diff_shows_only_what_changes(tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +177,7 @@ def test_a_training_job_without_pods_in_its_document_says_where_they_are(
     job = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {"name": "llama"}}
     assert __main__.main(["inject", "-f", write(tmp_path, job), "-p", policy_file]) == __main__.Exit.SKIPPED
     told = capsys.readouterr().err
-    assert "TrainJob/llama: its pods come from a training runtime" in told
+    assert "TrainJob/llama: its pods are created by a training runtime" in told
     assert "inject its pods" in told
 
 
