@@ -394,8 +394,8 @@ def _read(document: Mapping[str, Any]) -> policy.Policy | None:
 
 
 def _rule(document: Mapping[str, Any]) -> rule_timeline.Rule | None:
-    of = _read(document)
-    return None if of is None else rule_timeline.Rule(of.trigger, of.suspend)
+    changed = _read(document)
+    return None if changed is None else rule_timeline.Rule(changed.trigger, changed.suspend)
 
 
 def _rule_document(rule: rule_timeline.Rule) -> dict[str, object]:
@@ -405,5 +405,5 @@ def _rule_document(rule: rule_timeline.Rule) -> dict[str, object]:
 
 def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:
     """Absolute; empty where nobody said it, which `group.join` raises on every rank."""
-    found = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
-    return os.path.abspath(found) if found else ""
+    given = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
+    return os.path.abspath(given) if given else ""

@@ -51,11 +51,13 @@ def checkpoint_exception(
         others: failures of ranks that the error does not name.
     """
     failures: Mapping[int, RemoteFailure] = getattr(error, "failures", {})
-    told = {each: wrapped(failure) for each, failure in failures.items()}
+    wrapped_failures = {failed: wrapped(failure) for failed, failure in failures.items()}
     # Without a rank it is this one's: its sidecar is gone, or it could not stage.
-    told = told or {rank: (error, traceback.extract_tb(error.__traceback__))}
-    told |= {each: wrapped(failure) for each, failure in (others or {}).items() if each not in told}
-    made = CheckpointException(text or str(error), dict(sorted(told.items())))
+    wrapped_failures = wrapped_failures or {rank: (error, traceback.extract_tb(error.__traceback__))}
+    wrapped_failures |= {
+        failed: wrapped(failure) for failed, failure in (others or {}).items() if failed not in wrapped_failures
+    }
+    made = CheckpointException(text or str(error), dict(sorted(wrapped_failures.items())))
     made.__cause__ = error if isinstance(error, PillionError) else None
     return made
 

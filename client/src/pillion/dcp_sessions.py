@@ -30,7 +30,7 @@ from pillion.wire import messages, names
 _log = logging.getLogger(__name__)
 
 
-FAILURES_KNOWN_S: Final = 30.0
+GATHER_TIMEOUT_S: Final = 30.0
 """How long a save that this rank could not stage waits for the names of the other ranks that failed: its sidecar gathers them within seconds,
 and pods tell each other within their exchange. Nobody waits for it but who asks the future."""
 REMEMBERED: Final = 64
@@ -44,7 +44,7 @@ class Events:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._told: dict[int, Failures] = {}
+        self._early: dict[int, Failures] = {}
         self._waiting: dict[int, Callable[[Failures], None]] = {}
 
     def __call__(self, message: messages.Message) -> None:
@@ -55,22 +55,22 @@ class Events:
         with self._lock:
             settle = self._waiting.pop(step, None)
             if settle is None:
-                self._told[step] = failures
-                while len(self._told) > REMEMBERED:
-                    del self._told[next(iter(self._told))]
+                self._early[step] = failures
+                while len(self._early) > REMEMBERED:
+                    del self._early[next(iter(self._early))]
         if settle is not None:
             settle(failures)
 
-    def when_known(self, step: int, settle: Callable[[Failures], None]) -> None:
-        """Have `settle` called once, with the failures of all ranks, or after FAILURES_KNOWN_S with none."""
+    def when_gathered(self, step: int, settle: Callable[[Failures], None]) -> None:
+        """Have `settle` called once, with the failures of all ranks, or after GATHER_TIMEOUT_S with none."""
         with self._lock:
-            known = self._told.pop(step, None)
-            if known is None:
+            failures = self._early.pop(step, None)
+            if failures is None:
                 self._waiting[step] = settle
-        if known is not None:
-            settle(known)
+        if failures is not None:
+            settle(failures)
             return
-        timer = threading.Timer(FAILURES_KNOWN_S, self._give_up, [step])
+        timer = threading.Timer(GATHER_TIMEOUT_S, self._give_up, [step])
         timer.daemon = True
         try:
             timer.start()
@@ -144,7 +144,7 @@ class Saves:
                 future.set_exception(dcp_failures.checkpoint_exception(error, rank, others=others))
 
             if handle.incomplete:
-                self._events.when_known(step, fail)
+                self._events.when_gathered(step, fail)
             else:
                 fail({})
 
@@ -243,10 +243,12 @@ def _open_session(
         text = "".join(traceback.format_exception(err))
         mine = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text).to_document()
     # All or none: a rank that would open alone at its next call would run a collective that the others do not.
-    told: list[dict[str, object] | None] = [mine] * members.world_size
+    documents: list[dict[str, object] | None] = [mine] * members.world_size
     if members.world_size > 1:
-        dist.all_gather_object(told, mine, group=process_group)
-    failures = {rank: RemoteFailure.from_document(each) for rank, each in enumerate(told) if each is not None}
+        dist.all_gather_object(documents, mine, group=process_group)
+    failures = {
+        rank: RemoteFailure.from_document(document) for rank, document in enumerate(documents) if document is not None
+    }
     if session is not None and not failures:
         return session
     if session is not None:

@@ -48,14 +48,14 @@ class DeviceCopies:
             host_copies.CopyFailed: one cannot be begun.
         """
         by_device: dict[torch.device, list[Copy]] = defaultdict(list)
-        for each in copies:
-            by_device[each.device.device].append(each)
+        for copy in copies:
+            by_device[copy.device.device].append(copy)
         begun = []
         try:
             for device, own in by_device.items():
                 if device.type != "cuda":
-                    for each in own:
-                        _take(each, cuts.get(each.index, ()), non_blocking=False)
+                    for copy in own:
+                        _take(copy, cuts.get(copy.index, ()), non_blocking=False)
                     continue
                 stream = self._stream(device)
                 if ready is None:
@@ -64,8 +64,8 @@ class DeviceCopies:
                     stream.wait_event(ready[device])
                 begun.append(stream)
                 with torch.cuda.stream(stream):
-                    for each in own:
-                        _take(each, cuts.get(each.index, ()), non_blocking=True)
+                    for copy in own:
+                        _take(copy, cuts.get(copy.index, ()), non_blocking=True)
         finally:
             # Behind an error as well: what was begun still writes. The sources need no record_stream, as they are held until here.
             for stream in begun:

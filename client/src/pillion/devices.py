@@ -22,7 +22,7 @@ RELAXED: Final = 2
 
 
 @modes.off()
-def of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
+def used_by(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
     """The CUDA devices that the tensors are on, by their index; none for a state on the host."""
     return tuple(sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=lambda device: device.index))
 
@@ -54,8 +54,8 @@ def _exchange_capture_mode(mode: int) -> None:
 
 def marks(devices: Iterable[torch.device]) -> Mapping[torch.device, Any]:
     """An event on each device, behind what its current stream has to do so far."""
-    found = {}
+    events = {}
     for device in devices:
-        found[device] = torch.cuda.Event()
-        found[device].record(torch.cuda.current_stream(device))
-    return found
+        events[device] = torch.cuda.Event()
+        events[device].record(torch.cuda.current_stream(device))
+    return events

@@ -72,16 +72,16 @@ def require_private(runtime_dir: str) -> None:
         SidecarUnavailable: it is there, and another user's, open to others, or no folder.
     """
     try:
-        found = os.lstat(runtime_dir)
+        status = os.lstat(runtime_dir)
     except FileNotFoundError:
         return
     problem = ""
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         problem = "is no folder"
-    elif found.st_uid != os.getuid():
-        problem = f"belongs to user {found.st_uid}"
-    elif found.st_mode & 0o077:
-        problem = f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o})"
+    elif status.st_uid != os.getuid():
+        problem = f"belongs to user {status.st_uid}"
+    elif status.st_mode & 0o077:
+        problem = f"is open to other users (mode {stat.S_IMODE(status.st_mode):04o})"
     if problem:
         raise SidecarUnavailable(
             f"{runtime_dir} {problem}, and a sidecar's folder must be of user {os.getuid()} alone (mode 0700): remove it"
@@ -177,7 +177,7 @@ def _listens(path: str) -> bool:
 def _tail(path: str, length: int = 2000) -> str:
     try:
         with open(path, "rb") as file:
-            told = file.read()[-length:].decode(errors="replace").strip()
-            return f"{told} ({path})" if told else f"its log {path} is empty"
+            text = file.read()[-length:].decode(errors="replace").strip()
+            return f"{text} ({path})" if text else f"its log {path} is empty"
     except OSError as err:
         return f"no log: {err}"

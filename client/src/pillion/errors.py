@@ -131,8 +131,8 @@ class SaveError(PillionError):
     def __init__(self, message: str, *, step: int = -1, failures: Mapping[int, RemoteFailure] | None = None) -> None:
         self.step = step
         self.failures: Mapping[int, RemoteFailure] = dict(failures or {})
-        told = [f"rank {rank}: {f.type_name}: {f.message}" for rank, f in sorted(self.failures.items())]
-        super().__init__(message + (f" [{'; '.join(told)}]" if told else ""))
+        details = [f"rank {rank}: {f.type_name}: {f.message}" for rank, f in sorted(self.failures.items())]
+        super().__init__(message + (f" [{'; '.join(details)}]" if details else ""))
 
 
 class SaveSkipped(SaveError):
@@ -288,9 +288,9 @@ class ErrorDocument:
             # Told by the other side: its own version is theirs here.
             return ProtocolMismatch(ours=number("theirs"), theirs=number("ours"))
         if self.kind == "ArenaExhausted":
-            told = {name: str(detail[name]) for name in ("cause", "remedy") if name in detail}
+            texts = {name: str(detail[name]) for name in ("cause", "remedy") if name in detail}
             return ArenaExhausted(
-                needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"), **told
+                needed_bytes=number("needed_bytes"), available_bytes=number("available_bytes"), **texts
             )
         if self.kind == "SettingsError":
             return SettingsError([str(problem) for problem in sequence("problems")] or [self.message])

@@ -166,10 +166,12 @@ def _check_roots(roots: Sequence[object]) -> None:
         who = "" if len(roots) == 1 else f" on ranks {_some(ranks[''])}"
         raise SettingsError([f"no root{who}: call Checkpointer(root), or set {names.ENV_ROOT}"])
     if len(ranks) > 1:
-        found = "; ".join(f"{root!r} on ranks {_some(members)}" for root, members in list(ranks.items())[:ROOTS_SHOWN])
+        listing = "; ".join(
+            f"{root!r} on ranks {_some(members)}" for root, members in list(ranks.items())[:ROOTS_SHOWN]
+        )
         raise SettingsError(
             [
-                f"the root differs from rank to rank ({found}): give every rank one root, on storage that all of them share"
+                f"the root differs from rank to rank ({listing}): give every rank one root, on storage that all of them share"
             ]
         )
 

@@ -23,7 +23,7 @@ from typing import Final
 import torch
 
 from pillion import copiers as copiers_module
-from pillion.wire import layout
+from pillion.wire import layout as layout_module
 
 SPLIT_BYTES: Final = 4 * 1024**2
 """A stretch of copies ends at the end of a tensor, unless it would be this much too long: then it ends within it."""
@@ -63,7 +63,12 @@ class HostCopies:
         self._stretches: dict[tuple[str, int, int, int], tuple[Stretch, ...]] = {}
 
     def copy(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], of: layout.Layout, first: int, last: int
+        self,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        layout: layout_module.Layout,
+        first: int,
+        last: int,
     ) -> None:
         """
         Copy items [first, last); sizes and dtypes are those of the layout.
@@ -71,7 +76,7 @@ class HostCopies:
         Raises:
             CopyFailed: torch cannot copy one.
         """
-        copiers, stretches = self.share_out(of, first, last)
+        copiers, stretches = self.share_out(layout, first, last)
         if copiers is None:
             for stretch in stretches:
                 _copy(targets, sources, stretch)
@@ -79,17 +84,21 @@ class HostCopies:
         copiers.each([functools.partial(_copy, targets, sources, stretch) for stretch in stretches])
 
     def copy_some(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], of: layout.Layout, chosen: Sequence[int]
+        self,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        layout: layout_module.Layout,
+        chosen: Sequence[int],
     ) -> None:
         """`copy`, of single items: how they are shared out is not remembered."""
-        part = layout.Layout(tuple(of.items[index] for index in chosen), (), {})
+        part = layout_module.Layout(tuple(layout.items[index] for index in chosen), (), {})
         try:
             self.copy([targets[i] for i in chosen], [sources[i] for i in chosen], part, 0, len(chosen))
         except CopyFailed as err:
             raise CopyFailed(chosen[err.index], str(err)) from err
 
     def share_out(
-        self, of: layout.Layout, first: int, last: int
+        self, layout: layout_module.Layout, first: int, last: int
     ) -> tuple[copiers_module.Copiers | None, tuple[Stretch, ...]]:
         """The threads, None where the caller copies itself, and what each is to copy. Remembered."""
         num_threads = torch.get_num_threads()
@@ -99,12 +108,12 @@ class HostCopies:
             copiers = self._copiers
         if num_threads == 1 or copiers is None:
             return None, (Stretch(first, last, ()),)
-        key = (of.digest, first, last, num_threads)
+        key = (layout.digest, first, last, num_threads)
         stretches = self._stretches.get(key)
         if stretches is None:
             if len(self._stretches) >= KEPT_STRETCHES:
                 self._stretches.clear()
-            stretches = self._stretches[key] = shared_out(of, first, last, num_threads)
+            stretches = self._stretches[key] = shared_out(layout, first, last, num_threads)
         return copiers, stretches
 
     def close(self) -> None:
@@ -130,15 +139,15 @@ def _copiers(num_threads: int) -> copiers_module.Copiers | None:
         library.omp_set_num_threads(1)
 
     try:
-        found = copiers_module.Copiers(num_threads, alone)
+        copiers = copiers_module.Copiers(num_threads, alone)
     except RuntimeError:  # no thread more: a limit, or the interpreter's end (Python 3.12)
         return None
     numbers: list[int] = []
-    found.each([lambda: numbers.append(torch.get_num_threads())])
+    copiers.each([lambda: numbers.append(torch.get_num_threads())])
     if numbers != [1]:
-        found.close()
+        copiers.close()
         return None
-    return found
+    return copiers
 
 
 def _openmp_library() -> ctypes.CDLL | None:
@@ -154,10 +163,10 @@ def _openmp_library() -> ctypes.CDLL | None:
     return None
 
 
-def shared_out(of: layout.Layout, first: int, last: int, num_threads: int) -> tuple[Stretch, ...]:
+def shared_out(layout: layout_module.Layout, first: int, last: int, num_threads: int) -> tuple[Stretch, ...]:
     """Cut items [first, last) into at most `num_threads` stretches of about equal bytes. Pure."""
-    left = sum(of.items[index].payload_bytes for index in range(first, last))
-    found = []
+    left = sum(layout.items[index].payload_bytes for index in range(first, last))
+    stretches = []
     index, offset = first, 0
     for thread in range(num_threads, 0, -1):
         goal = left if thread == 1 else left // thread
@@ -165,26 +174,26 @@ def shared_out(of: layout.Layout, first: int, last: int, num_threads: int) -> tu
         parts: list[tuple[int, int, int]] = []
         begin = index
         if offset:
-            numel = math.prod(of.items[index].sizes)
-            itemsize = of.items[index].payload_bytes // numel
+            numel = math.prod(layout.items[index].sizes)
+            itemsize = layout.items[index].payload_bytes // numel
             stop = numel if thread == 1 else min(numel, offset + goal // itemsize)
             parts.append((index, offset, stop))
             goal -= (stop - offset) * itemsize
             index, offset = (index + 1, 0) if stop == numel else (index, stop)
             begin = index
         while not offset and index < last and (goal > 0 or thread == 1):
-            size_bytes = of.items[index].payload_bytes
+            size_bytes = layout.items[index].payload_bytes
             if size_bytes <= goal + SPLIT_BYTES or thread == 1:
                 goal -= size_bytes
                 index += 1
             else:
-                itemsize = layout.ITEMSIZE_BYTES[of.items[index].dtype]
+                itemsize = layout_module.ITEMSIZE_BYTES[layout.items[index].dtype]
                 offset = max(1, goal // itemsize)
                 parts.append((index, 0, offset))
                 goal -= offset * itemsize
         left += goal
-        found.append(Stretch(begin, index, tuple(parts)))
-    return tuple(stretch for stretch in found if stretch.first < stretch.last or stretch.parts)
+        stretches.append(Stretch(begin, index, tuple(parts)))
+    return tuple(stretch for stretch in stretches if stretch.first < stretch.last or stretch.parts)
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stretch: Stretch) -> None:

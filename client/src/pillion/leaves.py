@@ -27,13 +27,13 @@ import torch
 
 from pillion import flatten, modes, stateful
 from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf, UsageError
-from pillion.wire import layout
+from pillion.wire import layout as layout_module
 
 MAX_DIMS: Final = 24
 """Tensors of more dimensions are staged as opaque bytes: their shape would not fit the archive head (layout.HEAD_BYTES)."""
 
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
-    getattr(torch, name): name for name in layout.ITEMSIZE_BYTES if hasattr(torch, name)
+    getattr(torch, name): name for name in layout_module.ITEMSIZE_BYTES if hasattr(torch, name)
 }
 DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -46,7 +46,7 @@ _USES: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
 class Leaves:
     """What one rank has to stage (or to fill, at a load)."""
 
-    layout: layout.Layout
+    layout: layout_module.Layout
     tensors: Sequence[torch.Tensor]
     """One per item of the layout: a view of the user's memory with the item's `sizes`."""
     opaque: Sequence[object]
@@ -98,9 +98,9 @@ class Collector:
         seen = self._seen if not transforming else None
         values = seen.shape.leaves(state_dict) if seen is not None else None
         if seen is not None and values is not None:
-            known = seen.plain.of(values) if seen.plain is not None else None
-            if known is not None:
-                return Leaves(seen.layout, *known, seen=seen)
+            unchanged = seen.plain.matching(values) if seen.plain is not None else None
+            if unchanged is not None:
+                return Leaves(seen.layout, *unchanged, seen=seen)
             structure, paths = seen.shape, seen.paths
             flat = dict(zip(paths, values, strict=True))
         else:
@@ -138,15 +138,15 @@ class Collector:
                 chunked = True
         # Equal names may have other paths: {"a": [x]} and {"a": {"0": x}}.
         if seen is not None and signature == seen.signature and paths == seen.paths:
-            of = seen.layout
+            layout = seen.layout
         else:
             items = [_item(entry) for entry in signature if not isinstance(entry, str)]
-            of = layout.Layout(tuple(items), tuple(opaque_names), paths)
+            layout = layout_module.Layout(tuple(items), tuple(opaque_names), paths)
         values = list(flat.values())
         all_plain = not chunked and sum(isinstance(value, torch.Tensor) for value in values) == len(tensors)
         plain = _PlainTensors(values) if all_plain else None
-        self._seen = Seen(signature, of, structure, paths, plain)
-        return Leaves(of, tensors, opaque, seen=self._seen)
+        self._seen = Seen(signature, layout, structure, paths, plain)
+        return Leaves(layout, tensors, opaque, seen=self._seen)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Seen:
     """What a collector remembers of the last state dict."""
 
     signature: list[object]
-    layout: layout.Layout
+    layout: layout_module.Layout
     shape: _Shape
     paths: dict[str, flatten.Path]
     plain: _PlainTensors | None
@@ -186,10 +186,10 @@ class _Shape:
 
     def leaves(self, container: Any) -> list[object] | None:
         """The leaves in traversal order; None when something changed."""
-        found: list[object] = []
-        return found if self._collect(container, found) else None
+        leaves: list[object] = []
+        return leaves if self._collect(container, leaves) else None
 
-    def _collect(self, container: Any, found: list[object]) -> bool:
+    def _collect(self, container: Any, leaves: list[object]) -> bool:
         if self._is_mapping:
             if tuple(container) != self._keys:
                 return False
@@ -203,11 +203,11 @@ class _Shape:
                 return False
         done = 0
         for index, inner in self._inner:
-            found += values[done:index]
-            if not inner._collect(values[index], found):
+            leaves += values[done:index]
+            if not inner._collect(values[index], leaves):
                 return False
             done = index + 1
-        found += values[done:]
+        leaves += values[done:]
         return True
 
 
@@ -221,7 +221,7 @@ class _PlainTensors:
         self._shapes = [tensor.shape for tensor in tensors]
         self._dtypes = [tensor.dtype for tensor in tensors]
 
-    def of(self, values: list[object]) -> tuple[list[torch.Tensor], list[object]] | None:
+    def matching(self, values: list[object]) -> tuple[list[torch.Tensor], list[object]] | None:
         """Tensors and opaque leaves, of types that were the same before; None when a tensor is of another kind now."""
         tensors = cast("list[torch.Tensor]", [values[index] for index in self._tensors])
         same = (
@@ -235,19 +235,19 @@ class _PlainTensors:
         return (tensors, [values[index] for index in self._opaque]) if same else None
 
 
-def _item(entry: object) -> layout.Item:
-    if isinstance(entry, layout.Item):
+def _item(entry: object) -> layout_module.Item:
+    if isinstance(entry, layout_module.Item):
         return entry
     fqn, dtype, shape = cast("tuple[str, str, torch.Size]", entry)
     size = tuple(shape)
-    return layout.Item(fqn, dtype, size, (0,) * len(size), size)
+    return layout_module.Item(fqn, dtype, size, (0,) * len(size), size)
 
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "local_shards")
 
 
-def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | None:
+def _chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch.Tensor]] | None:
     """The chunks of a leaf that this rank holds; None when it has to be opaque."""
     if hasattr(leaf, "placements") and hasattr(leaf, "device_mesh"):
         return _dtensor_chunks(fqn, leaf)
@@ -255,11 +255,11 @@ def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | Non
         shards = leaf.local_shards()
         # Any number of them, also none: then other ranks have the data.
         if all(hasattr(shard, "metadata") for shard in shards):
-            found = [
+            chunks = [
                 (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor)
                 for shard in shards
             ]
-            return _items(fqn, leaf, tuple(leaf.size()), found)
+            return _items(fqn, leaf, tuple(leaf.size()), chunks)
     if hasattr(leaf, "__create_chunk_list__"):
         return _protocol_chunks(fqn, leaf, tuple(leaf.size()))
     if not isinstance(leaf, torch.Tensor):
@@ -268,11 +268,11 @@ def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | Non
     slices: Any = leaf
     if hasattr(slices, "global_offsets") and hasattr(slices, "local_sizes"):
         # torch.distributed.checkpoint.CheckpointableTensor (2.14): slices of a plain tensor, named by global offset.
-        found = []
+        chunks = []
         for offsets, local, sizes in zip(slices.global_offsets, slices.local_offsets, slices.local_sizes, strict=True):
             view = torch.Tensor.__getitem__(leaf, tuple(slice(o, o + n) for o, n in zip(local, sizes, strict=True)))
-            found.append((tuple(offsets), tuple(sizes), view))
-        return _items(fqn, leaf, tuple(slices.global_shape), found)
+            chunks.append((tuple(offsets), tuple(sizes), view))
+        return _items(fqn, leaf, tuple(slices.global_shape), chunks)
     # A subclass of Parameter is memory with a role, if that is all. Others are kept with their type and their attributes.
     if type(leaf) not in _PLAIN and (not isinstance(leaf, torch.nn.Parameter) or _keeps_state(leaf)):
         return None
@@ -280,10 +280,10 @@ def _chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]] | Non
     if plain is None or leaf.dtype not in DTYPE_NAMES or leaf.dim() > MAX_DIMS:
         return None
     size = tuple(leaf.shape)
-    return [(layout.Item(fqn, DTYPE_NAMES[leaf.dtype], size, (0,) * len(size), size), plain)]
+    return [(layout_module.Item(fqn, DTYPE_NAMES[leaf.dtype], size, (0,) * len(size), size), plain)]
 
 
-def _dtensor_chunks(fqn: str, leaf: Any) -> list[tuple[layout.Item, torch.Tensor]]:
+def _dtensor_chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch.Tensor]]:
     if any(placement.is_partial() for placement in leaf.placements):
         raise UnsupportedLeaf(
             fqn=fqn,
@@ -311,19 +311,19 @@ def _dtensor_extent(
     return tuple(offsets), tuple(sizes)
 
 
-def _protocol_chunks(fqn: str, leaf: Any, size: tuple[int, ...]) -> list[tuple[layout.Item, torch.Tensor]]:
+def _protocol_chunks(fqn: str, leaf: Any, size: tuple[int, ...]) -> list[tuple[layout_module.Item, torch.Tensor]]:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    found = []
+    chunks = []
     for index, chunk in enumerate(leaf.__create_chunk_list__()):
         tensor = leaf.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, index))
-        found.append((tuple(chunk.offsets), tuple(chunk.sizes), tensor))
-    return _items(fqn, leaf, size, found)
+        chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), tensor))
+    return _items(fqn, leaf, size, chunks)
 
 
 def _items(
-    fqn: str, leaf: Any, size: tuple[int, ...], found: Sequence[tuple[tuple[int, ...], tuple[int, ...], Any]]
-) -> list[tuple[layout.Item, torch.Tensor]]:
+    fqn: str, leaf: Any, size: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...], Any]]
+) -> list[tuple[layout_module.Item, torch.Tensor]]:
     dtype = DTYPE_NAMES.get(leaf.dtype)
     if dtype is None:
         raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"shards of {leaf.dtype} cannot be written")
@@ -332,10 +332,10 @@ def _items(
     whole_is_empty = 0 in size
     return [
         (
-            layout.Item(fqn, dtype, size, offsets if not whole_is_empty else (0,) * len(size), sizes),
+            layout_module.Item(fqn, dtype, size, offsets if not whole_is_empty else (0,) * len(size), sizes),
             _shard(fqn, leaf, shard, sizes),
         )
-        for offsets, sizes, shard in found
+        for offsets, sizes, shard in chunks
         if whole_is_empty or 0 not in sizes
     ]
 

@@ -14,7 +14,7 @@ import torch
 
 from pillion import leaves as leaves_module
 from pillion.handle import LoadReport
-from pillion.wire import layout
+from pillion.wire import layout as layout_module
 
 SHOWN: Final = 20
 """Names of each kind in the warning; `last_load` has more."""
@@ -22,11 +22,11 @@ SHOWN: Final = 20
 _log = logging.getLogger(__name__)
 
 
-def narrowed(stored: Mapping[str, str], of: layout.Layout) -> dict[str, str]:
+def narrowed(stored: Mapping[str, str], layout: layout_module.Layout) -> dict[str, str]:
     """FQN -> how its values were converted, where the wanted dtype cannot hold all that the stored one can."""
     return {
         item.fqn: f"{stored[item.fqn]} -> {item.dtype}"
-        for item in of.items
+        for item in layout.items
         if item.fqn in stored and _narrows(stored[item.fqn], item.dtype)
     }
 
@@ -57,13 +57,15 @@ def _integers_hold(before: torch.dtype, after: torch.dtype) -> bool:
 
 def _floats_hold(before: torch.dtype, after: torch.dtype) -> bool:
     """Compares digits, both limits, and the value next to 0."""
-    of = torch.finfo(after)
+    target = torch.finfo(after)
     if not _is_float(before):
         limits = torch.iinfo(before)
-        return 2.0 ** (1 - limits.max.bit_length()) >= of.eps and of.min <= limits.min and limits.max <= of.max
+        return (
+            2.0 ** (1 - limits.max.bit_length()) >= target.eps and target.min <= limits.min and limits.max <= target.max
+        )
     one = torch.finfo(before)
-    least, of_least = one.smallest_normal * one.eps, of.smallest_normal * of.eps
-    return one.eps >= of.eps and of.min <= one.min and one.max <= of.max and least >= of_least
+    least, of_least = one.smallest_normal * one.eps, target.smallest_normal * target.eps
+    return one.eps >= target.eps and target.min <= one.min and one.max <= target.max and least >= of_least
 
 
 def is_tensor(value: object) -> bool:

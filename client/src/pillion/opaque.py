@@ -42,11 +42,11 @@ class Pickler:
                 continue
             # -0.0 == 0.0 and nan != nan would give the wrong bytes.
             key = leaf.hex() if isinstance(leaf, float) else leaf
-            known = before.get(fqn)
-            if known is None or known[1] != key or known[0] is not type(leaf):
-                known = (type(leaf), key, primitives.archive(leaf) or pickled(leaf, fqn))
-            kept[fqn] = known
-            archives.append(known[2])
+            entry = before.get(fqn)
+            if entry is None or entry[1] != key or entry[0] is not type(leaf):
+                entry = (type(leaf), key, primitives.archive(leaf) or pickled(leaf, fqn))
+            kept[fqn] = entry
+            archives.append(entry[2])
         self._kept = kept
         return archives
 
@@ -113,8 +113,8 @@ def fill(target: object, loaded: object) -> bool:
             pairs = _pairs(target, loaded)
             if pairs is None:
                 return False
-            for own, found in pairs:
-                own.copy_(found)
+            for own, value in pairs:
+                own.copy_(value)
         except Exception:  # copy_ of a foreign subclass runs foreign code; what is half filled is replaced
             return False
     return True
@@ -128,17 +128,17 @@ def _pairs(target: torch.Tensor, loaded: torch.Tensor) -> list[tuple[torch.Tenso
         return None
     if type(target) in (torch.Tensor, torch.nn.Parameter):
         return [(target, loaded)]
-    own, found = cast("Any", target), cast("Any", loaded)
+    own, stored = cast("Any", target), cast("Any", loaded)
     if not hasattr(own, "__tensor_flatten__"):
         # What else the subclass keeps lies in attributes: copy_ would leave them as they are.
-        return [(target, loaded)] if _equal(vars(own), vars(found)) else None
+        return [(target, loaded)] if _equal(vars(own), vars(stored)) else None
     names, context = own.__tensor_flatten__()
-    found_names, found_context = found.__tensor_flatten__()
-    if list(names) != list(found_names) or not _equal(context, found_context):
+    stored_names, stored_context = stored.__tensor_flatten__()
+    if list(names) != list(stored_names) or not _equal(context, stored_context):
         return None
     pairs = []
     for name in names:
-        one, other = getattr(own, name), getattr(found, name)
+        one, other = getattr(own, name), getattr(stored, name)
         if one is None and other is None:
             continue
         inner = _pairs(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else None

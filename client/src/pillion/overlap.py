@@ -54,14 +54,14 @@ class Steppers:
         """Addresses of the memory of all parameters, and of all state, of these optimizers."""
         with self._lock:
             seen = list(self._seen)
-        found: set[int] = set()
+        addresses: set[int] = set()
         for optimizer in seen:
             for group in optimizer.param_groups:
-                found.update(map(_storage, group["params"]))
+                addresses.update(map(_storage, group["params"]))
             for state in optimizer.state.values():
-                found.update(_storage(value) for value in state.values() if isinstance(value, torch.Tensor))
-        found.discard(0)
-        return found
+                addresses.update(_storage(value) for value in state.values() if isinstance(value, torch.Tensor))
+        addresses.discard(0)
+        return addresses
 
 
 def _storage(tensor: Any) -> int:

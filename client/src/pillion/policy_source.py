@@ -34,21 +34,21 @@ def document(
     """
     if isinstance(given, Mapping):
         try:
-            found = policy.parse(given, embedded=True)
+            parsed = policy.parse(given, embedded=True)
         except policy.PolicyError as err:
             raise SettingsError([str(problem) for problem in err.problems]) from err
-        if found.storage.writer is not None and names.ENV_RUNTIME_DIR not in environ:
+        if parsed.storage.writer is not None and names.ENV_RUNTIME_DIR not in environ:
             try:
-                require_module(found.storage.writer.name)
+                require_module(parsed.storage.writer.name)
             except UsageError as err:
-                raise SettingsError([f"storage.writer.name={found.storage.writer.name!r}: {err}"]) from err
+                raise SettingsError([f"storage.writer.name={parsed.storage.writer.name!r}: {err}"]) from err
         return dict(given)
     text = environ.get(names.ENV_POLICY) if given is None else os.fspath(given)
     # The sidecar's working directory is another.
     return text if not text or text.lstrip().startswith("{") else os.path.abspath(text)
 
 
-def read(of: Mapping[str, object] | str | None) -> Mapping[str, Any] | None:
+def read(source: Mapping[str, object] | str | None) -> Mapping[str, Any] | None:
     """
     The whole policy of a document, for rank 0 to give to the others: ranks that follow different ones would wait for each other.
 
@@ -57,14 +57,14 @@ def read(of: Mapping[str, object] | str | None) -> Mapping[str, Any] | None:
     Returns:
         None: there is no document, or it cannot be read. Opening the session says why, on every rank.
     """
-    if not of:
+    if not source:
         return None
     try:
-        if isinstance(of, str) and not of.lstrip().startswith("{"):
-            found = json.loads(_read_by_sidecar(of))
+        if isinstance(source, str) and not source.lstrip().startswith("{"):
+            content = json.loads(_read_by_sidecar(source))
         else:
-            found = json.loads(of) if isinstance(of, str) else of
-        return policy.dump(policy.parse(found, embedded=True)) if isinstance(found, Mapping) else None
+            content = json.loads(source) if isinstance(source, str) else source
+        return policy.dump(policy.parse(content, embedded=True)) if isinstance(content, Mapping) else None
     except (policy.PolicyError, ValueError, RecursionError, OSError, subprocess.SubprocessError):
         return None
 
@@ -94,10 +94,10 @@ def require_module(writer: str) -> None:
     if module == "__main__":
         raise UsageError("the sidecar cannot import a class of the script itself: move it to a module of its own")
     try:
-        found = importlib.util.find_spec(module) is not None
+        exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        found = False
+        exists = False
     except Exception:  # a boundary: a package of somebody else's that fails to import says why in the executor
         return
-    if not found:
+    if not exists:
         raise UsageError(f"there is no module {module}: its folder must be on PYTHONPATH, or on sys.path")

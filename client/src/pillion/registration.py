@@ -24,7 +24,8 @@ from typing import Final
 import torch
 
 from pillion import devices
-from pillion.wire import arena, layout
+from pillion.wire import arena
+from pillion.wire import layout as layout_module
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Registration:
         self._refused: set[int] = set()
         self._devices: Sequence[torch.device] = ()
 
-    def extend(self, start: int, size_bytes: int, of: Sequence[torch.device]) -> None:
+    def extend(self, start: int, size_bytes: int, on_devices: Sequence[torch.device]) -> None:
         """
         Register [start, start + size_bytes) of the mapping, as far as it is not yet, in whole pages. `start` is that of a slot.
 
@@ -66,7 +67,7 @@ class Registration:
             have = sum(length for _, length in self._pieces[start])
             if have >= size_bytes or start in self._refused:
                 return
-            self._devices = of
+            self._devices = on_devices
             if not self._apart(lambda: self._register(start, have, size_bytes)):
                 self._refused.add(start)
 
@@ -85,7 +86,7 @@ class Registration:
         """Where within [start, start + size_bytes) of the mapping a registered piece begins or ends; offsets from `start`, ascending."""
         with self._lock:
             ends = {
-                each for pieces in self._pieces.values() for address, n in pieces for each in (address, address + n)
+                edge for pieces in self._pieces.values() for address, n in pieces for edge in (address, address + n)
             }
         offsets = sorted(end - self._address - start for end in ends)
         return [offset for offset in offsets if 0 < offset < size_bytes]
@@ -125,7 +126,7 @@ def _unregister(pieces: Sequence[tuple[int, int]]) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def cuts(of: layout.Layout, edges: Sequence[int]) -> Mapping[int, tuple[int, ...]]:
+def cuts(layout: layout_module.Layout, edges: Sequence[int]) -> Mapping[int, tuple[int, ...]]:
     """
     Where copies have to end. Pure.
 
@@ -136,9 +137,9 @@ def cuts(of: layout.Layout, edges: Sequence[int]) -> Mapping[int, tuple[int, ...
     Returns:
         Index of an item -> offsets in its payload, bytes. What lies between two edges is not in it.
     """
-    found: dict[int, list[int]] = defaultdict(list)
+    offsets_by_item: dict[int, list[int]] = defaultdict(list)
     for edge in edges:
-        index = bisect.bisect_right(of.payload_starts, edge) - 1
-        if index >= 0 and 0 < (offset := edge - of.payload_starts[index]) < of.items[index].payload_bytes:
-            found[index].append(offset)
-    return {index: tuple(offsets) for index, offsets in found.items()}
+        index = bisect.bisect_right(layout.payload_starts, edge) - 1
+        if index >= 0 and 0 < (offset := edge - layout.payload_starts[index]) < layout.items[index].payload_bytes:
+            offsets_by_item[index].append(offset)
+    return {index: tuple(offsets) for index, offsets in offsets_by_item.items()}

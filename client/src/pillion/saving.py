@@ -33,7 +33,8 @@ from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle, log_lost
 from pillion.session import Grant, Session
-from pillion.wire import arena, layout
+from pillion.wire import arena
+from pillion.wire import layout as layout_module
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Saver:
         self._gathers = gathers and session.group.world_size > 1 and bool(session.welcome.get("gathers"))
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
-        self._looked_at: layout.Layout | None = None
+        self._looked_at: layout_module.Layout | None = None
         """Whose opaque leaves were searched for objects with a state."""
         self._warned = False
         self._within: set[int] = set()
@@ -313,7 +314,7 @@ class Saver:
         waiting = [tensors[index] for index in late]
         watched = _Watched(late, leaves_module.versions(waiting), overlap_module.Sample(waiting))
         rest = sorted(set(range(len(tensors))).difference(early)) if early else None
-        used = devices.of(tensors)
+        used = devices.used_by(tensors)
         ready = devices.marks(used)
         held_s = time.perf_counter() - started if early else 0.0
 
@@ -366,8 +367,8 @@ class Saver:
             index for index, then, after in zip(watched.indexes, watched.versions, now, strict=True) if then != after
         ]
         if not changed:
-            found = watched.sample.changed(ready=ready)
-            changed = [] if found is None else [watched.indexes[found]]
+            first = watched.sample.changed(ready=ready)
+            changed = [] if first is None else [watched.indexes[first]]
         if changed:
             names = [leaves.layout.items[index].fqn for index in changed]
             self._changing.update(names)
@@ -389,27 +390,29 @@ class Saver:
         error.__cause__ = err if error is not err else err.__cause__
         log_lost(handle.step, error)
         self._session.forget(handle)
-        told = ErrorDocument.from_exception(error)
+        document = ErrorDocument.from_exception(error)
         if isinstance(err, SystemExit):
             # To the job as a trainer that was killed in the middle: no failure of saving.
-            told = ErrorDocument("TrainerDied", "the trainer ended before its state was sealed")
+            document = ErrorDocument("TrainerDied", "the trainer ended before its state was sealed")
         handle.incomplete = self._gathers
-        self._session.abandon(handle.step, told, persist=persist, gathers=self._gathers)
+        self._session.abandon(handle.step, document, persist=persist, gathers=self._gathers)
         handle.fail(error)
 
     # --- ahead of saves ----------------------------------------------------------------------------------------------
 
     def prepare(self, leaves: leaves_module.Leaves) -> None:
         """Have the arena made ready for saves that are like `leaves`, beside whatever the trainer does until then. Never blocks."""
-        of = leaves.layout
+        layout = leaves.layout
         self._collector.adopt(leaves)
-        num_leaves = len(of.items) + len(of.opaque)
+        num_leaves = len(layout.items) + len(layout.opaque)
         opaque_bytes = sum(opaque_module.estimated_bytes(leaf) for leaf in leaves.opaque)
-        room = arena.room_bytes(of.tensors_bytes + opaque_bytes, len(of.encoded), OPAQUE_SLACK_BYTES, num_leaves)
+        room = arena.room_bytes(
+            layout.tensors_bytes + opaque_bytes, len(layout.encoded), OPAQUE_SLACK_BYTES, num_leaves
+        )
         self._look_ahead(leaves, room)
 
     def _look_ahead(self, leaves: leaves_module.Leaves, room_bytes: int) -> None:
-        self._ahead.begin(preparing.Need(room_bytes, leaves.layout, devices.of(leaves.tensors)))
+        self._ahead.begin(preparing.Need(room_bytes, leaves.layout, devices.used_by(leaves.tensors)))
 
     def close(self) -> None:
         """Remove the optimizer hook; no preparing begins any more. Blocks: until an overlapped save is staged."""

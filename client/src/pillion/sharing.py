@@ -23,11 +23,11 @@ def conflicting(tensors: Sequence[torch.Tensor], stored: Sequence[torch.Tensor])
         tensors: as they are after the copy.
         stored: what was copied to each; of any dtype.
     """
-    found = []
+    indexes = []
     for group in _groups(tensors):
         if not all(_holds(tensors[index], stored[index]) for index in group):
-            found += group
-    return sorted(found)
+            indexes += group
+    return sorted(indexes)
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:

@@ -26,7 +26,8 @@ import torch
 from pillion import device_copies, devices, host_copies, modes, registration
 from pillion import leaves as leaves_module
 from pillion.errors import IncompatibleCheckpoint, SidecarUnavailable, StagingError
-from pillion.wire import arena, layout
+from pillion.wire import arena
+from pillion.wire import layout as layout_module
 
 POPULATE_STEP_BYTES: Final = 64 * 1024**2
 """madvise holds the GIL while it maps pages: this bounds the pause to about 5 ms a call."""
@@ -91,7 +92,7 @@ class SegmentMapping:
 
     # --- ahead of a save ---------------------------------------------------------------------------------------------
 
-    def populate(self, slot: int, capacity_bytes: int, of: Sequence[torch.device] = ()) -> None:
+    def populate(self, slot: int, capacity_bytes: int, on_devices: Sequence[torch.device] = ()) -> None:
         """
         Map the slot's pages into this process, and register them with CUDA for a state on these devices.
 
@@ -111,17 +112,17 @@ class SegmentMapping:
                     break
                 start += length
             self._populated[slot] = max(capacity_bytes, self._populated.get(slot, 0))
-            if of:
+            if on_devices:
                 with self._on_device[slot]:
-                    self._registration.extend(base, capacity_bytes, of)
+                    self._registration.extend(base, capacity_bytes, on_devices)
 
-    def warm(self, slot: int, of: layout.Layout) -> None:
+    def warm(self, slot: int, layout: layout_module.Layout) -> None:
         """Have everything ready that a copy into this slot needs. Called from: a thread, ahead of the first save."""
-        self.views(slot, of)
-        self._host.share_out(of, 0, len(of.items))
+        self.views(slot, layout)
+        self._host.share_out(layout, 0, len(layout.items))
 
     @modes.off()
-    def views(self, slot: int, of: layout.Layout) -> list[torch.Tensor]:
+    def views(self, slot: int, layout: layout_module.Layout) -> list[torch.Tensor]:
         """
         A tensor over the payload of each item, in the arena. Kept: making 10,000 of them takes some 50 ms.
 
@@ -131,15 +132,15 @@ class SegmentMapping:
         """
         with self._in_use(), self._making:
             digest, made = self._views.get(slot, ("", []))
-            if digest != of.digest:
-                made = self._made_views(slot, of)
-                self._views[slot] = (of.digest, made)
+            if digest != layout.digest:
+                made = self._made_views(slot, layout)
+                self._views[slot] = (layout.digest, made)
             return made
 
-    def _made_views(self, slot: int, of: layout.Layout) -> list[torch.Tensor]:
+    def _made_views(self, slot: int, layout: layout_module.Layout) -> list[torch.Tensor]:
         image = self.header.slot_offset(slot) + arena.PAGE_BYTES
         made = []
-        for item, start in zip(of.items, of.payload_starts, strict=True):
+        for item, start in zip(layout.items, layout.payload_starts, strict=True):
             dtype = leaves_module.DTYPES.get(item.dtype)
             if dtype is None:
                 raise IncompatibleCheckpoint(
@@ -181,13 +182,13 @@ class SegmentMapping:
             SidecarUnavailable: see `close`.
         """
         with self._in_use():
-            views, sources, of = self.views(slot, leaves.layout), leaves.tensors, leaves.layout
+            views, sources, layout = self.views(slot, leaves.layout), leaves.tensors, leaves.layout
             try:
                 if only is None and all(source.is_cpu for source in sources):
-                    self._host.copy(views, sources, of, 0, len(sources))
+                    self._host.copy(views, sources, layout, 0, len(sources))
                     return
                 chosen = range(len(sources)) if only is None else only
-                self._host.copy_some(views, sources, of, [index for index in chosen if sources[index].is_cpu])
+                self._host.copy_some(views, sources, layout, [index for index in chosen if sources[index].is_cpu])
                 copies = [
                     device_copies.Copy(index, views[index], sources[index])
                     for index in chosen
@@ -195,17 +196,17 @@ class SegmentMapping:
                 ]
                 if copies:
                     with self._on_device[slot]:
-                        used = devices.of(each.device for each in copies)
+                        used = devices.used_by(each.device for each in copies)
                         if used and capacity_bytes:
                             self._registration.extend(self.header.slot_offset(slot), capacity_bytes, used)
-                        self._devices.take(copies, self._cuts(slot, of), ready)
+                        self._devices.take(copies, self._cuts(slot, layout), ready)
             except host_copies.CopyFailed as err:
-                fqn = of.items[err.index].fqn
+                fqn = layout.items[err.index].fqn
                 raise StagingError(f"cannot copy {fqn!r} into the arena: {err}") from err
 
-    def _cuts(self, slot: int, of: layout.Layout) -> Mapping[int, tuple[int, ...]]:
+    def _cuts(self, slot: int, layout: layout_module.Layout) -> Mapping[int, tuple[int, ...]]:
         image = self.header.slot_offset(slot) + arena.PAGE_BYTES
-        return registration.cuts(of, self._registration.edges(image, of.tensors_bytes))
+        return registration.cuts(layout, self._registration.edges(image, layout.tensors_bytes))
 
     @modes.off()
     def copy_out(self, slot: int, leaves: leaves_module.Leaves, first: int, last: int) -> None:
@@ -217,16 +218,16 @@ class SegmentMapping:
             SidecarUnavailable: see `close`.
         """
         with self._in_use():
-            views, tensors, of = self.views(slot, leaves.layout), leaves.tensors, leaves.layout
+            views, tensors, layout = self.views(slot, leaves.layout), leaves.tensors, leaves.layout
             alike = [i for i in range(first, last) if tensors[i].is_cpu and tensors[i].dtype == views[i].dtype]
             try:
                 if len(alike) == last - first:
-                    self._host.copy(tensors, views, of, first, last)
+                    self._host.copy(tensors, views, layout, first, last)
                     return
                 host_copies.copy_each([tensors[i] for i in alike], [views[i] for i in alike], alike)
                 others = sorted(set(range(first, last)).difference(alike))
                 with self._on_device[slot]:
-                    cuts = self._cuts(slot, of)
+                    cuts = self._cuts(slot, layout)
                     for index in others:
                         if tensors[index].is_cpu:
                             host_copies.copy_one(tensors[index], views[index], index)
@@ -234,7 +235,7 @@ class SegmentMapping:
                             copy = device_copies.Copy(index, views[index], tensors[index])
                             device_copies.give(copy, cuts.get(index, ()))
             except host_copies.CopyFailed as err:
-                fqn = of.items[err.index].fqn
+                fqn = layout.items[err.index].fqn
                 raise IncompatibleCheckpoint(f"cannot copy into {fqn!r}: {err}", fqns=[fqn]) from err
 
     def seal(
@@ -262,7 +263,7 @@ class SegmentMapping:
     def _seal(
         self,
         slot: int,
-        of: layout.Layout,
+        layout: layout_module.Layout,
         opaque: Sequence[bytes],
         *,
         step: int,
@@ -274,17 +275,17 @@ class SegmentMapping:
         before = arena.SlotHeader.unpack(
             self._map[base : base + arena.PAGE_BYTES], stride_bytes=self.header.stride_bytes
         )
-        starts, image_bytes = of.opaque_starts([len(data) for data in opaque])
+        starts, image_bytes = layout.opaque_starts([len(data) for data in opaque])
         image = base + arena.PAGE_BYTES
         for start, data in zip(starts, opaque, strict=True):
             self._map[image + start : image + start + len(data)] = data
         layout_offset = arena.PAGE_BYTES + image_bytes
-        if before.layout_digest != bytes.fromhex(of.digest) or before.layout_offset != layout_offset:
-            self._map[base + layout_offset : base + layout_offset + len(of.encoded)] = of.encoded
+        if before.layout_digest != bytes.fromhex(layout.digest) or before.layout_offset != layout_offset:
+            self._map[base + layout_offset : base + layout_offset + len(layout.encoded)] = layout.encoded
         manifest = json.dumps(
             {"version": 1, "step": step, "opaque": [len(data) for data in opaque]}, separators=(",", ":")
         ).encode()
-        manifest_offset = layout.aligned(layout_offset + len(of.encoded))
+        manifest_offset = layout_module.aligned(layout_offset + len(layout.encoded))
         self._map[base + manifest_offset : base + manifest_offset + len(manifest)] = manifest
         header = arena.SlotHeader(
             state=arena.SlotState.FILLING,
@@ -295,16 +296,16 @@ class SegmentMapping:
             world_size=world_size,
             image_bytes=image_bytes,
             layout_offset=layout_offset,
-            layout_bytes=len(of.encoded),
+            layout_bytes=len(layout.encoded),
             manifest_offset=manifest_offset,
             manifest_bytes=len(manifest),
             sealed_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            layout_digest=bytes.fromhex(of.digest),
+            layout_digest=bytes.fromhex(layout.digest),
             manifest_digest=hashlib.blake2b(manifest, digest_size=16).digest(),
             session=session,
             # Another layout has overwritten the archive heads of the one before.
-            framed_digest=before.framed_digest if before.layout_digest == bytes.fromhex(of.digest) else bytes(16),
-            digests_offset=layout.aligned(manifest_offset + len(manifest)),
+            framed_digest=before.framed_digest if before.layout_digest == bytes.fromhex(layout.digest) else bytes(16),
+            digests_offset=layout_module.aligned(manifest_offset + len(manifest)),
             generation=before.generation,
             epoch=before.epoch,
         )

@@ -109,9 +109,9 @@ def open_session(
     """
     mode = choose(members, environ, policy_store=str((members.policy or {}).get("store", "Prefix")))
 
-    def opened(of: group.Group) -> session_module.Session:
+    def opened(ranks: group.Group) -> session_module.Session:
         return session_module.Session(
-            of,
+            ranks,
             root=root,
             policy_document=policy_document,
             key=key,
@@ -123,24 +123,24 @@ def open_session(
     if mode != "own":
         return opened(members)
     # Rank 0 goes first: its sidecar hosts the store, and says where in its welcome. The others learn it, or its error.
-    told: list[Any] = [None]
+    shared: list[Any] = [None]
     session = None
     try:
         if members.rank == 0:
             session = opened(members)
-            told = [session.welcome.get("store") or "the coordinator's sidecar hosts no store"]
+            shared = [session.welcome.get("store") or "the coordinator's sidecar hosts no store"]
     except PillionError as err:
-        told = [f"rank 0: {err}"]
+        shared = [f"rank 0: {err}"]
         raise
     finally:
         # By global rank: torch 2.6 has no `group_src`.
         source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
-        dist.broadcast_object_list(told, src=source, group=process_group)
+        dist.broadcast_object_list(shared, src=source, group=process_group)
     if session is not None:
         return session
-    if not isinstance(told[0], (list, tuple)):
-        raise SidecarUnavailable(str(told[0]))
-    return opened(_with_store(members, group.StoreAddress(str(told[0][0]), int(told[0][1]))))
+    if not isinstance(shared[0], (list, tuple)):
+        raise SidecarUnavailable(str(shared[0]))
+    return opened(_with_store(members, group.StoreAddress(str(shared[0][0]), int(shared[0][1]))))
 
 
 def _with_store(members: group.Group, address: group.StoreAddress) -> group.Group:

@@ -100,7 +100,7 @@ def test_a_slot_that_has_grown_is_registered_before_it_is_copied_into(
 ) -> None:
     """Prepared for a state without its optimizer; the first save has that as well."""
     small, large = on_device(cuda, {"w": floats(1000)}), on_device(cuda, {"w": floats(1000), "m": floats(400_000)})
-    mapping.populate(0, 64 * 1024, devices.of(small.tensors))
+    mapping.populate(0, 64 * 1024, devices.used_by(small.tensors))
     mapping.copy_in(0, large, capacity_bytes=2 * MIB)
     start = mapping._bytes.data_ptr() + mapping.header.slot_offset(0)
     assert cuda.registered == {start: 64 * 1024, start + 64 * 1024: 2 * MIB - 64 * 1024}
@@ -129,7 +129,7 @@ def test_each_device_is_waited_for(cuda: cuda_module.Cuda, mapping: staging.Segm
     w, v = state.tensors
     cuda.launch(1, lambda: w.fill_(1.0))
     cuda.launch(3, lambda: v.fill_(1.0))
-    mapping.populate(0, MIB, devices.of(state.tensors))
+    mapping.populate(0, MIB, devices.used_by(state.tensors))
     mapping.copy_in(0, state, capacity_bytes=MIB)
     cuda.launch(1, lambda: w.fill_(2.0))
     cuda.launch(3, lambda: v.fill_(2.0))
@@ -146,9 +146,9 @@ def test_a_later_copy_holds_what_the_devices_had_to_do_before_it_was_marked(
     w, v = state.tensors
     cuda.launch(1, lambda: w.fill_(1.0))
     cuda.launch(3, lambda: v.fill_(1.0))
-    ready = devices.marks(devices.of(state.tensors))
+    ready = devices.marks(devices.used_by(state.tensors))
     cuda.launch(1, lambda: pytest.fail("the copy waited for the next pass"))
-    mapping.populate(0, MIB, devices.of(state.tensors))
+    mapping.populate(0, MIB, devices.used_by(state.tensors))
     mapping.copy_in(0, state, ready=ready, capacity_bytes=MIB)
     assert [float(view.sum()) for view in mapping.views(0, state.layout)] == [5000.0, 5000.0]
 
@@ -158,7 +158,7 @@ def test_a_mapping_that_is_replaced_is_unregistered_when_the_last_copy_is_done(
 ) -> None:
     """The driver would take what is mapped there next for it; and whoever comes later is refused, and not given memory of nobody."""
     state = on_device(cuda, {"w": floats(5000)})
-    mapping.populate(0, MIB, devices.of(state.tensors))
+    mapping.populate(0, MIB, devices.used_by(state.tensors))
     gate = threading.Event()
     cuda.launch(3, lambda: gate.wait(Deadline.REPLY.s))
     copying = threading.Thread(target=lambda: mapping.copy_in(0, state, capacity_bytes=MIB))
@@ -191,13 +191,13 @@ def test_no_thread_makes_a_context_on_a_device_that_the_state_is_not_on(
     cuda.set_device(3)
     state = on_device(cuda, {"w": floats(5000)})
     ahead = preparing.Preparer(Ready(mapping))  # type: ignore[arg-type] # all that it asks of a session
-    ahead.begin(preparing.Need(MIB, state.layout, devices.of(state.tensors)))
+    ahead.begin(preparing.Need(MIB, state.layout, devices.used_by(state.tensors)))
     ahead.join(Deadline.REPLY.s)
     assert sum(cuda.registered.values()) == 2 * MIB
 
     def stage() -> None:
-        devices.use(devices.of(state.tensors))
-        mapping.copy_in(1, state, ready=devices.marks(devices.of(state.tensors)), capacity_bytes=2 * MIB)
+        devices.use(devices.used_by(state.tensors))
+        mapping.copy_in(1, state, ready=devices.marks(devices.used_by(state.tensors)), capacity_bytes=2 * MIB)
 
     staged = threading.Thread(target=stage)
     staged.start()
@@ -213,6 +213,6 @@ def test_no_thread_makes_a_context_on_a_device_that_the_state_is_not_on(
 def test_a_state_on_the_host_registers_nothing(cuda: cuda_module.Cuda, mapping: staging.SegmentMapping) -> None:
     """Page-locked memory that no device copies to is taken from the node for nothing."""
     state = leaves.Collector().collect({"w": floats(5000)})
-    mapping.populate(0, MIB, devices.of(state.tensors))
+    mapping.populate(0, MIB, devices.used_by(state.tensors))
     mapping.copy_in(0, state, capacity_bytes=MIB)
     assert (cuda.registered, cuda.contexts) == ({}, set())

@@ -130,12 +130,12 @@ class Hit:
 
 def hits(folder: str | os.PathLike[str]) -> list[Hit]:
     """What has struck so far, by fault. A strike that is being written down at this moment is not in it yet."""
-    found = []
+    struck = []
     for file in sorted(Path(folder).glob("*.hit")):
         text = file.read_text()
         if text.endswith("\n"):
             document = json.loads(text)
-            found.append(
+            struck.append(
                 Hit(
                     index=int(file.name.split(".")[0]),
                     pid=document["pid"],
@@ -143,7 +143,7 @@ def hits(folder: str | os.PathLike[str]) -> list[Hit]:
                     path=document["path"],
                 )
             )
-    return found
+    return struck
 
 
 def release(folder: str | os.PathLike[str], index: int = 0) -> None:
@@ -167,14 +167,14 @@ def parse(text: str) -> tuple[Path, list[Fault]]:
         folder = Path(document["folder"])
         faults = [
             Fault(
-                phase=FaultPoint(each["phase"]),
-                kind=Kind(each["fault"]),
-                rank=each.get("rank"),
-                step=each.get("step"),
-                times=int(each.get("times", 1)),
-                seconds=float(each.get("seconds", 0.0)),
+                phase=FaultPoint(entry["phase"]),
+                kind=Kind(entry["fault"]),
+                rank=entry.get("rank"),
+                step=entry.get("step"),
+                times=int(entry.get("times", 1)),
+                seconds=float(entry.get("seconds", 0.0)),
             )
-            for each in document["faults"]
+            for entry in document["faults"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         allowed = f"phases {', '.join(FaultPoint)}; faults {', '.join(Kind)}"

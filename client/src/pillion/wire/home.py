@@ -255,14 +255,14 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 
 def _build(kind: type[T], document: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
-    for each in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind here is a dataclass
-        if each.name not in document:
-            if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-                raise BadReport(f"{where}: {each.name} is missing")
+    for spec in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind here is a dataclass
+        if spec.name not in document:
+            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                raise BadReport(f"{where}: {spec.name} is missing")
             continue
-        value, allowed = document[each.name], _TYPES.get(str(each.type), (tuple,))
+        value, allowed = document[spec.name], _TYPES.get(str(spec.type), (tuple,))
         # bool is an int to Python, and no number to anybody else.
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise BadReport(f"{where}: {each.name} must be of the type {each.type}, not {type(value).__name__}")
-        values[each.name] = value
+            raise BadReport(f"{where}: {spec.name} must be of the type {spec.type}, not {type(value).__name__}")
+        values[spec.name] = value
     return kind(**values)

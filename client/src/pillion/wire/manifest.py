@@ -147,7 +147,7 @@ def decode_part(data: bytes) -> Part:
 def _impossible(part: Part) -> str:
     """What no writer makes, and a reader would follow to where nothing of the checkpoint is; empty: nothing."""
     leaves: list[StoredChunk | StoredBytes] = [*part.chunks, *part.opaque]
-    for name in {*part.files, *(each.file for each in leaves)}:
+    for name in {*part.files, *(leaf.file for leaf in leaves)}:
         if names.parse_data_file(name) is None:
             return f"{name!r:.80} is no data file of a checkpoint"
     if not _are_counts([part.step, part.world_size, *part.ranks, *part.files.values()]):

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Final, cast
 
 from pillion.wire import names
-from pillion.wire.policy_document import TOLD_MOST, Broken, Reading, Section, nearest, plain
+from pillion.wire.policy_document import PROBLEMS_MOST, Broken, Reading, Section, nearest, plain
 from pillion.wire.policy_document import PolicyError as PolicyError
 from pillion.wire.policy_document import PolicyProblem as PolicyProblem
 from pillion.wire.quantities import BYTES, CPU
@@ -295,10 +295,10 @@ class Sidecar(Section):
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
         seen = set[str]()
-        for index, each in enumerate(self.env):
-            if each.name in seen:
-                yield Broken(("env",), f"env[{index}].name", each.name, "each name once")
-            seen.add(each.name)
+        for index, variable in enumerate(self.env):
+            if variable.name in seen:
+                yield Broken(("env",), f"env[{index}].name", variable.name, "each name once")
+            seen.add(variable.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +335,7 @@ def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
         for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
             if document.get(name) != wanted:
                 reading.refuse(name, document.get(name), wanted)
-        for key in [each for each in document if each not in _ENVELOPE][:TOLD_MOST]:
+        for key in [each for each in document if each not in _ENVELOPE][:PROBLEMS_MOST]:
             reading.refuse(str(key), document[key], nearest(key, _ENVELOPE)[0])
     policy = reading.section(Policy, path, spec)
     if reading.problems:

@@ -22,7 +22,7 @@ from pillion.wire.quantities import INT64_MAX
 
 _DEPTH_MOST: Final = 32
 """Objects and lists within each other in a writer's arguments: reader and writer go down all of them."""
-TOLD_MOST: Final = 100
+PROBLEMS_MOST: Final = 100
 """Problems after which unknown fields, and arguments, are not looked at any more: a document may have a hundred thousand."""
 
 
@@ -88,7 +88,7 @@ class Reading:
         at = f"{path}." if path else ""
         given, doubtful = dict[str, object](), set[str]()
         for key, each in value.items():
-            if key not in names and len(self.problems) < TOLD_MOST:
+            if key not in names and len(self.problems) < PROBLEMS_MOST:
                 hint, meant = nearest(key, names)
                 self.refuse(f"{at}{key}", each, hint)
                 doubtful |= {names[meant].name} if meant else set()
@@ -169,7 +169,7 @@ class Reading:
             return [self.json(f"{path}[{index}]", each, depth + 1) for index, each in enumerate(value)]
         if isinstance(value, NoneType | str | int) or (isinstance(value, float) and math.isfinite(value)):
             return value
-        if len(self.problems) < TOLD_MOST:
+        if len(self.problems) < PROBLEMS_MOST:
             self.refuse(path, value, "a JSON value: null, true, false, a finite number, a string, a list, an object")
         return None
 
@@ -180,12 +180,12 @@ def plain(value: object) -> object:
     nothing of the field, and refuse a document that has it.
     """
     if isinstance(value, Section):
-        known = [
+        pairs = [
             (name, spec)
             for name, spec in field_names(type(value)).items()
             if not (spec.metadata.get("unsaid") and getattr(value, spec.name) == spec.default)
         ]
-        fields = ((name, spec.metadata.get("unit"), getattr(value, spec.name)) for name, spec in known)
+        fields = ((name, spec.metadata.get("unit"), getattr(value, spec.name)) for name, spec in pairs)
         return {name: unit.format(each) if unit else plain(each) for name, unit, each in fields if each is not None}
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
@@ -200,10 +200,10 @@ def field_names(kind: type[Section]) -> dict[str, dataclasses.Field[Any]]:
     return {each.metadata.get("name", re.sub("_(.)", lambda it: it[1].upper(), each.name)): each for each in fields}
 
 
-def nearest(name: object, known: Collection[str]) -> tuple[str, str | None]:
+def nearest(name: object, allowed: Collection[str]) -> tuple[str, str | None]:
     """What to say about an unknown field, and the known one that was probably meant."""
-    folded = {each.lower(): each for each in known}
+    folded = {each.lower(): each for each in allowed}
     # Folding makes `period_steps` and `PeriodSteps` the same as `periodSteps`; what remains is a typo.
     near = difflib.get_close_matches(re.sub("[_-]", "", str(name)).lower(), folded, n=1)
     meant = folded[near[0]] if near else None
-    return (f"did you mean {meant}? " if meant else "") + "the fields " + ", ".join(known), meant
+    return (f"did you mean {meant}? " if meant else "") + "the fields " + ", ".join(allowed), meant
