@@ -103,7 +103,7 @@ class Cadence:
 
     def __init__(self, rule: Rule, *, decides: bool, lead_s: float) -> None:
         if not (lead_s > 0 and math.isfinite(lead_s)):
-            raise UsageError(f"lead_s is {lead_s!r}; it is a positive number of seconds")
+            raise UsageError(f"lead_s is {lead_s!r}; it must be a positive number of seconds")
         self._rules = RuleTimeline(rule)
         self._decides = decides
         self._lead_s = lead_s
@@ -231,7 +231,7 @@ class Cadence:
             UsageError: on a rank that does not decide.
         """
         if not self._decides:
-            raise UsageError("request_save was called on a rank that does not decide; ask the deciding rank")
+            raise UsageError("request_save was called on a rank that does not decide; call it on the deciding rank")
         with self._lock:
             self._requested_at = -1 if self._highest is None else self._highest
 
@@ -283,7 +283,7 @@ class Cadence:
             UsageError: on a rank that does not decide.
         """
         if not self._decides:
-            raise UsageError("request_change was called on a rank that does not decide; ask the deciding rank")
+            raise UsageError("request_change was called on a rank that does not decide; call it on the deciding rank")
         with self._lock:
             self._wanted, self._tell_again = rule, True
 

@@ -105,7 +105,7 @@ class _Caller:
             try:
                 callback(argument)
             except BaseException:  # a boundary: CheckpointException and SystemExit end no thread that others need
-                _log.exception("pillion: a callback of a save raised")
+                _log.exception("pillion: a done-callback of a save raised")
             # Not kept until the next one comes: it may hold a state dict.
             del callback, argument
             with _lock:
@@ -153,4 +153,6 @@ def drain() -> None:
     """Wait for the callbacks that are due. Blocks: up to DRAIN_S; not at all where there were none, or in a callback."""
     caller = _caller
     if caller is not None and caller.pid == os.getpid() and not caller.drain(DRAIN_S):
-        _log.warning("pillion: callbacks of saves still run after %.0f s; they are not waited for any longer", DRAIN_S)
+        _log.warning(
+            "pillion: done-callbacks of saves are still running after %.0f s; closing without waiting for them", DRAIN_S
+        )

@@ -177,7 +177,7 @@ class Checkpointer:
         if last is not None and step == last.step:
             if persist and last is not self._last_stored:
                 raise UsageError(
-                    f"step {step} was saved to memory only: persist=True has to come with the first save of a step"
+                    f"step {step} was saved to memory only: pass persist=True with the first save of a step"
                 )
             return step, last
         if step <= self._last_step:
@@ -381,7 +381,11 @@ def _whole(step: object) -> int:
 
 def _too_old(step: int, newest: int, *, loaded: bool) -> str:
     """Why a step is refused, where the newest one was loaded, or saved."""
-    why = f"is older than step {newest}, which was loaded" if loaded else f"comes after step {newest}: steps only grow"
+    why = (
+        f"is older than step {newest}, which was loaded"
+        if loaded
+        else f"comes after step {newest}: steps must increase"
+    )
     return f"step {step} {why}; load() an older step to go back to it"
 
 
@@ -389,7 +393,7 @@ def _read(document: Mapping[str, Any]) -> policy.Policy | None:
     try:
         return policy.parse(document, embedded=True)
     except policy.PolicyError as err:
-        _log.warning("pillion: a change of the policy is not taken up here: %s", err)
+        _log.warning("pillion: ignored a policy change that this release cannot use: %s", err)
         return None
 
 

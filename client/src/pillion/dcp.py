@@ -304,5 +304,5 @@ def _staged(stager: AsyncStager, state_dict: Mapping[str, Any]) -> tuple[Mapping
 
 
 def _by_torch(what: str, why: options.Unmapped, call: Callable[[], Any]) -> Any:
-    _log.info("pillion: this %s is torch's own, in this process: %s", what, why)
+    _log.info("pillion: torch does this %s in this process, without the sidecar: %s", what, why)
     return call()

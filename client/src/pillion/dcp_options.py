@@ -125,7 +125,7 @@ def directory(where: str, *, instead: str) -> str:
         if where.startswith(f"{scheme}/"):
             return os.path.abspath(where.removeprefix(scheme))
     if "://" in where:
-        raise Unmapped(f"{where} is no directory: give {instead}")
+        raise Unmapped(f"{where} is not a directory: pass {instead}")
     return os.path.abspath(where)
 
 
@@ -133,7 +133,7 @@ def _check_writer(writer: StorageWriter) -> None:
     kind = type(writer)
     if kind is not FileSystemWriter and not _is_torchs(writer, "FsspecWriter"):
         raise Unmapped(
-            f"a {kind.__qualname__} object cannot be sent to the sidecar: name it, as"
+            f"a {kind.__qualname__} object cannot be sent to the sidecar: pass it by name, as"
             f' pillion.dcp.Writer("{kind.__module__}:{kind.__qualname__}", {{its arguments}})'
         )
     # Both are younger than torch 2.6.
@@ -171,7 +171,7 @@ def check_planner(planner: SavePlanner | None, *, use_collectives: bool) -> None
         )
     if not use_collectives:
         raise Unmapped(
-            "use_collectives=False: Pillion runs no collectives in a save, and its checkpoints are whole; leave it out"
+            "use_collectives=False: Pillion saves without collectives, and still writes one whole checkpoint; leave it out"
         )
 
 

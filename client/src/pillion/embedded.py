@@ -77,14 +77,14 @@ def require_private(runtime_dir: str) -> None:
         return
     problem = ""
     if not stat.S_ISDIR(status.st_mode):
-        problem = "is no folder"
+        problem = "is not a directory"
     elif status.st_uid != os.getuid():
         problem = f"belongs to user {status.st_uid}"
     elif status.st_mode & 0o077:
         problem = f"is open to other users (mode {stat.S_IMODE(status.st_mode):04o})"
     if problem:
         raise SidecarUnavailable(
-            f"{runtime_dir} {problem}, and a sidecar's folder must be of user {os.getuid()} alone (mode 0700): remove it"
+            f"the runtime directory {runtime_dir} {problem}: it must belong to user {os.getuid()} alone (mode 0700); remove it"
         )
 
 
@@ -133,11 +133,11 @@ def start(runtime_dir: str) -> int:
             if not _listens(path):
                 child = _spawn(command, runtime_dir)
         elif status is not None:
-            raise SidecarUnavailable(f"the sidecar ended with status {status} before it listened: {_tail(log)}")
+            raise SidecarUnavailable(f"the sidecar exited with status {status} before it was ready: {_tail(log)}")
         time.sleep(POLL_S)
     child.kill()
     child.wait()
-    raise SidecarUnavailable(f"the sidecar did not listen within {START_TIMEOUT_S:.0f} s: {_tail(log)}")
+    raise SidecarUnavailable(f"the sidecar was not ready within {START_TIMEOUT_S:.0f} s: {_tail(log)}")
 
 
 def _spawn(command: list[str], runtime_dir: str) -> subprocess.Popen[bytes]:
@@ -161,7 +161,9 @@ def _log_file(runtime_dir: str) -> BinaryIO:
         require_private(runtime_dir)
         with contextlib.suppress(FileNotFoundError):
             return open(log_path(runtime_dir), "ab")
-    raise SidecarUnavailable(f"{runtime_dir} is removed as often as it is made")
+    raise SidecarUnavailable(
+        f"cannot create {runtime_dir}: ending sidecars removed it {FOLDER_TRIES} times; start again"
+    )
 
 
 def _listens(path: str) -> bool:

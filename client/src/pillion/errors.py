@@ -103,7 +103,8 @@ class ProtocolMismatch(SidecarError):
     def __init__(self, *, ours: int, theirs: int) -> None:
         self.ours, self.theirs = ours, theirs
         super().__init__(
-            f"protocol version {ours} here, {theirs} there: install the same release of pillion and pillion-sidecar"
+            f"protocol version {ours} here, {theirs} on the other side of the control socket: install the same release of pillion"
+            " and pillion-sidecar"
         )
 
 

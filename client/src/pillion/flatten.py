@@ -114,7 +114,7 @@ def _read_only(container: object, key: str | int) -> str | None:
             return f"{type(container).__name__} is not assignable"
     except Exception as err:  # the mapping is the user's own class
         why = str(err).partition("\n")[0]
-        return f"{type(container).__name__} takes no value: {type(err).__name__}: {why}"
+        return f"{type(container).__name__} refused the assignment: {type(err).__name__}: {why}"
     return None
 
 

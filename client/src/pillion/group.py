@@ -138,7 +138,7 @@ def join(
         return _group(0, [mine])
     if dist.get_rank(process_group) < 0:
         raise UsageError(
-            f"rank {dist.get_rank()} is not in the process group: only its members save and load together; call this on them alone"
+            f"rank {dist.get_rank()} is not in the process group: call this on the members of the group only"
         )
     if dist.get_rank(process_group) == 0 and dist.get_world_size(process_group) > 1:
         mine["policy"] = ask_policy(environ)
@@ -171,7 +171,7 @@ def _check_roots(roots: Sequence[object]) -> None:
         )
         raise SettingsError(
             [
-                f"the root differs from rank to rank ({listing}): give every rank one root, on storage that all of them share"
+                f"the root differs from rank to rank ({listing}): give every rank the same root, on storage that all of them share"
             ]
         )
 

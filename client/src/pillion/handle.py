@@ -113,8 +113,8 @@ class SaveHandle:
         """
         if self.inherited:
             raise UsageError(
-                f"process {os.getpid()} is a forked child: what became of the save of step {self.step} is known in the trainer,"
-                f" process {self._pid}, alone"
+                f"process {os.getpid()} is a forked child: only the trainer, process {self._pid}, knows the outcome of the save of"
+                f" step {self.step}"
             )
         return self.committed.result(timeout_s)
 

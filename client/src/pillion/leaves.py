@@ -288,7 +288,7 @@ def _dtensor_chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch
         raise UnsupportedLeaf(
             fqn=fqn,
             type_name=f"DTensor{tuple(leaf.placements)}",
-            why="a Partial placement is a sum that has not been taken; redistribute() it to Replicate or Shard first",
+            why="a Partial placement is a reduction that is still pending; redistribute() it to Replicate or Shard first",
         )
     if leaf.device_mesh.get_coordinate() is None:
         return []
@@ -351,13 +351,15 @@ def _shard(fqn: str, leaf: Any, shard: Any, sizes: tuple[int, ...]) -> torch.Ten
         raise UnsupportedLeaf(
             fqn=fqn,
             type_name=f"{type(leaf).__name__} of {kind}",
-            why=f"its shards are no dense tensors of {leaf.dtype}, and a tensor of type {kind} can be saved only whole. Put the"
-            f" inner tensors of to_local() (their names are what {kind}.__tensor_flatten__() gives) into the state dict"
-            " instead, under a key for each rank; or a dequantized copy",
+            why=f"its shards are not dense tensors of {leaf.dtype}, and a tensor of type {kind} can be saved only unsharded. Put"
+            f" the inner tensors of to_local() (named by {kind}.__tensor_flatten__()) into the state dict instead, with a key"
+            " for each rank; or put a dequantized copy there",
         )
     if tuple(plain.shape) != sizes:
         raise UnsupportedLeaf(
-            fqn=fqn, type_name=type(leaf).__name__, why=f"a shard of shape {tuple(plain.shape)} where it says {sizes}"
+            fqn=fqn,
+            type_name=type(leaf).__name__,
+            why=f"a shard has the shape {tuple(plain.shape)}, but its metadata says {sizes}",
         )
     return plain
 
@@ -443,8 +445,8 @@ def check_fillable(leaves: Leaves) -> None:
     ]
     if shared:
         raise IncompatibleCheckpoint(
-            f"cannot fill {', '.join(map(repr, shared))}: several elements share one place in memory (expand or as_strided);"
-            " give load() a clone() of it",
+            f"cannot fill {', '.join(map(repr, shared))}: some of its elements share memory (expand or as_strided);"
+            " pass a clone() to load()",
             fqns=shared,
         )
 

@@ -97,47 +97,47 @@ def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, 
     what = what or f"step {report.step} from {report.tier}"
     notes = [*(_of_all(report, empty) if first else ()), *(_of_own(report) if first or not alike else ())]
     if notes:
-        _log.warning("pillion: %s is loaded, but:%s", what, "".join(f"\n  - {n}" for n in notes))
+        _log.warning("pillion: loaded %s, with these differences:%s", what, "".join(f"\n  - {n}" for n in notes))
 
 
 def _of_own(report: LoadReport) -> Iterator[str]:
     """What other ranks may see otherwise."""
     if report.missing:
-        yield f"not in the checkpoint, and left as they were: {_list(report.missing)}"
+        yield f"not in the checkpoint, and left unchanged: {_list(report.missing)}"
     if report.narrowed:
-        yield f"converted to a type that cannot hold every value: {_list([f'{k} ({v})' for k, v in report.narrowed.items()])}"
+        yield f"converted to a dtype that cannot hold every stored value: {_list([f'{k} ({v})' for k, v in report.narrowed.items()])}"
     if report.conflicting:
         yield (
-            "they share memory here, and their values in the checkpoint differ, so that one was written over the others:"
-            f" {_list(report.conflicting)}; give each a tensor of its own"
+            "these tensors share memory, and the checkpoint has different values for them, so one value overwrote the others:"
+            f" {_list(report.conflicting)}; give each name its own tensor"
         )
     if report.replaced:
-        yield f"could not be filled in place, so that the dict has new objects: {_list(report.replaced)}"
+        yield f"could not be filled in place; the state dict holds new objects for: {_list(report.replaced)}"
 
 
 def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:
     """What every rank would say."""
     if report.unexpected:
-        yield f"in the checkpoint, and nothing asked for it: {_list(report.unexpected)}"
+        yield f"in the checkpoint, but not in the state dict of any rank: {_list(report.unexpected)}"
         lost = [name for name in empty if any(_below(each, name) for each in report.unexpected)]
         if lost:
             yield (
-                f"{_list(lost)} held nothing when it was asked, so that it was not restored. A new optimizer has no state before its"
-                " first step: where Checkpointer.find() finds something, build the state dict with"
-                " torch.distributed.checkpoint.state_dict.get_state_dict(model, optimizer), which makes it"
+                f"{_list(lost)} was empty in the state dict, so it was not restored. A new optimizer has no state before its first"
+                " step: if Checkpointer.find() finds a checkpoint, build the state dict with"
+                " torch.distributed.checkpoint.state_dict.get_state_dict(model, optimizer), which creates that state"
             )
     if report.differing:
         yield (
-            f"each rank had its own value when it was saved, and storage gives all ranks the lowest rank's: {_list(report.differing)};"
-            " give each rank's value a key of its own"
+            f"the ranks saved different values under one name, and storage keeps the lowest rank's only: {_list(report.differing)};"
+            " give each rank's value its own key"
         )
     for where, why in report.passed_over.items():
-        yield f"{where}, in memory, is newer and was not used: {why}"
+        yield f"the newer snapshot {where} in memory was not used: {why}"
     if report.set_aside:
         steps = ", ".join(map(str, report.set_aside[:SHOWN]))
         yield (
-            f"the committed steps {steps} are ahead of it and set aside: they stay on storage until retention takes them, and"
-            f" load(state, step={report.set_aside[-1]}) goes to one of them"
+            f"the committed steps {steps} are newer and set aside: they stay on storage until retention deletes them;"
+            f" load(state, step={report.set_aside[-1]}) loads one of them"
         )
 
 

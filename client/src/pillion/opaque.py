@@ -64,7 +64,7 @@ def pickled(leaf: object, fqn: str) -> bytes:
     try:
         torch.save(leaf, buffer)
     except MemoryError as err:
-        raise StagingError(f"no memory is left to pickle {fqn!r} of type {type(leaf).__name__} in") from err
+        raise StagingError(f"out of memory while pickling {fqn!r} of type {type(leaf).__name__}") from err
     except Exception as err:  # torch.save raises whatever the object's __reduce__ raises
         why = f"it cannot be pickled ({str(err) or type(err).__name__})"
         raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=why) from err

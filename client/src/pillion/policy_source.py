@@ -92,7 +92,7 @@ def require_module(writer: str) -> None:
     """
     module = writer.partition(":")[0]
     if module == "__main__":
-        raise UsageError("the sidecar cannot import a class of the script itself: move it to a module of its own")
+        raise UsageError("the sidecar cannot import a class from the script itself: move the class to a module")
     try:
         exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -100,4 +100,4 @@ def require_module(writer: str) -> None:
     except Exception:  # a boundary: a package of somebody else's that fails to import says why in the executor
         return
     if not exists:
-        raise UsageError(f"there is no module {module}: its folder must be on PYTHONPATH, or on sys.path")
+        raise UsageError(f"no module named {module}: put its directory on PYTHONPATH, or on sys.path")

@@ -79,11 +79,13 @@ class Preparer:
             try:
                 self._prepare(need)
             except SidecarUnavailable as err:
-                _log.info("pillion: the arena is not prepared: %s", err)
+                _log.info("pillion: stopped preparing the arena ahead of the next save: %s", err)
             except (
                 Exception
             ) as err:  # a boundary: nothing that goes wrong ahead of a save may end the trainer's thread of it
-                _log.warning("pillion: the arena is not prepared, a save that needs it does it: %s", err)
+                _log.warning(
+                    "pillion: could not prepare the arena ahead of the next save, which will do it itself: %s", err
+                )
 
     def _prepare(self, need: Need) -> None:
         devices.use(need.devices)

@@ -77,7 +77,11 @@ class Registration:
             error = int(torch.cuda.cudart().cudaHostRegister(address, length, PORTABLE))
             if error != 0:
                 self._refused.add(start)
-                _log.warning("pillion: CUDA refuses to register %d bytes of the arena (error %d)", length, error)
+                _log.warning(
+                    "pillion: CUDA could not page-lock %d bytes of the arena (error %d); copies from the GPU are slower",
+                    length,
+                    error,
+                )
                 return
             self._pieces[start].append((address, length))
             have += length

@@ -156,7 +156,7 @@ class Saver:
         if thread in self._within:
             # The save beneath it holds what this one would wait for, and goes on only when this one has returned.
             error = StagingError(
-                "a signal's handler cannot save on top of a save that it interrupted: note the signal there, and save in the loop",
+                "a signal handler cannot save while it interrupts another save: record the signal there, and save in the training loop",
                 step=step,
             )
             _log.error("pillion: save of step %d failed: %s", step, error)
@@ -214,8 +214,8 @@ class Saver:
         if names:
             self._warned = True
             _log.warning(
-                "pillion: below the top level of the state dict, and so pickled whole (as stock DCP does): %s; put an object with state_dict"
-                " and load_state_dict at the top level, where its tensors are saved as tensors",
+                "pillion: these objects with a state_dict() are below the top level of the state dict, and are pickled whole (as stock DCP"
+                " does): %s; move them to the top level, where their tensors are saved as tensors",
                 ", ".join(names),
             )
 

@@ -78,7 +78,7 @@ class SegmentMapping:
         with self._using:
             if self._closed:
                 raise SidecarUnavailable(
-                    "the arena is another one now: the sidecar was replaced, or the session closed"
+                    "this arena is no longer in use: the sidecar was replaced, or the session was closed"
                 )
             self._users += 1
         try:
@@ -144,7 +144,8 @@ class SegmentMapping:
             dtype = leaves_module.DTYPES.get(item.dtype)
             if dtype is None:
                 raise IncompatibleCheckpoint(
-                    f"{item.fqn!r} is of {item.dtype}, which torch {torch.__version__} does not have", fqns=[item.fqn]
+                    f"{item.fqn!r} has the dtype {item.dtype}, which torch {torch.__version__} does not have",
+                    fqns=[item.fqn],
                 )
             if item.payload_bytes == 0:
                 made.append(torch.empty(item.sizes, dtype=dtype))

@@ -53,7 +53,7 @@ def stop() -> bool:
         return False
     _stopping.set()
     print(
-        f"pillion: the pod ends and the last save is on storage: this process ends with status {EXIT_TERMINATED}"
+        f"pillion: the pod is being deleted, and the last save is on storage: ending this process with status {EXIT_TERMINATED}"
         " (drain.endTrainer)",
         file=sys.stderr,
         flush=True,

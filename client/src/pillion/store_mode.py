@@ -128,7 +128,7 @@ def open_session(
     try:
         if members.rank == 0:
             session = opened(members)
-            shared = [session.welcome.get("store") or "the coordinator's sidecar hosts no store"]
+            shared = [session.welcome.get("store") or "the coordinator's sidecar did not say where it hosts the store"]
     except PillionError as err:
         shared = [f"rank 0: {err}"]
         raise

@@ -42,9 +42,9 @@ def test_a_local_path_is_a_directory_whoever_writes_to_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize("where", ["s3://bucket/one", "file://host/one", "memory://one", "simplecache::file:///one"])
 def test_an_address_that_is_no_directory_is_not_the_sidecars(where: str) -> None:
     """It is told apart from what is wrong: torch itself may write to it, and read from it."""
-    with pytest.raises(options.Unmapped, match="is no directory"):
+    with pytest.raises(options.Unmapped, match="is not a directory"):
         options.destination(where, None)
-    with pytest.raises(options.Unmapped, match="is no directory"):
+    with pytest.raises(options.Unmapped, match="is not a directory"):
         options.source(where, None, None)
 
 

@@ -33,8 +33,8 @@ def test_a_folder_that_somebody_else_may_have_made_is_refused(
     target = tmp_path / "target"
     target.mkdir(mode=0o700)
     said = {
-        "symlink": "is no folder",
-        "file": "is no folder",
+        "symlink": "is not a directory",
+        "file": "is not a directory",
         "open to others": "is open to other users (mode 0755)",
         "another user's": f"belongs to user {os.getuid()}",
     }

@@ -58,7 +58,7 @@ def test_what_takes_no_values_is_refused_by_name_and_unchanged() -> None:
     with pytest.raises(UsageError) as caught:
         flatten.check_assignable(state, paths(state).values())
     assert "'proxy.b' (mappingproxy is not assignable)" in str(caught.value)
-    assert "'frozen.d' (Frozen takes no value: TypeError: read-only)" in str(caught.value)
+    assert "'frozen.d' (Frozen refused the assignment: TypeError: read-only)" in str(caught.value)
     assert "'ok.a'" not in str(caught.value)
     assert "'proxy.inner.c'" not in str(caught.value)
     assert state["proxy"]["b"] == 2

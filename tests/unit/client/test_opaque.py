@@ -142,5 +142,5 @@ class Endless:
 
 def test_no_memory_to_pickle_in_is_said_as_that() -> None:
     """The object is as good as another: the error names it, and does not call it one that cannot be pickled."""
-    with pytest.raises(StagingError, match=r"no memory is left to pickle 'of\.it' of type Endless"):
+    with pytest.raises(StagingError, match=r"out of memory while pickling 'of\.it' of type Endless"):
         opaque.pickled(Endless(), "of.it")

@@ -125,7 +125,7 @@ class SegmentHeader:
         if magic != SEGMENT_MAGIC:
             raise ValueError(f"not an arena segment: magic {magic!r}")
         if num_slots < 1 or stride_bytes < 2 * PAGE_BYTES or stride_bytes % PAGE_BYTES:
-            raise ValueError(f"an impossible segment: {num_slots} slots of {stride_bytes} bytes")
+            raise ValueError(f"not a valid segment: {num_slots} slots of {stride_bytes} bytes")
         return cls(num_slots=num_slots, stride_bytes=stride_bytes, version=version)
 
     def slot_offset(self, index: int) -> int:
@@ -214,7 +214,7 @@ class SlotHeader:
             ("digests", header.digests_offset, header.digests_count * DIGEST_BYTES),
         ):
             if offset + length > stride_bytes:
-                raise ValueError(f"the {what} at {offset}+{length} leaves a slot of {stride_bytes} bytes")
+                raise ValueError(f"the {what} at {offset}+{length} does not fit into a slot of {stride_bytes} bytes")
         return header
 
 

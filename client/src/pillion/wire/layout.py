@@ -151,9 +151,11 @@ def decode(encoded: bytes) -> Layout:
         if item.dtype not in ITEMSIZE_BYTES:
             raise ValueError(f"layout: {item.fqn!r} has the unknown dtype {item.dtype!r}")
         if not len(item.size) == len(item.offsets) == len(item.sizes):
-            raise ValueError(f"layout: {item.fqn!r} has a chunk of another rank than its tensor")
+            raise ValueError(f"layout: {item.fqn!r} has a chunk of another number of dimensions than its tensor")
         if any(o < 0 or n < 0 or o + n > s for s, o, n in zip(item.size, item.offsets, item.sizes, strict=True)):
-            raise ValueError(f"layout: the chunk {item.offsets}+{item.sizes} of {item.fqn!r} leaves {item.size}")
+            raise ValueError(
+                f"layout: the chunk {item.offsets}+{item.sizes} of {item.fqn!r} does not fit into {item.size}"
+            )
     return Layout(items, opaque, paths)
 
 

@@ -149,17 +149,17 @@ def _impossible(part: Part) -> str:
     leaves: list[StoredChunk | StoredBytes] = [*part.chunks, *part.opaque]
     for name in {*part.files, *(leaf.file for leaf in leaves)}:
         if names.parse_data_file(name) is None:
-            return f"{name!r:.80} is no data file of a checkpoint"
+            return f"{name!r:.80} is not the name of a data file"
     if not _are_counts([part.step, part.world_size, *part.ranks, *part.files.values()]):
-        return "a number is negative, or larger than any"
+        return "a number is negative, or larger than 2**63 - 1"
     for leaf in leaves:
         if not _are_counts((leaf.offset, leaf.length)):
             return f"{leaf.fqn!r:.80} lies at {leaf.offset}+{leaf.length}"
     for chunk in part.chunks:
         if not len(chunk.size) == len(chunk.offsets) == len(chunk.sizes) or not _are_counts(chunk.size):
-            return f"{chunk.fqn!r:.80} has a shape that cannot be, or a chunk of another rank"
+            return f"{chunk.fqn!r:.80} has an impossible shape, or a chunk of another number of dimensions"
         if any(o < 0 or n < 0 or o + n > s for s, o, n in zip(chunk.size, chunk.offsets, chunk.sizes, strict=True)):
-            return f"a chunk of {chunk.fqn!r:.80} leaves its tensor"
+            return f"a chunk of {chunk.fqn!r:.80} does not fit into its tensor"
     return ""
 
 
@@ -270,7 +270,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ManifestError(f"the manifest is damaged: {type(err).__name__}: {err!s:.200}") from err
     for part in made.parts:
         if names.parse_part_file(part.name) is None:
-            raise ManifestError(f"the manifest is damaged: {part.name!r:.80} is no part file of a checkpoint")
+            raise ManifestError(f"the manifest is damaged: {part.name!r:.80} is not the name of a part file")
     return made
 
 
@@ -278,7 +278,7 @@ def _document(data: bytes, what: str) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of too many digits
-        raise ManifestError(f"the {what} is no JSON: {err!s:.200}") from err
+        raise ManifestError(f"the {what} is not JSON: {err!s:.200}") from err
     if not isinstance(document, dict):
         raise ManifestError(f"the {what} must be an object")
     version = document.get("format")

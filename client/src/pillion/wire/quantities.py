@@ -32,7 +32,7 @@ def _quantity(value: object, parts: int) -> int:
         exact = Fraction(number.rstrip(".")) * Fraction(10) ** int(exponent or 0) * _FACTORS[suffix or ""] * parts
         if exact.denominator == 1 and exact <= INT64_MAX:
             return exact.numerator
-    raise ValueError(f"{value!r} is no quantity of a whole number of bytes, or of thousandths of a CPU")
+    raise ValueError(f"{value!r} is not a quantity of a whole number of bytes, or of thousandths of a CPU")
 
 
 def quantity_bytes(quantity: str | int) -> int:
