@@ -1,10 +1,10 @@
 """
 Pillion takes checkpointing out of a PyTorch training process.
 
-The public names and nothing else; `pillion.dcp` is imported by who wants `torch.distributed.checkpoint`'s own signature.
+This module has the public names and nothing else. `pillion.dcp` has the signatures of `torch.distributed.checkpoint`.
 
-`Checkpointer` is imported when it is first asked for: the sidecar and the operator import `pillion.wire`, and must run
-without torch (3 s and 300 MB that they have no use for).
+`Checkpointer` is imported at its first use. The sidecar and the operator import `pillion.wire` and must run without torch,
+which would cost them 3 s and 300 MB.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """
 `Checkpointer`: what a training script sees of Pillion.
 
-Called from: the training thread. No collective runs after the constructor, and `save` never raises into the training loop.
+Called from: the training thread. No collective runs after the constructor. `save` never raises into the training loop.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pillion.wire import messages, names, policy
 _log = logging.getLogger(__name__)
 
 LATEST_TIMEOUT_S: Final = 60.0
-"""Bound for listing the storage; a shared file system under load takes seconds."""
+"""Timeout for listing the storage. A shared file system under load takes seconds."""
 LEAD_LOCAL_S: Final = 0.25
 LEAD_PODS_S: Final = 2.0
-"""How far ahead a time-based save is announced, so that it reaches every rank before its step; within a pod, and across."""
+"""Lead of an announced save, within a pod and across pods. The announcement must reach every rank before the step."""
 
 
 STEP_MOST: Final = 2**63 - 1
-"""The arena keeps it in 64 bits."""
+"""Largest step. The arena stores a step in 64 bits."""
 
 
 class Checkpointer:
@@ -41,17 +41,17 @@ class Checkpointer:
     Saves and loads a job's state through the sidecar of its pod.
 
     Args:
-        root: directory of the run's checkpoints. In a pod the injected environment says it, and it may be left out.
-        policy: a CheckpointPolicy (the `spec` as a mapping, or a YAML or JSON file's path); for a run without a cluster.
+        root: directory of the run's checkpoints. Leave it out in a pod, where the injected environment sets it.
+        policy: a CheckpointPolicy for a run without a cluster: its `spec` as a mapping, or the path of a YAML or JSON file.
         process_group: the ranks that save together; None is the default group (or a single process).
 
-    Ranks: all of the process group construct it together, and construct several in the same order.
+    Ranks: all of the process group construct it together. They construct several Checkpointers in the same order.
 
     Blocks: one collective on the process group, then up to session.CONNECT_TIMEOUT_S for the sidecar.
 
     Raises:
-        SettingsError: the policy or an environment variable is wrong, or the root cannot be written; lists all problems.
-        SidecarUnavailable: no sidecar, and none could be started.
+        SettingsError: the policy or an environment variable is wrong, or the root cannot be written. Lists all problems.
+        SidecarUnavailable: there is no sidecar, and none could be started.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Checkpointer:
         self.last_load: LoadReport | None = None
         self._last_step = -1
         self._last: SaveHandle | None = None
-        """The newest save; None behind a load."""
+        """The newest save. None after a load."""
         self._last_stored: SaveHandle | None = None
         """The newest save to storage."""
         self._at_stake: SaveHandle | None = None
-        """The newest save that was to reach storage, also one that was refused: it must not be lost unseen."""
+        """The newest save meant for storage, even if it was refused. It must not be lost unnoticed."""
         where = _root(root, environ)
         self._group = group.join(
             process_group,
@@ -102,13 +102,13 @@ class Checkpointer:
 
     def due(self, step: SupportsIndex) -> bool:
         """
-        Whether the policy wants a save at this step: its cadence, a save asked for from outside, or the pod's end.
+        Return whether a save is due at this step: by the policy's cadence, by a requested save, or because the pod ends.
 
-        The answer is the same on all ranks that ask at the same steps, and costs no communication. A loop that passes steps over is answered
-        at the first step at or behind the one that was due.
+        All ranks that call it at the same steps get the same answer, without communication. If the loop passes over steps, a save is
+        due at the first step at or behind the one that was due.
 
         Raises:
-            UsageError: `step` is no whole number from 0 on (NumPy's and torch's integers are), or this process is a forked child.
+            UsageError: `step` is not a whole number from 0 on (NumPy's and torch's integers are), or this process is a forked child.
         """
         self._session.check_process()
         step, now_s = _whole(step), time.monotonic()
@@ -128,21 +128,21 @@ class Checkpointer:
         self, state_dict: Mapping[str, Any], step: SupportsIndex, *, overlap: bool = False, persist: bool | None = None
     ) -> SaveHandle:
         """
-        Copy the state into the arena and go on training; the sidecar does the rest.
+        Copy the state into the arena, and return. The sidecar does the rest.
 
         Args:
-            state_dict: nested mapping of anything; tensors (also DTensor, ShardedTensor) are copied, the rest is pickled.
-            step: the training step, anything with `__index__`; it may not go backwards within a run. The newest one again is no other
-                save: the first one's handle comes back.
-            overlap: return at once and copy beside the next forward and backward pass; the next optimizer step waits for it.
-            persist: True to storage, False only to the arena, None as the policy's trigger says for this step.
+            state_dict: nested mapping. Tensors, DTensors and ShardedTensors are copied; other values are pickled.
+            step: the training step, anything with `__index__`. It may not decrease within a run, except after a load. Saving the
+                newest step again returns the first save's handle.
+            overlap: return at once, and copy beside the next forward and backward pass. The next optimizer step waits for the copy.
+            persist: True saves to storage, False to the arena only. None decides by the policy's trigger for this step.
 
         Ranks: all, at the same steps. No collective.
 
-        Blocks: for the copy (with `overlap`: not), and under the policy's `overlap: Wait` for a free slot.
+        Blocks: for the copy (not with `overlap`), and for a free slot under the policy's `overlap: Wait`.
 
         Raises:
-            Nothing: a failure is on the handle, in the log and in the sidecar's counters.
+            Nothing. The handle, the log and the sidecar's counters have a failure.
         """
         try:
             step, again = self._check_save(step, persist=persist)
@@ -153,7 +153,7 @@ class Checkpointer:
             if persist is not False:
                 self._at_stake = handle
                 if self._closed or self._session.inherited:
-                    # Nobody closes it here any more, and looks at what it owes.
+                    # Nothing closes this Checkpointer any more, so the lost save is recorded now.
                     exit_drain.closed(self, [handle])
             return handle
         if again is not None:
@@ -168,7 +168,7 @@ class Checkpointer:
         return handle
 
     def _check_save(self, step: SupportsIndex, *, persist: bool | None) -> tuple[int, SaveHandle | None]:
-        """The step, and the handle of the save that has it already."""
+        """Return the step as an int, and the handle of the save that already has this step."""
         self._session.check_process()
         if self._closed:
             raise UsageError("the Checkpointer is closed")
@@ -181,23 +181,25 @@ class Checkpointer:
                 )
             return step, last
         if step <= self._last_step:
-            # Behind a load no save has been; the loaded step itself may come again.
+            # There was no save since the load. The loaded step itself may be saved again.
             raise UsageError(_too_old(step, self._last_step + (last is None), loaded=last is None))
         return step, None
 
     def wait(self, timeout_s: float) -> None:
         """
-        Wait until no save is in flight, whatever became of each.
+        Wait until no save is in flight, whatever their outcomes.
+
+        Blocks: up to `timeout_s`.
 
         Raises:
-            TimeoutError: some are still in flight; names their steps.
+            TimeoutError: some saves are still in flight. Names their steps.
         """
         self._session.check_process()
         deadline = time.monotonic() + timeout_s
         self._saver.wait_staged()
         for handle in self._session.pending():
             try:
-                # At least a moment: 0 s is no wait, which says nothing of one that is on its way.
+                # Not 0 s: then `error` would not wait, and would return None for a save in flight.
                 handle.error(max(0.001, deadline - time.monotonic()))
             except TimeoutError:
                 steps = sorted(each.step for each in self._session.pending())
@@ -207,21 +209,21 @@ class Checkpointer:
 
     def find(self, step: SupportsIndex | None = None) -> Found | None:
         """
-        What `load` would take now, in memory or on storage; None when there is nothing. The answer is the same on all ranks.
+        Return the checkpoint that `load` would take now, in memory or on storage. None if there is none. All ranks get the same answer.
 
-        A load that follows takes the same, unless it does not fit the state dict. So a template that costs something, or changes
-        something (an optimizer's state is made by a step), is built only where there is something to load.
+        The next `load` takes this checkpoint, unless it does not fit the state dict. Use `find` before building a state dict that is
+        expensive or has side effects (an optimizer creates its state in a step).
 
         Args:
-            step: a committed step; None for the newest (or what the policy's `restore` says).
+            step: a committed step. None for the newest, or for what the policy's `restore` says.
 
         Ranks: all.
 
-        Blocks: for saves in flight and the listing of the storage; else as `load`.
+        Blocks: for saves in flight and for the listing of the storage; otherwise as `load`.
 
         Raises:
-            LoadError: as `load`, `NoCheckpoint` where the policy demands one; but for a `step` that is not there the answer is None.
-            SidecarUnavailable: it went away, and did not come back.
+            LoadError: as `load`; `NoCheckpoint` if the policy demands a checkpoint. A missing `step` returns None instead.
+            SidecarUnavailable: the sidecar went away and did not come back.
         """
         if self._closed:
             raise UsageError("the Checkpointer is closed")
@@ -232,25 +234,26 @@ class Checkpointer:
         """
         Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
 
-        The newest is the one that was committed or sealed last: after a load of an older step and a save, that save.
+        The newest checkpoint is the one that was committed or sealed last. After a load of an older step and a save, it is that save.
 
         Args:
-            state_dict: as for `save`; tensors are filled in place, other leaves replaced, `Stateful` values get theirs. Each of these is
-                asked for its `state_dict` once, and given the loaded one once.
-            step: a committed step; None for the newest (or what the policy's `restore` says).
-            strict: what the checkpoint does not have is an error; False leaves it as it is. What it has besides is only warned of.
+            state_dict: as for `save`. Tensors are filled in place, and other leaves are replaced. For a `Stateful` value the load calls
+                `state_dict` once and `load_state_dict` once.
+            step: a committed step. None for the newest, or for what the policy's `restore` says.
+            strict: True raises if the checkpoint lacks a value; False leaves that value unchanged. Extra values in the checkpoint only
+                cause a warning.
 
         Returns:
-            The step loaded, or None when there has never been a checkpoint and the policy allows a fresh start.
-            `last_load` tells the tier and the time, and all that was not restored as it was asked; one warning names it.
+            The step loaded. None if there has never been a checkpoint and the policy allows a fresh start.
+            `last_load` has the tier, the time and every difference between state dict and checkpoint; one warning names them.
 
         Ranks: all.
 
-        Blocks: for the read; see loading.LOAD_SILENCE_S. A sidecar that dies meanwhile is waited for, and the load begun anew.
+        Blocks: for the read; see loading.LOAD_SILENCE_S. If the sidecar dies meanwhile, the load waits for its successor and starts again.
 
         Raises:
-            LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`, or other ranks did not come.
-            SidecarUnavailable: it went away, and did not come back.
+            LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`, or some ranks did not call `load`.
+            SidecarUnavailable: the sidecar went away and did not come back.
         """
         self._session.check_process()
         if self._closed:
@@ -261,7 +264,7 @@ class Checkpointer:
         wanted = None if step is None else _whole(step)
         report, leaves = loading.load(self._session, self._collector, state_dict, wanted, path=None, strict=strict)
         self.last_load = report
-        # The step loaded may be saved again (a loop that starts at it does); an older one may not.
+        # The loaded step may be saved again, as a loop that starts at it does. An older step may not.
         self._last_step = -1 if report.step is None else report.step - 1
         self._last = self._last_stored = self._at_stake = None
         if report.step is not None:
@@ -271,7 +274,7 @@ class Checkpointer:
 
     def latest(self) -> Checkpoint | None:
         """
-        The newest committed checkpoint on storage; None when there is none.
+        Return the newest committed checkpoint on storage. None if there is none.
 
         Blocks: up to LATEST_TIMEOUT_S.
         """
@@ -287,16 +290,16 @@ class Checkpointer:
 
     def close(self, timeout_s: float | None = None) -> None:
         """
-        Drain what is in flight and part from the sidecar. Idempotent; after it every handle is done.
+        Wait for the saves in flight, and end the session with the sidecar. Idempotent. Afterwards every handle is done.
 
         Blocks: up to `timeout_s` (None: the policy's drain.timeoutSeconds).
         """
         self._close(timeout_s, clean=not exit_drain.by_exception())
 
     def in_flight(self) -> list[SaveHandle]:
-        """The handles of saves whose outcome is not known yet."""
+        """Return the handles of the saves whose outcome is not known yet."""
         pending = self._session.pending()
-        # One that still waits for its slot, beside the training loop, is not known to the session.
+        # The session does not know an overlapped save that still waits for its slot.
         return pending + [
             each for each in (self._last,) if each is not None and each not in pending and not each.committed.done()
         ]
@@ -344,7 +347,7 @@ class Checkpointer:
         elif message["type"] == "change_announced":
             step = messages.field(message, "step", int)
             rule = _rule(messages.field(message, "policy", dict))
-            # One that a newer release knows and this one does not is declined: then no rank goes by it.
+            # A rule that this release cannot read is declined, so that no rank follows it.
             if rule is None or not self._cadence.announce_change(step, rule):
                 self._session.send({"type": "decline_change", "step": step})
         elif message["type"] == "change_declined":
@@ -355,7 +358,7 @@ class Checkpointer:
                 self._cadence.withdraw_change(target)
 
     def _policy_changed(self, message: messages.Message) -> None:
-        """The sidecar goes by another policy now; when saves are due changes at a step that rank 0 announces."""
+        """Take over the sidecar's new policy. A new trigger holds from a step that rank 0 announces."""
         now = _read(messages.field(message, "policy", dict))
         if now is None:
             return
@@ -366,10 +369,10 @@ class Checkpointer:
 
 def _whole(step: object) -> int:
     """
-    The step as a number of Python's own: NumPy and torch have others.
+    Return the step as a Python int. NumPy and torch have integers of their own.
 
     Raises:
-        UsageError: it is none, or too large for a slot's header.
+        UsageError: the step is not a whole number, or does not fit into a slot's header.
     """
     try:
         if not isinstance(step, bool) and 0 <= (whole := operator.index(step)) <= STEP_MOST:  # type: ignore[arg-type] # tried
@@ -380,7 +383,7 @@ def _whole(step: object) -> int:
 
 
 def _too_old(step: int, newest: int, *, loaded: bool) -> str:
-    """Why a step is refused, where the newest one was loaded, or saved."""
+    """Say why a step is refused. `loaded`: the newest step was loaded, not saved."""
     why = (
         f"is older than step {newest}, which was loaded"
         if loaded
@@ -408,6 +411,6 @@ def _rule_document(rule: rule_timeline.Rule) -> dict[str, object]:
 
 
 def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:
-    """Absolute; empty where nobody said it, which `group.join` raises on every rank."""
+    """Return the absolute root. Empty if none is given: `group.join` then raises on every rank."""
     given = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
     return os.path.abspath(given) if given else ""

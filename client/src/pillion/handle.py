@@ -1,7 +1,7 @@
 """
-What `save` and `load` tell: a handle with two futures and what the save cost, and the report of a load.
+What `save` and `load` return: the handle of a save with its two futures, and the report of a load.
 
-Called from: the trainer. A handle never raises by itself: `result` does, when the caller asks for it.
+Called from: the trainer. A handle never raises by itself. Its `result` raises when the caller calls it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Checkpoint:
     size_bytes: int = 0
     """Bytes on storage, all ranks."""
     persist_s: float = 0.0
-    """From the seal of the last local rank until all bytes were durable."""
+    """Seconds from the seal of the last local rank until all bytes were durable."""
     commit_s: float = 0.0
-    """From the last durable byte until the checkpoint was visible."""
+    """Seconds from the last durable byte until the checkpoint was visible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,35 +39,35 @@ class LoadReport:
     """What a load did."""
 
     step: int | None
-    """The step loaded; None when there was no checkpoint and the policy allows a fresh start."""
+    """The loaded step. None if there was no checkpoint and the policy allows a fresh start."""
     tier: str
     """``arena``, ``storage`` or ``fresh``."""
     path: str
     elapsed_s: float
     size_bytes: int
     refused: Mapping[str, str]
-    """Checkpoints that were found corrupt and skipped: where -> why."""
+    """Corrupt checkpoints that the load skipped: where -> why."""
     missing: tuple[str, ...] = ()
-    """Names that were asked for and are not in the checkpoint: left as they were. Only with ``strict=False``, else it is an error."""
+    """Names in the state dict that the checkpoint lacks. Their values are unchanged. Only with ``strict=False``; otherwise an error."""
     unexpected: tuple[str, ...] = ()
-    """What the checkpoint has and no rank asked for: the shortest dotted prefixes under which nothing was asked for, at most 256."""
+    """Names in the checkpoint that no rank requested, as the shortest dotted prefixes; at most 256."""
     narrowed: Mapping[str, str] = field(default_factory=dict)
-    """Name -> how it was converted, where the type here cannot hold every value of the one there: ``int64 -> int16``."""
+    """Name -> conversion to a dtype that cannot hold every stored value: ``int64 -> int16``."""
     replaced: tuple[str, ...] = ()
-    """Tensors, and objects with a state, that could not be filled in place: the dict has new objects in their place."""
+    """Tensors and stateful objects that could not be filled in place. The state dict holds new objects instead."""
     differing: tuple[str, ...] = ()
-    """Names whose value differed from rank to rank when it was saved; every rank has the lowest rank's now. Only from storage."""
+    """Names whose values differed from rank to rank at the save. Every rank now has the lowest rank's value. Only from storage."""
     passed_over: Mapping[str, str] = field(default_factory=dict)
-    """Snapshots in memory that are newer and do not hold what was asked for: ``arena:15`` -> why."""
+    """Newer snapshots in memory that lack a requested value: ``arena:15`` -> why."""
     set_aside: tuple[int, ...] = ()
-    """Committed steps ahead of the one loaded. They stay on storage, and are loaded by their number only."""
+    """Committed steps ahead of the loaded one. They stay on storage, and only a load by number takes them."""
     conflicting: tuple[str, ...] = ()
-    """Names whose tensors share memory here, and whose values in the checkpoint differ: one of them was written over the others."""
+    """Names whose tensors share memory here and have different values in the checkpoint. One value overwrote the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a load would take."""
+    """The checkpoint that a load would take."""
 
     step: int
     tier: str
@@ -78,14 +78,14 @@ class Found:
 
 class SaveHandle:
     """
-    One save on its way.
+    One save, from the copy to the commit.
 
     Attributes:
         step: the training step.
-        staged: resolves with None once the state is in the arena and the trainer's tensors may change.
+        staged: resolves with None when the state is in the arena. From then on the trainer may change its tensors.
         committed: resolves with the `Checkpoint` on every rank, or with the error that names the failed ranks.
-            Callbacks of both run one after another in a thread of their own; they may block, save, load and raise.
-        stall_s: seconds that `save` (and the optimizer hook, for an overlapped one) held up the training loop.
+            Callbacks of both futures run one after another in a thread of their own. They may block, save, load and raise.
+        stall_s: seconds that `save` held up the training loop. For an overlapped save it includes the optimizer hook.
     """
 
     def __init__(self, step: int) -> None:
@@ -95,21 +95,21 @@ class SaveHandle:
         self.committed: Future[Checkpoint] = Outcome(self.note_asked)
         self.stall_s = 0.0
         self.asked = False
-        """Somebody has learned what became of it: nobody else has to be told at the end."""
+        """True once the script has looked at the outcome. Then the end of the process does not report a loss again."""
         self.incomplete = False
-        """Other ranks may have failed, too: the sidecar says which, later than it says that the save is lost."""
+        """True if other ranks may have failed as well. The sidecar names them later than it reports the loss."""
 
     def result(self, timeout_s: float | None = None) -> Checkpoint:
         """
         Wait for the commit.
 
-        Blocks: up to `timeout_s`; for ever when it is None (every phase behind it has a bound of its own).
+        Blocks: up to `timeout_s`. Without a limit if it is None; every phase of a save has its own bound.
 
         Raises:
-            PillionError: there is no checkpoint. Mostly a `SaveError`, whose `.failures` say on which ranks and why; what ended
-                the save on this rank alone is what it is: `SidecarUnavailable`, `ArenaExhausted`, `UnsupportedLeaf`, `UsageError`.
-            UsageError: this process is a forked child of the one that saves.
-            TimeoutError: not within `timeout_s`.
+            PillionError: there is no checkpoint. Mostly a `SaveError`, whose `.failures` has each failed rank and its cause. An error
+                of this rank alone keeps its class: `SidecarUnavailable`, `ArenaExhausted`, `UnsupportedLeaf`, `UsageError`.
+            UsageError: this process is a forked child of the trainer.
+            TimeoutError: the save did not end within `timeout_s`.
         """
         if self.inherited:
             raise UsageError(
@@ -120,7 +120,7 @@ class SaveHandle:
 
     @property
     def inherited(self) -> bool:
-        """Whether this process is a forked child of the one that saves."""
+        """Whether this process is a forked child of the trainer."""
         return os.getpid() != self._pid
 
     def note_asked(self) -> None:
@@ -128,17 +128,19 @@ class SaveHandle:
 
     def error(self, timeout_s: float | None = 0.0) -> BaseException | None:
         """
-        What `committed.exception` says, in nobody's name: `asked` stays as it is. None also while it is on its way and `timeout_s` is 0.
+        Return the error of the save without setting `asked`. None if the save is committed, or in flight and `timeout_s` is 0.
+
+        Blocks: up to `timeout_s`.
 
         Raises:
-            TimeoutError: not within `timeout_s`, if that is not 0.
+            TimeoutError: the save did not end within `timeout_s`, if that is not 0.
         """
         if timeout_s == 0.0 and not self.committed.done():
             return None
         return Future.exception(self.committed, timeout_s)
 
-    # The thread that stages and the one that listens to the sidecar may both end a handle, at once when the sidecar dies: the first
-    # end stays. A look before would leave a moment between look and end.
+    # Both the staging thread and the listening thread may end a handle, even at the same moment when the sidecar dies. The first
+    # result stays. Checking `done()` before would leave a gap between check and set.
 
     def resolve_staged(self) -> None:
         with contextlib.suppress(InvalidStateError):
@@ -150,7 +152,7 @@ class SaveHandle:
             self.committed.set_result(checkpoint)
 
     def fail(self, error: PillionError) -> None:
-        """The save is lost, whatever phase it was in."""
+        """End the handle with an error, in whatever phase the save is."""
         with contextlib.suppress(InvalidStateError):
             self.staged.set_exception(error)
         with contextlib.suppress(InvalidStateError):
@@ -165,7 +167,7 @@ class SaveHandle:
 
 
 def log_lost(step: int, error: BaseException) -> None:
-    """Say in the log that a save made no checkpoint. One that the policy's `overlap` dropped, as it was declared, is no error."""
+    """Log that a save made no checkpoint. A save that the policy's `overlap` dropped is no error."""
     if isinstance(error, SaveSkipped):
         _log.info("pillion: save of step %d was dropped: %s", step, error)
     else:

@@ -40,7 +40,7 @@ def test_one_warning_names_all_that_was_not_restored_as_asked(caplog: pytest.Log
     text = said(caplog, WHOLE, first=True, alike=True)
     for part in (
         "model.new", "ema", "count (int64 -> int16)", "nested", "rng", "arena:15", "it has no 'w'", "steps 3, 5", "step=5",
-        "optimizer.state held nothing", "head.weight, embedding.weight", "get_state_dict",
+        "optimizer.state was empty", "head.weight, embedding.weight", "get_state_dict",
     ):  # fmt: skip
         assert part in text, part
     assert said(caplog, REPORT, first=True, alike=True) == ""
