@@ -1,46 +1,46 @@
 """
 `async_save`, `save` and `load` with the signatures of `torch.distributed.checkpoint`, through the sidecar.
 
-Called from: the training thread of code that has DCP's calls already: one import changes. The first call of a process group opens a
-session (a collective); later calls run none. Never reads or writes storage itself: the sidecar does.
+Called from: the training thread of code that already has DCP's calls. Only its import changes. The first call of a process group opens
+a session, which is a collective; later calls run none. This module never reads or writes storage: the sidecar does.
 
     DCP                                       | here
     ------------------------------------------|---------------------------------------------------------------
     storage_writer=None, FileSystemWriter,    | Pillion's own writer: stock DCP files, committed atomically. `file://` and `local://` are
     FsspecWriter with a local path            | local paths. Options for speed have no effect
-    any other StorageWriter                   | `Writer("package.module:Class", {...})`: made in the sidecar's executor. `write_data` may
-                                              | return anything; to reach `finish` in another pod it must be plain data
-    what else cannot be had: objects of your  | `async_save`: a UsageError that says what to do. `save` and `load`: handed to torch, which does
-    own, other planners, `s3://`,             | them in this process, with its collectives, outside of the sidecar; one line of the log says so.
-    use_collectives=False                     | Of a load also: your own StorageReader and LoadPlanner
-    Metadata that a save returns              | the `Checkpoint`: path and size. The metadata lie on storage, which a trainer in a pod does not
-                                              | see: `FileSystemReader(path).read_metadata()` where it does
-    async_stager                              | DefaultStager, BlockingAsyncStager: accepted, not called, as the state goes into the arena. One of
-                                              | your own is called, waited for, and what it returns is saved: a copy more
-    AsyncSaveResponse                         | returned where the stager stages beside the training (`use_async_staging`, or a `stage` that
-                                              | returns a future); the copy is then beside the training, too, and the next optimizer step waits
-    AsyncCheckpointerType, both               | accepted: the writing is in another process in any case
-    CheckpointException(failures)             | the same class, on every rank; exactly the ranks that failed
-    what a Stateful or a pickling raises, two | DCP raises it at the call on that rank, and the others hang: here it is in every rank's future,
-    values of one name, a state_dict that is  | with all ranks that failed so
-    no mapping, a stager's error              |
-    a tensor of another shape or type under   | DCP saves one of them in silence: here it is the failure of both ranks. Give values that differ
-    the same name on another rank             | from rank to rank (random states, a loader's) names that do, too
-    an OSError that says something of a place | fails at once, as with DCP (EACCES, ENOTDIR, EROFS, ...); others are tried again for 20 s
-    checkpoint_id that differs between ranks  | one checkpoint has one: of the ranks of a pod the lowest one's counts, and pods that write to
-                                              | different folders fail at the commit. Of a load: an error
-    overwrite=False on one rank               | holds for all
+    any other StorageWriter                   | `Writer("package.module:Class", {...})`: the sidecar's executor makes it. `write_data` may return
+                                              | anything, but only plain data reaches `finish` in another pod
+    what the sidecar cannot do: objects of    | `async_save` raises a UsageError that says what to do. `save` and `load` call torch, which runs
+    your own, other planners, `s3://`,        | in this process, with its collectives and without the sidecar; the log has a line. For a load
+    use_collectives=False                     | this includes your own StorageReader and LoadPlanner
+    Metadata that a save returns              | the `Checkpoint`: path and size. The metadata are on storage, which a trainer in a pod cannot
+                                              | read. Elsewhere: `FileSystemReader(path).read_metadata()`
+    async_stager                              | DefaultStager, BlockingAsyncStager: accepted and not called, as the state goes into the arena.
+                                              | Your own stager is called and waited for; its result is saved, which costs one more copy
+    AsyncSaveResponse                         | returned if the stager stages beside the training (`use_async_staging`, or a `stage` that
+                                              | returns a future). Then the copy runs beside the training, and the next optimizer step waits
+    AsyncCheckpointerType, both               | accepted: another process writes in any case
+    CheckpointException(failures)             | the same class, on every rank, with exactly the failed ranks
+    an error of a Stateful, of pickling or of | DCP raises at the call on that rank, and the other ranks hang. Here every rank's future has the
+    a stager; two values of one name; a       | error, with all ranks that failed
+    state_dict that is not a mapping          |
+    a tensor of another shape or type under   | DCP saves one of them silently. Here both ranks fail. Give values that differ from rank to rank
+    the same name on another rank             | (random states, a data loader's state) different names
+    an OSError about a path                   | fails at once, as with DCP (EACCES, ENOTDIR, EROFS, ...). Other OSErrors are retried for 20 s
+    checkpoint_id that differs between ranks  | the lowest rank's counts within a pod. Pods that write to different directories fail at the
+                                              | commit. A load raises
+    overwrite=False on one rank               | holds for all ranks
     a group without a backend for the CPU     | works; DCP asserts one
-    no_dist                                   | as DCP, without its warning: two ranks with one path leave the checkpoint of the last one
-    a writer's instance                       | made for each rank and save: what it keeps from save to save is lost
-    load: what the checkpoint lacks           | as DCP: an error, unless the planner has `allow_partial_load`. Any error is a CheckpointException
-                                              | that holds a `LoadError`, and names this rank; digests are checked
-    load: meta tensors in the state dict      | refused; DCP makes them. What was written with extensions or as safetensors: refused
+    no_dist                                   | as DCP, without its warning: of two ranks with one path the last one's checkpoint stays
+    a writer's instance                       | made for each rank and save, so it keeps no state from save to save
+    load: what the checkpoint lacks           | as DCP: an error, unless the planner has `allow_partial_load`. Every error is a
+                                              | CheckpointException that holds a `LoadError` and names this rank. Digests are checked
+    load: meta tensors in the state dict      | refused; DCP creates them. Also refused: files with stream extensions, or as safetensors
     load before `Stateful`s in sorted order   | in the order of the dict
-    in a pod                                  | paths below the job's root, and the policy's own writer, only
-    DCP_USE_PREFIX_STORE=1 without MASTER_*   | an error, but in a group of one, and unset means the policy's `store` (docs/guide/training.md)
-    DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | of the executor, which is the process that saves, as DCP's own: no automatic collection, one
-                                              | behind each save. In a pod: variables of the sidecar's container
+    in a pod                                  | only paths below the job's root, and the policy's own writer
+    DCP_USE_PREFIX_STORE=1 without MASTER_*   | an error, except in a group of one. Unset means the policy's `store` (docs/guide/training.md)
+    DCP_DISABLE_AUTOMATIC_GC, .._MANUAL_GC    | apply to the executor, the process that saves, as in DCP: no automatic collection, and one after
+                                              | each save. In a pod: variables of the sidecar's container
 """
 
 from __future__ import annotations
@@ -123,34 +123,34 @@ def async_save(
     use_collectives: bool = True,
 ) -> futures.Future[Checkpoint] | AsyncSaveResponse:
     """
-    Copy the state into the arena and go on training; the sidecar writes and commits it.
+    Copy the state into the arena, and return. The sidecar writes and commits it.
 
     Args:
-        state_dict: as for DCP; `Stateful` values are asked for theirs.
-        checkpoint_id: the checkpoint's directory (for a `Writer` also what its `reset` understands, such as a URL). A
+        state_dict: as for DCP. Of a `Stateful` value its `state_dict()` is saved.
+        checkpoint_id: the checkpoint's directory. For a `Writer` also anything that its `reset` understands, such as a URL. A
             relative path is made absolute here.
         storage_writer: see the module. A `FileSystemWriter` gives its path and its `overwrite`; its options for speed
             have no effect.
-        planner: None or a `DefaultSavePlanner` with its default flags.
-        process_group: the ranks that save together; None is the default group.
-        async_checkpointer_type: both are accepted, and mean the same.
+        planner: None, or a `DefaultSavePlanner` with its default flags.
+        process_group: the ranks that save together. None is the default group.
+        async_checkpointer_type: both values are accepted and mean the same.
         async_stager: see the module.
         no_dist: save this rank's state as a checkpoint of its own.
-        use_collectives: True; the ranks agree through the sidecars, not by collectives.
+        use_collectives: True. The ranks agree through the sidecars, not by collectives.
 
     Returns:
-        A future of the `Checkpoint`, whose callbacks run one after another in a thread of their own (DCP's future has the `Metadata`,
-        which stays on storage). Its error is a `CheckpointException`; note that DCP derives that from BaseException. Where the stager
-        asks for it, an `AsyncSaveResponse` with that future as `upload_completion`.
+        A future of the `Checkpoint`. Its callbacks run one after another in a thread of their own. (DCP's future has the `Metadata`,
+        which stays on storage.) Its error is a `CheckpointException`, which DCP derives from BaseException. If the stager stages
+        beside the training: an `AsyncSaveResponse` with that future as `upload_completion`.
 
     Ranks: all of the process group, in the same order.
 
-    Blocks: for the copy, and while no slot is free (the policy's `staging.overlap`); the first call also for a collective
-        and the sidecar's start. With a stager that stages beside the training, only for what no optimizer steps.
+    Blocks: for the copy, and while no slot is free (the policy's `staging.overlap`). The first call also blocks for a collective
+        and the sidecar's start. With a stager that stages beside the training, only for tensors that no optimizer steps.
 
     Raises:
-        UsageError: the call asks for what cannot be had, or this rank is not in the group; the text says what to do instead. Where DCP
-            raises RuntimeError (no checkpoint_id, an address that no storage has), it is this one as well.
+        UsageError: the sidecar cannot do what the call requests, or this rank is not in the group. The text says what to do instead.
+            It also replaces DCP's RuntimeError (no checkpoint_id, an address without a storage).
 
     Source: torch 2.15, torch/distributed/checkpoint/state_dict_saver.py.
     """
@@ -191,18 +191,18 @@ def save(
     """
     Save through the sidecar, and wait for the commit.
 
-    Args: as of `async_save`. What that one refuses is handed to torch's own `save`.
+    Args: as for `async_save`. A call that `async_save` refuses goes to torch's own `save`.
 
     Returns:
-        The `Checkpoint`; of what torch saved, its `Metadata`.
+        The `Checkpoint`. If torch saved: its `Metadata`.
 
     Ranks: all of the process group, in the same order.
 
-    Blocks: until the checkpoint is committed, or cannot be; every phase has a bound of its own.
+    Blocks: until the checkpoint is committed, or the save has failed. Every phase has its own bound.
 
     Raises:
-        CheckpointException: it is not saved; on every rank, with the ranks that failed.
-        UsageError: nothing says where, or this rank is not in the group.
+        CheckpointException: the save failed; on every rank, with the failed ranks.
+        UsageError: neither checkpoint_id nor storage_writer gives a directory, or this rank is not in the group.
     """
     try:
         destination = options.destination(checkpoint_id, storage_writer)
@@ -241,24 +241,25 @@ def load(
     no_dist: bool = False,
 ) -> None:
     """
-    Fill `state_dict` in place from one checkpoint, of Pillion or of stock DCP; the sidecar reads it, and checks the digests that it has.
+    Fill `state_dict` in place from one checkpoint of Pillion or of stock DCP. The sidecar reads it, and checks digests if it has any.
 
     Args:
-        state_dict: as for DCP; tensors are filled in place, other leaves replaced, `Stateful` values get theirs.
+        state_dict: as for DCP. Tensors are filled in place, other leaves are replaced, and `load_state_dict` of each `Stateful` is called.
         checkpoint_id: the checkpoint's directory.
-        storage_reader: None, or a `FileSystemReader`, or a `FsspecReader` with a local path: it gives the path. Another one, or an
-            address that is no directory, is handed to torch's own `load`.
-        planner: None or a `DefaultLoadPlanner`, which may allow a partial load. Another one is handed to torch's own `load`.
-        process_group: the ranks that load together; None is the default group.
-        no_dist: load by this rank alone.
+        storage_reader: None, or a `FileSystemReader` or `FsspecReader` with a local path, which gives the directory. Any other reader
+            or address goes to torch's own `load`.
+        planner: None or a `DefaultLoadPlanner`, which may allow a partial load. Any other planner goes to torch's own `load`.
+        process_group: the ranks that load together. None is the default group.
+        no_dist: load on this rank alone.
 
     Ranks: all of the process group, in the same order, from the same directory.
 
-    Blocks: for saves in flight and for the read; the first call of a group also for a collective and the sidecar's start.
+    Blocks: for saves in flight and for the read. The first call of a group also blocks for a collective and the sidecar's start.
 
     Raises:
-        CheckpointException: it cannot be loaded; it holds the `LoadError`, and names this rank.
-        UsageError: nothing says where, this rank is not in the group, or the state dict holds what cannot be filled.
+        CheckpointException: the load failed. It holds the `LoadError` and names this rank.
+        UsageError: neither checkpoint_id nor storage_reader gives a directory, this rank is not in the group, or a value of the state
+            dict cannot be filled.
 
     Source: torch 2.15, torch/distributed/checkpoint/state_dict_loader.py.
     """
@@ -283,7 +284,7 @@ def load(
 
 def close(timeout_s: float | None = None) -> None:
     """
-    Drain what is in flight and part from the sidecars; the interpreter's end does it too. A later save opens anew.
+    Wait for the saves in flight, and end the sessions with the sidecars. The interpreter's exit does the same. A later call opens a new session.
 
     Blocks: up to `timeout_s` for each process group (None: the policy's drain.timeoutSeconds).
     """
@@ -291,7 +292,7 @@ def close(timeout_s: float | None = None) -> None:
 
 
 def _staged(stager: AsyncStager, state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """What somebody's own stager makes of the state, whole; and whether it stages beside the training."""
+    """Call the user's stager. Return its complete result, and whether it stages beside the training."""
     staged = stager.stage(dict(state_dict))
     if isinstance(staged, futures.Future):
         return staged.result(), True

@@ -1,8 +1,8 @@
 """
 Errors of a save or load as DCP has them: rank -> (error, stack).
 
-Called from: `dcp`, `dcp_sessions`. An error of another process has crossed as text: one of Python's own is built again, another is a
-`RemoteError`.
+Called from: `dcp`, `dcp_sessions`. An error of another process arrives as text. An error of Python's own is rebuilt from the text;
+any other becomes a `RemoteError`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 
 class RemoteError(Exception):
     """
-    An error of another process whose class cannot be built here; its text begins with the name of that class.
+    An error of another process whose class cannot be rebuilt here. Its text begins with the name of that class.
 
-    It is also the `__cause__` of the errors that were built again, with the remote traceback as its text, as
-    `concurrent.futures` does it.
+    It is also the `__cause__` of a rebuilt error, with the remote traceback as its text, as in `concurrent.futures`.
     """
 
     def __init__(self, text: str, failure: RemoteFailure) -> None:
@@ -42,17 +41,17 @@ def checkpoint_exception(
     error: BaseException, rank: int, text: str = "", others: Mapping[int, RemoteFailure] | None = None
 ) -> CheckpointException:
     """
-    An error of a save or load as DCP has it.
+    Return the error of a save or load as DCP's exception.
 
     Args:
-        error: what ended it.
-        rank: this one, which is named where the error names none.
-        text: of the exception; empty: the error's.
+        error: the error that ended the save or load.
+        rank: this rank. It is named if the error names no rank.
+        text: text of the exception. Empty: the error's text.
         others: failures of ranks that the error does not name.
     """
     failures: Mapping[int, RemoteFailure] = getattr(error, "failures", {})
     wrapped_failures = {failed: wrapped(failure) for failed, failure in failures.items()}
-    # Without a rank it is this one's: its sidecar is gone, or it could not stage.
+    # An error without ranks is this rank's: its sidecar is gone, or the rank could not stage.
     wrapped_failures = wrapped_failures or {rank: (error, traceback.extract_tb(error.__traceback__))}
     wrapped_failures |= {
         failed: wrapped(failure) for failed, failure in (others or {}).items() if failed not in wrapped_failures
@@ -63,7 +62,7 @@ def checkpoint_exception(
 
 
 def wrapped(failure: RemoteFailure) -> Wrapped:
-    """A failure as DCP's WRAPPED_EXCEPTION: the error, built again where it is one of Python's own, and its stack."""
+    """Return a failure as DCP's WRAPPED_EXCEPTION: the error, rebuilt if it is one of Python's own, and its stack."""
     error = _rebuilt(failure)
     if failure.traceback_text:
         error.__cause__ = RemoteError(f'\n"""\n{failure.traceback_text}"""', failure)

@@ -1,5 +1,5 @@
 """
-What the arguments of DCP's calls mean here: what the sidecar does, what is torch's own business, and what is refused. Pure.
+What the arguments of DCP's calls mean here: which the sidecar handles, which go to torch, and which are refused. Pure.
 
 Called from: `dcp`.
 """
@@ -60,20 +60,19 @@ LOCAL_SCHEMES: Final = ("file://", "local://")
 
 
 class Unmapped(UsageError):
-    """The sidecar does not do this; torch itself may."""
+    """The sidecar cannot do what the call requests; torch itself may."""
 
 
 @dataclass(frozen=True)
 class Writer:
     """
-    A DCP `StorageWriter` by name: the executor imports it and makes one for each rank and save as ``Class(**arguments)``.
+    A DCP `StorageWriter` by name. The executor imports it, and makes one as ``Class(**arguments)`` for each rank and save.
 
-    The sidecar must be able to import the module: without a cluster it looks where the trainer does (`sys.path`, so also beside the
-    script), in a pod where its own image and PYTHONPATH have it. The writer object itself cannot be sent: no pickle
-    crosses a process boundary.
+    The sidecar must be able to import the module. Without a cluster it searches the trainer's `sys.path`, which includes the script's
+    directory. In a pod it searches its own image and PYTHONPATH. A writer object cannot be sent: no pickle crosses a process boundary.
 
     Raises:
-        UsageError: the name is no ``package.module:Class``, or an argument is no JSON value.
+        UsageError: the name is not ``package.module:Class``, or an argument is not a JSON value.
     """
 
     name: str
@@ -92,11 +91,11 @@ def destination(
     checkpoint_id: str | os.PathLike[str] | None, writer: StorageWriter | Writer | None
 ) -> dict[str, object]:
     """
-    The destination document of a claim: path, and writer or overwrite.
+    Return the destination document of a claim: path, and writer or overwrite.
 
     Raises:
-        Unmapped: the writer is an object that cannot be sent, or another address than a directory's.
-        UsageError: nothing says where.
+        Unmapped: the writer is an object that cannot be sent, or the address is not a directory.
+        UsageError: neither argument gives a directory.
     """
     where = None if checkpoint_id is None else os.fspath(checkpoint_id)
     if isinstance(writer, Writer):
@@ -116,10 +115,10 @@ def destination(
 
 def directory(where: str, *, instead: str) -> str:
     """
-    The absolute path that an id or a path of DCP's stands for: also fsspec's addresses of local files.
+    Return the absolute path for a DCP id or path. fsspec's addresses of local files are understood.
 
     Raises:
-        Unmapped: it is no directory; says what to give instead.
+        Unmapped: `where` is not a directory. The text says what to pass `instead`.
     """
     for scheme in LOCAL_SCHEMES:
         if where.startswith(f"{scheme}/"):
@@ -148,7 +147,7 @@ def _check_writer(writer: StorageWriter) -> None:
 
 
 def _is_torchs(value: object, name: str) -> bool:
-    """By name: the modules that DCP has them in differ from release to release, and may need fsspec to be imported."""
+    """Whether a value is of DCP's class `name`. Compared by name: its module differs by release, and may need fsspec to import."""
     kind = type(value)
     return kind.__name__ == name and kind.__module__.startswith("torch.distributed.checkpoint.")
 
@@ -156,7 +155,7 @@ def _is_torchs(value: object, name: str) -> bool:
 def check_planner(planner: SavePlanner | None, *, use_collectives: bool) -> None:
     """
     Raises:
-        Unmapped: it asks for another plan than the sidecar makes.
+        Unmapped: the planner's plan would differ from the sidecar's.
     """
     # enable_plan_caching asks for what the executor does anyway.
     if planner is not None and not (
@@ -178,7 +177,7 @@ def check_planner(planner: SavePlanner | None, *, use_collectives: bool) -> None
 def check_checkpointer_type(kind: object) -> None:
     """
     Raises:
-        UsageError: it is none.
+        UsageError: `kind` is not an AsyncCheckpointerType.
     """
     if not isinstance(kind, AsyncCheckpointerType):
         raise UsageError(f"async_checkpointer_type must be an AsyncCheckpointerType, not {kind!r}")
@@ -186,20 +185,20 @@ def check_checkpointer_type(kind: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """What an `async_stager` asks for."""
+    """How an `async_stager` stages."""
 
     stager: AsyncStager | None = None
-    """Somebody's own: it may change what is saved, so it is called, and what it returns is saved."""
+    """The user's own stager. It may change the state, so it is called and its result is saved. None for torch's stagers."""
     responds: bool = False
-    """It stages beside the training, so that the caller waits for the end of the staging itself."""
+    """True if it stages beside the training. Then the caller waits for the end of the staging."""
 
 
 def staging(stager: object) -> Staging:
     """
-    What a stager of torch's says of how to stage has no effect, as the state is copied into the arena in any case.
+    Return how a stager stages. The options of torch's own stagers have no effect, as the state is copied into the arena anyway.
 
     Raises:
-        UsageError: it is no stager.
+        UsageError: `stager` is not an AsyncStager.
     """
     if stager is None:
         return Staging()
@@ -217,11 +216,11 @@ def source(
     checkpoint_id: str | os.PathLike[str] | None, reader: StorageReader | None, planner: LoadPlanner | None
 ) -> tuple[str, bool]:
     """
-    The directory of a load, and whether what the checkpoint lacks is an error.
+    Return the directory of a load, and whether a value that the checkpoint lacks is an error.
 
     Raises:
-        Unmapped: the reader or the planner is an object of somebody's own, or there is another address than a directory's.
-        UsageError: nothing says where.
+        Unmapped: the reader or the planner is not torch's own, or the address is not a directory.
+        UsageError: neither argument gives a directory.
     """
     if reader is not None and type(reader) is not FileSystemReader and not _is_torchs(reader, "FsspecReader"):
         raise Unmapped(f"a {type(reader).__qualname__} object cannot be sent to the sidecar")

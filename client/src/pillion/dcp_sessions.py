@@ -1,8 +1,8 @@
 """
 The session of each process group that DCP's calls name, and its saves and loads.
 
-Called from: `dcp`, on the training thread. DCP's signatures have no object to keep a session in: it is opened by the first call of a
-group, a collective, and kept for later ones.
+Called from: `dcp`, on the training thread. DCP's signatures have no object to keep a session in. The first call of a group opens the
+session, which is a collective. Later calls use it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _log = logging.getLogger(__name__)
 
 
 GATHER_TIMEOUT_S: Final = 30.0
-"""How long a save that this rank could not stage waits for the names of the other ranks that failed: its sidecar gathers them within seconds,
-and pods tell each other within their exchange. Nobody waits for it but who asks the future."""
+"""Timeout for the names of the other ranks that failed to stage the same save. The sidecars gather them within seconds. Only a caller
+that waits for the future waits for them."""
 REMEMBERED: Final = 64
-"""Failures that came before this rank had failed itself."""
+"""Maximum saves whose failures are kept because they arrived before this rank failed itself."""
 
 Failures = Mapping[int, RemoteFailure]
 
 
 class Events:
-    """What the sidecar says to a session of DCP's: the failures of all ranks, where one could not stage. Thread-safe."""
+    """Receives the sidecar's messages for a DCP session: the failures of all ranks, if one could not stage. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Events:
 
     def __call__(self, message: messages.Message) -> None:
         if message["type"] != "save_failures":
-            return  # announcements are for who asks `Checkpointer.due`
+            return  # other messages are for `Checkpointer.due`
         step = messages.field(message, "step", int)
         failures = ErrorDocument.from_document(messages.field(message, "error", dict)).failures
         with self._lock:
@@ -62,7 +62,7 @@ class Events:
             settle(failures)
 
     def when_gathered(self, step: int, settle: Callable[[Failures], None]) -> None:
-        """Have `settle` called once, with the failures of all ranks, or after GATHER_TIMEOUT_S with none."""
+        """Call `settle` once with the failures of all ranks; with none after GATHER_TIMEOUT_S."""
         with self._lock:
             failures = self._early.pop(step, None)
             if failures is None:
@@ -84,13 +84,13 @@ class Events:
             settle({})
 
     def close(self) -> None:
-        """The session is over: nothing more is said."""
+        """Settle every save that still waits. No further messages come."""
         for step in list(self._waiting):
             self._give_up(step)
 
 
 class Saves:
-    """The saves and loads of one process group; the n-th save is step n of the session."""
+    """Saves and loads of one process group. The n-th save is step n of the session."""
 
     def __init__(self, session: session_module.Session, events: Events) -> None:
         self._session = session
@@ -113,10 +113,10 @@ class Saves:
         overlap: bool = False,
     ) -> tuple[futures.Future[None], futures.Future[Checkpoint]]:
         """
-        Save what `stage` returns; the ends of the staging and of the save.
+        Save what `stage` returns. Returns two futures: the end of the staging, and the end of the save.
 
         Args:
-            stage: called here; what it raises is this rank's failure.
+            stage: called here. An error that it raises is this rank's failure.
             destination: see `dcp_options.destination`.
             overlap: copy beside the next forward and backward pass.
 
@@ -148,7 +148,7 @@ class Saves:
             else:
                 fail({})
 
-        # Not in the thread of callbacks: whoever waits for the future would wait for what others do there.
+        # Not in the thread of callbacks: waiting for this future must not mean waiting for other callbacks.
         futures.Future.add_done_callback(handle.committed, conclude)
         return handle.staged, future
 
@@ -187,16 +187,16 @@ class Saves:
 
 
 _open: dict[object, Saves] = {}
-"""Process group (None: this rank alone) -> its saves. DCP's signature has no object to keep them in."""
+"""Process group (None: this rank alone) -> its saves."""
 
 
 def of_group(process_group: dist.ProcessGroup | None, *, no_dist: bool) -> Saves:
     """
-    The saves of a process group. Its first call opens a session, on all of its ranks: a collective, and the sidecar's start.
+    Return the saves of a process group. The first call opens a session on all ranks: a collective, and the sidecar's start.
 
     Raises:
-        CheckpointException: it cannot be opened; on every rank, with the ranks that could not.
-        UsageError: this process is a forked child of the one that opened it, or this rank is none of the group.
+        CheckpointException: the session cannot be opened; on every rank, with the failed ranks.
+        UsageError: this process is a forked child of the trainer, or this rank is not in the group.
     """
     distributed = not no_dist and dist.is_available() and dist.is_initialized()
     key = (process_group or dist.group.WORLD) if distributed else None
@@ -220,7 +220,7 @@ def _open_session(
     Open the session of a group, on all of its ranks or on none.
 
     Raises:
-        CheckpointException: on every rank, with the ranks that could not.
+        CheckpointException: the session cannot be opened; on every rank, with the failed ranks.
     """
     members = (
         group.join(process_group, ask_policy=lambda environ: store_mode.policy_of_all(None, environ))
@@ -242,7 +242,7 @@ def _open_session(
     except Exception as err:  # a boundary: the other ranks wait in the next line
         text = "".join(traceback.format_exception(err))
         mine = RemoteFailure.from_exception(err, pid=os.getpid(), traceback_text=text).to_document()
-    # All or none: a rank that would open alone at its next call would run a collective that the others do not.
+    # All or none: otherwise a rank that failed would open alone at its next call, in a collective that the others do not run.
     documents: list[dict[str, object] | None] = [mine] * members.world_size
     if members.world_size > 1:
         dist.all_gather_object(documents, mine, group=process_group)

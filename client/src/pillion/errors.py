@@ -1,7 +1,7 @@
 """
-Every error Pillion raises, one class per different thing the catcher should do.
+Every error that Pillion raises: one class for each different reaction of the caller.
 
-Called from: the client, the sidecar and the operator. This module imports nothing of ours.
+Called from: the client, the sidecar and the operator. This module imports no other module of Pillion.
 
     PillionError
     +-- UsageError                 fix the call; never retried
@@ -9,13 +9,13 @@ Called from: the client, the sidecar and the operator. This module imports nothi
     |   +-- UnsupportedLeaf        fqn, type_name, why
     +-- SidecarError               the pod's other half
     |   +-- SidecarUnavailable     not up, or gone; the save is lost, training goes on
-    |   +-- ProtocolMismatch       ours, theirs
+    |   +-- ProtocolMismatch       ours (this process's version), theirs (the other side's)
     |   +-- ArenaExhausted         needed_bytes, available_bytes
     +-- SaveError                  this checkpoint does not exist; .failures says which ranks and why
     |   +-- SaveSkipped            the policy's overlap dropped it (Skip, Latest)
     |   +-- StagingError           the state could not be copied into the arena
     |   +-- PersistError           the bytes could not be made durable
-    |   +-- CommitError            durable everywhere, yet not published
+    |   +-- CommitError            durable everywhere, but not published
     |   +-- BarrierTimeout         phase, missing ranks, waited_s
     +-- LoadError
     |   +-- NoCheckpoint           looked_at
@@ -23,8 +23,8 @@ Called from: the client, the sidecar and the operator. This module imports nothi
     |   +-- IncompatibleCheckpoint the FQNs that differ
     +-- InternalError              an invariant broke; please report it
 
-Errors cross a process as text only (`RemoteFailure`), never as a pickle: a pickled exception needs the class of the
-other side and can run code (see docs/decisions/0003).
+Errors cross a process boundary as text only (`RemoteFailure`), never as a pickle. A pickled exception needs the class of the
+other side, and can run code (see docs/decisions/0003).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class RemoteFailure:
-    """Why one rank failed, told by the process where it happened."""
+    """Why one rank failed, as the failing process reported it."""
 
     type_name: str
     """Class name of the original error, for example ``OSError``."""
     message: str
-    """Its text, with the errno's words where there is one."""
+    """Text of the original error, with the errno's words if there is an errno."""
     traceback_text: str = ""
-    """The remote traceback as text; empty where there was none to tell."""
+    """The remote traceback as text. Empty if there is none."""
     pid: int = 0
-    """The process where it happened; 0 when the process is gone."""
+    """Process id of the failing process. 0 if that process is gone."""
 
     def to_document(self) -> dict[str, object]:
         return {"type": self.type_name, "message": self.message, "traceback": self.traceback_text, "pid": self.pid}
@@ -66,15 +66,15 @@ class RemoteFailure:
 
 
 class PillionError(Exception):
-    """The root: catch it to catch everything Pillion raises."""
+    """Base class of every error that Pillion raises."""
 
 
 class UsageError(PillionError):
-    """The call is wrong; the message says how to put it right."""
+    """The call is wrong. The message says how to correct it; a retry does not help."""
 
 
 class SettingsError(UsageError):
-    """One or more settings are wrong; all of them are listed at once."""
+    """One or more settings are wrong. `problems` lists all of them, each with its value and what is allowed."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -82,7 +82,7 @@ class SettingsError(UsageError):
 
 
 class UnsupportedLeaf(UsageError):
-    """A value of the state dict can neither be saved nor be the target of a load."""
+    """A value of the state dict cannot be saved, or cannot be the target of a load. `fqn` names the value, `why` the cause."""
 
     def __init__(self, *, fqn: str, type_name: str, why: str) -> None:
         self.fqn, self.type_name, self.why = fqn, type_name, why
@@ -94,7 +94,7 @@ class SidecarError(PillionError):
 
 
 class SidecarUnavailable(SidecarError):
-    """The sidecar is not up, or went away. Training goes on; saves fail until it is back."""
+    """The sidecar is not up, or went away. Training continues. Saves fail until the sidecar is back."""
 
 
 class ProtocolMismatch(SidecarError):
@@ -109,7 +109,7 @@ class ProtocolMismatch(SidecarError):
 
 
 class ArenaExhausted(SidecarError):
-    """The arena has no room for the snapshot, and may not grow: by the policy's limit, or because its file system is full."""
+    """The arena has no room for the snapshot and cannot grow: the policy's limit is reached, or the arena's file system is full."""
 
     def __init__(
         self, *, needed_bytes: int, available_bytes: int, cause: str = "", remedy: str = "raise staging.sizeLimit"
@@ -124,9 +124,9 @@ class ArenaExhausted(SidecarError):
 
 class SaveError(PillionError):
     """
-    The save failed: the checkpoint does not exist, the one before it is untouched.
+    The save failed. Its checkpoint does not exist; the previous checkpoint is untouched.
 
-    `failures` maps each failed rank to what happened there. A rank whose part went well is not in it.
+    `failures` maps each failed rank to its cause. Ranks without a failure are not in it.
     """
 
     def __init__(self, message: str, *, step: int = -1, failures: Mapping[int, RemoteFailure] | None = None) -> None:
@@ -137,7 +137,7 @@ class SaveError(PillionError):
 
 
 class SaveSkipped(SaveError):
-    """No slot was free, and the policy's ``overlap`` says to drop this save."""
+    """No slot was free, and the policy's ``overlap`` (Skip or Latest) dropped this save."""
 
 
 class StagingError(SaveError):
@@ -149,11 +149,11 @@ class PersistError(SaveError):
 
 
 class CommitError(SaveError):
-    """All bytes are durable, the commit did not happen."""
+    """All bytes are durable, but the checkpoint was not committed."""
 
 
 class BarrierTimeout(SaveError):
-    """Some ranks did not arrive at a phase within its bound."""
+    """Some ranks did not arrive at a phase within its timeout. `missing` names the ranks, `waited_s` the timeout in seconds."""
 
     def __init__(
         self,
@@ -173,15 +173,15 @@ class BarrierTimeout(SaveError):
 
 
 class LoadError(PillionError):
-    """Loading failed. Unlike a save, a load may stop the caller: going on with wrong weights is worse."""
+    """The load failed. Unlike a save, a load raises: training with wrong weights is worse than an error."""
 
 
 class NoCheckpoint(LoadError):
-    """There is none, and the policy (or the call) demands one."""
+    """There is no checkpoint, and the policy or the call demands one."""
 
 
 class CorruptCheckpoint(LoadError):
-    """Checkpoints exist, and none of them can be read: never a silent fresh start."""
+    """Checkpoints exist, but none can be read. `reasons` maps each to its cause. A load never starts fresh instead."""
 
     def __init__(self, message: str, *, reasons: Mapping[str, str] | None = None) -> None:
         self.reasons: Mapping[str, str] = dict(reasons or {})
@@ -189,7 +189,7 @@ class CorruptCheckpoint(LoadError):
 
 
 class IncompatibleCheckpoint(LoadError):
-    """The checkpoint does not fit the state dict; `fqns` names where."""
+    """The checkpoint does not fit the state dict. `fqns` names the differing values."""
 
     def __init__(self, message: str, *, fqns: Sequence[str] = ()) -> None:
         self.fqns = tuple(fqns)
@@ -197,22 +197,22 @@ class IncompatibleCheckpoint(LoadError):
 
 
 class InternalError(PillionError):
-    """An invariant of Pillion broke. Please report it with the log."""
+    """Pillion has a defect: an invariant does not hold. Please report it with the log."""
 
 
 _RANK = re.compile("-1|[0-9]{1,9}")
-"""A rank as a key of JSON; -1 is the whole executor. Another key is none of ours, and is left out."""
+"""A rank as a JSON key; -1 is the whole executor. Other keys are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorDocument:
-    """An error of ours on the wire: its class by name, its text, and the failures of the ranks."""
+    """A `PillionError` on the wire: class name, text, and the failures of the ranks."""
 
     kind: str
     message: str
     failures: Mapping[int, RemoteFailure] = field(default_factory=dict)
     detail: Mapping[str, object] = field(default_factory=dict)
-    """Fields of the error that survive the crossing: ``missing``, ``phase``, ``fqns``, ``reasons``, ..."""
+    """Fields of the error that are sent with it: ``missing``, ``phase``, ``fqns``, ``reasons``, ..."""
 
     def to_document(self) -> dict[str, object]:
         return {
@@ -257,7 +257,7 @@ class ErrorDocument:
             if hasattr(error, name):
                 value = getattr(error, name)
                 detail[name] = list(value) if isinstance(value, tuple) else value
-        # The failures travel as fields; the raiser on the other side writes them into the text again.
+        # The failures travel as a field. The receiver appends them to the text again, so they are cut off here.
         message = str(error)
         failures = getattr(error, "failures", {})
         if failures:
@@ -265,7 +265,7 @@ class ErrorDocument:
         return cls(type(error).__name__, message, failures, detail)
 
     def to_exception(self, *, step: int = -1) -> PillionError:
-        """Rebuild the error on this side. An unknown kind becomes a SaveError: newer sidecars may know more kinds."""
+        """Rebuild the error in this process. An unknown kind becomes a SaveError, as newer sidecars may have more kinds."""
         detail = self.detail
 
         def number(name: str) -> int:
@@ -286,7 +286,7 @@ class ErrorDocument:
                 failures=self.failures,
             )
         if self.kind == "ProtocolMismatch":
-            # Told by the other side: its own version is theirs here.
+            # The other side raised this error, so its `ours` is `theirs` here.
             return ProtocolMismatch(ours=number("theirs"), theirs=number("ours"))
         if self.kind == "ArenaExhausted":
             texts = {name: str(detail[name]) for name in ("cause", "remedy") if name in detail}
