@@ -1,48 +1,48 @@
 """
-The whole of when a save is due, decided by each rank for itself, at the same step on all of them, without a collective.
+When a save is due. Each rank decides for itself, and all ranks get the same step, without a collective.
 
-Called from: the checkpointer, on the trainer's thread; what the control channel brings, on the thread that reads it.
-It must never read a clock (time is passed in: monotonic seconds), wait for a peer, or talk to anyone.
+Called from: the checkpointer, on the trainer's thread. Messages of the control channel come on the thread that reads it.
+Must never: read a clock (time is passed in: monotonic seconds), wait for a peer, or send a message.
 
-Steps agree by arithmetic. Time does not: clocks and loops differ, so one rank decides (``decides=True``, rank 0) and
-names a step ahead of all ranks. The ranks are told through the control channel:
+Ranks agree on steps by arithmetic. They cannot agree on time, as clocks and loops differ. So one rank decides (``decides=True``,
+rank 0), and names a step that all ranks have ahead of them. The control channel announces the step to the ranks:
 
     rank 0   due(97) ... period over: proposal(97) -> 101     lead_s 2.0, step 0.5 s: 4 steps ahead
-             |  T=101 goes by the control channel to the coordinator's sidecar and on to every rank, rank 0 as well
+             |  T=101 travels through the control channel to the coordinator's sidecar, and on to every rank, including rank 0
     rank 0   announce(101) -> True    due(98) due(99) due(100) NOT_DUE    due(101) PERSIST    saved(101)
     rank 1   due(98)  announce(101) -> True                               due(101) PERSIST    saved(101)
 
     a rank that was too fast (the lead was too short):
-    rank 2   due(101) NOT_DUE   announce(101) -> False: it declines, for it has passed 101 without saving
+    rank 2   due(101) NOT_DUE   announce(101) -> False: it declines, because it has passed 101 without saving
              |  the decline goes back: declined(101) on rank 0, withdraw(101) on each other rank
-    rank 0   proposal(99) -> 107: the lead doubles with each failed proposal, and is as before after one that held
+    rank 0   proposal(99) -> 107: each failed proposal doubles the lead; a successful one resets it
 
-What holds: a rank's answer for a step never changes once given; at an announced step a rank persists only if its
-``announce`` returned True; the deciding rank has at most one proposal out. When all ranks accepted T, all persist at T.
-Save-now and drain are the same: ``request_save`` makes the next ``proposal`` immediate.
+Invariants: a rank never changes its answer for a step. At an announced step a rank persists only if its ``announce`` returned
+True. The deciding rank has at most one open proposal. If all ranks accepted T, all persist at T.
+Save-now and drain use the same way: ``request_save`` makes the next ``proposal`` immediate.
 
-A proposal ends when the deciding rank takes the save at T, when T was declined, or when the deciding rank went past T
-without having been told of it (the channel lost it). A decline that comes when the save at T is taken already means
-that the save lacks a rank: the next proposal is immediate. A save that fails later waits for the next period.
+A proposal ends when the deciding rank takes the save at T, when a rank declines T, or when the deciding rank passes T without its
+announcement (the channel lost it). A decline may arrive after the save at T was taken. Then that save lacks a rank, and the next
+proposal is immediate. A save that fails later waits for the next period.
 
-T is as many steps ahead as the lead takes, by the pace of the newest steps. Where the pace changes (data that is skipped, then training)
-T may be thousands of steps away: then a nearer step is named as well, once the lead is over. When the save at the nearer one is taken,
-the deciding rank recalls the far one (`recalled`): by the same message as a decline, and only while it is more than a lead ahead.
+The distance to T is the lead, divided by the duration of the newest steps. If the pace changes (skipped data, then training), T may be
+thousands of steps away. Then the deciding rank also names a nearer step, once the lead is over. After the save at the nearer step, it
+recalls the far one (`recalled`). A recall is the same message as a decline, and is sent only while T is more than a lead ahead.
 
-A loop need not ask at every step. What is due at a step is due at the first step at or behind it that the loop asks about:
+A loop need not call ``due`` at every step. A save that is due at a step is due at the first step, at or behind it, that has a call:
 
-    periodSteps 10, asked at 7 14 21 28 35    PERSIST at 14 21 35 (for 10, 20 and 30)
+    periodSteps 10, called at 7 14 21 28 35    PERSIST at 14 21 35 (for 10, 20 and 30)
 
-A rule that changes while the job runs (`rule_timeline`) goes the same way: the deciding rank names a step T from which the new rule
-holds, a rank that is past T declines, the others then take it back, and the next T is twice as far ahead:
+A rule that changes while the job runs (`rule_timeline`) is announced in the same way. The deciding rank names a step T from which the
+new rule holds. A rank that is past T declines; the others then withdraw the change, and the next T is twice as far ahead:
 
     rank 0   request_change(B)   change_proposal(97) -> 101, B
     all      announce_change(101, B) -> True             due(100) by the old rule    due(101) by B
     rank 2   announce_change(101, B) -> False            -> declined_change(101) on rank 0, withdraw_change(101) on each other
 
-What holds: ranks that all accepted the same changes, and saw the same ones withdrawn, answer alike at every step ahead of all of
-them. A rank that missed a change (its sidecar was away) hears of it when it is told again: ``request_change`` of what holds
-already makes the next ``change_proposal`` repeat it, and a rank that is past T then declines, so that a new T is found.
+Invariant: ranks that accepted the same changes, and withdrew the same ones, give the same answer at every step ahead of all of them.
+A rank may miss a change while its sidecar is away. ``request_change`` of the rule that already holds repeats the last change in the
+next ``change_proposal``. A rank that is past T then declines, which leads to a new T.
 """
 
 import bisect
@@ -57,24 +57,24 @@ from pillion.errors import UsageError
 from pillion.rule_timeline import Rule, RuleTimeline
 
 LEAST_LEAD_STEPS: Final = 2
-"""Fewest steps between a proposal and its T: with one, a rank a single step ahead would always be too far."""
+"""Minimum steps between a proposal and its T. With one step, a rank that is a single step ahead would always decline."""
 
 _MOST_DOUBLINGS: Final = 5
-"""Doublings of the lead after proposals that failed in a row: 32 leads are 8 s in a pod and a minute across pods. A save that somebody asks
-for does not wait longer, and the sidecar passes a message on within seconds."""
+"""Maximum doublings of the lead after proposals that failed in a row. 32 leads are 8 s in a pod and a minute across pods, which bounds
+the wait of a requested save. The sidecar forwards a message within seconds."""
 
 _REMEMBERED: Final = 1024
-"""Accepted steps that are kept, so that a step asked about again is answered as before; newest stay."""
+"""Maximum accepted steps that are kept; the oldest are dropped. A repeated call for a step must give the same answer."""
 
 _LEAST_STEP_S: Final = 1e-6
-"""Shorter than a call of `due`: no loop is faster."""
+"""Minimum duration of a step, shorter than a call of `due`: no loop is faster."""
 
 _RECENT: Final = 5
-"""Newest steps that tell the pace of the loop, by their median: two evaluations or stalls among them change nothing, and a loop that
-has become slower or faster is known by its third step."""
+"""Number of newest steps whose median is the pace of the loop. Two evaluations or stalls among them change nothing, and a new pace shows
+after three steps."""
 
 _MUCH_NEARER: Final = 2
-"""A nearer step is named where the one that is out is further away than so many times the way to the nearer one."""
+"""Minimum ratio of the open proposal's distance to that of a nearer step, for the nearer step to be announced as well."""
 
 
 class Due(Enum):
@@ -107,17 +107,17 @@ class Cadence:
         self._rules = RuleTimeline(rule)
         self._decides = decides
         self._lead_s = lead_s
-        # `announce` decides by what `due` has answered; between its look and its note no answer may be given.
+        # `announce` depends on the answers of `due`, so both must not run at the same time.
         self._lock = threading.Lock()
         self._highest: int | None = None
-        """The highest step that was answered for, since the newest load."""
+        """The highest step that has an answer, since the newest load."""
         self._previous: int | None = None
-        """The newest step that was answered for or loaded: what is due behind it is due at the next step."""
+        """The newest step that has an answer or was loaded. A save due behind it is due at the next step."""
         self._gaps: dict[int, int] = {}
-        """Step -> the step that was asked about before it, where there are others between."""
+        """Step -> the previous step with a call of `due`, if there are steps between them."""
         self._accepted: list[int] = []
         """Announced steps, in order."""
-        # All below is the deciding rank's.
+        # Only the deciding rank uses the attributes below.
         self._last_s: float | None = None
         self._steps_s: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._strides: collections.deque[int] = collections.deque(maxlen=_RECENT)
@@ -126,19 +126,19 @@ class Cadence:
         self._proposed: int | None = None
         self._proposed_s = 0.0
         self._superseded: collections.deque[int] = collections.deque(maxlen=_RECENT)
-        """Announced steps that a nearer one took the place of, until they are recalled."""
+        """Announced steps that a nearer step replaced, until they are recalled."""
         self._num_failed = 0
         self._taken: int | None = None
         self._num_failed_before_taken = 0
         self._wanted: Rule | None = None
         self._change: tuple[int, Rule] | None = None
-        """The newest change that was announced, and not declined."""
+        """The newest announced change that no rank declined."""
         self._last_target = 0
         self._num_failed_changes = 0
         self._tell_again = False
 
     def due(self, step: int, now_s: float) -> Due:
-        """What this rank does at ``step``. Called once or more per step, in the order of the loop. Blocks: never."""
+        """Return what this rank does at ``step``. Called once or more per step, in the order of the loop. Blocks: never."""
         with self._lock:
             if self._highest is None or step > self._highest:
                 self._move(step, now_s)
@@ -152,15 +152,17 @@ class Cadence:
 
     def announce(self, target: int) -> bool:
         """
-        Tells this rank to persist at ``target``. True: it will, or has; False: it declines, as it is past that step
-        and did not persist there, or has not begun, so that it cannot know. Telling it twice changes nothing.
+        Accept an announced save at ``target``, or decline it. Idempotent.
+
+        True: this rank will persist at ``target``, or has. False: this rank declines. It is past that step without a save, or has not
+        begun and cannot know.
         """
         with self._lock:
             if self._highest is None:
                 return False
             if target <= self._highest:
                 return self._answer(target) is Due.PERSIST
-            # Also where the step period names the same step: another rule may hold there by then.
+            # Noted even if the step period includes this step: another rule may hold at that step later.
             if target not in self._accepted:
                 bisect.insort(self._accepted, target)
                 del self._accepted[:-_REMEMBERED]
@@ -168,8 +170,10 @@ class Cadence:
 
     def withdraw(self, target: int) -> bool:
         """
-        Takes an announcement back, as another rank declined it. False: too late, this rank persists at ``target`` or
-        did, because it is there or by the step period; such a save may lack the ranks that declined.
+        Withdraw an announcement that another rank declined.
+
+        False: too late. This rank persists or has persisted at ``target``, because it is past it or by the step period. Such a save may
+        lack the ranks that declined.
         """
         with self._lock:
             self._take_back(target)
@@ -177,9 +181,11 @@ class Cadence:
 
     def proposal(self, step: int, now_s: float) -> int | None:
         """
-        The step to announce to all ranks, when a save by time or by request is due; None otherwise, and always on
-        ranks that do not decide. It is told once; then None until that proposal has ended, or a much nearer step would do since
-        the pace has changed. Call it after ``due``.
+        Return the step to announce to all ranks, if a save by time or by request is due. Otherwise None, and always None on ranks that
+        do not decide.
+
+        A proposal is returned once. Then None, until that proposal has ended, or a much nearer step is possible because the pace has
+        changed. Call it after ``due``.
         """
         with self._lock:
             if not self._decides or not self._steps_s:
@@ -198,8 +204,8 @@ class Cadence:
 
     def recalled(self, step: int) -> int | None:
         """
-        (deciding rank) A step to decline for all ranks: a nearer one took its place, and that save was taken. None: there is none, or
-        all of them stand, as some rank could be at them before it hears. Call it after ``proposal``.
+        (deciding rank) Return a step to decline for all ranks, because a nearer step replaced it and that save was taken. None if there is
+        none. Steps within one lead stay, as a rank may reach them before the recall. Call it after ``proposal``.
         """
         with self._lock:
             while self._superseded and self._proposed is None:
@@ -210,11 +216,11 @@ class Cadence:
             return None
 
     def _at(self, step: int) -> int:
-        # Where a loop goes back without a load, T must be new to all ranks.
+        # If a loop goes back without a load, T must still be new to all ranks.
         return step if self._highest is None else max(step, self._highest)
 
     def _ahead(self, step: int, num_failed: int) -> int:
-        """A step that a message reaches all ranks before."""
+        """Return a step that no rank reaches before a message does."""
         step_s = max(statistics.median_low(self._steps_s), _LEAST_STEP_S)
         lead_steps = max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / step_s)) << num_failed
         return self._at(step) + self._stride * lead_steps
@@ -225,7 +231,7 @@ class Cadence:
 
     def request_save(self) -> None:
         """
-        Makes the next ``proposal`` immediate. A proposal that is out already answers the request.
+        Make the next ``proposal`` immediate. An open proposal already answers the request.
 
         Raises:
             UsageError: on a rank that does not decide.
@@ -236,7 +242,7 @@ class Cadence:
             self._requested_at = -1 if self._highest is None else self._highest
 
     def declined(self, target: int) -> None:
-        """Tells the deciding rank that some rank declined ``target``: it proposes again, further ahead."""
+        """(deciding rank) A rank declined ``target``: propose again, further ahead."""
         with self._lock:
             self._take_back(target)
             if target == self._proposed:
@@ -249,16 +255,18 @@ class Cadence:
 
     def saved(self, step: int, now_s: float) -> None:
         """
-        Tells that the persisted save of ``step``, whoever asked for it, was taken at ``now_s``: the period begins anew.
-        May come late; a save older than a request or a proposal does not answer it.
+        Note that the persisted save of ``step`` was taken at ``now_s``. The period begins again, whatever made the save due.
+
+        The call may come late. A save older than a request or a proposal does not answer it.
         """
         with self._lock:
             self._took(step, now_s)
 
     def loaded(self, step: int, now_s: float) -> None:
         """
-        Tells that all ranks have loaded the checkpoint of ``step``, and train on from there: the period begins, and the steps ahead
-        of it are new again, also where a rollback went back behind them. A request that is out stands.
+        Note that all ranks have loaded the checkpoint of ``step`` and train on from there. The period begins again.
+
+        After a rollback, the steps ahead of ``step`` are new again. An open request stays open.
         """
         with self._lock:
             self._previous, self._last_s = step, None
@@ -266,7 +274,7 @@ class Cadence:
             if self._highest is not None:
                 self._highest = step
             self._period_began_s = now_s
-            # No save of an older pass answers it.
+            # A save from before the load does not answer the request.
             self._requested_at = None if self._requested_at is None else step + 1
             self._proposed = self._taken = None
             self._superseded.clear()
@@ -277,7 +285,7 @@ class Cadence:
 
     def request_change(self, rule: Rule) -> None:
         """
-        Has the deciding rank bring all ranks under `rule`; of one that holds already, has it told again.
+        (deciding rank) Announce `rule` to all ranks. If `rule` holds already, repeat its announcement.
 
         Raises:
             UsageError: on a rank that does not decide.
@@ -289,8 +297,10 @@ class Cadence:
 
     def change_proposal(self, step: int, now_s: float) -> tuple[int, Rule] | None:
         """
-        The change to announce to all ranks, and the step from which it holds; None while there is nothing to tell, and
-        always on ranks that do not decide. One is out at a time: until this rank has passed its step. Call it after ``due``.
+        Return the change to announce to all ranks, and the step from which it holds. None if there is none, and always None on ranks that
+        do not decide.
+
+        At most one change is open at a time, until this rank has passed its step. Call it after ``due``.
         """
         with self._lock:
             wanted = self._wanted
@@ -306,24 +316,24 @@ class Cadence:
             tell_again, self._tell_again = self._tell_again, False
             if self._rules.newest == wanted:
                 return self._change if tell_again else None
-            # Each change has a step of its own: a decline names nothing else.
+            # Each change needs its own step, because a decline names only the step.
             target = self._ahead(step, self._num_failed_changes)
             self._last_target = target = max(target, self._last_target + self._stride)
             self._change = target, wanted
             return self._change
 
     def announce_change(self, target: int, rule: Rule) -> bool:
-        """Tells this rank that `rule` holds from ``target`` on. False: it declines. Telling it twice changes nothing."""
+        """Accept an announced `rule` that holds from ``target`` on. False: this rank declines. Idempotent."""
         with self._lock:
             return self._rules.accept(target, rule, self._highest)
 
     def withdraw_change(self, target: int) -> None:
-        """Takes the change at ``target`` back, as another rank declined it: for the steps that this rank has ahead of it."""
+        """Withdraw the change at ``target`` that another rank declined, for the steps ahead of this rank."""
         with self._lock:
             self._rules.withdraw(target, self._highest)
 
     def declined_change(self, target: int) -> None:
-        """Tells the deciding rank that some rank declined the change at ``target``: it proposes again, further ahead."""
+        """(deciding rank) A rank declined the change at ``target``: propose again, further ahead."""
         with self._lock:
             self._rules.withdraw(target, self._highest)
             if self._change is not None and self._change[0] == target:
@@ -336,7 +346,7 @@ class Cadence:
     # --- deciding --------------------------------------------------------------------------------------------------
 
     def _answer(self, step: int) -> Due:
-        """What ``due`` answers for a step: of nothing but the rules, the accepted announcements, and the step that was asked about before."""
+        """The answer of ``due`` for a step. It depends only on the rules, the accepted announcements, and the previous step with a call."""
         rule = self._rules.at(step)
         trigger = rule.trigger
         before = self._gaps.get(step, step - 1)
@@ -351,7 +361,7 @@ class Cadence:
         return Due.NOT_DUE
 
     def _move(self, step: int, now_s: float) -> None:
-        """To a step that is new to this rank; takes in the way from the step before, and its time."""
+        """Move to a step that is new to this rank. Note the distance and the time since the previous step."""
         if self._period_began_s is None:
             self._period_began_s = now_s
         before = self._previous

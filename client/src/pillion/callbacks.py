@@ -1,8 +1,8 @@
 """
-The whole of: futures whose callbacks may take an hour, save, load, or raise anything.
+Futures whose callbacks may take an hour, save, load, or raise anything.
 
-Called from: `handle`, `pillion.dcp`. The thread that listens to the sidecar ends these futures, and whoever waits for one goes on at once;
-what users have it call back runs in a thread of its own, one after another, so that a slow callback holds up other callbacks alone.
+Called from: `handle`, `pillion.dcp`. The thread that listens to the sidecar resolves these futures, and waiting callers return at once.
+User callbacks run one after another in a separate thread, so a slow callback delays only other callbacks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DRAIN_S: Final = 30.0
-"""How long the end of a session waits for callbacks that are due: what they do at the end of a run (a line in a log, the name of a checkpoint
-handed on) takes seconds. One that takes longer goes on, and is ended with the interpreter."""
+"""Timeout for callbacks at the end of a session. At the end of a run a callback takes seconds (a log line, passing on the name of a
+checkpoint). A longer one continues until the interpreter's exit ends it."""
 
 IDLE_S: Final = 2.0
-"""How long the thread stays when nothing is to be called and nothing is promised: saves of a busy run keep it."""
+"""Lifetime of the idle thread, when no callback is due or promised. The saves of a busy run keep the thread."""
 
 
 class Outcome(futures.Future[T]):
     """
-    A future that nobody can cancel, as another process does the work.
+    A future that cannot be cancelled, as another process does the work.
 
     Args:
-        on_asked: called when somebody has learned how it ended.
+        on_asked: called when a caller has read the outcome.
     """
 
     def __init__(self, on_asked: Callable[[], None] = lambda: None) -> None:
@@ -42,7 +42,7 @@ class Outcome(futures.Future[T]):
         self.set_running_or_notify_cancel()
 
     def add_done_callback(self, fn: Callable[[futures.Future[T]], object]) -> None:
-        """Have `fn` called in the thread of callbacks; at once and here where no thread can be started, at the interpreter's end."""
+        """Call `fn` in the thread of callbacks. At the interpreter's exit, when no thread can start, `fn` runs in the resolving thread."""
         caller = _promised()
         if caller is None:
             super().add_done_callback(fn)
@@ -68,14 +68,14 @@ class Outcome(futures.Future[T]):
 
 class _Caller:
     """
-    One daemon thread, and what it is to call. It is started with the first promise of a call, as at the interpreter's end no thread can
-    be, and lives until the last promise is kept and IDLE_S more.
+    One daemon thread and its queue of calls. It starts with the first registered callback, because no thread can start at the
+    interpreter's exit. It ends IDLE_S after the last registered callback has run.
     """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.promised = 0
-        """Calls that are due, or will be; under the module's lock."""
+        """Number of callbacks that are due or registered. Guarded by the module's lock."""
         self._due: queue.SimpleQueue[tuple[Callable[[Any], object], Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pillion-callbacks", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class _Caller:
 
     def drain(self, timeout_s: float) -> bool:
         if self._thread is threading.current_thread():
-            return True  # a callback that closes the session: the ones behind it come when it has returned
+            return True  # a callback closes the session: the callbacks behind it run after it returns
         ended = threading.Event()
         with _lock:
             if self.promised == 0:
@@ -106,7 +106,7 @@ class _Caller:
                 callback(argument)
             except BaseException:  # a boundary: CheckpointException and SystemExit end no thread that others need
                 _log.exception("pillion: a done-callback of a save raised")
-            # Not kept until the next one comes: it may hold a state dict.
+            # Released before the next `get`, as the callback may hold a state dict.
             del callback, argument
             with _lock:
                 self.promised -= 1
@@ -126,7 +126,7 @@ _lock = threading.Lock()
 
 
 def _promised() -> _Caller | None:
-    """The caller of this process, which stays until it has made one more call; None where the interpreter ends and starts no thread."""
+    """Return this process's caller, with one more callback registered. None if the interpreter exits and no thread can start."""
     global _caller
     if sys.is_finalizing():
         return None
@@ -145,12 +145,12 @@ def _forget_in_child() -> None:
     _caller, _lock = None, threading.Lock()
 
 
-# The thread lives in the parent alone.
+# After a fork, only the parent has the thread.
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def drain() -> None:
-    """Wait for the callbacks that are due. Blocks: up to DRAIN_S; not at all where there were none, or in a callback."""
+    """Wait for the callbacks that are due. Blocks: up to DRAIN_S; never if there are none, or within a callback."""
     caller = _caller
     if caller is not None and caller.pid == os.getpid() and not caller.drain(DRAIN_S):
         _log.warning(

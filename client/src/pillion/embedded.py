@@ -1,13 +1,13 @@
 """
-The sidecar of a run without a cluster: found by its runtime directory, started as a child when it is not there.
+The sidecar of a run without a cluster. The client finds it by its runtime directory, or starts it as a child.
 
-Called from: `Checkpointer`. The child runs in a session of its own with no inherited pipes: torchrun ends its workers by
-process group, and the sidecar has to outlive them (it holds the newest snapshot); a pipe it kept open would hang whoever
-captures torchrun's output.
+Called from: `Checkpointer`. The child runs in a process session of its own, without inherited pipes. torchrun ends its workers by
+process group, and the sidecar must outlive them, as it holds the newest snapshot. An inherited pipe would stay open, and hang the
+program that captures torchrun's output.
 
-    <tmpfs>/pillion-<uid>-<digest of root and pod>/     of this user alone: 0700, checked before each use of it
-        sidecar.log     what the sidecar and its executor say. It lies here, and not on the root, because a storage that hangs would
-                        hang whoever writes a line; a sidecar that ends cleanly appends it to <root>/.pillion/sidecar-<rank>.log
+    <tmpfs>/pillion-<uid>-<digest of root and pod>/     owned by this user alone, mode 0700, checked before each use
+        sidecar.log     log of the sidecar and its executor. It is not on the root, because writing a line to a storage that hangs
+                        would hang the writer. A sidecar that ends cleanly appends it to <root>/.pillion/sidecar-<rank>.log
         control.sock, sidecar.lock, segment-*.arena
 """
 
@@ -31,27 +31,27 @@ from pillion.errors import SidecarUnavailable
 from pillion.wire import names
 
 START_TIMEOUT_S: Final = 60.0
-"""Bound for a started sidecar to listen. It takes 0.3 s on an idle machine; a loaded one with a cold disk takes long."""
+"""Timeout for a started sidecar to listen. It takes 0.3 s on an idle machine, and much longer on a loaded one with a cold disk."""
 ALREADY_RUNNING: Final = 75
-"""The sidecar's exit status (EX_TEMPFAIL) when another one owns the runtime directory."""
+"""Exit status (EX_TEMPFAIL) of a sidecar when another sidecar owns the runtime directory."""
 RESPAWN_PAUSE_S: Final = 0.2
-"""Pause before another try for the lock: a sidecar that ends holds it for some 100 ms more."""
+"""Pause before another attempt to get the lock. An ending sidecar holds it for some 100 ms more."""
 FOLDER_TRIES: Final = 3
-"""A sidecar that ends removes the folder once; then it stays."""
+"""Maximum attempts to create the runtime directory. An ending sidecar removes it at most once."""
 POLL_S: Final = 0.02
-"""Pause between two looks for the socket while it starts: the first save is far behind it."""
+"""Pause between two checks of the socket while the sidecar starts. The first save comes much later."""
 
 
 def runtime_directory(key: str, environ: Mapping[str, str]) -> str:
     """
-    Where the arena and the socket of this run and pod live: the same again after a restart of the trainers.
+    Return the directory of the arena and the socket of this run and pod. It is the same after a restart of the trainers.
 
-    In a pod the injector says it (PILLION_RUNTIME_DIR); else it is derived from `key` on a tmpfs.
+    In a pod the injector sets it (PILLION_RUNTIME_DIR). Otherwise it is derived from `key`, on a tmpfs.
     """
     injected = environ.get(names.ENV_RUNTIME_DIR)
     if injected:
         return injected
-    # Whoever counts as one pod has to find one directory; torchrun's number of the node may change at a restart.
+    # All ranks of a pod must get one directory. torchrun's node rank is no key, as it may change at a restart.
     pod = group.pod_identity(environ)
     digest = hashlib.sha256(os.fsencode(f"{key}\0{pod}")).hexdigest()[:16]  # a path may hold any bytes
     base = "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
@@ -59,17 +59,19 @@ def runtime_directory(key: str, environ: Mapping[str, str]) -> str:
 
 
 def log_path(runtime_dir: str) -> str:
-    """Where the sidecar of a runtime directory writes its log."""
+    """Return the path of the sidecar's log in a runtime directory."""
     return os.path.join(runtime_dir, names.SIDECAR_LOG)
 
 
 def require_private(runtime_dir: str) -> None:
     """
-    The runtime directory is this user's alone. Its name can be guessed, and what lies in it is trusted: whoever made it first could
-    have the trainer map memory, and unpickle bytes, of their choice.
+    Check that the runtime directory belongs to this user alone.
+
+    Its name can be guessed, and its content is trusted. Another user who created it first could make the trainer map memory, and
+    unpickle bytes, of their choice.
 
     Raises:
-        SidecarUnavailable: it is there, and another user's, open to others, or no folder.
+        SidecarUnavailable: it exists, and is another user's, open to others, or not a directory.
     """
     try:
         status = os.lstat(runtime_dir)
@@ -90,10 +92,10 @@ def require_private(runtime_dir: str) -> None:
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """
-    The environment of a sidecar: this process's, without what means something in its working directory only.
+    Return the environment of a sidecar: this process's, without relative paths.
 
-    Entries of PYTHONPATH are made absolute; the rest of this process's import path goes along for the executor, which imports
-    a `StorageWriter` by name.
+    Entries of PYTHONPATH are made absolute. The rest of this process's import path is included for the executor, which imports a
+    `StorageWriter` by name.
     """
     # In PYTHONPATH an empty entry is the working directory, as it is in sys.path.
     paths = [os.path.abspath(each) for each in environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -106,15 +108,15 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def start(runtime_dir: str) -> int:
     """
-    Start a sidecar for `runtime_dir` and wait until it listens; its process id.
+    Start a sidecar for `runtime_dir`, and wait until it listens. Returns its process id.
 
-    A sidecar that already owns the directory makes the new one exit at once; its socket is then the one found, or, when
-    it was ending, another one is started.
+    If another sidecar already owns the directory, the new one exits at once. Then the other one's socket is used; if that sidecar was
+    ending, another one is started.
 
     Blocks: up to START_TIMEOUT_S.
 
     Raises:
-        SidecarUnavailable: it is not installed, or ended; the text holds the end of its log. Or see `require_private`.
+        SidecarUnavailable: the sidecar is not installed, or ended. The text has the end of its log. Also see `require_private`.
     """
     log = log_path(runtime_dir)
     command = [sys.executable, "-m", "pillion_sidecar", "run", "--runtime-dir", runtime_dir, "--embedded"]
@@ -123,12 +125,12 @@ def start(runtime_dir: str) -> int:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if _listens(path):
-            # Reaped when it ends, so that it leaves no zombie in a trainer that lives longer.
+            # Waits for the child, so that it leaves no zombie in a trainer that lives longer.
             threading.Thread(target=child.wait, name="pillion-reap", daemon=True).start()
             return child.pid
         status = child.poll()
         if status == ALREADY_RUNNING:
-            # The one that has the lock is about to listen, or about to end: then this one's successor gets it.
+            # The sidecar with the lock is about to listen or about to end. In the second case a new child gets the lock.
             time.sleep(RESPAWN_PAUSE_S)
             if not _listens(path):
                 child = _spawn(command, runtime_dir)
@@ -167,7 +169,7 @@ def _log_file(runtime_dir: str) -> BinaryIO:
 
 
 def _listens(path: str) -> bool:
-    # The file alone says nothing: a killed sidecar leaves its socket behind.
+    # The file alone proves nothing: a killed sidecar leaves its socket behind.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

@@ -1,8 +1,8 @@
 """
-The interpreter's end while saves are in flight: they are drained, and what is lost is told by the exit status.
+The interpreter's exit while saves are in flight: it waits for them, and reports lost saves by its exit status.
 
-Called from: `Checkpointer`, `pillion.dcp`. A job whose last checkpoint was lost must not look complete; atexit cannot change the
-exit status by an exception, so the process ends here, after the streams are flushed.
+Called from: `Checkpointer`, `pillion.dcp`. A job whose last checkpoint was lost must not look complete. An exception in an atexit hook
+cannot change the exit status, so this module ends the process itself, after it has flushed the streams.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Any, Final, NoReturn, Protocol
 from pillion.handle import SaveHandle
 
 EXIT_LOST: Final = 74
-"""Exit status (EX_IOERR) of an interpreter that ends while a save is lost."""
+"""Exit status (EX_IOERR) of a process that lost a save."""
 
 
 class Saving(Protocol):
-    """Somebody with saves in flight."""
+    """An object with saves in flight."""
 
     def close(self) -> None:
-        """Drain what is in flight, and call `closed`; idempotent. Blocks: up to the policy's drain.timeoutSeconds."""
+        """Wait for the saves in flight, and call `closed`. Idempotent. Blocks: up to the policy's drain.timeoutSeconds."""
 
 
 _open: weakref.WeakKeyDictionary[Saving, int] = weakref.WeakKeyDictionary()
-"""Who has to be closed, and the process that has to: a forked child runs this hook too, at its own end."""
+"""Objects to close -> the process that must close them. A forked child runs this hook as well, at its own exit."""
 _lost: list[SaveHandle] = []
-"""Of those that were closed, the saves that did not reach storage."""
+"""Saves of closed objects that did not reach storage."""
 _status: object = None
-"""What `sys.exit` was called with last."""
+"""Argument of the last call of `sys.exit`."""
 _registered = threading.Event()
 
 
 def drain_at_exit(saving: Saving) -> None:
-    """Have `saving` closed when the interpreter ends without having closed it. Whoever registers keeps it alive."""
+    """Close `saving` at the interpreter's exit, unless the script has closed it. The caller keeps `saving` alive."""
     _open[saving] = os.getpid()
     if not _registered.is_set():
         _registered.set()
@@ -49,8 +49,11 @@ def drain_at_exit(saving: Saving) -> None:
 
 def closed(saving: Saving, handles: Sequence[SaveHandle]) -> None:
     """
-    It was closed. `handles`: those that were in flight, and that of the last save to storage; of the ones that are lost, and that nobody has
-    asked about, the interpreter's end tells.
+    Note that `saving` was closed. The interpreter's exit reports the lost saves among `handles` that the script has not looked at.
+
+    Args:
+        saving: the closed object.
+        handles: the saves that were in flight, and the last save to storage.
     """
     _open.pop(saving, None)
     _lost.extend(handle for handle in handles if handle.error() is not None and handle not in _lost)
@@ -58,8 +61,9 @@ def closed(saving: Saving, handles: Sequence[SaveHandle]) -> None:
 
 def by_exception() -> bool:
     """
-    Whether the interpreter ends by an uncaught exception, or by `sys.exit` with a status that is not 0: a restart may come. Of the one Python
-    has set `last_value` when atexit runs; of the other it says nothing, so that `sys.exit` is noted where it is called.
+    Whether the interpreter exits by an uncaught exception, or by `sys.exit` with a status other than 0. Then a restart may follow.
+
+    For an exception, Python has set `last_value` before atexit hooks run. It keeps no record of `sys.exit`, so this module wraps it.
     """
     return getattr(sys, "last_value", None) is not None or not is_success(_status)
 
@@ -73,7 +77,7 @@ def _noting_exit(exit_: Callable[[Any], NoReturn]) -> Callable[..., NoReturn]:
     @functools.wraps(exit_)
     def noted(status: object = None, /) -> NoReturn:
         global _status
-        # In another thread it ends that thread alone.
+        # In another thread, `sys.exit` ends only that thread.
         if threading.current_thread() is threading.main_thread():
             _status = status
         exit_(status)
@@ -82,7 +86,7 @@ def _noting_exit(exit_: Callable[[Any], NoReturn]) -> Callable[..., NoReturn]:
 
 
 def lost_saves() -> list[str]:
-    """Steps and errors of the saves of this process that were lost, and that nobody has asked about."""
+    """Return step and error of each lost save of this process that the script has not looked at."""
     return [f"step {each.step}: {each.error()}" for each in _lost if not each.asked and not each.inherited]
 
 

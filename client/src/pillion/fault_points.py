@@ -1,11 +1,11 @@
 """
-The named phases of a save and a load, and the points in the code where each of them is entered.
+The named phases of a save and a load, and the points in the code where each phase begins.
 
-Called from: client and sidecar, once a phase. A point costs one comparison: nothing looks at it unless PILLION_FAULTS asks for faults
-(`pillion.testing.faults`, which then must be installed).
+Called from: client and sidecar, once a phase. A point costs one comparison. Without PILLION_FAULTS nothing observes the points; with it,
+`pillion.testing.faults` does, and must be installed.
 Must never: do anything by itself.
 
-    trainer      claim (asks)   stage   seal
+    trainer      claim (requests)   stage   seal
     supervisor   claim (grants)
     executor     plan   write   fsync   report   load   rescue
     coordinator  commit   publish   retain
@@ -23,36 +23,36 @@ from pillion.wire import names
 
 
 class FaultPoint(StrEnum):
-    """See the module. In the order of a save; `LOAD` is of a load, `RESCUE` of what follows a trainer's death."""
+    """Phases in the order of a save. `LOAD` belongs to a load, `RESCUE` to the recovery after a trainer's death."""
 
     CLAIM = "claim"
-    """A rank asks for a slot."""
+    """A rank requests a slot."""
     STAGE = "stage"
-    """The slot is granted, nothing is copied yet."""
+    """The slot is granted. Nothing is copied yet."""
     SEAL = "seal"
-    """Everything is copied, the header does not say so yet."""
+    """Everything is copied. The slot's header is not sealed yet."""
     PLAN = "plan"
     """The pods agree on who writes what."""
     WRITE = "write"
-    """A block of a data file was handed to the kernel."""
+    """A block of a data file was passed to the kernel."""
     FSYNC = "fsync"
-    """All blocks were, nothing is durable yet."""
+    """All blocks were passed to the kernel. Nothing is durable yet."""
     REPORT = "report"
-    """Data and part file of this pod are durable, the coordinator does not know."""
+    """Data and part file of this pod are durable. The coordinator does not know it yet."""
     COMMIT = "commit"
-    """Every pod has reported, nothing is written yet."""
+    """Every pod has reported. The manifest is not written yet."""
     PUBLISH = "publish"
-    """The manifest is in place, the commit marker is not."""
+    """The manifest is in place. The commit marker is not."""
     RETAIN = "retain"
-    """Committed; older checkpoints go."""
+    """The checkpoint is committed. Older checkpoints are about to be removed."""
     LOAD = "load"
-    """The pods agree on what to load; it is not read yet."""
+    """The pods agree on the checkpoint to load. It is not read yet."""
     RESCUE = "rescue"
-    """A trainer is dead; the pods are about to agree on the snapshot that all of them persist."""
+    """A trainer is dead. The pods are about to agree on the snapshot that all of them persist."""
 
 
 Observer = Callable[[FaultPoint, int | None, int | None, str], None]
-"""Called with phase, rank, step and path."""
+"""Function that every point calls, with phase, rank, step and path."""
 
 _observer: Observer | None = None
 _ranks: Collection[int] = ()
@@ -62,19 +62,19 @@ NOBODY: Final = -1
 
 
 def observe(observer: Observer | None) -> None:
-    """Have every point call `observer`; None: nobody."""
+    """Set the observer that every point calls. None removes it."""
     global _observer
     _observer = observer
 
 
 def serving(ranks: Collection[int]) -> None:
-    """Which ranks this process works for, at points that do not say."""
+    """Set the ranks that this process works for. Points without a rank use them."""
     global _ranks
     _ranks = ranks
 
 
 def working_on(step: int | None) -> None:
-    """Which step this process works on, at points that do not say."""
+    """Set the step that this process works on. Points without a step use it."""
     global _step
     _step = step
 
@@ -85,14 +85,15 @@ def ranks() -> Collection[int]:
 
 def reach(phase: FaultPoint, *, rank: int | None = None, step: int | None = None, path: str = "") -> None:
     """
-    The code is here now.
+    Report that this process has reached a fault point.
 
     Args:
-        rank: for which rank; None: for all that this process serves.
-        step: of which save or load; None: the one that this process works on.
-        path: of the file or folder at hand.
+        phase: the point.
+        rank: the rank that it works for. None: all ranks that this process serves.
+        step: the step of the save or load. None: the step that this process works on.
+        path: the file or directory in use, if any.
 
-    Raises: whatever a fault that was asked for raises, and otherwise nothing.
+    Raises: the error of an injected fault; otherwise nothing.
     """
     if _observer is not None:
         _observer(phase, rank, _step if step is None else step, path)

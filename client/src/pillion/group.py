@@ -1,8 +1,8 @@
 """
-Who the ranks are: rank, world size, which ranks share a pod, where the job's store is.
+Who the ranks are: rank, world size, which ranks share a pod, and where the job's store is.
 
-Called from: `Checkpointer` and `pillion.dcp`, once, before training (all ranks). The only collective Pillion ever runs, and it
-runs on the caller's process group: afterwards the sidecars know one another through the job's store.
+Called from: `Checkpointer` and `pillion.dcp`, once, before training (all ranks). This is the only collective of Pillion. It runs on the
+caller's process group. Afterwards the sidecars communicate through the job's store.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """What a `hello` tells the sidecar of this rank and its peers."""
+    """This rank and its peers, as a `hello` describes them to the sidecar."""
 
     rank: int
     world_size: int
     pods: tuple[tuple[int, ...], ...]
-    """Ranks of each pod, by the pod's first rank; the coordinator is the pod of rank 0."""
+    """Ranks of each pod, ordered by the pod's first rank. The coordinator is the pod of rank 0."""
     placement: str = ""
-    """Digest of which pod has which ranks, 32 hex digits: where it changes, memory holds shards that their pod cannot use any more."""
+    """Digest of which pod has which ranks, 32 hex digits. After a change, snapshots in memory lie in pods of other ranks."""
     run_id: str
     session: str
-    """Drawn by rank 0 at every start of the trainers: 32 hex digits."""
+    """Random id that rank 0 draws at every start of the trainers, 32 hex digits."""
     store: StoreAddress | None
-    """None when there is no TCPStore to reach; `store_problem` then says why."""
+    """None if there is no TCPStore. Then `store_problem` has the cause."""
     store_problem: str
     attempt: int
-    """torchrun's restart count, for people; the session is what tells attempts apart."""
+    """torchrun's restart count, for people. Programs compare sessions instead."""
     policy: Mapping[str, Any] | None = None
-    """The policy of rank 0, its injected sidecar's or its document's: all ranks begin with it, as their own sidecars may know of a
-    change sooner or later. None: a job of one rank, or it cannot be read; each sidecar then says what it has."""
+    """The policy of rank 0: its injected sidecar's, or its document's. All ranks begin with it, as their own sidecars may learn of a change
+    at different times. None: a job of one rank, or the policy cannot be read. Then each rank takes its own sidecar's policy."""
 
     @property
     def local_ranks(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def store_address(environ: Mapping[str, str]) -> StoreAddress:
     The job's store from ``MASTER_ADDR`` and ``MASTER_PORT``.
 
     Raises:
-        ValueError: one is missing or malformed; names it, its value and what is allowed.
+        ValueError: a variable is missing or malformed. Names it, its value and what is allowed.
     """
     host, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
     if not host:
@@ -80,7 +80,7 @@ def store_address(environ: Mapping[str, str]) -> StoreAddress:
 
 
 def pod_identity(environ: Mapping[str, str]) -> str:
-    """Ranks with the same identity share memory and a sidecar: the injected pod UID, else this boot of this host."""
+    """Return the identity that ranks with one memory and one sidecar share: the injected pod UID, else host name and boot id."""
     pod = environ.get(names.ENV_POD)
     if pod:
         return pod
@@ -103,18 +103,18 @@ def join(
     Agree on the group.
 
     Args:
-        process_group: the ranks.
-        environ: None: this process's.
-        root: where this rank's checkpoints go; empty: it was not said. None: there is none to agree on.
-        ask_policy: called with the environment on rank 0 of several; what it says becomes `Group.policy` on all of them.
+        process_group: the ranks. None is the default group.
+        environ: the environment. None: this process's.
+        root: directory of this rank's checkpoints. Empty: not given. None: the caller has no root to agree on.
+        ask_policy: called with the environment on rank 0, if there are several ranks. Its result becomes every rank's `Group.policy`.
 
     Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
 
     Blocks: one `all_gather_object`, bounded by the process group's own timeout.
 
     Raises:
-        UsageError: this process is none of the ranks.
-        SettingsError: a rank has no root, or another one; on every rank.
+        UsageError: this process is not in the process group.
+        SettingsError: a rank has no root, or the roots differ; on every rank.
     """
     environ = os.environ if environ is None else environ
     distributed = dist.is_available() and dist.is_initialized()
@@ -149,9 +149,9 @@ def join(
 
 
 ROOTS_SHOWN: Final = 4
-"""Different roots that an error names."""
+"""Maximum different roots that an error names."""
 RANKS_SHOWN: Final = 8
-"""Ranks of each that it names."""
+"""Maximum ranks that an error names for each root."""
 
 
 def _check_roots(roots: Sequence[object]) -> None:
@@ -182,7 +182,7 @@ def _some(ranks: Sequence[int]) -> str:
 
 
 def _group(rank: int, entries: Sequence[Mapping[str, object]]) -> Group:
-    """Pure: every rank computes the same from the same entries; what is said once is taken from rank 0."""
+    """Return the group. Pure: every rank computes the same from the same entries. Values of the whole job come from rank 0."""
     pods: dict[object, list[int]] = {}
     for member, entry in enumerate(entries):
         pods.setdefault(entry["pod"], []).append(member)

@@ -1,8 +1,8 @@
 """
-The whole of: the policy of a run without a cluster: which document holds, what is in it, and whether its writer can be found.
+The policy of a run without a cluster: which document applies, what it contains, and whether its writer can be found.
 
-Called from: `Checkpointer`, `pillion.dcp`, before the session is opened. In a pod the injected sidecar's policy holds, and nothing here counts.
-Must never: import YAML: the trainer may lack it. The sidecar's interpreter has it, and is asked.
+Called from: `Checkpointer`, `pillion.dcp`, before the session opens. In a pod the injected sidecar's policy applies instead.
+Must never: import YAML, which the trainer may lack. A subprocess of the sidecar's package reads YAML files.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pillion.errors import SettingsError, UsageError
 from pillion.wire import names, policy
 
 READ_TIMEOUT_S: Final = 60.0
-"""Bound for the sidecar's interpreter to read a file: it starts in 0.2 s, on a loaded machine with a cold disk in many."""
+"""Timeout for the subprocess that reads a file. It starts in 0.2 s, and in many seconds on a loaded machine with a cold disk."""
 
 
 def document(
     given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
 ) -> Mapping[str, object] | str | None:
     """
-    The document that the trainer sends its sidecar: the argument, else ``PILLION_POLICY``; a path is made absolute.
+    Return the document that the trainer sends its sidecar: the argument, else ``PILLION_POLICY``. A path is made absolute.
 
     Raises:
-        SettingsError: a mapping is no policy, or names a writer that cannot be found; lists all problems.
+        SettingsError: a mapping is not a policy, or names a writer that cannot be found. Lists all problems.
     """
     if isinstance(given, Mapping):
         try:
@@ -44,18 +44,18 @@ def document(
                 raise SettingsError([f"storage.writer.name={parsed.storage.writer.name!r}: {err}"]) from err
         return dict(given)
     text = environ.get(names.ENV_POLICY) if given is None else os.fspath(given)
-    # The sidecar's working directory is another.
+    # A path must be absolute, as the sidecar has another working directory.
     return text if not text or text.lstrip().startswith("{") else os.path.abspath(text)
 
 
 def read(source: Mapping[str, object] | str | None) -> Mapping[str, Any] | None:
     """
-    The whole policy of a document, for rank 0 to give to the others: ranks that follow different ones would wait for each other.
+    Return the whole policy of a document, which rank 0 gives to the others. Ranks with different policies would wait for each other.
 
     Blocks: for a YAML file, up to READ_TIMEOUT_S.
 
     Returns:
-        None: there is no document, or it cannot be read. Opening the session says why, on every rank.
+        None: there is no document, or it cannot be read. Opening the session raises the cause, on every rank.
     """
     if not source:
         return None
@@ -85,10 +85,10 @@ def _read_by_sidecar(path: str) -> bytes:
 
 def require_module(writer: str) -> None:
     """
-    Look for the module of ``package.module:Class`` where an embedded sidecar does: on this process's import path.
+    Check that the module of ``package.module:Class`` is on this process's import path, where an embedded sidecar searches.
 
     Raises:
-        UsageError: it is not there; found out now, and not when the first save is lost.
+        UsageError: the module is missing. The check is early, so that it does not cost the first save.
     """
     module = writer.partition(":")[0]
     if module == "__main__":
@@ -97,7 +97,7 @@ def require_module(writer: str) -> None:
         exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         exists = False
-    except Exception:  # a boundary: a package of somebody else's that fails to import says why in the executor
+    except Exception:  # a boundary: a foreign package that fails to import raises its error in the executor
         return
     if not exists:
         raise UsageError(f"no module named {module}: put its directory on PYTHONPATH, or on sys.path")

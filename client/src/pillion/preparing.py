@@ -1,11 +1,11 @@
 """
-The arena, made ready beside training: slots that are large enough before a save needs them.
+Prepares the arena beside training, so that the slots are large enough before a save needs them.
 
-Called from: `pillion.saving`, behind a load and behind each save that was larger than those before. One rank's slots take a second a GiB to
-allocate and touch, and on a GPU some 0.1 s more to register; the first save of a state that nobody loaded pays for its own slot, and
-no later one does.
+Called from: `pillion.saving`, after a load, and after each save that was larger than the previous ones. One rank's slots take a second a
+GiB to allocate and touch, and on a GPU some 0.1 s more to register. Without a load, the first save pays for its own slot; later saves
+pay nothing.
 
-Failing is no error: the save that needs the room then asks for it, and reports.
+A failure here is no error. The save that needs the room requests it itself, and reports errors.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pillion.wire import layout
 _log = logging.getLogger(__name__)
 
 END_TIMEOUT_S: Final = 30.0
-"""Bound for the thread to end once the session is closed: it is in one call then, that maps 64 MiB or registers a GiB."""
+"""Timeout for the thread's end after the session was closed. At most one call is left then, which maps 64 MiB or registers a GiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a save will need of every slot."""
+    """What a save will need in every slot."""
 
     room_bytes: int
     layout: layout.Layout
@@ -42,7 +42,7 @@ class Preparer:
     """
     Prepares the slots of one session.
 
-    Owns: a thread while it is at work; never two, as pages are registered once.
+    Owns: one thread while it prepares. Never two, as pages are registered once.
     """
 
     def __init__(self, session: Session) -> None:
@@ -52,10 +52,10 @@ class Preparer:
         self._next: Need | None = None
         self._closed = False
         self.room_bytes = 0
-        """The largest room that was asked for."""
+        """The largest room that was requested."""
 
     def begin(self, need: Need) -> None:
-        """Prepare, behind what is being prepared. Never blocks."""
+        """Prepare for `need`, after the current preparation. A newer need replaces a waiting one. Never blocks."""
         with self._lock:
             if self._closed:
                 return
@@ -89,7 +89,7 @@ class Preparer:
 
     def _prepare(self, need: Need) -> None:
         devices.use(need.devices)
-        # Read before the request: one that was replaced since says so, and is not filled by what its successor answers.
+        # Read before the request. If the mapping is replaced meanwhile, it raises, and the successor's sizes are not applied to it.
         mapping = self._session.mapping
         for slot, capacity_bytes in enumerate(self._session.reserve(need.room_bytes)):
             if mapping is not None:
@@ -97,7 +97,7 @@ class Preparer:
                 mapping.warm(slot, need.layout)
 
     def close(self) -> None:
-        """Begin nothing more. What is at work goes on until the session is closed; see `join`."""
+        """Begin no further preparation. The current one continues until the session is closed; see `join`."""
         with self._lock:
             self._closed = True
 

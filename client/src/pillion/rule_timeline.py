@@ -1,14 +1,14 @@
 """
-The whole of: which rule says when a save is due, at which step, as a policy changes while a job runs.
+Which rule makes a save due at which step, while a policy changes during a job.
 
-Called from: `cadence`, under its lock. Pure: one rank's standing; that the ranks agree is the cadence's business.
+Called from: `cadence`, under its lock, which also makes the ranks agree. Pure: the timeline of one rank.
 
     (-inf, A)                    as the job began
     accept(100, B)   at step 90  (-inf, A) (100, B)            from step 100 on B holds
-    withdraw(100)    at step 95  (-inf, A)                     another rank was past 100: nobody takes it
+    withdraw(100)    at step 95  (-inf, A)                     another rank was past 100: no rank takes it
                      at step 105 (-inf, A) (100, B) (106, A)   the same, too late for 100 to 105, whose answers stand
 
-Must never: change what holds at a step that was answered for.
+Must never: change the rule of a step that has an answer.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Final, final
 from pillion.wire import policy
 
 _REMEMBERED: Final = 64
-"""Changes that are kept; the oldest go. A step asked about again after a rollback is answered as before, that many changes back."""
+"""Maximum changes that are kept; the oldest are dropped. A step gets the same answer again, that many changes back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Rule:
 
     trigger: policy.Trigger
     suspended: bool = False
-    """No save is due by a period; what somebody asks for is made all the same."""
+    """True: no save is due by a period. Requested saves are still made."""
 
 
 @final
@@ -36,31 +36,31 @@ class RuleTimeline:
 
     def __init__(self, first: Rule) -> None:
         self._changes: list[tuple[float, Rule]] = [(-math.inf, first)]
-        """What was accepted and not withdrawn: what the steps ahead follow."""
+        """Accepted changes that were not withdrawn. The steps ahead follow them."""
         self._held: list[tuple[float, Rule]] = list(self._changes)
-        """What holds at each step: behind, as it was answered for; ahead, as the changes say."""
+        """The rule of each step: behind, the rule that was answered by; ahead, the rule by the changes."""
 
     @property
     def newest(self) -> Rule:
         return self._held[-1][1]
 
     def at(self, step: int) -> Rule:
-        """What holds at a step."""
+        """Return the rule of a step."""
         return _at(self._held, step)
 
     def holds(self, target: int, rule: Rule) -> bool:
-        """Whether it is this rule, and no other, that holds from `target` on."""
+        """Whether `rule`, and no other, holds from `target` on."""
         return self.at(target) == rule and all(each == rule for begins, each in self._held if begins > target)
 
     def accept(self, target: int, rule: Rule, highest: int | None) -> bool:
         """
-        Let `rule` hold from `target` on. False: it cannot, as this rank has answered for a step behind `target` under another, or
-        has not begun.
+        Let `rule` hold from `target` on. False: it cannot, because this rank has already answered for a step at or behind `target` by
+        another rule, or has not begun.
 
         Args:
-            target: the step; of a later change a later one.
+            target: the step. A later change has a later step.
             rule: the rule.
-            highest: the highest step that was answered for; None before the first.
+            highest: the highest step that has an answer. None before the first.
         """
         if highest is None or target <= highest:
             return self.holds(target, rule)
@@ -70,7 +70,7 @@ class RuleTimeline:
         return True
 
     def withdraw(self, target: int, highest: int | None) -> None:
-        """Take the change at `target` back: at once where this rank is not there yet, else from its next step on."""
+        """Withdraw the change at `target`: entirely if this rank has not reached it, else from its next step on."""
         self._changes = [each for each in self._changes if each[0] != target]
         self._look_ahead(-1 if highest is None else highest)
 

@@ -1,12 +1,13 @@
 """
-The end of a trainer in a pod that is deleted, where the trainer does not end by itself.
+Ends a trainer whose pod is deleted, if the trainer does not end by itself.
 
-Called from: `session`, in the thread that listens, once the sidecar says that the last save is on storage. The kernel keeps a SIGTERM without a
-handler from a container's first process, and a shell in front of it passes none on: the process would train on until the kubelet kills it.
+Called from: `session`, in the listening thread, when the sidecar reports that the last save is on storage. The kernel does not deliver
+a SIGTERM without a handler to a container's first process, and a shell in front of the trainer forwards none. Such a process would train
+on until the kubelet kills it.
 
     SystemExit(143) in the main thread, so that `with` blocks, `finally` and atexit hooks run --> END_BOUND_S --> the process ends as it is
 
-Must never: touch a process that has a handler of its own for SIGTERM, in Python or not: it has heard, and decides.
+Must never: end a process that has its own handler for SIGTERM, in Python or not. That handler has run, and decides.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ import threading
 from typing import Final
 
 EXIT_TERMINATED: Final = 143
-"""Exit status: that of a process that SIGTERM has ended, as a shell says it (128 + 15)."""
+"""Exit status of a process that SIGTERM ended, as shells report it (128 + 15)."""
 END_BOUND_S: Final = 10.0
-"""How long the trainer may take to end by itself: a main thread in a collective whose peers are gone hears nothing, and the last save is on
-storage. The pod is waited for meanwhile."""
+"""Timeout for the trainer's own exit. A main thread in a collective whose peers are gone never runs the exception. The last save is on
+storage, and the pod's deletion waits meanwhile."""
 FLUSH_BOUND_S: Final = 1.0
-"""How long its output is flushed: a pipe whose reader is gone must not keep the process."""
+"""Timeout for flushing the trainer's output. A pipe without a reader must not keep the process alive."""
 
 _stopping = threading.Event()
 
 
 class Terminated(SystemExit):
-    """The pod ends, and what was saved is on storage."""
+    """Raised in the main thread: the pod is being deleted, and the last save is on storage."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_TERMINATED)
 
 
 def ends_by_itself() -> bool:
-    """Whether the process has said what SIGTERM does to it. None: something else than Python has."""
+    """Whether the process has set a disposition for SIGTERM. (`getsignal` returns None for a handler that Python did not set.)"""
     return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
 
 def stop() -> bool:
     """
-    Have this process end, within END_BOUND_S; whether it will. Blocks: never.
+    End this process within END_BOUND_S. Returns whether it will end. Blocks: never.
 
-    Called from: any thread but the main one; once is enough.
+    Called from: any thread but the main one. Further calls do nothing.
     """
     if ends_by_itself() or _stopping.is_set():
         return False
@@ -69,10 +70,10 @@ def stop() -> bool:
 
 def _leave(pid: int) -> None:
     """
-    Run what is to run at exit, and end with the status.
+    Run the atexit hooks, and end with EXIT_TERMINATED.
 
-    Python 3.11 makes no object of an exception that came from another thread until a handler sees it, and ends with status 0 where
-    the script has none (CPython's `handle_system_exit`): the Job would look complete.
+    Python 3.11 instantiates an exception set by another thread only when a handler catches it. Without a handler it exits with status 0
+    (CPython's `handle_system_exit`), and the Job would look complete.
     """
     if pid == os.getpid():
         atexit.unregister(_leave)
@@ -82,7 +83,7 @@ def _leave(pid: int) -> None:
 
 
 def _end() -> None:
-    # Waits for nothing else than the bound: at the interpreter's end daemon threads stop.
+    # Waits only for the timeout. This is a daemon thread, so the interpreter's exit stops it.
     threading.Event().wait(END_BOUND_S)
     flushing = threading.Thread(target=_flush, name="pillion-flush", daemon=True)
     with contextlib.suppress(RuntimeError):

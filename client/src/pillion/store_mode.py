@@ -1,16 +1,16 @@
 """
-Which store the sidecars of several pods meet in, and opening a session on it.
+Which store the sidecars of several pods use, and how a session opens on it.
 
 Called from: `Checkpointer`, `pillion.dcp` (all ranks, once).
 
     DCP_USE_PREFIX_STORE   pods   store
     "1"                    any    a prefix of the job's TCPStore; with several ranks a missing or malformed MASTER_ADDR/PORT is an error
-    any other value        > 1    a store of our own, hosted by the coordinator's sidecar on a free port
-    unset                  > 1    the policy's `store` (Prefix by default; our own where the job has no TCPStore)
+    any other value        > 1    a separate store, which the coordinator's sidecar hosts on a free port
+    unset                  > 1    the policy's `store` (Prefix by default; a separate store if the job has no TCPStore)
     any                    1      none: all ranks share one sidecar, which needs no store to agree with itself
 
-torch's own executor takes an unset variable for a store of its own. Here it is the policy's, as a prefix needs no port; and a job of
-one rank never looks at MASTER_ADDR and MASTER_PORT, also where the variable is "1".
+For torch's own executor an unset variable means a separate store. Here it means the policy's `store`, as a prefix needs no port. A job
+of one rank never reads MASTER_ADDR and MASTER_PORT, even if the variable is "1".
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from pillion.wire import messages, names
 
 def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: str = "Prefix") -> str | None:
     """
-    ``prefix``, ``own`` or None (no store).
+    Return ``prefix``, ``own`` or None (no store). All ranks decide on the same facts: those of rank 0.
 
     Raises:
-        SettingsError: prefix mode was asked for, and the job's store cannot be named. All ranks decide on the same facts:
-            those of rank 0.
+        SettingsError: the environment requires prefix mode, and gives no address of the job's store.
     """
     asked = environ.get(names.ENV_PREFIX_STORE)
     if asked == "1" and members.world_size > 1 and members.store is None:
@@ -51,7 +50,7 @@ def policy_of_all(
     given: Mapping[str, Any] | str | os.PathLike[str] | None, environ: Mapping[str, str]
 ) -> Mapping[str, Any] | None:
     """
-    The policy that all ranks begin with, as rank 0 knows it: the injected sidecar's, else the document's. See `group.join`.
+    Return the policy of rank 0, with which all ranks begin: the injected sidecar's, else the document's. See `group.join`.
 
     Blocks: see `_injected_policy` and `policy_source.read`.
     """
@@ -60,17 +59,17 @@ def policy_of_all(
     try:
         return policy_source.read(policy_source.document(given, environ))
     except SettingsError:
-        return None  # the other ranks wait for this one; it is raised when the session is opened
+        return None  # not raised here, where the other ranks wait for this one: opening the session raises it
 
 
 def _injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
     """
-    What the injected sidecar goes by, asked before there is a session.
+    Request the injected sidecar's policy before there is a session.
 
-    Blocks: up to session_module.CONNECT_TIMEOUT_S for it to listen.
+    Blocks: up to session_module.CONNECT_TIMEOUT_S until the sidecar listens.
 
     Returns:
-        The policy as a document. None: a run without a cluster, or it does not say; opening the session then tells why.
+        The policy as a document. None: a run without a cluster, or no answer; then opening the session raises the cause.
     """
     if names.ENV_RUNTIME_DIR not in environ:
         return None
@@ -99,7 +98,7 @@ def open_session(
     environ: Mapping[str, str],
 ) -> session_module.Session:
     """
-    Open this rank's session; in `own` mode the ranks first agree on the store that the coordinator's sidecar hosts.
+    Open this rank's session. In `own` mode the ranks first agree on the store that the coordinator's sidecar hosts.
 
     Ranks: all.
 
@@ -122,7 +121,7 @@ def open_session(
 
     if mode != "own":
         return opened(members)
-    # Rank 0 goes first: its sidecar hosts the store, and says where in its welcome. The others learn it, or its error.
+    # Rank 0 opens first: its sidecar hosts the store, and its welcome has the address. The others get that address, or the error.
     shared: list[Any] = [None]
     session = None
     try:

@@ -1,1 +1,1 @@
-"""What a test of a job, or of Pillion itself, can do to a save: faults at named phases. Nothing here runs unless it is asked for."""
+"""Faults at named phases of a save, for tests of jobs and of Pillion itself. Nothing here runs unless PILLION_FAULTS is set."""

@@ -1,17 +1,16 @@
 """
-The fault kit: faults at named phases, for tests of this product and of jobs that use it. Off unless PILLION_FAULTS asks for them.
+The fault kit: faults at named phases, for tests of Pillion and of jobs that use it. Off unless PILLION_FAULTS is set.
 
     faults = [fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.SIGKILL, step=20)]
     environment = to_environment(folder, faults)      # for the trainers; their sidecars inherit it
     ...
-    hits(folder)                                      # what really happened: a fault that never struck proves nothing
+    hits(folder)                                      # the faults that struck: a fault that never struck proves nothing
 
-Called from: `pillion.fault_points`, at import, in every process whose environment asks for faults. The chart never sets it.
-Must never: strike when it was not asked to, or more often than it was asked to, whatever restarts in between: each strike claims a
-file in `folder` first.
+Called from: `pillion.fault_points`, at import, in every process with PILLION_FAULTS. The chart never sets that variable.
+Must never: strike without a request, or more often than requested, even across restarts. Each strike first claims a file in `folder`.
 
-A fault strikes the process that reaches the point. What strikes another one (a dead coordinator at the write of a peer, a lost
-store, a cut network) is a `HOLD`: the process waits at the point until a test, told by the file, has done the deed.
+A fault strikes the process that reaches the point. Use `HOLD` for a fault of something else (a dead coordinator while a peer writes, a
+lost store, a cut network): the process waits at the point. The test sees the file of the strike, causes the fault, and releases it.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from pillion.fault_points import FaultPoint
 from pillion.wire import names
 
 HOLD_LIMIT_S: Final = 120.0
-"""Bound for a HOLD that nobody ends: the process goes on, and the test finds out by its own bound."""
+"""Timeout for a HOLD that no test releases. Then the process continues, and the test fails by its own timeout."""
 HOLD_POLL_S: Final = 0.005
 STUCK_S: Final = 3600.0
-"""How long a storage call that never returns takes: longer than any bound of the product."""
+"""Duration of a storage call that never returns: longer than any timeout of Pillion."""
 CLOCK_JUMP_S: Final = -7200.0
-"""Two hours back: what a node does whose clock was never set before."""
+"""Default jump of the clock: two hours back, as on a node whose clock is set for the first time."""
 
 
 class Kind(StrEnum):
@@ -45,20 +44,20 @@ class Kind(StrEnum):
 
     SIGKILL = "SIGKILL"
     SIGSTOP = "SIGSTOP"
-    """Stopped, until somebody sends SIGCONT."""
+    """The process stops until it gets SIGCONT."""
     SIGSEGV = "SIGSEGV"
     ENOSPC = "ENOSPC"
     EIO = "EIO"
     SLOW = "slow"
-    """The call takes `seconds`, and succeeds."""
+    """The call takes `seconds` and succeeds."""
     STUCK = "stuck"
     """The call never returns."""
     TORN = "torn"
-    """Half of the file is there, and the process dies: a crash in the middle of a write."""
+    """The file is cut to half, and the process dies: a crash in the middle of a write."""
     CUT = "cut"
-    """Half of the file is there, and every call reported success: storage that lies."""
+    """The file is cut to half, and every call succeeds: storage that loses data silently."""
     FLIP = "flip"
-    """One bit of the file is another, and every call reported success."""
+    """One bit of the file flips, and every call succeeds."""
     HOLD = "hold"
     """Wait for the test: see the module."""
     CLOCK = "clock"
@@ -80,9 +79,9 @@ class Fault:
     phase: FaultPoint
     kind: Kind
     rank: int | None = None
-    """Which rank's process: a trainer's own, or the sidecar that serves it. None: whoever comes first."""
+    """Rank whose process is struck: the trainer, or the sidecar that serves it. None: the first process at the point."""
     step: int | None = None
-    """At which step; None: the first that comes."""
+    """Step at which the fault strikes. None: the first step at the point."""
     times: int = 1
     seconds: float = 0.0
     """For SLOW and CLOCK."""
@@ -97,12 +96,12 @@ def fail_at(
     times: int = 1,
     seconds: float = 0.0,
 ) -> Fault:
-    """A fault, as a test reads it: ``fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.SIGKILL)``."""
+    """Return a fault, in the words of a test: ``fail_at(rank=1, phase=FaultPoint.WRITE, fault=Kind.SIGKILL)``."""
     return Fault(phase=phase, kind=fault, rank=rank, step=step, times=times, seconds=seconds)
 
 
 def to_environment(folder: str | os.PathLike[str], faults: Iterable[Fault]) -> dict[str, str]:
-    """The variable that asks for these faults; `folder` holds what has struck, and is empty at first."""
+    """Return the environment variable with these faults. `folder` records the strikes, and must be empty at first."""
     listed = [
         {
             "phase": fault.phase.value,
@@ -122,14 +121,14 @@ class Hit:
     """One strike."""
 
     index: int
-    """Of the fault, in the order they were asked for."""
+    """Index of the fault in the list of `to_environment`."""
     pid: int
     step: int | None
     path: str
 
 
 def hits(folder: str | os.PathLike[str]) -> list[Hit]:
-    """What has struck so far, by fault. A strike that is being written down at this moment is not in it yet."""
+    """Return the strikes so far, ordered by fault. A strike whose file is still being written is not included."""
     struck = []
     for file in sorted(Path(folder).glob("*.hit")):
         text = file.read_text()
@@ -152,7 +151,7 @@ def release(folder: str | os.PathLike[str], index: int = 0) -> None:
 
 
 class BadFaults(ValueError):
-    """PILLION_FAULTS cannot be read; the text says where and what is allowed."""
+    """PILLION_FAULTS cannot be read. The text names the problem and the allowed values."""
 
 
 def parse(text: str) -> tuple[Path, list[Fault]]:
@@ -186,7 +185,7 @@ def parse(text: str) -> tuple[Path, list[Fault]]:
 
 def arm() -> None:
     """
-    Watch every point of this process for the faults of its environment; for none when it asks for none.
+    Observe every point of this process for the faults in its environment, if there are any.
 
     Raises:
         BadFaults.
@@ -262,7 +261,7 @@ def _flip(path: str) -> None:
 
 
 def _turn_clock(seconds: float) -> None:
-    """Have `time.time` and `time.time_ns` of this process tell another time from now on."""
+    """Shift `time.time` and `time.time_ns` of this process from now on."""
     wall, wall_ns = time.time, time.time_ns
     time.time = lambda: wall() + seconds
     time.time_ns = lambda: wall_ns() + int(seconds * 1e9)
