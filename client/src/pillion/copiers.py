@@ -1,9 +1,9 @@
 """
-The whole of: a few threads that work side by side on one thing, until all of it is done.
+A few threads that run a batch of jobs in parallel, until all jobs have ended.
 
-Called from: `staging`. Not a ThreadPoolExecutor: Python closes those before the hooks of the interpreter's end, and the copy of a script's
-last save may still run then.
-Must never: return while a job runs, whatever interrupts the caller; a slot that is given up may be filled by the next save.
+Called from: `host_copies`. Not a ThreadPoolExecutor: Python closes those before atexit hooks run, and the copy of a script's last save may
+still run then.
+Must never: return while a job runs, even if the caller is interrupted. The next save may fill a slot that was given up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 CLOSE_TIMEOUT_S: Final = 5.0
-"""Bound for the threads to end once they are told to: none has a job then."""
+"""Timeout for each thread's end at `close`. No thread has a job then."""
 
 
 class Copiers:
@@ -22,13 +22,13 @@ class Copiers:
     See the module.
 
     Args:
-        num_threads: at least 1.
-        prepare: called first in each thread.
+        num_threads: number of threads, at least 1.
+        prepare: called once in each thread, before its first job.
 
     Owns: its threads, until `close`.
 
     Raises:
-        RuntimeError: there can be no more threads.
+        RuntimeError: a thread cannot start.
     """
 
     def __init__(self, num_threads: int, prepare: Callable[[], None]) -> None:
@@ -49,7 +49,7 @@ class Copiers:
         Run the jobs, and return when all have ended.
 
         Raises:
-            Exception: the first one that a job raised.
+            Exception: the first error of a job.
         """
         batch = _Batch(len(jobs))
         for job in jobs:
@@ -68,7 +68,7 @@ class Copiers:
         unprepared: BaseException | None = None
         try:
             self._prepare()
-        except BaseException as err:  # a boundary: it is the error of every job that comes here
+        except BaseException as err:  # a boundary: every job of this thread fails with it
             unprepared = err
         while True:
             taken = self._work.get()
@@ -79,15 +79,15 @@ class Copiers:
             try:
                 if error is None:
                     job()
-            except BaseException as err:  # a boundary: it goes to whoever waits for the batch
+            except BaseException as err:  # a boundary: the waiter of the batch raises it
                 error = err
             batch.ended(error)
-            # Not kept until the next job comes: it holds tensors.
+            # Released before the next `get`, as a job holds tensors.
             del taken, job, batch, error
 
 
 class _Batch:
-    """How many jobs are left, and the first error."""
+    """The number of jobs that still run, and the first error."""
 
     def __init__(self, num_jobs: int) -> None:
         self._left = num_jobs
@@ -111,7 +111,7 @@ class _Batch:
                 self._done.wait()
             except (
                 BaseException
-            ) as err:  # Ctrl-C, or whatever a signal's handler raises: raised again when the copies have ended
+            ) as err:  # Ctrl-C, or an error of a signal handler: raised again after the copies have ended
                 interrupt = interrupt or err
         if interrupt is not None:
             raise interrupt

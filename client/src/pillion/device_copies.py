@@ -1,7 +1,7 @@
 """
-Copies between devices and the arena: beside the trainer's streams, on one of their own for each device.
+Copies between devices and the arena, beside the trainer's streams: on a separate stream for each device.
 
-Called from: `pillion.staging`, with no mode on. Must never: return while a copy runs; the slot may be sealed, or given up, behind it.
+Called from: `pillion.staging`, with no torch mode on. Must never: return while a copy runs, as the caller then seals the slot or gives it up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Cuts = Mapping[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One item, of contiguous memory of the host and a tensor of a device."""
+    """One item: contiguous host memory, and a tensor on a device."""
 
     index: int
     host: torch.Tensor
@@ -40,12 +40,14 @@ class DeviceCopies:
         Copy from devices to the host.
 
         Args:
-            ready: for each device an event that its copies wait for; None: what its current stream has to do so far.
+            copies: the items to copy.
+            cuts: see `Cuts`.
+            ready: for each device an event that its copies wait for. None: they wait for its current stream.
 
         Blocks: until the copies are done, on every device.
 
         Raises:
-            host_copies.CopyFailed: one cannot be begun.
+            host_copies.CopyFailed: torch cannot start a copy.
         """
         by_device: dict[torch.device, list[Copy]] = defaultdict(list)
         for copy in copies:
@@ -67,7 +69,7 @@ class DeviceCopies:
                     for copy in own:
                         _take(copy, cuts.get(copy.index, ()), non_blocking=True)
         finally:
-            # Behind an error as well: what was begun still writes. The sources need no record_stream, as they are held until here.
+            # After an error as well, because started copies still write. The sources need no record_stream: they live until here.
             for stream in begun:
                 stream.synchronize()
 
@@ -81,7 +83,7 @@ def _take(copy: Copy, offsets: Sequence[int], *, non_blocking: bool) -> None:
     source = copy.device
     try:
         if source.is_conj() or source.is_neg():
-            # On the device: torch would do it on the host, at once, beside a copy that it has only queued.
+            # Resolved on the device. torch would do it on the host, immediately, while its copy is only queued.
             source = source.resolve_conj().resolve_neg()
         if not offsets:
             copy.host.copy_(source, non_blocking=non_blocking)
@@ -95,10 +97,10 @@ def _take(copy: Copy, offsets: Sequence[int], *, non_blocking: bool) -> None:
 @torch.inference_mode()
 def give(copy: Copy, offsets: Sequence[int]) -> None:
     """
-    Copy from the host to a device, whose tensor may be of another dtype or order.
+    Copy from the host to a device. The device's tensor may have another dtype or memory order.
 
     Raises:
-        host_copies.CopyFailed: torch cannot.
+        host_copies.CopyFailed: torch cannot copy it.
     """
     host, target = copy.host, copy.device
     if not offsets:
@@ -113,7 +115,7 @@ def give(copy: Copy, offsets: Sequence[int]) -> None:
 
 
 def _parts(tensor: torch.Tensor, offsets: Sequence[int]) -> Iterator[torch.Tensor]:
-    """A contiguous tensor, cut at offsets in bytes."""
+    """Yield the parts of a contiguous tensor, cut at offsets in bytes."""
     flat = tensor.view(-1)
     cuts = [offset // tensor.element_size() for offset in offsets]
     for start, end in itertools.pairwise([0, *cuts, flat.numel()]):

@@ -1,10 +1,10 @@
 """
-The CUDA devices of a state, and threads of Pillion's own that work for them.
+The CUDA devices of a state, and how Pillion's own threads use them.
 
 Called from: `pillion.registration`, `pillion.staging`, `pillion.saving`, `pillion.preparing`.
 
-A new thread is on device 0, whatever device its rank trains on. Its first call of CUDA there makes a context: some 500 MiB on device 0 for
-each rank of the node. So each thread of Pillion that may call CUDA begins with `use`.
+A new thread uses device 0, whatever device its rank trains on. Its first CUDA call would create a context there: some 500 MiB on device 0
+for each rank of the node. So every thread of Pillion that may call CUDA begins with `use`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ RELAXED: Final = 2
 
 @modes.off()
 def used_by(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
-    """The CUDA devices that the tensors are on, by their index; none for a state on the host."""
+    """Return the CUDA devices of the tensors, ordered by index. Empty for a state on the host."""
     return tuple(sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=lambda device: device.index))
 
 
 def use(devices: Sequence[torch.device]) -> None:
     """
-    Have the calling thread work on the first of these devices, and leave the trainer's captures alone.
+    Switch the calling thread to the first of these devices, in relaxed capture mode.
 
-    While the trainer captures a CUDA graph (by default for all threads), a call of another thread that is not safe within a capture fails,
-    and spoils the capture: page-locking may be one. A relaxed thread may make it.
+    The trainer may capture a CUDA graph, by default for all threads. Then an unsafe call in another thread, such as page-locking, fails and
+    breaks the capture. A thread in relaxed mode may make such calls.
 
-    Called from: a thread of Pillion's own, first. Never the trainer's.
+    Called from: each of Pillion's own threads, first. Never from a thread of the trainer.
 
     Source: CUDA Runtime API, cudaThreadExchangeStreamCaptureMode.
     """
@@ -45,7 +45,7 @@ def use(devices: Sequence[torch.device]) -> None:
 
 def _exchange_capture_mode(mode: int) -> None:
     try:
-        # torch loads the runtime for all of the process to see, and has no call for this one.
+        # torch loads the CUDA runtime into the process, but does not wrap this function.
         exchange = ctypes.CDLL(None).cudaThreadExchangeStreamCaptureMode
     except AttributeError:  # another runtime (ROCm), or one that is linked in
         return
@@ -53,7 +53,7 @@ def _exchange_capture_mode(mode: int) -> None:
 
 
 def marks(devices: Iterable[torch.device]) -> Mapping[torch.device, Any]:
-    """An event on each device, behind what its current stream has to do so far."""
+    """Record an event on the current stream of each device."""
     events = {}
     for device in devices:
         events[device] = torch.cuda.Event()

@@ -1,8 +1,8 @@
 """
 A state dict as a flat mapping from FQN to leaf, and the path of each leaf. Pure; no torch.
 
-Called from: `pillion.leaves`. The names are DCP's, so that stock `dcp.load` finds what we wrote: mappings are always
-descended into, a list only where it holds (at any depth) a tensor or a mapping, and an FQN is the path joined by dots.
+Called from: `pillion.leaves`. The names are DCP's, so that stock `dcp.load` finds them. A mapping is always a container. A list is a
+container only if it holds a tensor or a mapping at any depth. An FQN is the path joined by dots.
 Source: `torch.distributed.checkpoint`, flattening of nested state dicts since 2.4; a test compares with it.
 """
 
@@ -17,7 +17,7 @@ from pillion.errors import UsageError
 Path = tuple[str | int, ...]
 
 MAX_DIGITS: Final = 100
-"""Keys of more digits are searched for: int() of a text takes time that is quadratic in its length."""
+"""Maximum digits of a key that is parsed as an int. int() takes time quadratic in the length; longer keys are found by a search."""
 
 
 def flatten(
@@ -58,7 +58,7 @@ def flatten(
 def _own_paths(
     container: object, fqn: str, is_tensor: Callable[[object], bool], above: tuple[object, ...] = ()
 ) -> Iterator[tuple[object, ...]]:
-    """The paths of all leaves with this name, in the keys that the containers have."""
+    """Yield the paths of all leaves with the name `fqn`, with the keys of the containers themselves."""
     if isinstance(container, Mapping):
         children: Iterable[tuple[object, object]] = container.items()
     elif isinstance(container, list) and _holds_leaves(container, is_tensor):
@@ -82,10 +82,10 @@ def _holds_leaves(values: list[object], is_tensor: Callable[[object], bool]) -> 
 
 def check_assignable(state_dict: object, paths: Iterable[Path]) -> None:
     """
-    Refuse a state dict into which `assign` could not put values at these paths, before anything of it is changed.
+    Refuse a state dict in which `assign` cannot set these paths, before any value changes.
 
     Raises:
-        UsageError: names every path that leads to something read-only.
+        UsageError: a path leads to a read-only container. Names every such path.
     """
     refused: dict[int, str | None] = {}
     problems = []
@@ -101,7 +101,7 @@ def check_assignable(state_dict: object, paths: Iterable[Path]) -> None:
 
 
 def _read_only(container: object, key: str | int) -> str | None:
-    """Why a container takes no values; None when it does. One of a type that is not ours to know is asked to take its own."""
+    """Return why a container is read-only. None if it is writable. A container of an unknown type is tested with its own value."""
     if type(container) in (dict, OrderedDict, list):
         return None
     try:
@@ -123,7 +123,7 @@ def assign(state_dict: object, path: Path, value: object) -> None:
     Put `value` at `path` of a nested state dict, in place.
 
     Raises:
-        UsageError: the path leads through something that cannot be assigned to (a tuple).
+        UsageError: the container at the path does not support assignment (a tuple).
     """
     container = _container(state_dict, path)
     last = path[-1]
@@ -151,7 +151,7 @@ def _child(container: object, key: str | int) -> object:
 
 
 def _own_key(container: Mapping[object, object], key: str | int) -> object:
-    """FQNs know keys as text only; a mapping with int keys (an optimizer's `state`) gets its own key back."""
+    """Return the mapping's own key for a key of an FQN, which is text. An optimizer's `state` has int keys."""
     if key in container:
         return key
     if isinstance(key, str) and _is_number(key) and int(key) in container:
@@ -163,6 +163,6 @@ def _own_key(container: Mapping[object, object], key: str | int) -> object:
 
 
 def _is_number(text: str) -> bool:
-    """Whether the text is what str() makes of an int."""
+    """Whether the text is the str() of an int."""
     digits = text.removeprefix("-")
     return digits.isascii() and digits.isdigit() and len(digits) < MAX_DIGITS and str(int(text)) == text

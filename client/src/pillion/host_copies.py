@@ -1,12 +1,12 @@
 """
-Copies within the host's memory, shared out to as many threads as torch has.
+Copies within host memory, divided among as many threads as torch uses.
 
-Called from: `pillion.staging` and `pillion.device_copies`, with no mode on.
+Called from: `pillion.staging` and `pillion.device_copies`, with no torch mode on.
 
-The tensors are cut into stretches of equal bytes, and a thread each copies one in one batched call: the GIL is given up once, not once a
-tensor, because a trainer whose GIL is busy takes up to 5 ms (sys.getswitchinterval) to give it back. torch's own threads are not used:
-they meet after each tensor, and on a machine whose cores are busy each meeting waits for the scheduler (measured: 64 tensors beside a
-spinning thread, 0.10 s against 0.18 s).
+The tensors are cut into stretches of equal bytes. Each thread copies one stretch in one batched call, so it releases the GIL once and not
+once a tensor. Each reacquisition takes up to 5 ms (sys.getswitchinterval) in a busy trainer. torch's own threads are not used: they
+synchronize after each tensor, and on busy cores each synchronization waits for the scheduler (measured: 64 tensors beside a spinning
+thread, 0.10 s against 0.18 s).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pillion import copiers as copiers_module
 from pillion.wire import layout as layout_module
 
 SPLIT_BYTES: Final = 4 * 1024**2
-"""A stretch of copies ends at the end of a tensor, unless it would be this much too long: then it ends within it."""
+"""Maximum excess of a stretch over its share. A stretch ends at the end of a tensor, unless it would exceed its share by more."""
 
 KEPT_STRETCHES: Final = 1024
-"""Ways to share a copy out that are remembered: one for saves, and one for each part of a load."""
+"""Maximum divisions of a copy that are remembered: one for saves, and one for each part of a load."""
 
 
 class CopyFailed(Exception):
@@ -51,14 +51,14 @@ class Stretch:
 
 class HostCopies:
     """
-    The threads, and how copies were shared out to them before.
+    The copying threads, and the remembered divisions of copies among them.
 
     Owns: its threads, until `close`. Thread-safe; one thread copies at a time.
     """
 
     def __init__(self) -> None:
         self._making = threading.Lock()
-        """A thread prepares the arena while the trainer may save already: what both of them need is made once."""
+        """Held while the threads are made: the preparing thread and a save may need them at the same time."""
         self._copiers: copiers_module.Copiers | None = None
         self._stretches: dict[tuple[str, int, int, int], tuple[Stretch, ...]] = {}
 
@@ -71,10 +71,10 @@ class HostCopies:
         last: int,
     ) -> None:
         """
-        Copy items [first, last); sizes and dtypes are those of the layout.
+        Copy items [first, last). Their sizes and dtypes are those of the layout.
 
         Raises:
-            CopyFailed: torch cannot copy one.
+            CopyFailed: torch cannot copy a tensor.
         """
         copiers, stretches = self.share_out(layout, first, last)
         if copiers is None:
@@ -90,7 +90,7 @@ class HostCopies:
         layout: layout_module.Layout,
         chosen: Sequence[int],
     ) -> None:
-        """`copy`, of single items: how they are shared out is not remembered."""
+        """Copy single items, as `copy` does. Their division among threads is not remembered."""
         part = layout_module.Layout(tuple(layout.items[index] for index in chosen), (), {})
         try:
             self.copy([targets[i] for i in chosen], [sources[i] for i in chosen], part, 0, len(chosen))
@@ -100,7 +100,7 @@ class HostCopies:
     def share_out(
         self, layout: layout_module.Layout, first: int, last: int
     ) -> tuple[copiers_module.Copiers | None, tuple[Stretch, ...]]:
-        """The threads, None where the caller copies itself, and what each is to copy. Remembered."""
+        """Return the threads and the stretch of each. None instead of threads: the caller copies itself. Remembered."""
         num_threads = torch.get_num_threads()
         with self._making:
             if num_threads > 1 and self._copiers is None:
@@ -125,22 +125,22 @@ class HostCopies:
 
 def _copiers(num_threads: int) -> copiers_module.Copiers | None:
     """
-    Threads in which torch's operations use one thread each; None where that cannot be had.
+    Return threads in which torch's operations are single-threaded. None if that is not possible.
 
-    The number of OpenMP threads is a property of each thread, and torch (2.6 to 2.15) offers only a setter that also
-    changes it for threads of others. Source: OpenMP 5.0, 3.2.1 (omp_set_num_threads).
+    The number of OpenMP threads is a property of each thread. torch (2.6 to 2.15) has only a setter that also changes it for other
+    threads. Source: OpenMP 5.0, 3.2.1 (omp_set_num_threads).
     """
     library = _openmp_library()
     if library is None:
         return None
 
     def alone() -> None:
-        torch.get_num_threads()  # torch sets its own number at the first use in a thread: let it, and then set ours
+        torch.get_num_threads()  # torch sets its number at the first use in a thread, so trigger that before ours
         library.omp_set_num_threads(1)
 
     try:
         copiers = copiers_module.Copiers(num_threads, alone)
-    except RuntimeError:  # no thread more: a limit, or the interpreter's end (Python 3.12)
+    except RuntimeError:  # no thread can start: a limit, or the interpreter's exit (Python 3.12)
         return None
     numbers: list[int] = []
     copiers.each([lambda: numbers.append(torch.get_num_threads())])
@@ -151,7 +151,7 @@ def _copiers(num_threads: int) -> copiers_module.Copiers | None:
 
 
 def _openmp_library() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch has loaded."""
+    """Return the OpenMP runtime that torch has loaded. None if it is not found."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split(None, 5)[5].strip() for line in maps if "omp" in line and line.count("/") > 0}
@@ -198,10 +198,10 @@ def shared_out(layout: layout_module.Layout, first: int, last: int, num_threads:
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stretch: Stretch) -> None:
     """
-    Copy a stretch. Called from: the thread that copies, with no mode on.
+    Copy a stretch. Called from: the copying thread, with no torch mode on.
 
     Raises:
-        CopyFailed: one of the tensors cannot be copied.
+        CopyFailed: torch cannot copy a tensor.
     """
     indexes = range(stretch.first, stretch.last)
     if indexes:
@@ -209,18 +209,18 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stre
     for index, start, stop in stretch.parts:
         target, source = targets[index], sources[index]
         if target.is_contiguous() and source.is_contiguous():
-            # Modes are properties of a thread: inference tensors can be changed, and viewed to be changed, only in this one.
+            # Inference mode belongs to a thread. Inference tensors can be changed, and viewed for a change, only in inference mode.
             with torch.inference_mode():
                 target, source = target.view(-1)[start:stop], source.view(-1)[start:stop]
             copy_one(target, source, index)
         elif start == 0:
-            # Elements of a tensor of another order cannot be told apart cheaply: its first thread copies all of it.
+            # A tensor of another memory order cannot be split cheaply: the thread of its first part copies all of it.
             copy_one(target, source, index)
 
 
 @torch.inference_mode()
 def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor], indexes: Sequence[int]) -> None:
-    """Copy all in one call; where torch has none for them (conjugated targets), one after the other."""
+    """Copy all tensors in one call. If torch does not support that (conjugated targets), copy one after another."""
     if not targets:
         return
     try:
@@ -236,7 +236,7 @@ def copy_one(target: torch.Tensor, source: torch.Tensor, index: int) -> None:
     Copy one tensor.
 
     Raises:
-        CopyFailed: torch cannot.
+        CopyFailed: torch cannot copy it.
     """
     try:
         target.copy_(source)

@@ -4,13 +4,12 @@ A state dict of torch objects as chunks of tensors and opaque leaves.
 Called from: `pillion.checkpointer` and `pillion.dcp`, on the training thread. Holds no copy of any data: an item's tensor is a
 view of the user's own memory.
 
-A tensor leaf becomes one item for each chunk that this rank holds, whatever it is made of: a plain tensor, a DTensor, a
-ShardedTensor, or any tensor that speaks DCP's chunk protocol (`__create_chunk_list__`, `__get_tensor_shard__`). What is no
-dense tensor of a known dtype (sparse, quantized, foreign subclasses, any other Python object) becomes opaque bytes that only a
-trainer unpickles (`pillion.opaque`).
+A tensor leaf becomes one item for each chunk that this rank holds. It may be a plain tensor, a DTensor, a ShardedTensor, or any
+tensor with DCP's chunk protocol (`__create_chunk_list__`, `__get_tensor_shard__`). Every other leaf (sparse and quantized tensors,
+foreign subclasses, any other Python object) becomes opaque bytes that only a trainer unpickles (`pillion.opaque`).
 
-A shard is bytes in memory, or it is refused: an opaque leaf is written once for all ranks that have its name, so that a shard
-cannot be one.
+A shard that is not plain bytes in memory is refused. An opaque leaf is written once for all ranks that have its name, so a shard cannot
+be one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pillion.errors import IncompatibleCheckpoint, UnsupportedLeaf, UsageError
 from pillion.wire import layout as layout_module
 
 MAX_DIMS: Final = 24
-"""Tensors of more dimensions are staged as opaque bytes: their shape would not fit the archive head (layout.HEAD_BYTES)."""
+"""Maximum dimensions of a tensor item. The shape of a larger one does not fit the archive head (layout.HEAD_BYTES); it is opaque."""
 
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
     getattr(torch, name): name for name in layout_module.ITEMSIZE_BYTES if hasattr(torch, name)
@@ -39,12 +38,12 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE
 
 _PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 _USES: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
-"""Types of attributes that say how a tensor is used, and are no values of it."""
+"""Types of attributes that describe the use of a tensor and hold none of its values."""
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """What one rank has to stage (or to fill, at a load)."""
+    """The leaves that one rank stages, or that a load fills."""
 
     layout: layout_module.Layout
     tensors: Sequence[torch.Tensor]
@@ -52,24 +51,24 @@ class Leaves:
     opaque: Sequence[object]
     """One per opaque leaf."""
     seen: Seen | None = None
-    """What a collector remembers of the state dict."""
+    """What a collector remembers of this state dict."""
 
 
 def materialize(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """`Stateful` values (objects with ``state_dict`` and ``load_state_dict``) replaced by what they say; shallow, as DCP."""
+    """Replace `Stateful` values (objects with ``state_dict`` and ``load_state_dict``) by their state dicts. Shallow, as in DCP."""
     if not isinstance(state_dict, Mapping):
         raise UsageError(f"a state dict must be a mapping, not {type(state_dict).__name__}")
     return {key: value.state_dict() if stateful.is_stateful(value) else value for key, value in state_dict.items()}
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """torch's counter of in-place changes; inference tensors have none."""
+    """Return torch's counters of in-place changes. Inference tensors have none and count as 0."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class Collector:
     """
-    Turns state dicts into `Leaves`, and remembers the last layout: a state dict of the same shape costs one comparison.
+    Turns state dicts into `Leaves`. It remembers the last layout, so a state dict of the same shape costs one comparison.
 
     Not thread-safe; one per Checkpointer.
     """
@@ -78,7 +77,7 @@ class Collector:
         self._seen: Seen | None = None
 
     def adopt(self, leaves: Leaves) -> None:
-        """Remember what another collector saw, so that the first state dict of that shape costs no more than the next."""
+        """Take over the layout that another collector saw, so that already the first state dict of that shape is cheap."""
         if self._seen is None:
             self._seen = leaves.seen
 
@@ -87,12 +86,12 @@ class Collector:
         """
         Flatten a materialized state dict.
 
-        Blocks: for a collective that an asynchronous redistribute of a DTensor has begun; else never (no device synchronisation).
+        Blocks: for a collective that an asynchronous redistribute of a DTensor has begun. Otherwise never: it synchronizes no device.
 
         Raises:
-            UnsupportedLeaf: a leaf that cannot be staged (meta or fake tensors, DTensors with a Partial placement or with
-                shards that are no dense tensors).
-            UsageError: two leaves of one name.
+            UnsupportedLeaf: a leaf cannot be staged (meta or fake tensors, DTensors with a Partial placement or with shards that
+                are not dense tensors).
+            UsageError: two leaves have one name.
         """
         transforming = _transforming()
         seen = self._seen if not transforming else None
@@ -136,7 +135,7 @@ class Collector:
                     signature.append(item)
                     tensors.append(tensor)
                 chunked = True
-        # Equal names may have other paths: {"a": [x]} and {"a": {"0": x}}.
+        # Equal names may have different paths: {"a": [x]} and {"a": {"0": x}}.
         if seen is not None and signature == seen.signature and paths == seen.paths:
             layout = seen.layout
         else:
@@ -158,14 +157,14 @@ class Seen:
     shape: _Shape
     paths: dict[str, flatten.Path]
     plain: _PlainTensors | None
-    """None where tensors have to be looked at one by one (DTensors, sparse ones)."""
+    """None if every tensor must be checked by itself (DTensors, sparse tensors)."""
 
 
 class _Shape:
     """
     The containers of a state dict: their keys, and the type of every value.
 
-    As long as they stay, the leaves are the same ones in the same order, and comparing takes a tenth of flattening.
+    While these stay the same, the leaves keep their order. A comparison takes a tenth of the time of flattening.
     """
 
     def __init__(self, container: Any, leaf_paths: AbstractSet[flatten.Path], path: flatten.Path = ()) -> None:
@@ -174,7 +173,7 @@ class _Shape:
         values = list(container.values()) if self._is_mapping else container
         self._types = list(map(type, values))
         self._lists: list[int] = []
-        """Lists that are leaves: one that now holds a tensor is a container from now on."""
+        """Indexes of lists that are leaves. A list that now holds a tensor would be a container."""
         self._inner: list[tuple[int, _Shape]] = []
         names: Iterable[str | int] = map(str, self._keys) if self._is_mapping else range(len(values))
         for index, (name, value) in enumerate(zip(names, values, strict=True)):
@@ -185,7 +184,7 @@ class _Shape:
                 self._lists.append(index)
 
     def leaves(self, container: Any) -> list[object] | None:
-        """The leaves in traversal order; None when something changed."""
+        """Return the leaves in traversal order. None if a key, a type or a container changed."""
         leaves: list[object] = []
         return leaves if self._collect(container, leaves) else None
 
@@ -212,7 +211,7 @@ class _Shape:
 
 
 class _PlainTensors:
-    """What was seen of a state dict whose tensors are all plain ones: enough to know them again without a look at each."""
+    """Shapes and dtypes of a state dict with plain tensors only. They suffice to recognize the next one without a check of each tensor."""
 
     def __init__(self, values: list[object]) -> None:
         self._tensors = [index for index, value in enumerate(values) if isinstance(value, torch.Tensor)]
@@ -222,7 +221,7 @@ class _PlainTensors:
         self._dtypes = [tensor.dtype for tensor in tensors]
 
     def matching(self, values: list[object]) -> tuple[list[torch.Tensor], list[object]] | None:
-        """Tensors and opaque leaves, of types that were the same before; None when a tensor is of another kind now."""
+        """Return the tensors and opaque leaves among `values`, whose types are the same as before. None if a tensor changed its kind."""
         tensors = cast("list[torch.Tensor]", [values[index] for index in self._tensors])
         same = (
             not any(tensor.is_nested for tensor in tensors)  # which have no shape
@@ -248,12 +247,12 @@ def _is_tensor(value: object) -> bool:
 
 
 def _chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch.Tensor]] | None:
-    """The chunks of a leaf that this rank holds; None when it has to be opaque."""
+    """Return the chunks of a leaf that this rank holds. None if the leaf must be opaque."""
     if hasattr(leaf, "placements") and hasattr(leaf, "device_mesh"):
         return _dtensor_chunks(fqn, leaf)
     if hasattr(leaf, "local_shards") and not isinstance(leaf, torch.nn.Parameter):
         shards = leaf.local_shards()
-        # Any number of them, also none: then other ranks have the data.
+        # There may be no shard: then other ranks have the data.
         if all(hasattr(shard, "metadata") for shard in shards):
             chunks = [
                 (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor)
@@ -273,7 +272,7 @@ def _chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch.Tensor]
             view = torch.Tensor.__getitem__(leaf, tuple(slice(o, o + n) for o, n in zip(local, sizes, strict=True)))
             chunks.append((tuple(offsets), tuple(sizes), view))
         return _items(fqn, leaf, tuple(slices.global_shape), chunks)
-    # A subclass of Parameter is memory with a role, if that is all. Others are kept with their type and their attributes.
+    # A subclass of Parameter without a state of its own is saved as plain memory. Other subclasses keep their type and attributes.
     if type(leaf) not in _PLAIN and (not isinstance(leaf, torch.nn.Parameter) or _keeps_state(leaf)):
         return None
     plain = _dense(leaf)
@@ -304,7 +303,7 @@ def _dtensor_chunks(fqn: str, leaf: Any) -> list[tuple[layout_module.Item, torch
 def _dtensor_extent(
     size: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of this rank's chunk. Cached: torch takes some 50 us for it, and a model has few distinct ones."""
+    """Return offsets and sizes of this rank's chunk. Cached: torch takes some 50 us a call, and a model has few distinct arguments."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, offsets = compute_local_shape_and_global_offset(size, mesh, placements)
@@ -327,8 +326,8 @@ def _items(
     dtype = DTYPE_NAMES.get(leaf.dtype)
     if dtype is None:
         raise UnsupportedLeaf(fqn=fqn, type_name=type(leaf).__name__, why=f"shards of {leaf.dtype} cannot be written")
-    # An empty shard holds nothing, and its offset lies at the tensor's end: another rank has the data. A tensor that is
-    # empty as a whole keeps one empty chunk, or it would be missing from the checkpoint.
+    # An empty shard is left out: its offset is at the tensor's end, and another rank has the data. A tensor that is empty as a
+    # whole keeps one empty chunk. Otherwise it would be missing from the checkpoint.
     whole_is_empty = 0 in size
     return [
         (
@@ -341,7 +340,7 @@ def _items(
 
 
 def _shard(fqn: str, leaf: Any, shard: Any, sizes: tuple[int, ...]) -> torch.Tensor:
-    """The memory of one shard."""
+    """Return the memory of one shard as a plain tensor."""
     if hasattr(shard, "trigger_wait"):
         shard = shard.trigger_wait()  # an AsyncCollectiveTensor: its collective may still write to it
     _check_data(fqn, shard)
@@ -368,12 +367,12 @@ def _shard(fqn: str, leaf: Any, shard: Any, sizes: tuple[int, ...]) -> torch.Ten
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor without a dispatch of its own is what its strides say, over memory of its own dtype."""
+    """Whether a tensor without its own dispatch is a strided view of memory of its dtype."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor as torch's own class, over the same memory; None for a wrapper around other tensors, or another layout."""
+    """Return the tensor as torch's own class, over the same memory. None for a wrapper around other tensors, or another layout."""
     if type(tensor) in _PLAIN:
         return tensor if _is_dense(tensor) else None
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -383,7 +382,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _keeps_state(leaf: object) -> bool:
-    """Whether attributes of a tensor hold more than what says how it is used (bitsandbytes keeps the scales of a weight there)."""
+    """Whether attributes of a tensor hold values, not only its use. (bitsandbytes keeps the scales of a weight in an attribute.)"""
     return any(
         not (isinstance(value, _USES) or inspect.isroutine(value) or isinstance(value, type))
         for attribute in vars(leaf).values()
@@ -393,7 +392,7 @@ def _keeps_state(leaf: object) -> bool:
 
 def _check_data(fqn: str, leaf: Any) -> None:
     """
-    Refuse what has no values.
+    Refuse a leaf without values.
 
     Raises:
         UnsupportedLeaf: a meta or fake tensor, or a wrapper around one; a parameter of a lazy module; a tensor of a torch.func
@@ -405,7 +404,7 @@ def _check_data(fqn: str, leaf: Any) -> None:
 
 
 def _lacking(leaf: Any) -> str | None:
-    """What it is that a tensor has no values of its own; None when it has."""
+    """Return why a tensor has no values, in one word. None if it has values."""
     if not isinstance(leaf, torch.Tensor):
         return None
     if torch.nn.parameter.is_lazy(leaf):
@@ -425,7 +424,7 @@ def _lacking(leaf: Any) -> str | None:
 
 
 def _transforming() -> bool:
-    """Whether a transform of torch.func (vmap, grad) runs in this thread: then a plain tensor may be none."""
+    """Whether a torch.func transform (vmap, grad) runs in this thread. Then a tensor of a plain type may be a wrapper."""
     peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
     return peek is not None and peek() is not None
 
@@ -435,10 +434,10 @@ def _transforming() -> bool:
 
 def check_fillable(leaves: Leaves) -> None:
     """
-    Refuse targets of a load that cannot hold values of their own, before anything is written.
+    Refuse load targets whose elements cannot hold separate values, before anything is written.
 
     Raises:
-        IncompatibleCheckpoint: elements of a tensor share memory (one that was expanded); names all of them.
+        IncompatibleCheckpoint: elements of a tensor share memory (an expanded tensor). Names all such tensors.
     """
     shared = [
         item.fqn for item, tensor in zip(leaves.layout.items, leaves.tensors, strict=True) if _shares_elements(tensor)
@@ -452,7 +451,7 @@ def check_fillable(leaves: Leaves) -> None:
 
 
 def _shares_elements(tensor: torch.Tensor) -> bool:
-    """Whether there are more elements than places within the reach of the strides."""
+    """Whether the tensor has more elements than memory locations within its strides."""
     if tensor.is_contiguous():
         return False
     strides = [(abs(stride), size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

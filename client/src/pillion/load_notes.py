@@ -1,7 +1,7 @@
 """
-What a load did otherwise than it was asked, in plain words. Pure, but for the log.
+The differences between a load's request and its result, as one warning. Pure, except for the log.
 
-Called from: `pillion.loading` (what is narrowed), `pillion.checkpointer` (the warning). Nothing here is an error: the load ended well.
+Called from: `pillion.loading` (what is narrowed), `pillion.checkpointer` (the warning). None of these differences is an error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pillion.handle import LoadReport
 from pillion.wire import layout as layout_module
 
 SHOWN: Final = 20
-"""Names of each kind in the warning; `last_load` has more."""
+"""Maximum names of each kind in the warning. `last_load` has all of them."""
 
 _log = logging.getLogger(__name__)
 
 
 def narrowed(stored: Mapping[str, str], layout: layout_module.Layout) -> dict[str, str]:
-    """FQN -> how its values were converted, where the wanted dtype cannot hold all that the stored one can."""
+    """Return FQN -> conversion (`int64 -> int16`), for each wanted dtype that cannot hold every stored value."""
     return {
         item.fqn: f"{stored[item.fqn]} -> {item.dtype}"
         for item in layout.items
@@ -32,7 +32,7 @@ def narrowed(stored: Mapping[str, str], layout: layout_module.Layout) -> dict[st
 
 
 def _narrows(stored: str, wanted: str) -> bool:
-    """Whether there is a value of the one type that the other cannot hold."""
+    """Whether the stored dtype has a value that the wanted dtype cannot hold."""
     before, after = leaves_module.DTYPES.get(stored), leaves_module.DTYPES.get(wanted)
     if before is None or after is None or before in (after, torch.bool):
         return False
@@ -56,7 +56,7 @@ def _integers_hold(before: torch.dtype, after: torch.dtype) -> bool:
 
 
 def _floats_hold(before: torch.dtype, after: torch.dtype) -> bool:
-    """Compares digits, both limits, and the value next to 0."""
+    """Whether float type `after` holds every value of `before`. Compares precision, both limits, and the smallest value."""
     target = torch.finfo(after)
     if not _is_float(before):
         limits = torch.iinfo(before)
@@ -73,7 +73,7 @@ def is_tensor(value: object) -> bool:
 
 
 def empty_containers(state_dict: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Names of the mappings that hold nothing, so that they ask for nothing."""
+    """Yield the names of empty mappings, which request nothing."""
     for key, value in state_dict.items():
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping):
@@ -85,14 +85,14 @@ def empty_containers(state_dict: Mapping[str, Any], path: str = "") -> Iterator[
 
 def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, what: str = "") -> None:
     """
-    One warning that names all of it.
+    Log one warning with all differences of a load, if there are any.
 
     Args:
-        report: of this rank's load.
-        empty: names of the mappings that held nothing.
-        first: this is rank 0, which speaks for all.
-        alike: all ranks would say the same of their own leaves.
-        what: is loaded; empty: the step, and where it was.
+        report: the report of this rank's load.
+        empty: names of the empty mappings in the state dict.
+        first: whether this is rank 0, which logs for all ranks.
+        alike: whether all ranks have the same differences in their own leaves.
+        what: name of the loaded checkpoint. Empty: the step and its tier.
     """
     what = what or f"step {report.step} from {report.tier}"
     notes = [*(_of_all(report, empty) if first else ()), *(_of_own(report) if first or not alike else ())]
@@ -101,7 +101,7 @@ def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, 
 
 
 def _of_own(report: LoadReport) -> Iterator[str]:
-    """What other ranks may see otherwise."""
+    """Yield the notes that may differ from rank to rank."""
     if report.missing:
         yield f"not in the checkpoint, and left unchanged: {_list(report.missing)}"
     if report.narrowed:
@@ -116,7 +116,7 @@ def _of_own(report: LoadReport) -> Iterator[str]:
 
 
 def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:
-    """What every rank would say."""
+    """Yield the notes that are the same on every rank."""
     if report.unexpected:
         yield f"in the checkpoint, but not in the state dict of any rank: {_list(report.unexpected)}"
         lost = [name for name in empty if any(_below(each, name) for each in report.unexpected)]

@@ -1,8 +1,8 @@
 """
-Leaves that are bytes to everybody but the trainer: how they are written, read, and put into the user's own objects.
+Opaque leaves, which only the trainer can read: how they are pickled, unpickled, and put into the user's own objects.
 
-Called from: `pillion.saving` (pickled) and `pillion.loading` (unpickled, fill), on the training thread. Only the trainer
-unpickles what it pickled: these bytes run constructors.
+Called from: `pillion.saving` (pickled) and `pillion.loading` (unpickled, fill), on the training thread. Only the trainer unpickles these
+bytes, because unpickling runs constructors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pillion.errors import IncompatibleCheckpoint, StagingError, UnsupportedLeaf
 
 class Pickler:
     """
-    Makes archives of opaque leaves, and keeps the last one of each primitive: most of them are hyperparameters, which rarely change.
+    Makes archives of opaque leaves. It keeps the last archive of each primitive, as most primitives are hyperparameters that rarely change.
 
     Memory: about 1.5 KiB for each primitive leaf of the last state dict. Not thread-safe; one per Saver.
     """
@@ -29,10 +29,10 @@ class Pickler:
     @modes.off()
     def pickled(self, leaves: dict[str, object]) -> list[bytes]:
         """
-        The archive of each leaf, by its FQN.
+        Return the archive of each leaf, in the order of `leaves`.
 
         Raises:
-            UnsupportedLeaf: one that cannot be pickled.
+            UnsupportedLeaf: a leaf cannot be pickled.
         """
         before, kept = self._kept, {}
         archives = []
@@ -40,7 +40,7 @@ class Pickler:
             if not primitives.is_primitive(leaf):
                 archives.append(pickled(leaf, fqn))
                 continue
-            # -0.0 == 0.0 and nan != nan would give the wrong bytes.
+            # Floats are compared by hex(): -0.0 == 0.0 and nan != nan would give the wrong bytes.
             key = leaf.hex() if isinstance(leaf, float) else leaf
             entry = before.get(fqn)
             if entry is None or entry[1] != key or entry[0] is not type(leaf):
@@ -54,11 +54,11 @@ class Pickler:
 @modes.off()
 def pickled(leaf: object, fqn: str) -> bytes:
     """
-    A `torch.save` archive of any Python object, as stock DCP writes it.
+    Return a `torch.save` archive of any Python object, as stock DCP writes it.
 
     Raises:
-        UnsupportedLeaf: it cannot be pickled.
-        StagingError: there is no memory to pickle it in.
+        UnsupportedLeaf: the object cannot be pickled.
+        StagingError: out of memory.
     """
     buffer = io.BytesIO()
     try:
@@ -72,17 +72,17 @@ def pickled(leaf: object, fqn: str) -> bytes:
 
 
 def estimated_bytes(leaf: object) -> int:
-    """About how many bytes an opaque leaf takes, without pickling it: the arena is reserved with slack."""
+    """Estimate the bytes of an opaque leaf without pickling it. The arena is reserved with slack."""
     return 2048 if leaf is None or isinstance(leaf, (int, float, str, bool)) else 16384
 
 
 @modes.off()
 def unpickled(data: bytes, fqn: str) -> object:
     """
-    The object of an opaque leaf. It runs the trainer's own pickle: only the trainer calls this.
+    Return the object of an opaque leaf. Only the trainer calls this, because unpickling runs constructors.
 
     Raises:
-        IncompatibleCheckpoint: its class cannot be imported or built here.
+        IncompatibleCheckpoint: the object's class cannot be imported or built here.
     """
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
@@ -96,14 +96,14 @@ def unpickled(data: bytes, fqn: str) -> object:
 @modes.off()
 def fill(target: object, loaded: object) -> bool:
     """
-    Put the values of a loaded tensor into the user's own one, which stays the object that it is.
+    Copy the values of a loaded tensor into the user's tensor, which stays the same object.
 
-    For tensors that are opaque: sparse and quantized ones, and subclasses. A subclass that names its inner tensors
-    (`__tensor_flatten__`) is filled bit for bit through them; any other by `copy_`, if its attributes are equal.
+    For opaque tensors: sparse, quantized, and subclasses. A subclass that names its inner tensors (`__tensor_flatten__`) is filled bit
+    for bit through them. Any other subclass is filled by `copy_`, if its attributes are equal.
 
     Returns:
-        Whether it was filled. False: one of the two is no tensor, or type, shape, dtype or what the subclass says of itself
-        differ, or it cannot be copied to; the caller then puts `loaded` in the place of `target`.
+        Whether `target` was filled. False: one of the two is not a tensor, their type, shape, dtype or subclass attributes differ, or
+        the copy fails. Then the caller replaces `target` by `loaded`.
     """
     if not isinstance(target, torch.Tensor) or not isinstance(loaded, torch.Tensor):
         return False
@@ -121,7 +121,7 @@ def fill(target: object, loaded: object) -> bool:
 
 
 def _pairs(target: torch.Tensor, loaded: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """The tensors to copy between: the two themselves, or their inner ones; None where they do not agree. Changes nothing."""
+    """Return the pairs to copy between: the two tensors, or their inner tensors. None if they do not match. Changes nothing."""
     if type(target) is not type(loaded) or target.dtype != loaded.dtype or target.layout != loaded.layout:
         return None
     if target.is_nested != loaded.is_nested or (not target.is_nested and target.shape != loaded.shape):
@@ -130,7 +130,7 @@ def _pairs(target: torch.Tensor, loaded: torch.Tensor) -> list[tuple[torch.Tenso
         return [(target, loaded)]
     own, stored = cast("Any", target), cast("Any", loaded)
     if not hasattr(own, "__tensor_flatten__"):
-        # What else the subclass keeps lies in attributes: copy_ would leave them as they are.
+        # The subclass keeps its state in attributes, which copy_ does not change.
         return [(target, loaded)] if _equal(vars(own), vars(stored)) else None
     names, context = own.__tensor_flatten__()
     stored_names, stored_context = stored.__tensor_flatten__()

@@ -1,17 +1,17 @@
 """
-What an overlapped copy may leave for later, and how a change under it is found.
+Which tensors an overlapped save may copy later, and how it detects that one changed meanwhile.
 
 Called from: `pillion.saving`, on the training thread and on the staging thread.
 
-An overlapped save returns before its tensors are copied. Three things make that safe:
+An overlapped save returns before it has copied all tensors. Three mechanisms make that safe:
 
-- What a torch optimizer steps changes in `step()`, and a hook makes each `step()` wait for the copy. Only such tensors are copied
-  later. Averages, frozen weights, and weights that something else updates are copied before `save` returns.
-- torch counts changes in place (`Tensor._version`).
-- It does not count those through `.data`, through a pointer (a kernel, a CUDA graph, numpy). For them one element in SAMPLE_BYTES
-  is kept from the moment of the save, and compared when the copy is done.
+- Only tensors that a torch optimizer steps are copied later. They change in `step()`, and a hook makes each `step()` wait for the copy.
+  Averages, frozen weights, and weights that other code updates are copied before `save` returns.
+- torch counts in-place changes (`Tensor._version`).
+- torch does not count changes through `.data` or through a pointer (a kernel, a CUDA graph, numpy). For them, the save keeps one element
+  in SAMPLE_BYTES, and compares it after the copy.
 
-A tensor that was found changed is copied before `save` returns from then on.
+From then on, `save` copies a tensor that was changed before it returns.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ import torch
 from pillion import modes
 
 SMALL_LEAF_BYTES: Final = 64 * 1024
-"""Leaves up to this size are copied to private memory at once: buffers that a forward pass changes (BatchNorm's statistics, step
-counters) are of this size, and most leaves are."""
+"""Maximum size of a leaf that is copied to private memory at once. Buffers that a forward pass changes are this small (BatchNorm's
+statistics, step counters), and so are most leaves."""
 SAMPLE_BYTES: Final = 64 * 1024
-"""One element in so many bytes is kept to see changes. For 1 GiB in 300 tensors that takes 1 to 5 ms before `save` returns (measured on
-two busy cores, where a copy takes 0.7 s); one in 4 KiB takes 10 to 25 ms, and a comparison of all bytes 1.3 s."""
+"""Distance of the sampled elements that detect changes. For 1 GiB in 300 tensors the sample takes 1 to 5 ms before `save` returns (measured
+on two busy cores, where a copy takes 0.7 s). One element in 4 KiB takes 10 to 25 ms, and a comparison of all bytes 1.3 s."""
 
 _INTEGERS: Final[Mapping[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element -> the dtype that its bits are compared as: NaN is not equal to itself."""
+"""Bytes of an element -> integer dtype for comparing its bits. (A NaN does not equal itself.)"""
 
 _NO_MARKS: Final[Mapping[torch.device, Any]] = {}
 
 
 class Steppers:
-    """The optimizers that were seen to step: what they hold changes in `step()` alone. Thread-safe."""
+    """The optimizers that have stepped. Their parameters and state change only in `step()`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class Steppers:
             self._seen.add(optimizer)
 
     def storages(self) -> set[int]:
-        """Addresses of the memory of all parameters, and of all state, of these optimizers."""
+        """Return the storage addresses of all parameters and all state of these optimizers."""
         with self._lock:
             seen = list(self._seen)
         addresses: set[int] = set()

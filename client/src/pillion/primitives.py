@@ -5,7 +5,7 @@ Called from: `pillion.opaque`. torch.save takes 100 to 500 us for an int, nearly
 Archives whose pickles are equally long differ in that pickle, in its checksum, and in a record of torch's own that identifies the archive
 (no reader looks at it). So torch writes one archive of each length, and the pickle and its checksum are put into copies of it.
 
-What torch writes is not taken for granted: where an archive is not made as described, there is no template, and torch.save is called.
+The module checks torch's archive first. If it is not built as described, there is no template, and torch.save is called.
 
 Source: torch/serialization.py and caffe2/serialize/inline_container.cc of torch 2.6 and 2.15; APPNOTE.TXT 6.3.10, section 4.3.
 """
@@ -24,7 +24,7 @@ from typing import Final
 import torch
 
 TEXT_CHARS: Final = 256
-"""Longest text that is archived here: there are as many templates as there are lengths of pickles, about 1.5 KiB each."""
+"""Longest text that is archived here. Each length of a pickle needs a template of about 1.5 KiB."""
 PICKLE_PROTOCOL: Final = 2
 """torch.save's own (torch.serialization.DEFAULT_PROTOCOL), which every reader knows."""
 
@@ -34,7 +34,7 @@ _LOCAL_HEADER: Final = struct.Struct("<26xHH")
 
 
 def is_primitive(leaf: object) -> bool:
-    """Whether `archive` may know the leaf. Exact types: a subclass (an IntEnum) has a pickle of its own kind."""
+    """Whether `archive` may accept the leaf. Types must match exactly: a subclass (an IntEnum) has another pickle."""
     kind = type(leaf)
     if kind is str and isinstance(leaf, str):
         return len(leaf) <= TEXT_CHARS
@@ -43,7 +43,7 @@ def is_primitive(leaf: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """An archive, cut where the pickle and its two checksums were."""
+    """An archive, cut at the pickle and at its two checksums."""
 
     before: bytes
     between: bytes
@@ -56,13 +56,13 @@ class _Template:
 
 
 _templates: dict[int, _Template | None] = {}
-"""Length of a pickle -> its template; None where torch writes archives of another form."""
+"""Length of a pickle -> its template. None if torch writes archives of another form."""
 _making = threading.Lock()
 
 
 def archive(leaf: object) -> bytes | None:
     """
-    The archive of a primitive; equal leaves have equal ones, on every rank. None: only torch.save can make it.
+    Return the archive of a primitive. Equal leaves have equal archives, on every rank. None: only torch.save can make it.
 
     Called from: a thread with no mode of torch on.
     """
@@ -77,7 +77,7 @@ def archive(leaf: object) -> bytes | None:
 def _make(leaf: object, length: int) -> _Template | None:
     with _making:
         if length not in _templates:
-            # Not of the value that came first: the ranks of a job have other ones, and compare their archives.
+            # A stand-in instead of the first value: ranks have different first values, and compare their archives.
             stand_in = "x" * (length - _TEXT_PICKLE) if length >= _TEXT_PICKLE else leaf
             _templates[length] = _checked(_template(_saved(stand_in), pickle.dumps(stand_in, PICKLE_PROTOCOL)), leaf)
         return _templates[length]
@@ -96,7 +96,7 @@ def _template(archive: bytes, pickled: bytes) -> _Template | None:
             if entry.filename.endswith("/.data/serialization_id"):
                 identity = entries.read(entry)
                 nothing = b"0" * len(identity)
-                # It depends on the stand-in's checksum, and would say nothing of the copies.
+                # The id depends on the stand-in's checksum, so it would be wrong in the copies.
                 archive = archive.replace(identity, nothing).replace(_checksum(identity), _checksum(nothing))
         first = next((entry for entry in entries.infolist() if entry.filename.endswith("/data.pkl")), None)
     if first is None:
@@ -112,12 +112,12 @@ def _template(archive: bytes, pickled: bytes) -> _Template | None:
 
 
 def _checked(template: _Template | None, leaf: object) -> _Template | None:
-    """The template, if torch reads from it what was put in."""
+    """Return the template, if torch reads the leaf back from it."""
     if template is None:
         return None
     try:
         read = torch.load(io.BytesIO(template.filled(pickle.dumps(leaf, PICKLE_PROTOCOL))), weights_only=True)
-    except Exception:  # whatever torch raises of an archive that it does not take
+    except Exception:  # any error of torch for an archive that it cannot read
         return None
     return template if type(read) is type(leaf) and repr(read) == repr(leaf) else None
 

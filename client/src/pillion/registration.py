@@ -1,11 +1,11 @@
 """
-What of a mapping CUDA knows: page-locked memory, which a device reaches by itself, and whose edges no copy may cross.
+Registers a mapping with CUDA as page-locked memory, which a device reads and writes directly. No copy may cross a registration's edge.
 
 Called from: `pillion.staging`.
 
-- A copy to memory that is not registered goes through the driver's own buffer, at a fraction of the rate, and holds its caller.
-- A copy that lies in both kinds of memory, or in two registrations, fails: CUDA wants one of them under all of it.
-- A registration outlives the mapping: where it is unmapped first, the device goes on writing to pages of a file that is gone.
+- A copy to unregistered memory goes through the driver's own buffer, at a fraction of the rate, and blocks its caller.
+- A copy that crosses from registered to unregistered memory, or between two registrations, fails.
+- A registration outlives the mapping. If the memory is unmapped first, the device continues to write to pages of a removed file.
 
 Source: CUDA Runtime API, Memory Management (cudaHostRegister, cudaHostUnregister; of cudaMemcpyAsync: "Memory regions requested must be
 either entirely registered with CUDA, or in the case of host pageable transfers, not registered at all"), Error Handling (cudaGetLastError:
@@ -30,10 +30,10 @@ from pillion.wire import layout as layout_module
 _log = logging.getLogger(__name__)
 
 PIECE_BYTES: Final = 1024**3
-"""Longest single registration. A call takes some 0.1 s a GiB, and training that launches a kernel may wait for it. One call of 512 GiB or
-more fails on r580 drivers, with an error that stays."""
+"""Maximum bytes of a single registration. A call takes some 0.1 s a GiB, and a kernel launch of the training may wait for it. A call of
+512 GiB or more fails on r580 drivers, with an error that stays."""
 PORTABLE: Final = 1
-"""cudaHostRegisterPortable: page-locked for every device of the process, and not only for that of the thread that asks."""
+"""Flag cudaHostRegisterPortable: page-locked for every device of the process, not only for the calling thread's."""
 
 
 class Registration:
@@ -41,26 +41,26 @@ class Registration:
     The registered pieces of one mapping.
 
     Args:
-        address: where the mapping begins.
+        address: start address of the mapping.
 
-    Owns: what it has registered, until `release`. Thread-safe. That nobody copies to a slot while it is extended is its user's to see to.
+    Owns: its registrations, until `release`. Thread-safe. The caller ensures that no copy uses a slot during `extend`.
     """
 
     def __init__(self, address: int) -> None:
         self._address = address
         self._lock = threading.Lock()
         self._pieces: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        """By where a slot begins: address and length, one piece behind the other."""
+        """Start of a slot -> address and length of its contiguous pieces."""
         self._refused: set[int] = set()
         self._devices: Sequence[torch.device] = ()
 
     def extend(self, start: int, size_bytes: int, on_devices: Sequence[torch.device]) -> None:
         """
-        Register [start, start + size_bytes) of the mapping, as far as it is not yet, in whole pages. `start` is that of a slot.
+        Register the missing part of [start, start + size_bytes) of the mapping, in whole pages. `start` is the start of a slot.
 
-        Failing is no error: copies are slower then.
+        A failure is no error: copies are only slower.
 
-        Blocks: some 0.1 s a GiB that is new.
+        Blocks: some 0.1 s for each new GiB.
         """
         size_bytes -= size_bytes % arena.PAGE_BYTES
         with self._lock:
@@ -87,7 +87,7 @@ class Registration:
             have += length
 
     def edges(self, start: int, size_bytes: int) -> list[int]:
-        """Where within [start, start + size_bytes) of the mapping a registered piece begins or ends; offsets from `start`, ascending."""
+        """Return the ascending offsets, from `start`, at which registered pieces begin or end within [start, start + size_bytes)."""
         with self._lock:
             ends = {
                 edge for pieces in self._pieces.values() for address, n in pieces for edge in (address, address + n)
@@ -96,7 +96,7 @@ class Registration:
         return [offset for offset in offsets if 0 < offset < size_bytes]
 
     def release(self) -> None:
-        """Unregister all of it. That nobody copies there any more, and that it is still mapped, is its user's to see to."""
+        """Unregister everything. The caller ensures that no copy runs, and that the memory is still mapped."""
         with self._lock:
             pieces = [piece for each in self._pieces.values() for piece in each]
             self._pieces.clear()
@@ -105,10 +105,10 @@ class Registration:
 
     def _apart(self, call: Callable[[], None]) -> bool:
         """
-        Run calls of the driver in a thread that does nothing else; False where there can be none.
+        Run driver calls in a thread of their own. False if no thread can start.
 
-        One that fails leaves its error with the thread, and torch would raise it from whatever the trainer launches next. It is waited for
-        without a bound, as every call of the driver is: memory that may be half registered can be neither copied to nor left.
+        A failing call leaves its error in its thread; in the trainer's thread, torch would raise it from the next kernel launch. The wait has
+        no timeout, as for every driver call: half-registered memory can be neither used nor released.
         """
 
         def run() -> None:
@@ -126,20 +126,21 @@ class Registration:
 
 def _unregister(pieces: Sequence[tuple[int, int]]) -> None:
     for address, _ in pieces:
-        # One that fails says that CUDA has ended before us, with the process.
+        # It fails only if CUDA has shut down first, at the end of the process.
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def cuts(layout: layout_module.Layout, edges: Sequence[int]) -> Mapping[int, tuple[int, ...]]:
     """
-    Where copies have to end. Pure.
+    Return the offsets at which copies must be split. Pure.
 
     Args:
-        edges: offsets in a slot's image, ascending. They are multiples of a page, and payloads begin at multiples of 64 bytes: a cut lies
-            between two elements of any dtype.
+        layout: the layout of the slot.
+        edges: offsets in a slot's image, ascending. They are multiples of a page, and payloads begin at multiples of 64 bytes. So a cut
+            always lies between two elements, for any dtype.
 
     Returns:
-        Index of an item -> offsets in its payload, bytes. What lies between two edges is not in it.
+        Index of an item -> offsets in its payload, bytes. Items without an edge are left out.
     """
     offsets_by_item: dict[int, list[int]] = defaultdict(list)
     for edge in edges:

@@ -1,14 +1,14 @@
 """
 One save, from the state dict to the seal.
 
-Called from: `Checkpointer.save` and `pillion.dcp.async_save`, on the training thread; an overlapped save goes on in a thread
-of its own. Nothing here raises into the training loop: whatever goes wrong is on the handle.
+Called from: `Checkpointer.save` and `pillion.dcp.async_save`, on the training thread. An overlapped save continues in a thread of its
+own. Nothing here raises into the training loop: the handle has every error.
 
     collect the leaves -> claim a slot -> copy -> seal
                           |<------- overlapped: beside the next forward and backward ------->|
                                                   the optimizer's pre-hook waits for the end ^
 
-What no optimizer steps is copied before an overlapped save returns (`pillion.overlap`): nothing makes its changes wait.
+An overlapped save copies tensors that no optimizer steps before it returns (`pillion.overlap`), because no hook delays their changes.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from pillion.wire import layout as layout_module
 _log = logging.getLogger(__name__)
 
 OPAQUE_SLACK_BYTES: Final = 256 * 1024
-"""Room beside the layout for the manifest and for opaque leaves that grow a little from save to save."""
+"""Extra room in a slot, for the manifest and for opaque leaves that grow a little from save to save."""
 
 
 HURRIED_SWITCH_S: Final = 50e-6
-"""sys.setswitchinterval while a save holds the training loop up. The copy and the claim give the GIL up a dozen times; beside a
-thread that computes in Python each way back takes a whole interval, by default 5 ms."""
+"""Switch interval of the interpreter while a save holds up the training loop. Copy and claim release the GIL a dozen times. Beside a
+thread that computes in Python, each reacquisition takes a whole interval, by default 5 ms."""
 
 
 class _Hurry:
     """
-    The interpreter stays out of the way: quick hand-overs of the GIL, and no garbage collection.
+    Context manager that speeds up the interpreter: quick hand-overs of the GIL, and no garbage collection.
 
-    A collection in the midst of 10,000 fresh tuples walks every object of the trainer (0.2 s with torch imported). Both settings are the
-    whole interpreter's: the first of several threads that hurry changes them, and the last one changes them back.
+    A collection amid 10,000 new tuples walks every object of the trainer (0.2 s with torch imported). Both settings apply to the whole
+    interpreter: the first of several threads that enter changes them, and the last one restores them.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Hurry:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Of a thread that hurries, and waits for another process now."""
+        """Leave the hurry while this thread waits for another process."""
         self._end()
         try:
             yield
@@ -100,7 +100,7 @@ _hurry = _Hurry()
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """Tensors that are copied beside the training, and what they were when the save began."""
+    """Tensors that are copied beside the training, with their versions and samples from the beginning of the save."""
 
     indexes: Sequence[int]
     versions: Sequence[int]
@@ -112,8 +112,8 @@ class Saver:
     Stages saves of one session, one at a time.
 
     Args:
-        overlaps: whether saves may overlap: then it has to know the optimizers from the beginning.
-        gathers: somebody waits for the failures of all ranks, where one cannot stage.
+        overlaps: whether saves may overlap. Then the saver must see every optimizer step from the beginning.
+        gathers: whether the caller waits for the failures of all ranks, if one rank cannot stage.
 
     Owns: the staging thread of an overlapped save, and the optimizer hook.
     """
@@ -124,16 +124,16 @@ class Saver:
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
         self._looked_at: layout_module.Layout | None = None
-        """Whose opaque leaves were searched for objects with a state."""
+        """The layout whose opaque leaves were last searched for stateful objects."""
         self._warned = False
         self._within: set[int] = set()
-        """Threads that are within a save."""
+        """Idents of the threads that are within a save."""
         self._staging: threading.Thread | None = None
         self._staging_handle: SaveHandle | None = None
         self._ahead = preparing.Preparer(session)
         self._steppers = overlap_module.Steppers()
         self._changing: set[str] = set()
-        """FQNs of tensors that were found changed under an overlapped copy, by other things than an optimizer's step."""
+        """FQNs of tensors that changed during an overlapped copy by something other than an optimizer's step."""
         self._hook: Any = register_optimizer_step_pre_hook(self._before_optimizer_step) if overlaps else None
 
     def save(
@@ -146,15 +146,15 @@ class Saver:
         destination: Mapping[str, Any] | None = None,
     ) -> SaveHandle:
         """
-        Stage `state_dict`; the handle says what became of it.
+        Stage `state_dict`. The returned handle has the outcome.
 
-        Blocks: for the copy and, under `overlap: Wait`, for a free slot. With `overlap`, only if there is a large tensor that no
+        Blocks: for the copy, and for a free slot under `overlap: Wait`. With `overlap`, only if there is a large tensor that no
         optimizer steps.
         """
         handle = SaveHandle(step)
         thread = threading.get_ident()
         if thread in self._within:
-            # The save beneath it holds what this one would wait for, and goes on only when this one has returned.
+            # The interrupted save holds what this one would wait for, and continues only after this one returns.
             error = StagingError(
                 "a signal handler cannot save while it interrupts another save: record the signal there, and save in the training loop",
                 step=step,
@@ -197,12 +197,12 @@ class Saver:
         except Exception as err:  # a boundary: no save raises into the training loop
             self._failed(handle, err, persist=persist)
         except BaseException as err:
-            # Ctrl-C, or whatever a signal's handler raises: it goes on, and the slot is given up, or it would be kept for its bound.
+            # Ctrl-C, or an error of a signal handler: it propagates. The slot is given up first, or it would stay taken until its timeout.
             self._failed(handle, err, persist=persist)
             raise
 
     def _look(self, leaves: leaves_module.Leaves) -> None:
-        """Warn, once, of objects that are pickled whole where their state was meant. Costs nothing while the layout stays."""
+        """Warn once about stateful objects that are pickled whole. Costs nothing while the layout stays the same."""
         if self._warned or leaves.layout is self._looked_at:
             return
         self._looked_at = leaves.layout
@@ -247,7 +247,7 @@ class Saver:
         _, image_bytes = leaves.layout.opaque_starts([len(data) for data in opaque])
         num_leaves = len(leaves.tensors) + len(opaque)
         room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
-        # Tracked first: another rank's failure may be told while this one still waits for its slot.
+        # Tracked first: another rank's failure may arrive while this rank still waits for its slot.
         session.track(handle)
         with contextlib.ExitStack() as waiting:
             grant = session.claim(
@@ -255,7 +255,7 @@ class Saver:
                 room_bytes=room,
                 persist=persist,
                 destination=destination,
-                # Beside the training loop nobody hurries.
+                # An overlapped claim does not hurry, so it has nothing to pause.
                 on_wait=lambda: waiting.enter_context(_hurry.paused()) if hurried else None,
             )
         fault_points.reach(fault_points.FaultPoint.STAGE, rank=session.group.rank, step=handle.step)
@@ -278,7 +278,7 @@ class Saver:
         session.sealed(handle.step, stall_s=stall_s)
         handle.resolve_staged()
         if grant.room_bytes > self._ahead.room_bytes:
-            # With some more for what grows a little each time: not every save is to be looked ahead of.
+            # With extra room, so that a state that grows a little does not need a preparation for every save.
             self._look_ahead(leaves, grant.room_bytes + OPAQUE_SLACK_BYTES)
 
     # --- overlapped --------------------------------------------------------------------------------------------------
@@ -340,9 +340,9 @@ class Saver:
 
     def wait_staged(self) -> None:
         """
-        Wait for an overlapped save to be staged; its parameters may not change before.
+        Wait until an overlapped save is staged. Before that, its parameters may not change.
 
-        Blocks: for the rest of the copy; the claim within it has session.OVERLAP_WAIT_S as its bound.
+        Blocks: for the rest of the copy. The claim within it is bounded by session.OVERLAP_WAIT_S.
         """
         staging, handle = self._staging, self._staging_handle
         if staging is None or handle is None:
@@ -357,10 +357,10 @@ class Saver:
         self, leaves: leaves_module.Leaves, watched: _Watched, ready: Mapping[torch.device, Any]
     ) -> None:
         """
-        An overlapped save whose tensors were changed during the copy is torn, and must not be sealed.
+        Check that no tensor changed during an overlapped copy. Otherwise the copy is torn, and must not be sealed.
 
         Raises:
-            StagingError: names a tensor that was changed. From the next save on it is copied before `save` returns.
+            StagingError: a tensor changed; names it. From the next save on, `save` copies it before it returns.
         """
         now = leaves_module.versions([leaves.tensors[index] for index in watched.indexes])
         changed = [
@@ -380,7 +380,7 @@ class Saver:
     # --- failing -----------------------------------------------------------------------------------------------------
 
     def give_up(self, step: int, err: Exception) -> SaveHandle:
-        """A save that this rank has no state for, as `err` says: its failure, and told to the other ranks as such. Never raises."""
+        """Fail a save for which this rank has no state, because of `err`, and report it to the other ranks. Never raises."""
         handle = SaveHandle(step)
         self._failed(handle, err, persist=True)
         return handle
@@ -392,7 +392,7 @@ class Saver:
         self._session.forget(handle)
         document = ErrorDocument.from_exception(error)
         if isinstance(err, SystemExit):
-            # To the job as a trainer that was killed in the middle: no failure of saving.
+            # Reported as the death of a trainer, as if it was killed here. It is not a failure of saving.
             document = ErrorDocument("TrainerDied", "the trainer ended before its state was sealed")
         handle.incomplete = self._gathers
         self._session.abandon(handle.step, document, persist=persist, gathers=self._gathers)
@@ -401,7 +401,7 @@ class Saver:
     # --- ahead of saves ----------------------------------------------------------------------------------------------
 
     def prepare(self, leaves: leaves_module.Leaves) -> None:
-        """Have the arena made ready for saves that are like `leaves`, beside whatever the trainer does until then. Never blocks."""
+        """Prepare the arena for saves of the size of `leaves`, beside the training. Never blocks."""
         layout = leaves.layout
         self._collector.adopt(leaves)
         num_leaves = len(layout.items) + len(layout.opaque)
@@ -415,7 +415,7 @@ class Saver:
         self._ahead.begin(preparing.Need(room_bytes, leaves.layout, devices.used_by(leaves.tensors)))
 
     def close(self) -> None:
-        """Remove the optimizer hook; no preparing begins any more. Blocks: until an overlapped save is staged."""
+        """Remove the optimizer hook, and start no further preparation. Blocks: until an overlapped save is staged."""
         self.wait_staged()
         self._ahead.close()
         if self._hook is not None:
@@ -423,5 +423,5 @@ class Saver:
             self._hook = None
 
     def join(self, timeout_s: float = preparing.END_TIMEOUT_S) -> None:
-        """Wait for what is being prepared. Called from: whoever has closed the session, or measures. Blocks: up to `timeout_s`."""
+        """Wait for the current preparation. Called from: callers that have closed the session, and benchmarks. Blocks: up to `timeout_s`."""
         self._ahead.join(timeout_s)

@@ -1,8 +1,8 @@
 """
-The whole of: targets of a load that share memory, while the checkpoint has a value for each.
+Finds load targets that share memory, although the checkpoint has a different value for each.
 
-Called from: `loading`, when all is copied and the slot is still lent. Pure. Tied weights that were saved tied have equal values and are no
-conflict; views that lie between one another share no element, and each of them holds what was stored.
+Called from: `loading`, after the copy, while the slot is still reserved. Pure. Tied weights that were saved tied have equal values, so
+they do not conflict. Interleaved views share no element, and each holds its stored value.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pillion import modes
 @modes.off()
 def conflicting(tensors: Sequence[torch.Tensor], stored: Sequence[torch.Tensor]) -> list[int]:
     """
-    The indexes of tensors that share memory with another one, where one of them does not hold what is stored for it.
+    Return the indexes of tensors that share memory, if at least one of them does not hold its stored value.
 
     Args:
-        tensors: as they are after the copy.
-        stored: what was copied to each; of any dtype.
+        tensors: the targets, after the copy.
+        stored: the source of each; of any dtype.
     """
     indexes = []
     for group in _groups(tensors):
@@ -31,7 +31,7 @@ def conflicting(tensors: Sequence[torch.Tensor], stored: Sequence[torch.Tensor])
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Indexes of tensors whose reaches overlap, two and more together."""
+    """Yield groups of two or more indexes, whose tensors have overlapping address ranges."""
     reaches = sorted(_reaches(tensors))
     group: list[int] = []
     device, end = 0, 0
@@ -48,7 +48,7 @@ def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
 
 
 def _reaches(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int, int, int]]:
-    """Device, first byte, the byte behind the last one, and index, of each tensor that has elements."""
+    """Yield device, first address, end address and index of each tensor with elements."""
     for index, tensor in enumerate(tensors):
         span = tensor.numel()
         if span:
@@ -60,7 +60,7 @@ def _reaches(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int, int, i
 
 @torch.inference_mode()
 def _holds(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether they are equal bit for bit, as NaN equals no NaN."""
+    """Whether the two are equal bit for bit. (A NaN would not equal itself by value.)"""
     return torch.equal(_bits(tensor), _bits(stored.to(tensor.dtype)))
 
 

@@ -1,11 +1,11 @@
 """
-The trainer's mapping of its segment: what is copied there and from there, and the seal.
+The trainer's mapping of its segment: copies into it and out of it, and the seal.
 
-Called from: `pillion.saving`, `pillion.loading`, `pillion.preparing`. User data moves in the trainer only here, in `pillion.host_copies` and
-in `pillion.device_copies`. Owns: the mapping, and what of it is registered with CUDA; it never creates, grows or unlinks a segment.
+Called from: `pillion.saving`, `pillion.loading`, `pillion.preparing`. In the trainer, user data moves only here, in `pillion.host_copies`
+and in `pillion.device_copies`. Owns: the mapping, and its registrations with CUDA. It never creates, grows or unlinks a segment.
 
-Tensors over the arena are kept from save to save. They are made and used with the caller's modes off (`pillion.modes`): one
-made in a FakeTensorMode would hold no memory, and one made in inference mode could not be written outside of it.
+Tensors over the arena are kept from save to save. They are made and used with the caller's modes off (`pillion.modes`). A tensor made in
+a FakeTensorMode would have no memory, and one made in inference mode could not be written outside of it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pillion.wire import arena
 from pillion.wire import layout as layout_module
 
 POPULATE_STEP_BYTES: Final = 64 * 1024**2
-"""madvise holds the GIL while it maps pages: this bounds the pause to about 5 ms a call."""
+"""Bytes mapped by one madvise call. The call holds the GIL, and this size bounds the pause to about 5 ms."""
 MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14: map the pages now, so that the first save takes no page faults. Older kernels answer EINVAL, which is fine."""
+"""madvise advice (Linux 5.14) that maps pages now, so that the first save has no page faults. Older kernels return EINVAL."""
 
 
 class SegmentMapping:
@@ -43,7 +43,7 @@ class SegmentMapping:
         path: the segment file, made by the sidecar.
 
     Raises:
-        StagingError: it cannot be opened or mapped.
+        StagingError: the segment cannot be opened or mapped.
     """
 
     def __init__(self, path: str) -> None:
@@ -61,14 +61,14 @@ class SegmentMapping:
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
             self._registration = registration.Registration(self._bytes.data_ptr())
         self._views: dict[int, tuple[str, list[torch.Tensor]]] = {}
-        """By slot: the digest of a layout, and a tensor over each of its items."""
+        """Slot -> digest of a layout, and a tensor over each of its items."""
         self._making = threading.Lock()
-        """A thread prepares the arena while the trainer may save already: what both of them need is made once."""
+        """Held while views are made: the preparing thread and a save may need the same views."""
         self._populated: dict[int, int] = {}
         self._host = host_copies.HostCopies()
         self._devices = device_copies.DeviceCopies()
         self._on_device = [threading.Lock() for _ in range(self.header.num_slots)]
-        """By slot: it is not registered further while a device copies."""
+        """One lock a slot: no further registration while a device copies."""
         self._using = threading.Lock()
         self._users = 0
         self._closed = False
@@ -96,7 +96,7 @@ class SegmentMapping:
         """
         Map the slot's pages into this process, and register them with CUDA for a state on these devices.
 
-        Called from: a thread of the client, ahead of the first save. Blocks: about 50 ms a GiB, in pieces; on a GPU see `Registration.extend`.
+        Called from: a thread of the client, ahead of the first save. Blocks: about 50 ms a GiB, in pieces. On a GPU see `Registration.extend`.
 
         Raises:
             SidecarUnavailable: see `close`.
@@ -117,17 +117,17 @@ class SegmentMapping:
                     self._registration.extend(base, capacity_bytes, on_devices)
 
     def warm(self, slot: int, layout: layout_module.Layout) -> None:
-        """Have everything ready that a copy into this slot needs. Called from: a thread, ahead of the first save."""
+        """Make the views and shares that a copy into this slot needs. Called from: a thread of the client, ahead of the first save."""
         self.views(slot, layout)
         self._host.share_out(layout, 0, len(layout.items))
 
     @modes.off()
     def views(self, slot: int, layout: layout_module.Layout) -> list[torch.Tensor]:
         """
-        A tensor over the payload of each item, in the arena. Kept: making 10,000 of them takes some 50 ms.
+        Return a tensor over each item's payload in the arena. They are kept, as making 10,000 of them takes some 50 ms.
 
         Raises:
-            IncompatibleCheckpoint: a dtype that this torch does not have.
+            IncompatibleCheckpoint: this torch does not have the dtype of an item.
             SidecarUnavailable: see `close`.
         """
         with self._in_use(), self._making:
@@ -171,15 +171,15 @@ class SegmentMapping:
 
         Args:
             slot: index of the slot.
-            leaves: what to copy; their layout says where to.
-            only: indexes of the items to copy; None for all.
-            ready: for each CUDA device an event that its copies wait for (`devices.marks`); None for what is queued on it so far.
-            capacity_bytes: how much of the slot there is: all of it is registered before a device copies into it.
+            leaves: what to copy. Their layout has the offsets.
+            only: indexes of the items to copy. None for all.
+            ready: for each CUDA device an event that its copies wait for (`devices.marks`). None: they wait for its current stream.
+            capacity_bytes: size of the slot. All of it is registered before a device copies into it.
 
         Blocks: for the copy; on a GPU until the side streams are done.
 
         Raises:
-            StagingError: torch cannot copy a tensor, which is named.
+            StagingError: torch cannot copy a tensor; names it.
             SidecarUnavailable: see `close`.
         """
         with self._in_use():
@@ -212,10 +212,10 @@ class SegmentMapping:
     @modes.off()
     def copy_out(self, slot: int, leaves: leaves_module.Leaves, first: int, last: int) -> None:
         """
-        Copy items [first, last) of a slot into the leaves' own tensors (which may be of another dtype).
+        Copy items [first, last) of a slot into the leaves' tensors, which may have another dtype.
 
         Raises:
-            IncompatibleCheckpoint: torch cannot copy into a tensor, which is named.
+            IncompatibleCheckpoint: torch cannot copy into a tensor; names it.
             SidecarUnavailable: see `close`.
         """
         with self._in_use():
@@ -251,9 +251,9 @@ class SegmentMapping:
         session: bytes,
     ) -> None:
         """
-        Write opaque leaves, layout, manifest and header; the state word last.
+        Write opaque leaves, layout, manifest and header, and the state word last.
 
-        From here on the sidecar, and any successor of it, may read the slot.
+        Afterwards the sidecar and its successors may read the slot.
 
         Raises:
             SidecarUnavailable: see `close`.
@@ -304,7 +304,7 @@ class SegmentMapping:
             layout_digest=bytes.fromhex(layout.digest),
             manifest_digest=hashlib.blake2b(manifest, digest_size=16).digest(),
             session=session,
-            # Another layout has overwritten the archive heads of the one before.
+            # A new layout has overwritten the archive heads of the previous one.
             framed_digest=before.framed_digest if before.layout_digest == bytes.fromhex(layout.digest) else bytes(16),
             digests_offset=layout_module.aligned(manifest_offset + len(manifest)),
             generation=before.generation,
@@ -318,9 +318,9 @@ class SegmentMapping:
 
     def close(self) -> None:
         """
-        Let go of the segment, once nothing copies: unregister it from CUDA, then unmap it. Idempotent.
+        Release the segment as soon as no copy uses it: unregister it from CUDA, then unmap it. Idempotent.
 
-        Who uses it now goes on; whoever comes later gets SidecarUnavailable. Never blocks for them: the last one to end lets go.
+        Current users finish; later calls raise SidecarUnavailable. Never blocks: the last user releases the segment.
         """
         with self._using:
             self._closed = True
@@ -330,12 +330,12 @@ class SegmentMapping:
 
     @modes.off()
     def _let_go(self) -> None:
-        # Before the mapping goes: the driver keeps its table, and would take what is mapped there next for these pages.
+        # Before the unmapping: the driver keeps its table, and would use it for whatever is mapped at this address next.
         self._registration.release()
         self._host.close()
         with self._making:
             self._views.clear()
             self._bytes = torch.empty(0, dtype=torch.uint8)
-        # A view may still be out (an interrupted copy): the mapping then goes with it.
+        # A view may still exist after an interrupted copy. Then the mapping ends with that view.
         with contextlib.suppress(BufferError):
             self._map.close()

@@ -1,10 +1,10 @@
 """
-The whole of: objects that say their own state (`state_dict`) and take it back (`load_state_dict`).
+Stateful objects: objects with a `state_dict` and a `load_state_dict` method.
 
-Called from: `leaves` (those at the top level of a state dict), `saving` and `loading` (those below it). Pure.
+Called from: `leaves` (stateful objects at the top level of a state dict), `saving` and `loading` (those below it). Pure.
 
-As in stock DCP, only those at the top level are asked for their state and saved by it. One below it is a value like any other, so it is
-pickled whole; a load asks the object of the pickle for its state and gives that to the user's own object.
+As in stock DCP, only objects at the top level are saved by their state dict. An object below it is pickled whole, as any other value. A
+load then calls `state_dict` of the unpickled object, and passes the result to `load_state_dict` of the user's own object.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 DEPTH_MOST: Final = 8
-"""Containers within a leaf that are searched, one in another: a list may hold itself."""
+"""Maximum depth of nested containers that are searched. A list may contain itself."""
 
 
 def is_stateful(value: object) -> bool:
@@ -21,7 +21,7 @@ def is_stateful(value: object) -> bool:
 
 
 def within(leaf: object, depth: int = DEPTH_MOST) -> Iterator[object]:
-    """The objects with state that are a leaf, or are held by its lists, tuples and dicts."""
+    """Yield the stateful objects of a leaf: the leaf itself, or those within its lists, tuples and dicts."""
     if type(leaf) in (list, tuple, dict):
         children: Any = leaf.values() if isinstance(leaf, dict) else leaf
         for child in children if depth else ():
@@ -32,9 +32,9 @@ def within(leaf: object, depth: int = DEPTH_MOST) -> Iterator[object]:
 
 def restored(own: Any, loaded: Any, depth: int = DEPTH_MOST) -> object:
     """
-    The loaded leaf with the user's own objects in it, which have been given the state of the loaded ones.
+    Return the loaded leaf with the user's own stateful objects in it, after they have loaded the state of the loaded ones.
 
-    Where types, lengths or keys differ, the loaded object stays.
+    If types, lengths or keys differ, the loaded object stays.
     """
     kind = type(own)
     if kind is not type(loaded) or isinstance(own, type):
