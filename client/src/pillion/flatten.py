@@ -1,5 +1,5 @@
 """
-A state dict as a flat mapping from FQN to leaf, and the path of each leaf. Pure; no torch.
+Flattens a state dict to a mapping from FQN to leaf, with the path of each leaf. Pure; no torch.
 
 Called from: `pillion.leaves`. The names are DCP's, so that stock `dcp.load` finds them. A mapping is always a container. A list is a
 container only if it holds a tensor or a mapping at any depth. An FQN is the path joined by dots.

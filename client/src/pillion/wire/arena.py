@@ -1,12 +1,11 @@
 """
 The arena's byte layout: what lies where in a segment file, and what each side may write.
 
-Producer: the sidecar creates segments and grants slots; the trainer fills and seals them. Consumer: both, and a restarted
-sidecar or trainer, which tells from these bytes alone what is whole.
+Producer: the sidecar creates segments and grants slots; the trainer fills and seals them. Consumer: both, and a restarted sidecar or
+trainer, which finds out from these bytes alone which slots are complete.
 
-A segment is one file per local rank on a tmpfs. It is sparse: every slot has the same address range (`stride_bytes`), and
-only what the sidecar has allocated with `posix_fallocate` takes memory. So a slot grows in place, nothing is ever moved, and
-both sides keep one mapping for life.
+A segment is one file per local rank on a tmpfs. It is sparse: every slot has the same address range (`stride_bytes`), and only bytes that
+the sidecar has allocated with `posix_fallocate` take memory. So a slot grows in place, no slot moves, and both sides keep one mapping.
 
     segment: [segment header, one page][slot 0][slot 1]...          slot i begins at PAGE_BYTES + i * stride_bytes
     slot:    [slot header, one page][image][layout][manifest][digests]   all offsets below are from the slot's beginning
@@ -68,7 +67,7 @@ PAGE_BYTES: Final = 4096
 SEGMENT_MAGIC: Final = b"PILLARN1"
 SLOT_MAGIC: Final = b"PILLSLT1"
 DIGEST_BYTES: Final = 16
-"""Length of one item's digest (xxh3_128) in the digests table."""
+"""Length of one digest (xxh3_128) in the digests table."""
 
 SEGMENT_FORMAT: Final = struct.Struct("<8sIIQ")
 SLOT_FORMAT: Final = struct.Struct("<8sIIQqIIQQQQQQ16s16s16s16sQQQQI")
@@ -77,7 +76,7 @@ _STATE: Final = struct.Struct("<I")
 
 
 class SlotState(IntEnum):
-    """What a slot holds."""
+    """State word of a slot."""
 
     FREE = 0
     FILLING = 1
@@ -86,17 +85,17 @@ class SlotState(IntEnum):
 
 
 class Flag(IntFlag):
-    """What is known of a sealed slot."""
+    """Facts about a sealed slot."""
 
     NONE = 0
     PERSISTED = 1
     """Its checkpoint is committed on storage."""
     SNAPSHOT = 2
-    """To memory only: the policy or the caller did not ask for storage."""
+    """The save is for memory only: neither the policy nor the caller requested storage."""
     CONCLUDED = 4
-    """The pods of the job have agreed on what became of it; without it, peers of the same session wait for this pod's part."""
+    """The pods of the job have agreed on the save's outcome. Without this flag, peers of the session wait for this pod's part."""
     SET_ASIDE = 8
-    """A load went back behind it: it is loaded by its number, and goes to storage only if it was on its way there."""
+    """A load of an older step set it aside. Only a load by number takes it, and it is persisted only if that had begun."""
 
 
 KNOWN_FLAGS = Flag.PERSISTED | Flag.SNAPSHOT | Flag.CONCLUDED | Flag.SET_ASIDE
@@ -117,7 +116,7 @@ class SegmentHeader:
         Read a segment's first page.
 
         Raises:
-            ValueError: no segment of ours, or a geometry that cannot be.
+            ValueError: not a segment of Pillion, or an invalid geometry.
         """
         if len(page) < SEGMENT_FORMAT.size:
             raise ValueError(f"a segment header needs {SEGMENT_FORMAT.size} bytes, got {len(page)}")
@@ -191,10 +190,10 @@ class SlotHeader:
     @classmethod
     def unpack(cls, page: bytes | memoryview, *, stride_bytes: int) -> SlotHeader:
         """
-        Read a slot's first page; every extent in it is checked against the slot.
+        Read a slot's first page, and check that every extent in it lies within the slot.
 
         Raises:
-            ValueError: no slot of ours, an unknown state, or an extent that leaves the slot.
+            ValueError: not a slot of Pillion, an unknown state, or an extent outside the slot.
         """
         if len(page) < SLOT_FORMAT.size:
             raise ValueError(f"a slot header needs {SLOT_FORMAT.size} bytes, got {len(page)}")
@@ -219,11 +218,11 @@ class SlotHeader:
 
 
 def pack_state(state: SlotState) -> bytes:
-    """The state word alone, to be stored at STATE_OFFSET."""
+    """Return the state word alone, for the bytes at STATE_OFFSET."""
     return _STATE.pack(state)
 
 
 def room_bytes(image_bytes: int, layout_bytes: int, manifest_bytes: int, num_leaves: int) -> int:
-    """Bytes a slot must have for a snapshot: header, image, layout, manifest and digests, in whole pages."""
+    """Return the bytes that a slot needs for a snapshot: header, image, layout, manifest and digests, in whole pages."""
     total = PAGE_BYTES + image_bytes + layout_bytes + manifest_bytes + num_leaves * DIGEST_BYTES + 4 * 64
     return -(-total // PAGE_BYTES) * PAGE_BYTES

@@ -1,5 +1,5 @@
 """
-Calling home: what a job's sidecar tells the controller every few seconds, and what it is told.
+Calling home: the report that a job's sidecar sends to the controller every few seconds, and the answer.
 
 Producer of reports and consumer of answers: the coordinator's sidecar (`pillion_sidecar.reporting`). Consumer of reports and producer of
 answers: the controller (`pillion_operator.home`).
@@ -7,10 +7,10 @@ answers: the controller (`pillion_operator.home`).
     POST <PILLION_HOME_URL>/v1/report        Authorization: Bearer <token of the audience PILLION_TOKEN_AUDIENCE>
     Content-Type: application/json           a Report; 200 with an Answer, or a status of `Refused`
 
-Who the pod is, the token says; whose job it is, its pod's annotation says. A report that claims another is refused with 403.
+The token identifies the pod, and an annotation of the pod identifies the job. A report that claims another one is refused with 403.
 Times are RFC 3339 in UTC, to the second or finer; sizes are bytes.
 
-Breaking: removing a field, another meaning. Not breaking: a new optional field (both sides ignore what they do not know).
+Breaking: removing a field, changing a meaning. Not breaking: a new optional field (both sides ignore unknown fields).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ T = TypeVar("T")
 VERSION: Final = 1
 REPORT_PATH: Final = "/v1/report"
 MAX_REPORT_BYTES: Final = 1024 * 1024
-"""Longest report: `MOST_CHECKPOINTS` of some 300 bytes each, and room for as much again."""
+"""Maximum length of a report: `MOST_CHECKPOINTS` of some 300 bytes each, and as much again."""
 MOST_CHECKPOINTS: Final = 1000
-"""Checkpoints in a report: the newest. Older ones stay on storage, and their objects stay as they are."""
+"""Maximum checkpoints in a report, the newest ones. Older ones stay on storage, and their objects stay unchanged."""
 MOST_FAILURES: Final = 16
-"""Failures in a report: the newest."""
+"""Maximum failures in a report, the newest ones."""
 TEXT_LIMIT: Final = 2000
-"""Longest message in a report, characters."""
+"""Maximum length of a message in a report, characters."""
 DEFAULT_INTERVAL_S: Final = 3.0
-"""Between two reports, until an answer says otherwise: a save asked for has to reach its job within five seconds."""
+"""Interval of the reports, until an answer sets another one. A requested save must reach its job within five seconds."""
 LONGEST_INTERVAL_S: Final = 60.0
-"""What an answer may ask for at most; the controller takes a job for gone that was silent for three
-intervals, and for 30 s at least."""
+"""Maximum interval that an answer may set. The controller considers a job gone after three silent intervals, and at
+least 30 s."""
 
 
 class BadReport(ValueError):
-    """What came is no report, or no answer, of this protocol; the text names the field and what is allowed."""
+    """A message is not a report or an answer of this protocol. The text names the field and what is allowed."""
 
 
 class Cause(StrEnum):
@@ -54,7 +54,7 @@ class Cause(StrEnum):
 
 
 class CommandKind(StrEnum):
-    """What the controller asks of a job."""
+    """Kind of a command that the controller sends to a job."""
 
     SAVE_NOW = "SaveNow"
 
@@ -63,11 +63,11 @@ class Progress(StrEnum):
     """How far a command has come."""
 
     ACCEPTED = "Accepted"
-    """The trainers were asked; `step` is not known yet."""
+    """The trainers have the request. `step` is not known yet."""
     DONE = "Done"
     """The save of `step` is committed."""
     FAILED = "Failed"
-    """It did not work; `message` says why. It is not tried again."""
+    """The command failed. `message` has the cause. There is no retry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,32 +79,32 @@ class CommittedCheckpoint:
     """Directory, relative to the root of the job's volume mount."""
     size_bytes: int
     world_size: int = 0
-    """0: not known (stock DCP wrote it)."""
+    """Number of ranks that saved it. 0: not known (stock DCP wrote it)."""
     started: str = ""
     completed: str = ""
     cause: str = Cause.PERIODIC.value
 
 
 LOAD_FAILED: Final = "LoadFailed"
-"""Reason of a load that ended with an error; the error's class is in its message."""
+"""Reason of a failed load. The message has the error's class."""
 CHECKPOINT_REFUSED: Final = "CheckpointRefused"
-"""Reason of a checkpoint that is corrupt or lost, and that a load passed over."""
+"""Reason of a corrupt or lost checkpoint that a load skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One save or load that failed, or a checkpoint that a load passed over."""
+    """A failed save or load, or a checkpoint that a load skipped."""
 
     step: int
     reason: str
-    """Name of the error class, e.g. ``PersistError``; LOAD_FAILED; CHECKPOINT_REFUSED."""
+    """Name of the error class (``PersistError``), LOAD_FAILED or CHECKPOINT_REFUSED."""
     message: str
     time: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acknowledgement:
-    """What became of a command so far. Repeated in every report until the command is in no answer any more."""
+    """Progress of a command. Every report repeats it until no answer has the command any more."""
 
     id: str
     progress: str
@@ -126,34 +126,34 @@ class Report:
     job_name: str
     job_id: str
     session: str = ""
-    """Of the trainers; empty before the first hello."""
+    """Session of the trainers. Empty before the first hello."""
     attempt: int = 0
     world_size: int = 0
     num_pods: int = 0
     policy_generation: int = 0
-    """Generation of the policy that the job runs with now; 0: as injected."""
+    """Generation of the policy that the job uses now. 0: the injected policy."""
     step: int = -1
-    """Newest step that trainers saved, to memory or storage; -1: none yet."""
+    """Newest step that the trainers saved, to memory or storage. -1: none yet."""
     snapshot_time: str = ""
-    """When the newest snapshot was sealed on every rank of this pod."""
+    """Time at which every rank of this pod had sealed the newest snapshot."""
     committed_step: int = -1
     committed_time: str = ""
     storage_error: str = ""
-    """Why the storage cannot be used now; empty: it can."""
+    """Why the storage is unusable now. Empty: it is usable."""
     memory_error: str = ""
-    """Why the arena is too small for all that the trainers will stage, before a save is lost over it; empty: it is not."""
+    """Why the arena is too small for the state that the trainers will stage, before a save is lost. Empty: it is large enough."""
     drain_s: float = 0.0
-    """The slowest of the last saves, from its seal until it was visible: what the end of the pod has to wait for. 0: none yet."""
+    """Seconds from the seal of the slowest recent save until its commit, which the end of the pod must wait for. 0: none yet."""
     loaded_step: int = -1
-    """Step of the last load; -1: none since this sidecar started, or there was nothing to load."""
+    """Step of the last load. -1: none since this sidecar started, or there was nothing to load."""
     loaded_from: str = ""
     """``arena`` or ``storage``."""
     loaded_time: str = ""
     draining: bool = False
     checkpoints: tuple[CommittedCheckpoint, ...] = ()
-    """On storage now, newest first."""
+    """Checkpoints on storage now, newest first."""
     listed: bool = False
-    """Whether `checkpoints` is what storage holds. False: it could not be listed, and says nothing."""
+    """Whether `checkpoints` is a listing of the storage. False: the storage could not be listed, and `checkpoints` has no meaning."""
     failures: tuple[Failure, ...] = ()
     acknowledgements: tuple[Acknowledgement, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """Something to do, repeated in every answer until its acknowledgement is final."""
+    """A command to the job. Every answer repeats it until its acknowledgement is final."""
 
     id: str
     kind: str = CommandKind.SAVE_NOW.value
@@ -170,13 +170,13 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the job is to do."""
+    """The controller's answer to a report."""
 
     version: int = VERSION
     interval_s: float = DEFAULT_INTERVAL_S
-    """Until the next report."""
+    """Seconds until the next report."""
     policy: Mapping[str, Any] | None = None
-    """The CheckpointPolicy's spec as it is now. None: it is gone or cannot be used; the job goes on with what it has."""
+    """The current spec of the CheckpointPolicy. None: the policy is gone or invalid, and the job keeps its current one."""
     policy_generation: int = 0
     commands: tuple[Command, ...] = ()
 
@@ -189,7 +189,7 @@ def encode(message: Report | Answer) -> bytes:
 def decode_report(body: bytes) -> Report:
     """
     Raises:
-        BadReport: too long, no JSON object, another version, a missing field or one of another type.
+        BadReport: too long, not a JSON object, another version, or a missing or mistyped field.
     """
     document = _document(body, "report")
     document["checkpoints"] = _list(document, "checkpoints", CommittedCheckpoint, MOST_CHECKPOINTS)
@@ -221,7 +221,7 @@ def _document(body: bytes, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadReport(f"{what}: an object is expected, not {type(document).__name__}")
     if b"\\ud" in body.lower():
-        # Half of a surrogate pair can be written in JSON, and in nothing that is sent, hashed or logged afterwards.
+        # JSON can contain half of a surrogate pair, which cannot be encoded, hashed or logged afterwards.
         try:
             json.dumps(document, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError) as err:
@@ -261,7 +261,7 @@ def _build(kind: type[T], document: Mapping[str, Any], where: str) -> T:
                 raise BadReport(f"{where}: {spec.name} is missing")
             continue
         value, allowed = document[spec.name], _TYPES.get(str(spec.type), (tuple,))
-        # bool is an int to Python, and no number to anybody else.
+        # In Python a bool is an int. The protocol keeps them apart.
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise BadReport(f"{where}: {spec.name} must be of the type {spec.type}, not {type(value).__name__}")
         values[spec.name] = value

@@ -31,7 +31,7 @@ from typing import Final
 HEAD_BYTES: Final = 1024
 TAIL_BYTES: Final = 512
 ALIGNMENT_BYTES: Final = 64
-"""torch's own alignment of payloads within an archive; enough for any dtype and for vector copies."""
+"""Alignment of payloads within an archive, the same as torch's. It suits every dtype and vector copies."""
 
 ITEMSIZE_BYTES: Final[Mapping[str, int]] = {
     "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
@@ -39,7 +39,7 @@ ITEMSIZE_BYTES: Final[Mapping[str, int]] = {
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
     "float4_e2m1fn_x2": 1, "bcomplex32": 4,
 }  # fmt: skip
-"""dtype name (torch's, without "torch.") -> bytes of an element. A dtype that is not here is staged as opaque bytes."""
+"""dtype name (torch's, without "torch.") -> bytes of an element. Tensors of other dtypes are opaque leaves."""
 
 
 def aligned(size_bytes: int) -> int:
@@ -55,7 +55,7 @@ class Item:
     size: tuple[int, ...]
     """Global shape of the tensor."""
     offsets: tuple[int, ...]
-    """Where the chunk begins in the global tensor."""
+    """Start of the chunk in the global tensor."""
     sizes: tuple[int, ...]
     """Shape of the chunk."""
 
@@ -65,7 +65,7 @@ class Item:
 
     @property
     def key(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """Equal keys on two ranks are replicas of one another: one of them is written."""
+        """Identity of the chunk. Chunks of two ranks with equal keys are replicas, and one of them is written."""
         return (self.fqn, self.offsets, self.sizes)
 
 
@@ -75,7 +75,7 @@ class Layout:
 
     items: tuple[Item, ...]
     opaque: tuple[str, ...]
-    """FQNs of the leaves that are bytes to everyone but the trainer; their lengths change from save to save."""
+    """FQNs of the leaves that only the trainer can read. Their lengths change from save to save."""
     paths: Mapping[str, tuple[str | int, ...]]
     """FQN -> keys in the nested state dict (DCP's planner_data)."""
 
@@ -94,18 +94,18 @@ class Layout:
 
     @functools.cached_property
     def tensors_bytes(self) -> int:
-        """Length of the tensor part of the image; the opaque leaves follow."""
+        """Length of the tensor part of the image. The opaque leaves follow it."""
         if not self.items:
             return 0
         return self.starts[-1] + HEAD_BYTES + aligned(self.items[-1].payload_bytes) + TAIL_BYTES
 
     def end(self, index: int) -> int:
-        """Offset behind the archive of item `index`."""
+        """Return the end offset of the archive of item `index`."""
         return self.starts[index + 1] if index + 1 < len(self.starts) else self.tensors_bytes
 
     @functools.cached_property
     def encoded(self) -> bytes:
-        """Canonical JSON; equal layouts have equal bytes."""
+        """Canonical JSON. Equal layouts have equal bytes."""
         return json.dumps(
             {
                 "version": 1,
@@ -121,7 +121,7 @@ class Layout:
         return hashlib.blake2b(self.encoded, digest_size=16).hexdigest()
 
     def opaque_starts(self, lengths_bytes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        """Offsets of the opaque leaves for these lengths, and the length of the whole image."""
+        """Return the offsets of opaque leaves of these lengths, and the length of the whole image."""
         rooms = [-(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for length in lengths_bytes]
         *starts, end = itertools.accumulate(rooms, initial=self.tensors_bytes)
         return tuple(starts), end
@@ -132,7 +132,7 @@ def decode(encoded: bytes) -> Layout:
     Read a layout.
 
     Raises:
-        ValueError: not a layout, or one that no trainer makes (an unknown dtype, a negative size, a chunk out of bounds).
+        ValueError: not a layout, or an invalid one (an unknown dtype, a negative size, a chunk out of bounds).
     """
     try:
         document = json.loads(encoded)

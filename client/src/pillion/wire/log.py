@@ -1,8 +1,8 @@
 """
-A line of the log: one JSON object, the same keys from sidecar and operator.
+The format of a log line: one JSON object, with the same keys from sidecar and operator.
 
-Producer: sidecar and operator, on stderr. Consumer: whoever collects the logs of a cluster.
-Breaking: renaming `time`, `level`, `logger`, `message`, `traceback` or a field of either side's list. Not breaking: a new field.
+Producer: sidecar and operator, on stderr. Consumer: the log collection of a cluster.
+Breaking: renaming `time`, `level`, `logger`, `message`, `traceback`, or a field in the list of either side. Not breaking: a new field.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Iterable
 from typing import Final
 
 TEXT_LIMIT: Final = 2000
-"""Longest message and traceback, characters: an error may carry what a storage or an API server answered."""
+"""Maximum length of message and traceback, characters. An error may contain a long answer of a storage or an API server."""
 
 
 class JsonFormatter(logging.Formatter):
     """
-    Makes a line of a record.
+    Formats a record as a line.
 
     Args:
-        fields: names of the structured fields; what a record has under them by `extra` is in its line, all else of `extra` is not.
+        fields: names of the structured fields. The line has a record's `extra` values under these names, and no other `extra` value.
     """
 
     def __init__(self, fields: Iterable[str]) -> None:
@@ -43,12 +43,12 @@ class JsonFormatter(logging.Formatter):
                 entry[name] = value
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)[-TEXT_LIMIT:]
-        # A value that JSON has no form for is said as text: a line of the log never fails.
+        # Values that JSON cannot represent become text, so that logging never fails.
         return json.dumps(entry, default=str)
 
 
 def to_stderr(fields: Iterable[str]) -> logging.Handler:
-    """A handler that writes such lines to this process's stderr."""
+    """Return a handler that writes such lines to this process's stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(fields))
     return handler

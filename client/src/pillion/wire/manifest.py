@@ -1,12 +1,12 @@
 """
-What lies beside the data of a checkpoint: a part file for each pod, and the manifest that the commit writes. Pure.
+The JSON files beside the data of a checkpoint: a part file for each pod, and the manifest that the commit writes. Pure.
 
 Producer: the executor (parts: every pod; manifest: the coordinator). Consumer: the loader, a later run that finishes a commit,
-`pillion-sidecar` tools. JSON, UTF-8. Nothing here is a pickle; `.metadata` beside it is what stock DCP reads.
+`pillion-sidecar` tools. JSON, UTF-8. Nothing here is a pickle. Stock DCP reads `.metadata` beside these files.
 
-    part-<first rank>.<generation>.json   what the ranks of one pod wrote: every chunk, where it lies, its digest
-    pillion-manifest.json                 which parts make the checkpoint; names and digests only, so that a commit costs
-                                          the same whatever the number of tensors
+    part-<first rank>.<generation>.json   what the ranks of one pod wrote: every chunk, its location and its digest
+    pillion-manifest.json                 which parts make the checkpoint. It has names and digests only, so that the cost of a
+                                          commit does not depend on the number of tensors
     .metadata                             the commit marker
 
 Breaking (bump FORMAT_VERSION; readers keep reading the older ones): removing a field, another meaning of one.
@@ -28,11 +28,11 @@ FORMAT_VERSION: Final = 1
 
 _INT64_MAX: Final = 2**63 - 1
 _DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What reading a document of another shape ends in: a field is missing, of another kind, infinite, or nested without end."""
+"""Errors of reading a malformed document: a field is missing, mistyped, infinite, or nested too deep."""
 
 
 class ManifestError(ValueError):
-    """A manifest or part file is damaged, or of a format this release does not know."""
+    """A manifest or part file is damaged, or has a format that this release cannot read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +69,17 @@ class StoredBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What the ranks of one pod wrote for one save."""
+    """The record of what the ranks of one pod wrote for one save."""
 
     step: int
     generation: str
     run_id: str
     world_size: int
     plan_id: str
-    """Parts make a checkpoint only together with parts of the same plan."""
+    """Id of the plan. All parts of a checkpoint have the same one."""
     ranks: tuple[int, ...]
     files: Mapping[str, int]
-    """File -> its length, bytes."""
+    """File name -> length in bytes."""
     chunks: tuple[StoredChunk, ...]
     opaque: tuple[StoredBytes, ...]
     paths: Mapping[str, tuple[str | int, ...]]
@@ -145,7 +145,7 @@ def decode_part(data: bytes) -> Part:
 
 
 def _impossible(part: Part) -> str:
-    """What no writer makes, and a reader would follow to where nothing of the checkpoint is; empty: nothing."""
+    """Return what makes a part invalid, so that a reader would leave the checkpoint's data. Empty: the part is valid."""
     leaves: list[StoredChunk | StoredBytes] = [*part.chunks, *part.opaque]
     for name in {*part.files, *(leaf.file for leaf in leaves)}:
         if names.parse_data_file(name) is None:
@@ -195,16 +195,16 @@ class Manifest:
     size_bytes: int
     digest_algorithm: str
     metadata_digest: str
-    """Of `.metadata`: it and this manifest belong together, or the commit was cut short."""
+    """Digest of `.metadata`. If the two do not match, the commit was interrupted."""
     parts: tuple[PartReference, ...]
     started_ns: int = 0
-    """When the save began, wall clock, for people; 0: not known, as it was finished by somebody who was not there."""
+    """Wall clock time at which the save began, for people. 0: not known, as a later run finished the commit."""
     cause: str = ""
-    """What made the save due, as `pillion.wire.home.Cause` has it; empty: not known."""
+    """What made the save due, a `pillion.wire.home.Cause`. Empty: not known."""
     differing: tuple[str, ...] = ()
-    """Names that several ranks had with other values; the checkpoint has the lowest rank's. Optional; at most 256."""
+    """Names whose values differed from rank to rank. The checkpoint has the lowest rank's value. Optional; at most 256."""
     owner: str = ""
-    """In a cluster the object whose pods saved it: kind, name and UID. Optional, for people."""
+    """In a cluster: kind, name and UID of the object whose pods saved it. Optional, for people."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -232,7 +232,7 @@ class Manifest:
 
 
 def is_manifest(data: bytes) -> bool:
-    """Whether these bytes are a manifest, of this release or another, or a damaged one; and not somebody's own file of that name."""
+    """Whether these bytes are a manifest of any release, even a damaged one, and not a user's file of that name."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -277,7 +277,7 @@ def decode_manifest(data: bytes) -> Manifest:
 def _document(data: bytes, what: str) -> dict[str, Any]:
     try:
         document = json.loads(data)
-    except (ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of too many digits
+    except (ValueError, RecursionError) as err:  # ValueError: not UTF-8, not JSON, or a number of too many digits
         raise ManifestError(f"the {what} is not JSON: {err!s:.200}") from err
     if not isinstance(document, dict):
         raise ManifestError(f"the {what} must be an object")

@@ -15,9 +15,9 @@ from typing import Final
 ENV_RUNTIME_DIR: Final = "PILLION_RUNTIME_DIR"
 """Folder of the arena and the control socket (a tmpfs). Set by the injector; without it the client starts a sidecar."""
 ENV_ROOT: Final = "PILLION_ROOT"
-"""Where checkpoints live, when `Checkpointer()` is called without an argument."""
+"""Directory of the checkpoints, if `Checkpointer()` is called without an argument."""
 ENV_POD: Final = "PILLION_POD"
-"""Identity of the pod (its UID). Ranks with the same value share one sidecar. Unset: this host."""
+"""Identity of the pod: its UID. Ranks with the same value share one sidecar. Unset: this host."""
 ENV_POLICY: Final = "PILLION_POLICY"
 """The policy as a JSON document, or the path of a YAML or JSON file."""
 ENV_RUN_ID: Final = "PILLION_RUN_ID"
@@ -26,12 +26,12 @@ ENV_PEER_TIMEOUT_S: Final = "PILLION_PEER_TIMEOUT_S"
 ENV_LINGER_S: Final = "PILLION_LINGER_S"
 ENV_LOG_LEVEL: Final = "PILLION_LOG_LEVEL"
 ENV_IMPORT_PATH: Final = "PILLION_IMPORT_PATH"
-"""Folders that the executor of an embedded sidecar imports from besides its own: the trainer's import path, as PATH has them."""
+"""Import path of the trainer, as directories separated like PATH. An embedded sidecar's executor imports from it as well."""
 ENV_PREFIX_STORE: Final = "DCP_USE_PREFIX_STORE"
-"""torch's own switch: exactly "1" is a prefix of the job's store, any other value a store of our own, unset the policy's."""
+"""torch's own switch. Exactly "1": a prefix of the job's store. Any other value: a separate store. Unset: the policy's `store`."""
 
 ENV_FAULTS: Final = "PILLION_FAULTS"
-"""Faults that a test asks for (`pillion.testing.faults`). Never set by the injector or the chart."""
+"""Faults of a test (`pillion.testing.faults`). Neither the injector nor the chart sets it."""
 
 # --- environment of an injected sidecar --------------------------------------------------------------------------
 
@@ -45,15 +45,15 @@ ENV_POLICY_NAME: Final = "PILLION_POLICY_NAME"
 ENV_JOB_KIND: Final = "PILLION_JOB_KIND"
 ENV_JOB_NAME: Final = "PILLION_JOB_NAME"
 ENV_OWNER_UID: Final = "PILLION_OWNER_UID"
-"""UID of the object that the pod belongs to, the same for every retry of it. Empty: the pod does not tell it."""
+"""UID of the object that owns the pod, the same for every retry of it. Empty: the pod does not have it."""
 ENV_HOME_URL: Final = "PILLION_HOME_URL"
-"""Where the sidecar calls home (`pillion.wire.home`). Unset: it does not."""
+"""URL to which the sidecar calls home (`pillion.wire.home`). Unset: it does not call home."""
 ENV_HOME_CA: Final = "PILLION_HOME_CA"
-"""Certificates, PEM, that the server at `PILLION_HOME_URL` is trusted by."""
+"""Certificates (PEM) for verifying the server at `PILLION_HOME_URL`."""
 ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
-"""The service account token to call home with; the kubelet renews the file."""
+"""File with the service account token for calling home. The kubelet renews it."""
 ENV_METRICS_PORT: Final = "PILLION_METRICS_PORT"
-"""Port of the sidecar's Prometheus endpoint. Unset or 0: none is opened."""
+"""Port of the sidecar's Prometheus endpoint. Unset or 0: no endpoint."""
 
 SET_BY_INJECTION: Final = (
     *(ENV_RUNTIME_DIR, ENV_ROOT, ENV_POD, ENV_POLICY, ENV_RUN_ID, ENV_LOG_LEVEL),
@@ -62,13 +62,13 @@ SET_BY_INJECTION: Final = (
     *(ENV_HOME_URL, ENV_HOME_CA, ENV_TOKEN_FILE, ENV_METRICS_PORT),
     *("HOME", "NVIDIA_VISIBLE_DEVICES"),
 )
-"""What injection sets in the sidecar's container, and a policy cannot."""
+"""Variables of the sidecar's container that injection sets, and a policy cannot set."""
 
 # --- the runtime directory ---------------------------------------------------------------------------------------
 
 CONTROL_SOCKET: Final = "control.sock"
 SIDECAR_LOCK: Final = "sidecar.lock"
-"""Held with flock by the living sidecar of this directory."""
+"""Lock file. The running sidecar of this directory holds it with flock."""
 SIDECAR_LOG: Final = "sidecar.log"
 RUNTIME_PREFIX: Final = "pillion-"
 
@@ -82,14 +82,14 @@ def segment_file(local_rank: int) -> str:
 
 STEP_PREFIX: Final = "step-"
 COMMIT_MARKER: Final = ".metadata"
-"""DCP's own marker, and ours: a directory without it holds no checkpoint."""
+"""Commit marker of DCP and of Pillion. A directory without it holds no checkpoint."""
 MANIFEST: Final = "pillion-manifest.json"
 OLD_MANIFEST: Final = "manifest.json"
-"""What releases before 0.2 called the manifest. Read where it is one; a user's file of that name is left alone."""
+"""Name of the manifest in releases before 0.2. It is read only if its content is a manifest; a user's file stays untouched."""
 INTERNAL_DIR: Final = ".pillion"
-"""Below the root: generations and the sidecar's log. Nothing in it is needed to load a checkpoint."""
+"""Directory below the root, for generations and the sidecar's log. Loading a checkpoint does not need it."""
 _NUMBER: Final = r"(0|[1-9][0-9]{0,18})"
-"""As we write one: a name that somebody else made, such as ``step-007``, is not taken for the one that we would make."""
+"""A number as Pillion writes it. A foreign name such as ``step-007`` does not match."""
 _STEP: Final = re.compile(rf"step-{_NUMBER}")
 _DATA_FILE: Final = re.compile(rf"__{_NUMBER}_{_NUMBER}\.([0-9a-z-]+)\.distcp")
 _PART_FILE: Final = re.compile(rf"part-{_NUMBER}\.([0-9a-z-]+)\.json")
@@ -105,12 +105,12 @@ def parse_step_directory(name: str) -> int | None:
 
 
 def data_file(rank: int, number: int, generation: str) -> str:
-    """DCP's file name with the generation in it, so that an older attempt never writes into a newer one's file."""
+    """Return DCP's file name with the generation in it, so that an older attempt never writes into a newer one's file."""
     return f"__{rank}_{number}.{generation}.distcp"
 
 
 def part_file(first_rank: int, generation: str) -> str:
-    """A pod's share of the plan and its results, left next to its data."""
+    """Return the name of a pod's part file, which lies beside its data."""
     return f"part-{first_rank}.{generation}.json"
 
 
@@ -129,9 +129,9 @@ def parse_data_file(name: str) -> tuple[int, int, str] | None:
 
 def store_prefix(run_id: str, session: str) -> str:
     """
-    Prefix of every key of one session.
+    Return the prefix of every store key of one session.
 
-    The session is drawn anew at each start of the trainers, so that a restart never meets the keys of the attempt before
-    (the constant prefix of torch's own executor breaks elastic restarts).
+    Each start of the trainers draws a new session, so a restart never meets the keys of the previous attempt. (The constant prefix of
+    torch's own executor breaks elastic restarts.)
     """
     return f"pillion/{run_id}/{session}"

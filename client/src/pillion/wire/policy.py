@@ -1,17 +1,17 @@
 """
-The whole of the checkpoint policy: its fields, its defaults, and what must hold between them.
+The checkpoint policy: its fields, its defaults, and the rules between them.
 
-Producer: the user, as a ``CheckpointPolicy`` object in a cluster or as YAML next to a run without one; the operator,
-which hands the policy as it is now to each sidecar. Consumer: injector, sidecar and trainer, all through ``parse``.
+Producer: the user, as a ``CheckpointPolicy`` object in a cluster or as YAML beside a run without one; and the operator, which sends the
+current policy to each sidecar. Consumer: injector, sidecar and trainer, all through ``parse``.
 
-Breaking changes: removing or renaming a field or an enum value; narrowing what a field allows; another default or
-another meaning of an absent field.
-Non-breaking changes: a new optional field whose absence means what was done before; a new enum value; a wider range.
+Breaking changes: removing or renaming a field or an enum value; narrowing the allowed values; another default, or another meaning of an
+absent field.
+Non-breaking changes: a new optional field whose absence keeps the old behaviour; a new enum value; a wider range.
 
-A document is the bare spec or a whole object. A null is an absent field, as it is for the API server.
+A document is the bare spec or a whole object. A null counts as an absent field, as for the API server.
 
-This module must never read a clock, a file or the environment, nor import anything outside the standard library. It
-does not mount, create or look up what a policy names.
+Must never: read a clock, a file or the environment, or import anything outside the standard library. The module does not mount, create
+or look up what a policy names.
 """
 
 import re
@@ -37,35 +37,35 @@ def _text(allowed: str, pattern: str) -> dict[str, object]:
     return {"allowed": allowed, "pattern": re.compile(pattern)}
 
 
-# The closed sets, each name with its spelling in a document.
+# The enums: each name with its spelling in a document.
 OnTermination = StrEnum("OnTermination", {"SAVE": "Save", "SKIP": "Skip"})
-"""What happens to the newest staged save when the pod is told to end or the trainer is gone."""
+"""What happens to the newest staged save when the pod must end or the trainer has died."""
 Overlap = StrEnum("Overlap", {"WAIT": "Wait", "SKIP": "Skip", "LATEST": "Latest"})
-"""What a save that finds no free slot does: wait, nothing, or replace the oldest sealed one not being written."""
+"""What a save without a free slot does: wait, drop itself, or replace the oldest sealed save that is not being written."""
 MemoryAccounting = StrEnum("MemoryAccounting", {"SIDECAR": "Sidecar", "WORKLOAD": "Workload"})
 """Who pays for the arena: the sidecar (added to its request and limit), or the workload (nothing is added)."""
 StoreMode = StrEnum("StoreMode", {"PREFIX": "Prefix", "OWN": "Own"})
-"""Where pods meet to plan and commit: a prefix in the job's own store, or a store that the coordinator hosts."""
+"""Which store the pods use to plan and commit: a prefix in the job's own store, or a store that the coordinator hosts."""
 RestoreMode = StrEnum("RestoreMode", {"LATEST": "Latest", "STEP": "Step", "NONE": "None"})
-"""Which checkpoint a load takes: the newest that can be read, one named step, or none."""
+"""Which checkpoint a load takes: the newest readable one, one named step, or none."""
 OnMissing = StrEnum("OnMissing", {"FRESH": "Fresh", "FAIL": "Fail"})
-"""What a load does where no checkpoint ever was. Checkpoints that cannot be read are an error in both cases."""
+"""What a load does if there has never been a checkpoint. Unreadable checkpoints are an error in both cases."""
 FailurePolicy = StrEnum("FailurePolicy", {"FAIL": "Fail", "IGNORE": "Ignore"})
-"""What an injection that cannot be done does to the pod: keeps it from starting, or lets it start untouched."""
+"""What a failed injection does: keep the pod from starting, or let it start unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trigger(Section):
-    """When a save is due. In a cluster at least one period is set; without one each save may be the user's own."""
+    """When a save is due. A cluster requires at least one period. Without a cluster the script may decide each save itself."""
 
     period_steps: int | None = None
-    """Training steps between persisted saves. None: steps alone make no save due."""
+    """Training steps between persisted saves. None: no period in steps."""
     period_seconds: int | None = None
-    """Seconds since the last persisted save after which the next is due. None: time alone makes no save due."""
+    """Seconds from a persisted save until the next is due. None: no period in seconds."""
     snapshot_steps: int | None = None
-    """Training steps between snapshots, which stay in memory; less than ``period_steps``. None: no such snapshots."""
+    """Training steps between snapshots, which stay in memory. Less than ``period_steps``. None: no snapshots."""
     on_termination: OnTermination = OnTermination.SAVE
-    """Save by default: what is in memory when the pod ends is otherwise lost, and the drain is bounded anyway."""
+    """Save by default: otherwise the newest snapshot in memory is lost with the pod. The drain is bounded in any case."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
         if not embedded and self.period_steps is None and self.period_seconds is None:
@@ -80,14 +80,14 @@ class Staging(Section):
     """The arena: the shared memory that the trainer copies into."""
 
     size_limit_bytes: int | None = field(default=None, metadata={"name": "sizeLimit", "unit": BYTES})
-    """Most bytes that a pod's arena takes, all ranks and slots together; ``sizeLimit``, a quantity, in the document.
-    None: what its file system has; not in a cluster where the sidecar pays, as undeclared memory gets pods killed."""
+    """Maximum bytes of a pod's arena, all ranks and slots together; ``sizeLimit``, a quantity, in the document. None: the size of its
+    file system. Required in a cluster if the sidecar pays, as undeclared memory gets pods killed."""
     slots: int = field(default=2, metadata={"least": 2, "most": 16})
-    """Saves that each local rank has room for. Two, and never less: one stays whole while the next is staged."""
+    """Number of saves that each local rank has room for. At least two: one stays complete while the next is staged."""
     overlap: Overlap = Overlap.WAIT
-    """Wait by default: no save that was asked for is lost, and the wait is bounded and counted."""
+    """Wait by default: no requested save is lost, and the wait is bounded and counted."""
     memory_accounting: MemoryAccounting = MemoryAccounting.SIDECAR
-    """Sidecar by default: the trainer's own memory limit stays what its author measured."""
+    """Sidecar by default: the trainer's own memory limit stays as its author set it."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
         if not embedded and self.size_limit_bytes is None and self.memory_accounting is MemoryAccounting.SIDECAR:
@@ -109,10 +109,10 @@ class VolumeClaim(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer(Section):
-    """A DCP ``StorageWriter`` of someone else's, made by the executor as ``Class(**arguments)``."""
+    """A third-party DCP ``StorageWriter``. The executor makes it as ``Class(**arguments)``."""
 
     name: str = field(metadata=_text('"module:Class"', r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"))
-    """``module:Class``. Imported in the executor only; whether it exists is found out there."""
+    """``module:Class``. Only the executor imports it, and reports if it does not exist."""
     arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Keyword arguments, JSON values. Never credentials: a policy is readable by all who may list policies."""
 
@@ -120,23 +120,23 @@ class Writer(Section):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage(Section):
     """
-    Where checkpoints rest: one backend, and who writes into it.
+    The storage of the checkpoints: one backend, and the writer.
 
-    The backends are ``path`` and ``persistent_volume_claim``, never both. A cluster takes a claim: a path of a sidecar
-    ends with its pod. A run without a cluster takes a path, or neither and the root given in code; a claim is accepted,
-    so that one document serves both, but nothing mounts it: such a run needs the root as well. ``writer`` is no
-    backend: it replaces who writes, and what it leaves is its own format: no manifest, no parts, no digests of ours.
+    The backends are ``path`` and ``persistent_volume_claim``, never both. A cluster requires a claim, because a path in a sidecar ends with
+    its pod. A run without a cluster takes a path, or neither if the code gives the root. It also accepts a claim, so that one document
+    serves both, but nothing mounts it: such a run needs the root as well. ``writer`` is not a backend. It replaces Pillion's writer and has
+    its own format, without manifest, parts and digests.
     """
 
     path: str | None = field(
         default=None,
         metadata=_text("a directory (an object store: see storage.writer)", r"(?!\w+://)(?=[^\0\n]*[^\0\s])[^\0\n]*"),
     )
-    """Directory, as the writing process sees it; nothing in it is expanded. None: the claim, or the root from code."""
+    """Directory in the file system of the writing process. Nothing in it is expanded. None: the claim, or the root from code."""
     persistent_volume_claim: VolumeClaim | None = None
     """The backend in a cluster. None: ``path``, or the root from code."""
     writer: Writer | None = None
-    """None, the default: Pillion's own writer, which makes stock DCP files."""
+    """The third-party writer. None, the default: Pillion's own writer, which writes stock DCP files."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
         backends = ("path", "persistent_volume_claim")
@@ -150,12 +150,12 @@ class Storage(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention(Section):
-    """Which checkpoints stay. The newest one, the last one that a load has verified, and one that a load of the job is reading always do."""
+    """Which checkpoints stay. Always kept: the newest one, the last one that a load verified, and one that a load of the job is reading."""
 
     keep_last: int | None = None
-    """How many of the newest stay. None, the default: all; nothing is removed that no one asked to remove."""
+    """Number of newest checkpoints that stay. None, the default: all. Nothing is removed unless the policy requests it."""
     keep_every_steps: int | None = None
-    """Checkpoints at a multiple of this step stay for good, besides the last ones. None: there is no such step."""
+    """Checkpoints at multiples of this step stay forever, besides the last ones. None: no such step."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
         if self.keep_every_steps is not None and self.keep_last is None:
@@ -165,10 +165,10 @@ class Retention(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore(Section):
-    """What a load takes."""
+    """Which checkpoint a load takes."""
 
     mode: RestoreMode = RestoreMode.LATEST
-    """Latest by default: a restarted trainer goes on where the last one ended."""
+    """Latest by default: a restarted trainer continues where the last one ended."""
     step: int | None = field(default=None, metadata={"least": 0})
     """The step to load with mode ``Step``; None with any other mode."""
     on_missing: OnMissing = OnMissing.FRESH
@@ -197,9 +197,9 @@ class ResourceList(Section):
     """Amounts of what a node has; ``cpu`` and ``memory``, both quantities, in the document."""
 
     cpu_millicores: int | None = field(default=None, metadata={"name": "cpu", "unit": CPU})
-    """Thousandths of a CPU. None: not said."""
+    """Thousandths of a CPU. None: not set."""
     memory_bytes: int | None = field(default=None, metadata={"name": "memory", "unit": BYTES})
-    """Bytes. None: not said."""
+    """Bytes. None: not set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,9 +223,9 @@ class Resources(Section):
 
 _OBJECT_NAME: Final = _text("the name of an object of the namespace", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _ENTRIES_MOST: Final = 64
-"""Variables, and sources of variables, of a sidecar: each is in the policy, and the policy in each pod."""
+"""Maximum variables, and maximum sources of variables, of a sidecar. Each pod contains the policy with all of them."""
 _USER_MOST: Final = 2**31 - 1
-"""Kubernetes takes no larger number of a user or group."""
+"""Largest id of a user or group that Kubernetes accepts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,11 +285,11 @@ class Sidecar(Section):
     )
     """The default has no CPU limit: throttling would slow the drain. Given resources replace the default as a whole."""
     run_as_user: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
-    """Its user; 0 for a volume that only root may write. None: the trainer's where the pod says it, else the operator's setting."""
+    """User id of the sidecar; 0 for a volume that only root may write. None: the trainer's, if the pod sets it, else the operator's setting."""
     run_as_group: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
-    """Its group. None: likewise."""
+    """Group id of the sidecar. None: as for the user."""
     env: tuple[EnvVar, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
-    """Variables: settings of the sidecar, or what a `storage.writer` reads. A pod's own word for one wins."""
+    """Variables: settings of the sidecar, or of a `storage.writer`. A pod's own value of a variable takes precedence."""
     env_from: tuple[EnvFrom, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
     """Secrets whose keys are variables: credentials of a `storage.writer`, in the sidecar and nowhere else."""
 
@@ -303,7 +303,7 @@ class Sidecar(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy(Section):
-    """A checkpoint policy. ``parse`` makes one that holds; one made by hand is checked by ``parse(dump(policy))``."""
+    """A checkpoint policy. ``parse`` returns a valid one. ``parse(dump(policy))`` checks one made by hand."""
 
     trigger: Trigger = Trigger()
     staging: Staging = Staging()
@@ -314,7 +314,7 @@ class Policy(Section):
     restore: Restore = Restore()
     drain: Drain = Drain()
     failure_policy: FailurePolicy = FailurePolicy.FAIL
-    """Fail by default: who opted in learns at once, and not days later when there is no checkpoint to go back to."""
+    """Fail by default: the pod's author learns of it at once, and not days later from a missing checkpoint."""
     suspend: bool = False
     """True: new pods are not injected, and running sidecars make no save of their own accord."""
     sidecar: Sidecar = Sidecar()
@@ -322,11 +322,14 @@ class Policy(Section):
 
 def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
     """
-    The policy that a document describes, or PolicyError with all that is wrong with it.
+    Return the policy that a document describes.
 
-    Of a whole object ``apiVersion`` and ``kind`` are checked; ``metadata`` and ``status`` are left alone. ``embedded``
-    is True for a run without a cluster, which may leave out the periods (each save is then the user's own), ``storage``
-    (the root is then given in code) and ``staging.sizeLimit``.
+    Of a whole object ``apiVersion`` and ``kind`` are checked; ``metadata`` and ``status`` are ignored. ``embedded`` is True for a run
+    without a cluster. It may leave out the periods (the script then decides each save), ``storage`` (the code then gives the root) and
+    ``staging.sizeLimit``.
+
+    Raises:
+        PolicyError: the document is not a valid policy. Has all problems.
     """
     reading = Reading(embedded)
     path, spec = "", cast("object", document)
@@ -347,8 +350,8 @@ def dump(policy: Policy) -> dict[str, object]:
     """
     The canonical document of a policy: the spec in camelCase, JSON values that share nothing with it, None left out.
 
-    Defaults are written out: a reader of another release, whose defaults may be others, then reads the same policy. Left out are those of
-    fields that came later, as a reader of before refuses what it does not know.
+    Defaults are written out, so that a reader of another release with other defaults reads the same policy. Defaults of newer fields are
+    left out, because an older reader refuses unknown fields.
     """
     return cast("dict[str, object]", plain(policy))
 

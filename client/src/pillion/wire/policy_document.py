@@ -1,10 +1,10 @@
 """
-The whole of: how a document becomes sections of a policy, and how they are written back; and what is said of one that cannot be used.
+Reads a document into the sections of a policy, writes sections back, and describes the problems of an invalid document.
 
-Called from: `policy`, which has the fields. A section is a frozen dataclass: a field's annotation and metadata say what it may hold.
-Breaking changes: refusing what was read. The rest of the contract stands in `policy`.
+Called from: `policy`, which has the fields. A section is a frozen dataclass. A field's annotation and metadata define its allowed values.
+Breaking changes: refusing a document that was accepted before. `policy` has the rest of the contract.
 
-Must never: stop at the first problem; compute, or say, more than the size of the document deserves.
+Must never: stop at the first problem, or compute or print more than the size of the document justifies.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_
 from pillion.wire.quantities import INT64_MAX
 
 _DEPTH_MOST: Final = 32
-"""Objects and lists within each other in a writer's arguments: reader and writer go down all of them."""
+"""Maximum nesting of objects and lists in a writer's arguments. Reading and writing recurse into all of them."""
 PROBLEMS_MOST: Final = 100
-"""Problems after which unknown fields, and arguments, are not looked at any more: a document may have a hundred thousand."""
+"""Maximum problems before unknown fields and arguments are no longer reported. A document may have a hundred thousand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +33,18 @@ class PolicyProblem:
     path: str
     """The field, dotted, as the document spells it; ``spec.`` in front when the document is a whole object."""
     value: object
-    """What was there. None: the field was absent."""
+    """The value in the document. None: the field was absent."""
     allowed: str
-    """What could stand there instead."""
+    """Description of the allowed values."""
 
     def __str__(self) -> str:
-        # reprlib clips: a message finds the field by its path, and a long value would flood a log.
+        # reprlib shortens the value, which could flood a log. The path identifies the field.
         shown = "nothing" if self.value is None else reprlib.repr(self.value)
         return f"{self.path}: got {shown}; allowed: {self.allowed}"
 
 
 class PolicyError(ValueError):
-    """A document is not a policy; ``problems`` holds all that is wrong with it, and the message lists them all."""
+    """A document is not a valid policy. ``problems`` and the message have all of its problems."""
 
     def __init__(self, problems: tuple[PolicyProblem, ...]) -> None:
         self.problems = problems
@@ -52,7 +52,7 @@ class PolicyError(ValueError):
 
 
 class Broken(NamedTuple):
-    """A rule between the fields ``about`` that the field ``name`` breaks; one of these refused, it says nothing new."""
+    """A violated rule between the fields ``about``, reported at the field ``name``. It is dropped if one of these fields is invalid itself."""
 
     about: tuple[str, ...]
     name: str
@@ -61,7 +61,7 @@ class Broken(NamedTuple):
 
 
 class Section:
-    """An object in the document. Fields are read by annotation; a whole number is at least 1 if metadata is silent."""
+    """An object in the document. Fields are read by annotation. The minimum of a whole number is 1, unless its metadata sets another."""
 
     __slots__ = ()
 
@@ -70,7 +70,7 @@ class Section:
 
 
 class Reading:
-    """One document that is being read: the sections that it becomes, and all that is wrong with it."""
+    """Reads one document, and collects all of its problems."""
 
     def __init__(self, embedded: bool) -> None:
         self.embedded = embedded
@@ -80,7 +80,7 @@ class Reading:
         self.problems.append(PolicyProblem(path=path or "document", value=value, allowed=allowed))
 
     def section(self, kind: type[Section], path: str, value: object) -> Section | None:
-        """An object of the document as a section. What was refused has its default, or None, in it."""
+        """Read an object of the document as a section. A refused field has its default or None."""
         names = field_names(kind)
         if not isinstance(value, Mapping):
             self.refuse(path, value, "an object with the fields " + ", ".join(names))
@@ -101,7 +101,7 @@ class Reading:
                     doubtful.add(names[key].name)
         for name, spec in names.items():
             if isinstance(spec.default, Section) and not {spec.name} & (given.keys() | doubtful):
-                self.section(type(spec.default), f"{at}{name}", {})  # For its rules: some do not hold for nothing.
+                self.section(type(spec.default), f"{at}{name}", {})  # For its rules: an absent section may violate one.
             elif spec.default is spec.default_factory is dataclasses.MISSING and spec.name not in given:
                 if spec.name not in doubtful:
                     self.refuse(f"{at}{name}", None, spec.metadata.get("allowed", "an object"))
@@ -113,7 +113,7 @@ class Reading:
         return section
 
     def value(self, section: type[Section], spec: dataclasses.Field[Any], path: str, value: object) -> object:
-        """A value of the document as the field's annotation wants it; after a refusal the answer means nothing."""
+        """Read a value of the document by the field's annotation. After a refusal the result has no meaning."""
         hint, rule = get_type_hints(section)[spec.name], spec.metadata
         if get_origin(hint) is tuple:
             return self.sections(get_args(hint)[0], path, value, rule["most"])
@@ -129,7 +129,7 @@ class Reading:
                 if amount := rule["unit"].parse(value):
                     return amount
             except ValueError:
-                pass  # A reason in words is in the unit, for this and for zero.
+                pass  # The unit describes what is allowed, for this case and for zero.
             self.refuse(path, value, rule["unit"].allowed)
         elif kind is str:
             if not isinstance(value, str) or rule["pattern"].fullmatch(value) is None:
@@ -139,7 +139,7 @@ class Reading:
                 self.refuse(path, value, "true or false")
         elif kind is int:
             least, most = rule.get("least", 1), rule.get("most", INT64_MAX)
-            # A bool is an int to Python and none to the API server.
+            # In Python a bool is an int; for the API server it is not.
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 span = f"of at least {least}" if most == INT64_MAX else f"from {least} to {most}"
                 self.refuse(path, value, f"a whole number {span}")
@@ -150,14 +150,14 @@ class Reading:
         return value
 
     def sections(self, kind: type[Section], path: str, value: object, most: int) -> object:
-        """A list of objects, all of one kind."""
+        """Read a list of objects of one kind."""
         if not isinstance(value, list | tuple) or len(value) > most:
             self.refuse(path, value, f"a list of at most {most} objects")
             return ()
         return tuple(self.section(kind, f"{path}[{index}]", each) for index, each in enumerate(value))
 
     def json(self, path: str, value: object, depth: int = 0) -> object:
-        """A deep copy of a JSON value: no later change of the document reaches a frozen policy."""
+        """Return a deep copy of a JSON value, so that a later change of the document does not reach the frozen policy."""
         if depth > _DEPTH_MOST:
             self.refuse(path, None, f"at most {_DEPTH_MOST} objects and lists within each other")
             return None
@@ -176,8 +176,10 @@ class Reading:
 
 def plain(value: object) -> object:
     """
-    A section as JSON values that share nothing with it, None left out, and a default that is `unsaid`: sidecars and clients of before know
-    nothing of the field, and refuse a document that has it.
+    Return a section as JSON values that share nothing with it. None is left out.
+
+    Defaults with the metadata `unsaid` are left out as well: older sidecars and clients refuse a document with a field that they do not
+    know.
     """
     if isinstance(value, Section):
         pairs = [
@@ -195,15 +197,15 @@ def plain(value: object) -> object:
 
 
 def field_names(kind: type[Section]) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of a section by their names in the document: camelCase, or what metadata says."""
+    """Return the fields of a section by their names in the document: camelCase, or the name in the metadata."""
     fields = dataclasses.fields(cast("Any", kind))
     return {each.metadata.get("name", re.sub("_(.)", lambda it: it[1].upper(), each.name)): each for each in fields}
 
 
 def nearest(name: object, allowed: Collection[str]) -> tuple[str, str | None]:
-    """What to say about an unknown field, and the known one that was probably meant."""
+    """Return a hint about an unknown field, and the allowed field that was probably meant."""
     folded = {each.lower(): each for each in allowed}
-    # Folding makes `period_steps` and `PeriodSteps` the same as `periodSteps`; what remains is a typo.
+    # Folding equates `period_steps` and `PeriodSteps` with `periodSteps`. Any other difference is a typo.
     near = difflib.get_close_matches(re.sub("[_-]", "", str(name)).lower(), folded, n=1)
     meant = folded[near[0]] if near else None
     return (f"did you mean {meant}? " if meant else "") + "the fields " + ", ".join(allowed), meant

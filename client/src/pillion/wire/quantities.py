@@ -1,9 +1,9 @@
 """
-The whole of: amounts as Kubernetes spells them: bytes and thousandths of a CPU, read and written exactly.
+Quantities in the notation of Kubernetes: bytes and thousandths of a CPU, read and written exactly.
 
-Producer: the author of a policy or a pod. Consumer: `policy`, which has these amounts as fields; the operator.
-Breaking changes: refusing a spelling that was read; another number for a spelling.
-Non-breaking changes: reading one more spelling.
+Producer: the author of a policy or a pod. Consumer: `policy`, which has such fields, and the operator.
+Breaking changes: refusing a notation that was accepted; another number for a notation.
+Non-breaking changes: accepting one more notation.
 """
 
 import re
@@ -12,20 +12,20 @@ from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
 INT64_MAX: Final = 2**63 - 1
-"""The largest integer that the API server stores; a larger one would not survive the trip through a cluster."""
+"""Largest integer that the API server stores."""
 _BINARY: Final = {"Ei": 2**60, "Pi": 2**50, "Ti": 2**40, "Gi": 2**30, "Mi": 2**20, "Ki": 2**10}
 _DECIMAL: Final = {"E": 10**18, "P": 10**15, "T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}
 _FACTORS: Final = {suffix: Fraction(factor) for suffix, factor in (_BINARY | _DECIMAL).items()} | {
     suffix: Fraction(1, 1000**power) for power, suffix in enumerate(("", "m", "u", "n"))
 }
-# Lengths are bounded so that no document makes us compute a number of a billion digits.
+# Lengths are bounded, so that no document can demand a number of a billion digits.
 _QUANTITY: Final = re.compile(
     r"\+?([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE]([+-]?[0-9]{1,2})|([KMGTPE]i|[kMGTPEmun]))?"
 )
 
 
 def _quantity(value: object, parts: int) -> int:
-    """How many of ``parts`` per unit a Kubernetes quantity is, exactly; ValueError when that is no whole int64 >= 0."""
+    """Return a Kubernetes quantity in units of 1/``parts``, exactly. ValueError if that is not a whole int64 >= 0."""
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
     if match := _QUANTITY.fullmatch(text):
         number, exponent, suffix = match.groups()
@@ -37,7 +37,7 @@ def _quantity(value: object, parts: int) -> int:
 
 def quantity_bytes(quantity: str | int) -> int:
     """
-    Bytes of a Kubernetes quantity such as ``"96Gi"``, ``"1.5G"``, ``"1e9"`` or ``1073741824``, exactly.
+    Return the bytes of a Kubernetes quantity such as ``"96Gi"``, ``"1.5G"``, ``"1e9"`` or ``1073741824``, exactly.
 
     Raises:
         ValueError: not a quantity, negative, above 2**63 - 1, or with a fraction of a byte.
@@ -47,13 +47,13 @@ def quantity_bytes(quantity: str | int) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """The quantity of exactly this many bytes: the largest binary suffix that divides it, else decimal, else none."""
+    """Return the quantity of exactly this many bytes: with the largest binary suffix that divides it, else decimal, else none."""
     whole = (f"{num_bytes // size}{name}" for name, size in (_BINARY | _DECIMAL).items() if num_bytes % size == 0)
     return next(whole, str(num_bytes)) if num_bytes else "0"
 
 
 class Unit(NamedTuple):
-    """What an amount is counted in: how one is read and written, and what to say of one that is none."""
+    """Unit of a quantity: how to read and write it, and what is allowed."""
 
     parse: Callable[[Any], int]
     format: Callable[[int], str]
