@@ -33,12 +33,12 @@ class Outcome(futures.Future[T]):
     A future that cannot be cancelled, as another process does the work.
 
     Args:
-        on_asked: called when a caller has read the outcome.
+        on_examined: called when a caller has read the outcome.
     """
 
-    def __init__(self, on_asked: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_examined: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self._on_asked = on_asked
+        self._on_examined = on_examined
         self.set_running_or_notify_cancel()
 
     def add_done_callback(self, fn: Callable[[futures.Future[T]], object]) -> None:
@@ -63,7 +63,7 @@ class Outcome(futures.Future[T]):
 
     def _note(self) -> None:
         if self.done():
-            self._on_asked()
+            self._on_examined()
 
 
 class _Caller:

@@ -76,7 +76,7 @@ class Checkpointer:
             process_group,
             environ,
             root=where,
-            ask_policy=lambda environ: store_mode.policy_of_all(policy, environ),
+            read_policy=lambda environ: store_mode.policy_of_all(policy, environ),
         )
         self._session = store_mode.open_session(
             self._group,

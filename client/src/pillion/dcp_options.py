@@ -39,7 +39,7 @@ except ImportError:  # torch 2.6 has no choice to name; can go with the last rel
 
 try:
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
-except ImportError:  # torch 2.6 has no stager that asks for it
+except ImportError:  # torch 2.6 has no stager that needs it
 
     @dataclass
     class AsyncSaveResponse:  # type: ignore[no-redef]
@@ -157,7 +157,7 @@ def check_planner(planner: SavePlanner | None, *, use_collectives: bool) -> None
     Raises:
         Unmapped: the planner's plan would differ from the sidecar's.
     """
-    # enable_plan_caching asks for what the executor does anyway.
+    # enable_plan_caching is accepted: the executor caches plans anyway.
     if planner is not None and not (
         type(planner) is DefaultSavePlanner
         and planner.flatten_state_dict

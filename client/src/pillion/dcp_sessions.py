@@ -132,7 +132,7 @@ class Saves:
         else:
             handle = self._saver.save(state_dict, step, persist=True, overlap=overlap, destination=destination)
         self._last = handle
-        future: futures.Future[Checkpoint] = callbacks.Outcome(handle.note_asked)
+        future: futures.Future[Checkpoint] = callbacks.Outcome(handle.note_examined)
 
         def conclude(done: futures.Future[Checkpoint]) -> None:
             error = handle.error()
@@ -223,7 +223,7 @@ def _open_session(
         CheckpointException: the session cannot be opened; on every rank, with the failed ranks.
     """
     members = (
-        group.join(process_group, ask_policy=lambda environ: store_mode.policy_of_all(None, environ))
+        group.join(process_group, read_policy=lambda environ: store_mode.policy_of_all(None, environ))
         if distributed
         else _alone()
     )

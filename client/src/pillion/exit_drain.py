@@ -87,7 +87,7 @@ def _noting_exit(exit_: Callable[[Any], NoReturn]) -> Callable[..., NoReturn]:
 
 def lost_saves() -> list[str]:
     """Return step and error of each lost save of this process that the script has not looked at."""
-    return [f"step {each.step}: {each.error()}" for each in _lost if not each.asked and not each.inherited]
+    return [f"step {each.step}: {each.error()}" for each in _lost if not each.examined and not each.inherited]
 
 
 def _drain_open() -> None:

@@ -97,7 +97,7 @@ def join(
     environ: Mapping[str, str] | None = None,
     *,
     root: str | None = None,
-    ask_policy: Callable[[Mapping[str, str]], Mapping[str, Any] | None] = lambda _: None,
+    read_policy: Callable[[Mapping[str, str]], Mapping[str, Any] | None] = lambda _: None,
 ) -> Group:
     """
     Agree on the group.
@@ -106,7 +106,7 @@ def join(
         process_group: the ranks. None is the default group.
         environ: the environment. None: this process's.
         root: directory of this rank's checkpoints. Empty: not given. None: the caller has no root to agree on.
-        ask_policy: called with the environment on rank 0, if there are several ranks. Its result becomes every rank's `Group.policy`.
+        read_policy: called with the environment on rank 0, if there are several ranks. Its result becomes every rank's `Group.policy`.
 
     Ranks: all of the process group, in the same order. Without an initialised process group this is a group of one.
 
@@ -141,7 +141,7 @@ def join(
             f"rank {dist.get_rank()} is not in the process group: call this on the members of the group only"
         )
     if dist.get_rank(process_group) == 0 and dist.get_world_size(process_group) > 1:
-        mine["policy"] = ask_policy(environ)
+        mine["policy"] = read_policy(environ)
     entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]
     dist.all_gather_object(entries, mine, group=process_group)
     _check_roots([entry.get("root") for entry in entries])

@@ -92,9 +92,9 @@ class SaveHandle:
         self._pid = os.getpid()
         self.step = step
         self.staged: Future[None] = Outcome()
-        self.committed: Future[Checkpoint] = Outcome(self.note_asked)
+        self.committed: Future[Checkpoint] = Outcome(self.note_examined)
         self.stall_s = 0.0
-        self.asked = False
+        self.examined = False
         """True once the script has looked at the outcome. Then the end of the process does not report a loss again."""
         self.incomplete = False
         """True if other ranks may have failed as well. The sidecar names them later than it reports the loss."""
@@ -123,12 +123,12 @@ class SaveHandle:
         """Whether this process is a forked child of the trainer."""
         return os.getpid() != self._pid
 
-    def note_asked(self) -> None:
-        self.asked = True
+    def note_examined(self) -> None:
+        self.examined = True
 
     def error(self, timeout_s: float | None = 0.0) -> BaseException | None:
         """
-        Return the error of the save without setting `asked`. None if the save is committed, or in flight and `timeout_s` is 0.
+        Return the error of the save without setting `examined`. None if the save is committed, or in flight and `timeout_s` is 0.
 
         Blocks: up to `timeout_s`.
 

@@ -135,7 +135,7 @@ def _copiers(num_threads: int) -> copiers_module.Copiers | None:
         return None
 
     def alone() -> None:
-        torch.get_num_threads()  # torch sets its number at the first use in a thread, so trigger that before ours
+        torch.get_num_threads()  # torch sets its number at the first use in a thread, so this call comes before the next line
         library.omp_set_num_threads(1)
 
     try:

@@ -36,13 +36,13 @@ def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: st
     Raises:
         SettingsError: the environment requires prefix mode, and gives no address of the job's store.
     """
-    asked = environ.get(names.ENV_PREFIX_STORE)
-    if asked == "1" and members.world_size > 1 and members.store is None:
+    switch = environ.get(names.ENV_PREFIX_STORE)
+    if switch == "1" and members.world_size > 1 and members.store is None:
         raise SettingsError([f"{names.ENV_PREFIX_STORE}=1: {members.store_problem}"])
     if len(members.pods) == 1:
         return None
-    if asked is not None:
-        return "prefix" if asked == "1" else "own"
+    if switch is not None:
+        return "prefix" if switch == "1" else "own"
     return "prefix" if policy_store == "Prefix" and members.store is not None else "own"
 
 

@@ -100,15 +100,15 @@ def test_a_handle_knows_whether_somebody_has_asked_how_the_save_ended() -> None:
     handle.fail(SidecarUnavailable("gone"))
     assert "failed" in repr(handle)
     assert isinstance(handle.error(), SidecarUnavailable)
-    assert not handle.asked
+    assert not handle.examined
     assert isinstance(handle.committed.exception(0), SidecarUnavailable)
-    assert handle.asked
+    assert handle.examined
 
 
 def test_a_future_of_another_ones_outcome_asks_for_it() -> None:
     """`pillion.dcp` gives its callers such a one."""
     handle = SaveHandle(1)
-    theirs: Outcome[int] = Outcome(handle.note_asked)
-    theirs.set_result(1)
-    assert theirs.result(0) == 1
-    assert handle.asked
+    outcome: Outcome[int] = Outcome(handle.note_examined)
+    outcome.set_result(1)
+    assert outcome.result(0) == 1
+    assert handle.examined

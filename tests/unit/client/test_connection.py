@@ -185,12 +185,12 @@ def test_answers_find_their_request_and_events_their_handler(tmp_path: Path) -> 
 
     def serve(peer: socket.socket) -> None:
         decoder = messages.Decoder()
-        found: list[messages.Message] = []
-        while len(found) < 2:
-            found += messages.receive(peer, decoder)
+        requests: list[messages.Message] = []
+        while len(requests) < 2:
+            requests += messages.receive(peer, decoder)
         peer.sendall(messages.encode({"type": "late", "id": 999}))
         peer.sendall(messages.encode({"type": "notice", "text": "hello"}))
-        for request in sorted(found, key=lambda message: str(message["name"]), reverse=True):
+        for request in sorted(requests, key=lambda message: str(message["name"]), reverse=True):
             peer.sendall(messages.encode({"type": "done", "id": request["id"], "name": request["name"]}))
         peer.recv(1)
 

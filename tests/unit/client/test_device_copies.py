@@ -71,10 +71,10 @@ STATES = {
 def test_a_copy_is_cut_where_registered_memory_begins_or_ends() -> None:
     """Within an item only: what lies on one side of every edge is copied as a whole."""
     items = tuple(layout.Item(fqn, "float32", (1024,), (0,), (1024,)) for fqn in "abc")
-    of = layout.Layout(items, (), {})
-    first, second, _ = of.payload_starts
+    made = layout.Layout(items, (), {})
+    first, second, _ = made.payload_starts
     edges = [first, first + 4096, second - 1, second + 64, second + 4032]
-    assert registration.cuts(of, edges) == {1: (64, 4032)}
+    assert registration.cuts(made, edges) == {1: (64, 4032)}
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -86,6 +86,6 @@ def test_relative_entries_of_the_import_path_mean_the_trainers_directory(
 def test_a_root_of_any_bytes_has_a_runtime_directory() -> None:
     """Linux takes any bytes for a name; those that are no UTF-8 had the constructor fail with a UnicodeEncodeError."""
     odd, other = (os.fsdecode(b"/runs/caf\xe9" + end) for end in (b"", b"\xff"))
-    found = {embedded.runtime_directory(root, {}) for root in (odd, other, odd)}
-    assert len(found) == 2
-    assert all(path.isascii() for path in found)
+    directories = {embedded.runtime_directory(root, {}) for root in (odd, other, odd)}
+    assert len(directories) == 2
+    assert all(path.isascii() for path in directories)

@@ -41,10 +41,10 @@ def paths(state: dict[str, Any]) -> dict[str, flatten.Path]:
 def test_any_mutable_mapping_takes_its_values_back(container: type) -> None:
     """A mapping of the user's own class is assigned to by item, like a dict, under its own key."""
     state: dict[str, Any] = {"cfg": container({"lr": 0.0, 3: "x"})}
-    found = paths(state)
-    flatten.check_assignable(state, found.values())
-    flatten.assign(state, found["cfg.lr"], 0.1)
-    flatten.assign(state, found["cfg.3"], "y")
+    by_name = paths(state)
+    flatten.check_assignable(state, by_name.values())
+    flatten.assign(state, by_name["cfg.lr"], 0.1)
+    flatten.assign(state, by_name["cfg.3"], "y")
     assert dict(state["cfg"]) == {"lr": 0.1, 3: "y"}
 
 

@@ -59,18 +59,18 @@ def test_an_address_is_taken_as_it_stands() -> None:
 
 def test_the_mode_of_the_store_is_what_the_table_says() -> None:
     """Every row of the table in `pillion.store_mode`."""
-    found = {}
+    modes = {}
     for asked, pods, has_store, policy in itertools.product(
         (None, "1", "0", "true"), ("aa", "ab"), (True, False), ("Prefix", "Own")
     ):
         members = group._group(0, entries(pods, ("h", 1) if has_store else None, "MASTER_ADDR is not set"))
         environ = {} if asked is None else {"DCP_USE_PREFIX_STORE": asked}
         try:
-            found[asked, pods, has_store, policy] = store_mode.choose(members, environ, policy_store=policy)
+            modes[asked, pods, has_store, policy] = store_mode.choose(members, environ, policy_store=policy)
         except SettingsError as err:
             assert "MASTER_ADDR" in str(err)
-            found[asked, pods, has_store, policy] = "error"
-    for (asked, pods, has_store, policy), mode in found.items():
+            modes[asked, pods, has_store, policy] = "error"
+    for (asked, pods, has_store, policy), mode in modes.items():
         if asked == "1":
             wanted = "error" if not has_store else None if pods == "aa" else "prefix"
         elif pods == "aa":

@@ -73,10 +73,10 @@ def test_a_subclass_of_parameter_is_a_tensor() -> None:
     """A Parameter subclass is staged as its memory, and a load of the same state dict fills that memory."""
     role = Role(torch.zeros(3))
     vars(role).update(output_dim=0, shape_before=(3, 1), weight_loader=role.copy_, scale=None)
-    found = collect(role=role)
-    assert [item.fqn for item in found.layout.items] == ["role"]
+    collected = collect(role=role)
+    assert [item.fqn for item in collected.layout.items] == ["role"]
     with torch.no_grad():
-        found.tensors[0].fill_(7)
+        collected.tensors[0].fill_(7)
     assert role.tolist() == [7.0] * 3
 
 
@@ -91,16 +91,20 @@ def test_a_parameter_that_keeps_state_in_attributes_is_opaque() -> None:
 def test_a_subclass_of_tensor_is_opaque_and_keeps_its_type() -> None:
     """A Tensor subclass, a wrapper of two tensors, and a nested tensor are leaves of bytes."""
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    found = collect(named=torch.zeros(3).as_subclass(Named), two=TwoTensor(torch.ones(2), torch.ones(2)), nested=nested)
-    assert found.layout.opaque == ("named", "two", "nested")
+    collected = collect(
+        named=torch.zeros(3).as_subclass(Named), two=TwoTensor(torch.ones(2), torch.ones(2)), nested=nested
+    )
+    assert collected.layout.opaque == ("named", "two", "nested")
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (0, 3)])
 def test_a_sharded_tensor_has_any_number_of_local_shards(rows: tuple[int, ...]) -> None:
     """Each local shard of a ShardedTensor is an item at its own offset; a rank without any holds none."""
-    found = collect(table=Sharded(**{f"r{row}": torch.full((1, 3), float(row)) for row in rows}), step=torch.zeros(1))
-    assert [item.offsets for item in found.layout.items if item.fqn == "table"] == [(row, 0) for row in rows]
-    assert [tensor.tolist() for tensor in found.tensors[:-1]] == [[[float(row)] * 3] for row in rows]
+    collected = collect(
+        table=Sharded(**{f"r{row}": torch.full((1, 3), float(row)) for row in rows}), step=torch.zeros(1)
+    )
+    assert [item.offsets for item in collected.layout.items if item.fqn == "table"] == [(row, 0) for row in rows]
+    assert [tensor.tolist() for tensor in collected.tensors[:-1]] == [[[float(row)] * 3] for row in rows]
 
 
 def test_a_shard_that_is_no_dense_tensor_is_refused_by_name() -> None:
@@ -166,10 +170,10 @@ def test_a_tensor_within_a_transform_is_refused_by_name() -> None:
 )
 def test_a_target_whose_elements_share_memory_is_refused_before_it_is_filled(target: torch.Tensor, fits: bool) -> None:
     """Tensors that were expanded, or whose windows overlap, cannot hold a value for each element; views that do not can."""
-    found = collect(ok=torch.zeros(2), w=target)
+    collected = collect(ok=torch.zeros(2), w=target)
     if fits:
-        leaves.check_fillable(found)
+        leaves.check_fillable(collected)
         return
     with pytest.raises(IncompatibleCheckpoint, match="'w'") as caught:
-        leaves.check_fillable(found)
+        leaves.check_fillable(collected)
     assert caught.value.fqns == ("w",)

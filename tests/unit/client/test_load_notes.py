@@ -72,8 +72,8 @@ def test_what_all_ranks_would_say_is_said_by_the_first(caplog: pytest.LogCapture
 )  # fmt: skip
 def test_a_type_that_cannot_hold_every_value_narrows(stored: str, wanted: str, *, narrows: bool) -> None:
     """70000 as int16 is 4464, and 2**24 + 1 as float32 is 2**24. A type that holds every value does not, whatever torch would promote to."""
-    of = layout.Layout((layout.Item("x", wanted, (2,), (0,), (2,)),), (), {})
-    assert load_notes.narrowed({"x": stored}, of) == ({"x": f"{stored} -> {wanted}"} if narrows else {})
+    wanted_layout = layout.Layout((layout.Item("x", wanted, (2,), (0,), (2,)),), (), {})
+    assert load_notes.narrowed({"x": stored}, wanted_layout) == ({"x": f"{stored} -> {wanted}"} if narrows else {})
 
 
 def test_containers_that_hold_nothing_are_found_at_any_depth() -> None:

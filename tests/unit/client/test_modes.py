@@ -84,12 +84,12 @@ def test_a_mode_of_the_caller_changes_nothing(segment: Path, mode: str, num_thre
     with contextlib.closing(staging_mapping := _Mapping(segment, MODES[mode])) as opened:
         mapping = staging_mapping.mapping
         for inside, value in ((True, 1.0), (False, 2.0), (True, 3.0)):
-            saved, found = state(value), state(0.0)
+            saved, filled = state(value), state(0.0)
             with MODES[mode]() if inside else contextlib.nullcontext():
                 mapping.copy_in(0, collector.collect(saved))
-                of = collector.collect(found)
-                mapping.copy_out(0, of, 0, len(of.layout.items))
-            for name, tensor in found.items():
+                collected = collector.collect(filled)
+                mapping.copy_out(0, collected, 0, len(collected.layout.items))
+            for name, tensor in filled.items():
                 assert torch.equal(tensor, saved[name]), (name, value)
         assert opened is staging_mapping
 
@@ -108,13 +108,13 @@ class _Mapping:
 def test_inference_tensors_are_saved_and_filled(segment: Path, num_threads: int) -> None:
     """Tensors that were made in inference mode are sources and targets, inside the mode and outside of it."""
     with torch.inference_mode():
-        saved, found = state(5.0), state(0.0)
+        saved, filled = state(5.0), state(0.0)
     mapping = staging.SegmentMapping(str(segment))
     with contextlib.closing(mapping):
         mapping.copy_in(0, leaves.Collector().collect(saved))
-        of = leaves.Collector().collect(found)
-        mapping.copy_out(0, of, 0, len(of.layout.items))
-    for name, tensor in found.items():
+        collected = leaves.Collector().collect(filled)
+        mapping.copy_out(0, collected, 0, len(collected.layout.items))
+    for name, tensor in filled.items():
         assert torch.equal(tensor, saved[name]), name
 
 
@@ -127,8 +127,8 @@ def test_conjugated_and_negated_targets_are_filled_as_copy_does(segment: Path, n
         mapping = staging.SegmentMapping(str(segment))
         with contextlib.closing(mapping):
             mapping.copy_in(0, leaves.Collector().collect(saved))
-            of = leaves.Collector().collect(targets)
-            mapping.copy_out(0, of, 0, len(of.layout.items))
+            collected = leaves.Collector().collect(targets)
+            mapping.copy_out(0, collected, 0, len(collected.layout.items))
         assert torch.equal(targets["conjugated"], values)
         assert torch.equal(base, values.conj())
         assert torch.equal(targets["negated"], values.real)
@@ -139,9 +139,9 @@ def test_a_tensor_that_cannot_be_copied_to_is_named(segment: Path, num_threads: 
     mapping = staging.SegmentMapping(str(segment))
     with contextlib.closing(mapping):
         mapping.copy_in(0, leaves.Collector().collect({"ok": torch.ones(2), "model.w": torch.ones(9)}))
-        of = leaves.Collector().collect({"ok": torch.zeros(2), "model.w": torch.zeros(1).expand(9)})
+        collected = leaves.Collector().collect({"ok": torch.zeros(2), "model.w": torch.zeros(1).expand(9)})
         with pytest.raises(IncompatibleCheckpoint, match=r"'model\.w'.*single memory location"):
-            mapping.copy_out(0, of, 0, 2)
+            mapping.copy_out(0, collected, 0, 2)
 
 
 def test_the_modes_are_on_again_afterwards() -> None:

@@ -57,12 +57,12 @@ def test_thousands_of_tensors_are_copied_in_one_call_a_thread(segment: Path, mon
     state = {f"layer.{number}": torch.full((64,), float(number)) for number in range(NUM_TENSORS)}
     mapping = staging.SegmentMapping(str(segment))
     with contextlib.closing(mapping):
-        of = leaves.Collector().collect(state)
-        mapping.copy_in(0, of)
+        collected = leaves.Collector().collect(state)
+        mapping.copy_in(0, collected)
         assert sum(batches) == NUM_TENSORS
         assert len(batches) <= 2
-        views = mapping.views(0, of.layout)
-        assert [float(view[-1]) for view in views] == [float(tensor[0]) for tensor in of.tensors]
+        views = mapping.views(0, collected.layout)
+        assert [float(view[-1]) for view in views] == [float(tensor[0]) for tensor in collected.tensors]
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -78,10 +78,12 @@ def test_threads_that_save_and_prepare_at_once_get_the_tensors_of_their_own_layo
     def make(slot: int, first: int) -> None:
         try:
             for number in range(ROUNDS):
-                of = layouts[(first + number) % 2]
-                mapping.warm(slot, of)
-                if any(view.shape != item.sizes for view, item in zip(mapping.views(slot, of), of.items, strict=True)):
-                    failures.append(of.digest)
+                own = layouts[(first + number) % 2]
+                mapping.warm(slot, own)
+                if any(
+                    view.shape != item.sizes for view, item in zip(mapping.views(slot, own), own.items, strict=True)
+                ):
+                    failures.append(own.digest)
         except Exception as err:  # a failed thread's error is what the test is about
             failures.append(err)
 

@@ -34,10 +34,12 @@ class Other(Counter):
 
 def loaded_into(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """What a load of `saved` does to `own`; the names that it says were replaced."""
-    of = leaves.Collector().collect(saved)
+    collected = leaves.Collector().collect(saved)
     archives = dict(
         zip(
-            of.layout.opaque, opaque.Pickler().pickled(dict(zip(of.layout.opaque, of.opaque, strict=True))), strict=True
+            collected.layout.opaque,
+            opaque.Pickler().pickled(dict(zip(collected.layout.opaque, collected.opaque, strict=True))),
+            strict=True,
         )
     )
     wanted = leaves.materialize(own)

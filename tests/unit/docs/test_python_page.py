@@ -22,7 +22,7 @@ from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 PAGE: Final = (Path(__file__).parents[3] / "docs" / "reference" / "python.md").read_text()
 SIGNATURES: Final = dict(re.findall(r"^#+ ([\w.]+)\n\n```python\n(.+)\n```", PAGE, flags=re.MULTILINE))
 """Heading -> the signature below it."""
-INTERNAL: Final = {"inherited", "asked", "incomplete", "note_asked", "resolve", "resolve_staged", "fail"}
+INTERNAL: Final = {"inherited", "examined", "incomplete", "note_examined", "resolve", "resolve_staged", "fail"}
 """Names of a handle that only the library uses."""
 
 

@@ -71,10 +71,10 @@ def test_a_whole_object_is_read_and_its_kind_checked() -> None:
     """The object as kubectl prints it is a document too; its metadata and status are no business of ours."""
     whole = {"apiVersion": policy.API_VERSION, "kind": policy.KIND, "metadata": {"name": "llm"}, "status": {"x": 1}}
     assert policy.parse(whole | {"spec": IN_A_CLUSTER}, embedded=False) == policy.parse(IN_A_CLUSTER, embedded=False)
-    found = problems(whole | {"apiVersion": "v1", "kind": "Pod", "spek": {}, "spec": {"store": "Mine"}})
-    assert set(found) == {"apiVersion", "kind", "spek", "spec.store"}
-    assert found["apiVersion"].allowed == policy.API_VERSION
-    assert "did you mean spec?" in found["spek"].allowed
+    refused = problems(whole | {"apiVersion": "v1", "kind": "Pod", "spek": {}, "spec": {"store": "Mine"}})
+    assert set(refused) == {"apiVersion", "kind", "spek", "spec.store"}
+    assert refused["apiVersion"].allowed == policy.API_VERSION
+    assert "did you mean spec?" in refused["spek"].allowed
 
 
 def test_a_null_is_an_absent_field() -> None:
@@ -84,7 +84,7 @@ def test_a_null_is_an_absent_field() -> None:
 
 def test_every_problem_is_reported_at_once() -> None:
     """One look at the message is enough to put the whole document right."""
-    found = problems(
+    refused = problems(
         {
             "trigger": {"periodSteps": 0, "onTermination": "save"},
             "staging": {"sizeLimit": "lots", "slots": 1, "overlap": "Latests"},
@@ -93,7 +93,7 @@ def test_every_problem_is_reported_at_once() -> None:
             "suspend": "no",
         }
     )
-    assert set(found) == {
+    assert set(refused) == {
         "trigger.periodSteps",
         "trigger.onTermination",
         "staging.sizeLimit",
@@ -103,8 +103,8 @@ def test_every_problem_is_reported_at_once() -> None:
         "retention",
         "suspend",
     }
-    assert found["staging.overlap"].value == "Latests"
-    assert found["staging.overlap"].allowed == "one of Wait, Skip, Latest"
+    assert refused["staging.overlap"].value == "Latests"
+    assert refused["staging.overlap"].allowed == "one of Wait, Skip, Latest"
 
 
 @pytest.mark.parametrize("value", [True, False, -1, 0, 2**63, 1.0, "5", [5], {}])
@@ -120,9 +120,9 @@ def test_a_period_is_a_positive_whole_number(value: object) -> None:
 def test_an_unknown_field_names_the_nearest_known_one(written: str, meant: str) -> None:
     """A slip in a field's name is answered with the name; that the period is then missing is not said as well."""
     document = copy.deepcopy(IN_A_CLUSTER) | {"trigger": {written: 5}}
-    found = problems(document, embedded=False)
-    assert set(found) == {f"trigger.{written}"}
-    assert f"did you mean {meant}?" in found[f"trigger.{written}"].allowed
+    refused = problems(document, embedded=False)
+    assert set(refused) == {f"trigger.{written}"}
+    assert f"did you mean {meant}?" in refused[f"trigger.{written}"].allowed
 
 
 def test_an_unknown_field_like_no_other_lists_the_known_ones() -> None:
@@ -134,8 +134,8 @@ def test_an_unknown_field_like_no_other_lists_the_known_ones() -> None:
 
 def test_a_snapshot_period_is_shorter_than_the_persist_period() -> None:
     """A snapshot period that is not shorter would do nothing, or not what was meant."""
-    found = problems({"trigger": {"periodSteps": 10, "snapshotSteps": 10}})
-    assert "less than periodSteps, which is 10" in found["trigger.snapshotSteps"].allowed
+    refused = problems({"trigger": {"periodSteps": 10, "snapshotSteps": 10}})
+    assert "less than periodSteps, which is 10" in refused["trigger.snapshotSteps"].allowed
 
 
 def test_two_backends_are_one_too_many() -> None:
@@ -193,9 +193,9 @@ def test_a_writer_without_module_and_class_is_refused(name: object) -> None:
 def test_arguments_that_are_no_json_are_refused_where_they_stand() -> None:
     """A policy travels as JSON, so its arguments are JSON."""
     arguments = {"a": float("nan"), "b": [1, object()], "c": {3: 4}}
-    found = problems({"storage": {"writer": {"name": "m:C", "arguments": arguments}}})
+    refused = problems({"storage": {"writer": {"name": "m:C", "arguments": arguments}}})
     at = "storage.writer.arguments"
-    assert set(found) == {f"{at}.a", f"{at}.b[1]", f"{at}.c"}
+    assert set(refused) == {f"{at}.a", f"{at}.b[1]", f"{at}.c"}
 
 
 def test_what_stays_for_good_needs_a_limit_on_what_stays_else() -> None:
@@ -213,9 +213,9 @@ def test_a_step_to_load_goes_with_the_mode_step_only(restore: dict[str, object])
 def test_requests_fit_in_limits() -> None:
     """What Kubernetes would refuse in the pod is refused in the policy."""
     resources = {"requests": {"cpu": "1500m", "memory": "2Gi"}, "limits": {"cpu": 1, "memory": "2Gi"}}
-    found = problems({"sidecar": {"resources": resources}})
-    assert set(found) == {"sidecar.resources.requests.cpu"}
-    assert found["sidecar.resources.requests.cpu"].value == "1500m"
+    refused = problems({"sidecar": {"resources": resources}})
+    assert set(refused) == {"sidecar.resources.requests.cpu"}
+    assert refused["sidecar.resources.requests.cpu"].value == "1500m"
 
 
 def test_given_resources_replace_the_default_as_a_whole() -> None:

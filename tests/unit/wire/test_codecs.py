@@ -112,15 +112,15 @@ items = st.integers(0, 3).flatmap(
 @settings(deadline=None)
 def test_a_layout_comes_back_and_its_extents_never_overlap(each: list[layout.Item], opaque: list[str]) -> None:
     """Archives lie one behind the other, aligned, with room for head and tail."""
-    of = layout.Layout(tuple(each), tuple(opaque), {fqn: (fqn,) for fqn in opaque})
-    assert layout.decode(of.encoded) == of
+    made = layout.Layout(tuple(each), tuple(opaque), {fqn: (fqn,) for fqn in opaque})
+    assert layout.decode(made.encoded) == made
     end = 0
-    for index, start in enumerate(of.starts):
+    for index, start in enumerate(made.starts):
         assert start == end
         assert start % layout.ALIGNMENT_BYTES == 0
-        end = of.end(index)
-        assert end - start >= layout.HEAD_BYTES + of.items[index].payload_bytes + layout.TAIL_BYTES
-    assert of.tensors_bytes == end
+        end = made.end(index)
+        assert end - start >= layout.HEAD_BYTES + made.items[index].payload_bytes + layout.TAIL_BYTES
+    assert made.tensors_bytes == end
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))

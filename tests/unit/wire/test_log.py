@@ -15,9 +15,9 @@ def line(message: str, *args: object, **extra: object) -> dict[str, object]:
     record = logging.LogRecord("pillion_sidecar.supervisor.staging", logging.WARNING, __file__, 1, message, args, None)
     record.created, record.msecs = 1_795_000_000.25, 250.0
     record.__dict__.update(extra)
-    found = json.loads(log.JsonFormatter(["step", "path"]).format(record))
-    assert isinstance(found, dict)
-    return found
+    entry = json.loads(log.JsonFormatter(["step", "path"]).format(record))
+    assert isinstance(entry, dict)
+    return entry
 
 
 def test_a_line_is_one_json_object_with_utc_time_level_logger_and_message() -> None:
@@ -32,9 +32,9 @@ def test_a_line_is_one_json_object_with_utc_time_level_logger_and_message() -> N
 
 def test_a_line_has_the_named_fields_and_nothing_else_of_extra() -> None:
     """What is not in the list is never logged by accident."""
-    found = line("late", step=7, token="secret")
-    assert found["step"] == 7
-    assert "secret" not in json.dumps(found)
+    entry = line("late", step=7, token="secret")
+    assert entry["step"] == 7
+    assert "secret" not in json.dumps(entry)
 
 
 def test_a_value_that_json_has_no_form_for_is_said_as_text() -> None:
