@@ -169,7 +169,7 @@ class RanksAndMessages(RuleBasedStateMachine):
         target = self.ranks[rank].proposal(step, self.now_s)
         if target is not None:
             assert rank == 0
-            assert target >= step + cadence.LEAST_LEAD_STEPS
+            assert target >= step + cadence.MIN_LEAD_STEPS
             # One at a time: the one before was declined, or this rank has walked up to it.
             assert not self.proposed or self.proposed[-1] in self.declined or self.proposed[-1] <= step
             self.proposed.append(target)
@@ -287,6 +287,6 @@ def test_with_a_lead_that_suffices_all_ranks_save_at_the_same_steps_and_in_time(
         if persisted[0] and persisted[0][-1] == step:
             ranks[0].saved(step, now_s)
     assert all(steps == persisted[0] for steps in persisted)
-    most_s = period_seconds + max(lead_s, cadence.LEAST_LEAD_STEPS * step_s) + 2 * step_s
+    most_s = period_seconds + max(lead_s, cadence.MIN_LEAD_STEPS * step_s) + 2 * step_s
     gaps_s = [(after - before) * step_s for before, after in zip([1, *persisted[0]], [*persisted[0], 120], strict=True)]
     assert max(gaps_s) <= most_s

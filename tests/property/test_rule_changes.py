@@ -57,7 +57,7 @@ class RanksUnderChangingRules(RuleBasedStateMachine):
             assert rank == 0
             target, about = change
             # A step of its own, far enough ahead; or the one that holds, told again.
-            assert target >= step + cadence.LEAST_LEAD_STEPS or self.told.get(target) == about
+            assert target >= step + cadence.MIN_LEAD_STEPS or self.told.get(target) == about
             assert self.told.setdefault(target, about) == about
             self.tell("change", target, about)
 

@@ -56,24 +56,24 @@ from typing import Final, final
 from pillion.errors import UsageError
 from pillion.rule_timeline import Rule, RuleTimeline
 
-LEAST_LEAD_STEPS: Final = 2
+MIN_LEAD_STEPS: Final = 2
 """Minimum steps between a proposal and its T. With one step, a rank that is a single step ahead would always decline."""
 
-_MOST_DOUBLINGS: Final = 5
+_MAX_DOUBLINGS: Final = 5
 """Maximum doublings of the lead after proposals that failed in a row. 32 leads are 8 s in a pod and a minute across pods, which bounds
 the wait of a requested save. The sidecar forwards a message within seconds."""
 
-_REMEMBERED: Final = 1024
+_MAX_REMEMBERED: Final = 1024
 """Maximum accepted steps that are kept; the oldest are dropped. A repeated call for a step must give the same answer."""
 
-_LEAST_STEP_S: Final = 1e-6
+_MIN_STEP_S: Final = 1e-6
 """Minimum duration of a step, shorter than a call of `due`: no loop is faster."""
 
-_RECENT: Final = 5
+_RECENT_STEPS: Final = 5
 """Number of newest steps whose median is the pace of the loop. Two evaluations or stalls among them change nothing, and a new pace shows
 after three steps."""
 
-_MUCH_NEARER: Final = 2
+_NEARER_RATIO: Final = 2
 """Minimum ratio of the open proposal's distance to that of a nearer step, for the nearer step to be announced as well."""
 
 
@@ -119,13 +119,13 @@ class Cadence:
         """Announced steps, in order."""
         # Only the deciding rank uses the attributes below.
         self._last_s: float | None = None
-        self._steps_s: collections.deque[float] = collections.deque(maxlen=_RECENT)
-        self._strides: collections.deque[int] = collections.deque(maxlen=_RECENT)
+        self._steps_s: collections.deque[float] = collections.deque(maxlen=_RECENT_STEPS)
+        self._strides: collections.deque[int] = collections.deque(maxlen=_RECENT_STEPS)
         self._period_began_s: float | None = None
         self._requested_at: int | None = None
         self._proposed: int | None = None
         self._proposed_s = 0.0
-        self._superseded: collections.deque[int] = collections.deque(maxlen=_RECENT)
+        self._superseded: collections.deque[int] = collections.deque(maxlen=_RECENT_STEPS)
         """Announced steps that a nearer step replaced, until they are recalled."""
         self._num_failed = 0
         self._taken: int | None = None
@@ -165,7 +165,7 @@ class Cadence:
             # Noted even if the step period includes this step: another rule may hold at that step later.
             if target not in self._accepted:
                 bisect.insort(self._accepted, target)
-                del self._accepted[:-_REMEMBERED]
+                del self._accepted[:-_MAX_REMEMBERED]
             return True
 
     def withdraw(self, target: int) -> bool:
@@ -193,7 +193,7 @@ class Cadence:
             nearest = self._ahead(step, self._num_failed)
             if self._proposed is not None:
                 at = self._at(step)
-                if now_s - self._proposed_s < self._lead_s or self._proposed - at <= (nearest - at) * _MUCH_NEARER:
+                if now_s - self._proposed_s < self._lead_s or self._proposed - at <= (nearest - at) * _NEARER_RATIO:
                     return None
             elif self._requested_at is None and not self._period_is_over(step, now_s):
                 return None
@@ -221,8 +221,8 @@ class Cadence:
 
     def _ahead(self, step: int, num_failed: int) -> int:
         """Return a step that no rank reaches before a message does."""
-        step_s = max(statistics.median_low(self._steps_s), _LEAST_STEP_S)
-        lead_steps = max(LEAST_LEAD_STEPS, math.ceil(self._lead_s / step_s)) << num_failed
+        step_s = max(statistics.median_low(self._steps_s), _MIN_STEP_S)
+        lead_steps = max(MIN_LEAD_STEPS, math.ceil(self._lead_s / step_s)) << num_failed
         return self._at(step) + self._stride * lead_steps
 
     @property
@@ -341,7 +341,7 @@ class Cadence:
 
     def _change_failed(self) -> None:
         self._change = None
-        self._num_failed_changes = min(self._num_failed_changes + 1, _MOST_DOUBLINGS)
+        self._num_failed_changes = min(self._num_failed_changes + 1, _MAX_DOUBLINGS)
 
     # --- deciding --------------------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ class Cadence:
             self._strides.append(step - before)
             if step - before > 1:
                 self._gaps[step] = before
-                while len(self._gaps) > _REMEMBERED:
+                while len(self._gaps) > _MAX_REMEMBERED:
                     del self._gaps[next(iter(self._gaps))]
         if self._last_s is not None and now_s > self._last_s:
             self._steps_s.append(now_s - self._last_s)
@@ -395,4 +395,4 @@ class Cadence:
 
     def _failed(self) -> None:
         self._proposed = None
-        self._num_failed = min(self._num_failed + 1, _MOST_DOUBLINGS)
+        self._num_failed = min(self._num_failed + 1, _MAX_DOUBLINGS)

@@ -32,7 +32,7 @@ LEAD_PODS_S: Final = 2.0
 """Lead of an announced save, within a pod and across pods. The announcement must reach every rank before the step."""
 
 
-STEP_MOST: Final = 2**63 - 1
+MAX_STEP: Final = 2**63 - 1
 """Largest step. The arena stores a step in 64 bits."""
 
 
@@ -375,11 +375,11 @@ def _whole(step: object) -> int:
         UsageError: the step is not a whole number, or does not fit into a slot's header.
     """
     try:
-        if not isinstance(step, bool) and 0 <= (whole := operator.index(step)) <= STEP_MOST:  # type: ignore[arg-type] # tried
+        if not isinstance(step, bool) and 0 <= (whole := operator.index(step)) <= MAX_STEP:  # type: ignore[arg-type] # tried
             return whole
     except TypeError:
         pass
-    raise UsageError(f"step must be a whole number from 0 to {STEP_MOST}, not {step!r}")
+    raise UsageError(f"step must be a whole number from 0 to {MAX_STEP}, not {step!r}")
 
 
 def _too_old(step: int, newest: int, *, loaded: bool) -> str:

@@ -28,7 +28,7 @@ from pillion.wire import layout as layout_module
 SPLIT_BYTES: Final = 4 * 1024**2
 """Maximum excess of a stretch over its share. A stretch ends at the end of a tensor, unless it would exceed its share by more."""
 
-KEPT_STRETCHES: Final = 1024
+MAX_KEPT_DIVISIONS: Final = 1024
 """Maximum divisions of a copy that are remembered: one for saves, and one for each part of a load."""
 
 
@@ -111,7 +111,7 @@ class HostCopies:
         key = (layout.digest, first, last, num_threads)
         stretches = self._stretches.get(key)
         if stretches is None:
-            if len(self._stretches) >= KEPT_STRETCHES:
+            if len(self._stretches) >= MAX_KEPT_DIVISIONS:
                 self._stretches.clear()
             stretches = self._stretches[key] = shared_out(layout, first, last, num_threads)
         return copiers, stretches

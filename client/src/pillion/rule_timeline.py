@@ -17,7 +17,7 @@ from typing import Final, final
 
 from pillion.wire import policy
 
-_REMEMBERED: Final = 64
+_MAX_REMEMBERED: Final = 64
 """Maximum changes that are kept; the oldest are dropped. A step gets the same answer again, that many changes back."""
 
 
@@ -65,7 +65,7 @@ class RuleTimeline:
         if highest is None or target <= highest:
             return self.holds(target, rule)
         self._changes = [*(each for each in self._changes if each[0] < target), (target, rule)]
-        del self._changes[1:-_REMEMBERED]
+        del self._changes[1:-_MAX_REMEMBERED]
         self._look_ahead(highest)
         return True
 
@@ -80,7 +80,7 @@ class RuleTimeline:
         if self._held[-1][1] != ahead:
             self._held.append((highest + 1, ahead))
         self._held += [each for each in self._changes if each[0] > highest + 1]
-        del self._held[1:-_REMEMBERED]
+        del self._held[1:-_MAX_REMEMBERED]
 
 
 def _at(entries: list[tuple[float, Rule]], step: int) -> Rule:

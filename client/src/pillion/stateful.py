@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-DEPTH_MOST: Final = 8
+MAX_DEPTH: Final = 8
 """Maximum depth of nested containers that are searched. A list may contain itself."""
 
 
@@ -20,7 +20,7 @@ def is_stateful(value: object) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def within(leaf: object, depth: int = DEPTH_MOST) -> Iterator[object]:
+def within(leaf: object, depth: int = MAX_DEPTH) -> Iterator[object]:
     """Yield the stateful objects of a leaf: the leaf itself, or those within its lists, tuples and dicts."""
     if type(leaf) in (list, tuple, dict):
         children: Any = leaf.values() if isinstance(leaf, dict) else leaf
@@ -30,7 +30,7 @@ def within(leaf: object, depth: int = DEPTH_MOST) -> Iterator[object]:
         yield leaf
 
 
-def restored(own: Any, loaded: Any, depth: int = DEPTH_MOST) -> object:
+def restored(own: Any, loaded: Any, depth: int = MAX_DEPTH) -> object:
     """
     Return the loaded leaf with the user's own stateful objects in it, after they have loaded the state of the loaded ones.
 

@@ -89,7 +89,7 @@ def test_a_list_that_holds_itself_is_searched_all_the_same() -> None:
     """It can be pickled, so it can be saved."""
     held: list[Any] = [Counter()]
     held.append(held)
-    assert len(list(stateful.within(held))) == stateful.DEPTH_MOST
+    assert len(list(stateful.within(held))) == stateful.MAX_DEPTH
     assert list(stateful.within([Counter, 1, "a", None])) == []
 
 

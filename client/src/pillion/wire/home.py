@@ -27,16 +27,16 @@ T = TypeVar("T")
 VERSION: Final = 1
 REPORT_PATH: Final = "/v1/report"
 MAX_REPORT_BYTES: Final = 1024 * 1024
-"""Maximum length of a report: `MOST_CHECKPOINTS` of some 300 bytes each, and as much again."""
-MOST_CHECKPOINTS: Final = 1000
+"""Maximum length of a report: `MAX_CHECKPOINTS` of some 300 bytes each, and as much again."""
+MAX_CHECKPOINTS: Final = 1000
 """Maximum checkpoints in a report, the newest ones. Older ones stay on storage, and their objects stay unchanged."""
-MOST_FAILURES: Final = 16
+MAX_FAILURES: Final = 16
 """Maximum failures in a report, the newest ones."""
 TEXT_LIMIT: Final = 2000
 """Maximum length of a message in a report, characters."""
 DEFAULT_INTERVAL_S: Final = 3.0
 """Interval of the reports, until an answer sets another one. A requested save must reach its job within five seconds."""
-LONGEST_INTERVAL_S: Final = 60.0
+MAX_INTERVAL_S: Final = 60.0
 """Maximum interval that an answer may set. The controller considers a job gone after three silent intervals, and at
 least 30 s."""
 
@@ -192,9 +192,9 @@ def decode_report(body: bytes) -> Report:
         BadReport: too long, not a JSON object, another version, or a missing or mistyped field.
     """
     document = _document(body, "report")
-    document["checkpoints"] = _list(document, "checkpoints", CommittedCheckpoint, MOST_CHECKPOINTS)
-    document["failures"] = _list(document, "failures", Failure, MOST_FAILURES)
-    document["acknowledgements"] = _list(document, "acknowledgements", Acknowledgement, MOST_CHECKPOINTS)
+    document["checkpoints"] = _list(document, "checkpoints", CommittedCheckpoint, MAX_CHECKPOINTS)
+    document["failures"] = _list(document, "failures", Failure, MAX_FAILURES)
+    document["acknowledgements"] = _list(document, "acknowledgements", Acknowledgement, MAX_CHECKPOINTS)
     return _build(Report, document, "report")
 
 
@@ -204,10 +204,10 @@ def decode_answer(body: bytes) -> Answer:
         BadReport: see `decode_report`.
     """
     document = _document(body, "answer")
-    document["commands"] = _list(document, "commands", Command, MOST_CHECKPOINTS)
+    document["commands"] = _list(document, "commands", Command, MAX_CHECKPOINTS)
     answer = _build(Answer, document, "answer")
-    if not 0 < answer.interval_s <= LONGEST_INTERVAL_S:
-        raise BadReport(f"answer: interval_s is {answer.interval_s!r}; allowed: above 0, at most {LONGEST_INTERVAL_S}")
+    if not 0 < answer.interval_s <= MAX_INTERVAL_S:
+        raise BadReport(f"answer: interval_s is {answer.interval_s!r}; allowed: above 0, at most {MAX_INTERVAL_S}")
     return answer
 
 

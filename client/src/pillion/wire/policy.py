@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Final, cast
 
 from pillion.wire import names
-from pillion.wire.policy_document import PROBLEMS_MOST, Broken, Reading, Section, nearest, plain
+from pillion.wire.policy_document import MAX_PROBLEMS, Broken, Reading, Section, nearest, plain
 from pillion.wire.policy_document import PolicyError as PolicyError
 from pillion.wire.policy_document import PolicyProblem as PolicyProblem
 from pillion.wire.quantities import BYTES, CPU
@@ -222,9 +222,9 @@ class Resources(Section):
 
 
 _OBJECT_NAME: Final = _text("the name of an object of the namespace", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_ENTRIES_MOST: Final = 64
+_MAX_ENTRIES: Final = 64
 """Maximum variables, and maximum sources of variables, of a sidecar. Each pod contains the policy with all of them."""
-_USER_MOST: Final = 2**31 - 1
+_MAX_USER_ID: Final = 2**31 - 1
 """Largest id of a user or group that Kubernetes accepts."""
 
 
@@ -284,13 +284,13 @@ class Sidecar(Section):
         requests=ResourceList(cpu_millicores=500, memory_bytes=2**30), limits=ResourceList(memory_bytes=2**30)
     )
     """The default has no CPU limit: throttling would slow the drain. Given resources replace the default as a whole."""
-    run_as_user: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
+    run_as_user: int | None = field(default=None, metadata={"least": 0, "most": _MAX_USER_ID})
     """User id of the sidecar; 0 for a volume that only root may write. None: the trainer's, if the pod sets it, else the operator's setting."""
-    run_as_group: int | None = field(default=None, metadata={"least": 0, "most": _USER_MOST})
+    run_as_group: int | None = field(default=None, metadata={"least": 0, "most": _MAX_USER_ID})
     """Group id of the sidecar. None: as for the user."""
-    env: tuple[EnvVar, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
+    env: tuple[EnvVar, ...] = field(default=(), metadata={"most": _MAX_ENTRIES, "unsaid": True})
     """Variables: settings of the sidecar, or of a `storage.writer`. A pod's own value of a variable takes precedence."""
-    env_from: tuple[EnvFrom, ...] = field(default=(), metadata={"most": _ENTRIES_MOST, "unsaid": True})
+    env_from: tuple[EnvFrom, ...] = field(default=(), metadata={"most": _MAX_ENTRIES, "unsaid": True})
     """Secrets whose keys are variables: credentials of a `storage.writer`, in the sidecar and nowhere else."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
@@ -338,7 +338,7 @@ def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
         for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
             if document.get(name) != wanted:
                 reading.refuse(name, document.get(name), wanted)
-        for key in [each for each in document if each not in _ENVELOPE][:PROBLEMS_MOST]:
+        for key in [each for each in document if each not in _ENVELOPE][:MAX_PROBLEMS]:
             reading.refuse(str(key), document[key], nearest(key, _ENVELOPE)[0])
     policy = reading.section(Policy, path, spec)
     if reading.problems:

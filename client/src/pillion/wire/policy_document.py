@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple, cast, get_args, get_origin, get_type_
 
 from pillion.wire.quantities import INT64_MAX
 
-_DEPTH_MOST: Final = 32
+_MAX_DEPTH: Final = 32
 """Maximum nesting of objects and lists in a writer's arguments. Reading and writing recurse into all of them."""
-PROBLEMS_MOST: Final = 100
+MAX_PROBLEMS: Final = 100
 """Maximum problems before unknown fields and arguments are no longer reported. A document may have a hundred thousand."""
 
 
@@ -88,7 +88,7 @@ class Reading:
         at = f"{path}." if path else ""
         given, doubtful = dict[str, object](), set[str]()
         for key, each in value.items():
-            if key not in names and len(self.problems) < PROBLEMS_MOST:
+            if key not in names and len(self.problems) < MAX_PROBLEMS:
                 hint, meant = nearest(key, names)
                 self.refuse(f"{at}{key}", each, hint)
                 doubtful |= {names[meant].name} if meant else set()
@@ -158,8 +158,8 @@ class Reading:
 
     def json(self, path: str, value: object, depth: int = 0) -> object:
         """Return a deep copy of a JSON value, so that a later change of the document does not reach the frozen policy."""
-        if depth > _DEPTH_MOST:
-            self.refuse(path, None, f"at most {_DEPTH_MOST} objects and lists within each other")
+        if depth > _MAX_DEPTH:
+            self.refuse(path, None, f"at most {_MAX_DEPTH} objects and lists within each other")
             return None
         if isinstance(value, Mapping):
             for key in (each for each in value if not isinstance(each, str)):
@@ -169,7 +169,7 @@ class Reading:
             return [self.json(f"{path}[{index}]", each, depth + 1) for index, each in enumerate(value)]
         if isinstance(value, NoneType | str | int) or (isinstance(value, float) and math.isfinite(value)):
             return value
-        if len(self.problems) < PROBLEMS_MOST:
+        if len(self.problems) < MAX_PROBLEMS:
             self.refuse(path, value, "a JSON value: null, true, false, a finite number, a string, a list, an object")
         return None
 

@@ -79,7 +79,7 @@ def plan(report: home.Report, objects: Collection[Checkpoint], now_s: float) -> 
         return []
     stored = {each.step: each for each in report.checkpoints if _can_be_stored(each)}
     # A full list ends somewhere, and says nothing about what is older.
-    is_full = len(report.checkpoints) >= home.MOST_CHECKPOINTS
+    is_full = len(report.checkpoints) >= home.MAX_CHECKPOINTS
     oldest = min(stored, default=0) if is_full else 0
     by_name = {each.name: each for each in objects}
     of_users = [each for each in objects if _stands(each)]

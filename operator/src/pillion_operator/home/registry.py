@@ -169,7 +169,7 @@ class Registry:
 
 def interval_s(num_jobs: int) -> float:
     """Seconds until the next report of each of so many jobs; see `REPORTS_PER_S`."""
-    return min(max(home.DEFAULT_INTERVAL_S, num_jobs / REPORTS_PER_S), home.LONGEST_INTERVAL_S)
+    return min(max(home.DEFAULT_INTERVAL_S, num_jobs / REPORTS_PER_S), home.MAX_INTERVAL_S)
 
 
 def recovery_point_s(job: Job, now_s: float, *, with_snapshot: bool = False) -> float | None:

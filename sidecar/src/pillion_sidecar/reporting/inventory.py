@@ -46,7 +46,7 @@ class Inventory:
 
     def look(self, now_s: float, stale: frozenset[int]) -> tuple[tuple[home.CommittedCheckpoint, ...], str]:
         """
-        What is committed, newest first, `home.MOST_CHECKPOINTS` at most; and why the storage cannot be used, empty when it can.
+        What is committed, newest first, `home.MAX_CHECKPOINTS` at most; and why the storage cannot be used, empty when it can.
 
         Args:
             now_s: monotonic.
@@ -67,7 +67,7 @@ class Inventory:
             self._problem = "; ".join(check_root(self._root))
         committed: dict[int, _Known] = {}
         for step in steps:
-            if len(committed) == home.MOST_CHECKPOINTS:
+            if len(committed) == home.MAX_CHECKPOINTS:
                 break
             before = self._known.get(step)
             if before is None or again or step in stale:

@@ -82,7 +82,7 @@ class SidecarStatus:
     def __init__(self, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self.metrics = Metrics()
         self.demands = SaveRequests()
-        self.failures: deque[home.Failure] = deque(maxlen=home.MOST_FAILURES)
+        self.failures: deque[home.Failure] = deque(maxlen=home.MAX_FAILURES)
         self.commit: Commit | None = None
         self.storage_problem = ""
         """Why the last save could not be persisted; empty again with the next commit."""

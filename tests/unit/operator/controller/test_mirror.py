@@ -88,7 +88,7 @@ def test_storage_that_could_not_be_listed_says_nothing() -> None:
 
 def test_a_full_list_says_nothing_about_what_is_older() -> None:
     """A job with more checkpoints than a report holds keeps the objects of the older ones."""
-    most = home.MOST_CHECKPOINTS
+    most = home.MAX_CHECKPOINTS
     before = mirrored(reports.report(*range(1, 11)))
     after = mirror.plan(reports.report(*range(5, 5 + most)), before, LATER_S)
     assert not [each for each in after if isinstance(each, mirror.Delete)]

@@ -129,8 +129,8 @@ def test_a_silent_job_is_gone_after_three_of_its_intervals_and_half_a_minute() -
 def test_jobs_are_asked_for_a_bounded_number_of_reports(num_jobs: int) -> None:
     """The interval grows with the jobs so that reports a second do not, within what an answer may say."""
     interval_s = registry.interval_s(num_jobs)
-    assert home.DEFAULT_INTERVAL_S <= interval_s <= home.LONGEST_INTERVAL_S
-    assert num_jobs / interval_s <= registry.REPORTS_PER_S * 1.001 or interval_s == home.LONGEST_INTERVAL_S
+    assert home.DEFAULT_INTERVAL_S <= interval_s <= home.MAX_INTERVAL_S
+    assert num_jobs / interval_s <= registry.REPORTS_PER_S * 1.001 or interval_s == home.MAX_INTERVAL_S
     assert home.decode_answer(home.encode(home.Answer(interval_s=interval_s))).interval_s == interval_s
 
 

@@ -101,12 +101,12 @@ def test_what_is_removed_is_gone_from_the_next_look(tmp_path: Path) -> None:
 
 def test_the_newest_are_listed_where_there_are_too_many(tmp_path: Path) -> None:
     """A report has a bound, and so has what is kept in memory."""
-    for step in range(home.MOST_CHECKPOINTS + 5):
+    for step in range(home.MAX_CHECKPOINTS + 5):
         commit(tmp_path, step)
     of = inventory.Inventory(str(tmp_path), "run")
     found = look(of)
-    assert len(found) == len(of._known) == home.MOST_CHECKPOINTS
-    assert (found[0].step, found[-1].step) == (home.MOST_CHECKPOINTS + 4, 5)
+    assert len(found) == len(of._known) == home.MAX_CHECKPOINTS
+    assert (found[0].step, found[-1].step) == (home.MAX_CHECKPOINTS + 4, 5)
 
 
 def test_a_root_that_is_not_there_yet_is_empty_and_one_that_is_none_is_an_error(tmp_path: Path) -> None:
