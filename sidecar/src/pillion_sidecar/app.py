@@ -102,13 +102,7 @@ async def run(settings: Settings) -> Exit:
             outside.start(caller.run(), "calling home")
         _log.info("listening in %s", settings.runtime_dir, extra={"pid": os.getpid()})
         if settings.embedded:
-            await _until_unneeded(supervisor, stop)
-            server.stop_listening()
-            while server.num_connections and not stop.is_set():
-                # A trainer came in the last moment: it is served. No await lies between the look and the close of the door.
-                await server.start()
-                await _until_unneeded(supervisor, stop)
-                server.stop_listening()
+            await _serve_until_unneeded(supervisor, server, stop)
         else:
             await stop.wait()
         drained = await _drain(supervisor)
@@ -122,18 +116,23 @@ async def run(settings: Settings) -> Exit:
             caller.close()
         await server.close()
         await supervisor.stop()
-        if supervisor.pod is not None:
-            if removable:
-                supervisor.pod.remove()
-            else:
-                supervisor.pod.close()
-        if removable:
-            if supervisor.pod is not None and supervisor.pod.identity.root:
-                identity = supervisor.pod.identity
-                log.keep(settings.runtime_dir, identity.root, identity.local_ranks[0])
-            # The lock file goes last, with the folder: whoever comes next makes both anew.
-            shutil.rmtree(settings.runtime_dir, ignore_errors=True)
+        _leave(supervisor, removable=removable)
         os.close(lock)
+
+
+def _leave(supervisor: Supervisor, *, removable: bool) -> None:
+    """Close the arena; `removable`: nobody needs it any more, and it goes with the runtime directory."""
+    pod, runtime_dir = supervisor.pod, supervisor.settings.runtime_dir
+    if pod is not None:
+        if removable:
+            pod.remove()
+        else:
+            pod.close()
+    if removable:
+        if pod is not None and pod.identity.root:
+            log.keep(runtime_dir, pod.identity.root, pod.identity.local_ranks[0])
+        # The lock file goes last, with the folder: the next sidecar makes both again.
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
 
 def _remove_leftovers(runtime_dir: str) -> None:
@@ -177,6 +176,19 @@ def _lock(settings: Settings) -> int | None:
             raise
     os.close(lock)
     return None
+
+
+async def _serve_until_unneeded(
+    supervisor: Supervisor, server: server_module.ControlServer, stop: asyncio.Event
+) -> None:
+    """(embedded) Serve until no trainer needs this sidecar; one that comes in the last moment is served."""
+    await _until_unneeded(supervisor, stop)
+    server.stop_listening()
+    while server.num_connections and not stop.is_set():
+        # No await lies between the look and the close of the door.
+        await server.start()
+        await _until_unneeded(supervisor, stop)
+        server.stop_listening()
 
 
 async def _until_unneeded(supervisor: Supervisor, stop: asyncio.Event) -> None:

@@ -327,22 +327,7 @@ def finish(directory: str, *, generation: str | None = None, over_strangers: boo
     """
     if not over_strangers and is_strangers(directory):
         return None
-    parts_by_generation: dict[str, list[tuple[manifest.Part, manifest.PartReference]]] = {}
-    for name in os.listdir(directory):
-        parsed = names.parse_part_file(name)
-        if parsed is None or generation not in (None, parsed[1]):
-            continue
-        with open(os.path.join(directory, name), "rb") as file:
-            data = file.read()
-        try:
-            part = manifest.decode_part(data)
-        except manifest.ManifestError:
-            continue
-        if part.generation != parsed[1]:
-            continue
-        if all(_length(os.path.join(directory, f)) == length for f, length in part.files.items()):
-            reference = manifest.PartReference(name, part.ranks, digest.digest(data), len(data))
-            parts_by_generation.setdefault(part.generation, []).append((part, reference))
+    parts_by_generation = _whole_parts(directory, generation)
     for each in sorted(parts_by_generation, key=generation_order, reverse=True):
         parts = [part for part, _ in parts_by_generation[each]]
         first = parts[0]
@@ -375,6 +360,29 @@ def finish(directory: str, *, generation: str | None = None, over_strangers: boo
         publish(directory, made, metadata, files, over_strangers=over_strangers)
         return made
     return None
+
+
+def _whole_parts(
+    directory: str, generation: str | None
+) -> dict[str, list[tuple[manifest.Part, manifest.PartReference]]]:
+    """Generation -> its parts whose every data file is there in full; only of `generation`, if one is given."""
+    parts_by_generation: dict[str, list[tuple[manifest.Part, manifest.PartReference]]] = {}
+    for name in os.listdir(directory):
+        parsed = names.parse_part_file(name)
+        if parsed is None or generation not in (None, parsed[1]):
+            continue
+        with open(os.path.join(directory, name), "rb") as file:
+            data = file.read()
+        try:
+            part = manifest.decode_part(data)
+        except manifest.ManifestError:
+            continue
+        if part.generation != parsed[1]:
+            continue
+        if all(_length(os.path.join(directory, f)) == length for f, length in part.files.items()):
+            reference = manifest.PartReference(name, part.ranks, digest.digest(data), len(data))
+            parts_by_generation.setdefault(part.generation, []).append((part, reference))
+    return parts_by_generation
 
 
 def _length(path: str) -> int:

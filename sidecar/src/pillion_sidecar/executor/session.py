@@ -146,29 +146,9 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
     """
     pods = tuple(tuple(int(rank) for rank in pod) for pod in document["pods"])
     local_ranks = tuple(int(rank) for rank in document["local_ranks"])
-    prefix = names.store_prefix(str(document["run_id"]), str(document["session"]))
-    store = document["store"]
-    address = None
-    signal_store = None
     root, session = str(document["root"]), str(document["session"])
-    lost = bool(document.get("store_lost")) and bool(root)
-    between: protocol.SlicedExchange | None = None
-    if store is None:
-        between = protocol.LocalExchange(local_ranks[0])
-    elif not lost:
-        is_successor = document.get("generation") is not None
-        try:
-            between, signal_store, address = _meet_in_store(store, prefix, pods, local_ranks[0], is_successor, watch)
-        except RuntimeError as err:
-            if not is_successor or not root:
-                raise
-            _log.warning(
-                "the job's store is lost, and the pods coordinate through storage from now on: %s",
-                str(err).splitlines()[0],
-            )
-            lost = True
-    if between is None:
-        between = storage.StorageExchange(root, session, pods, local_ranks[0])
+    between, signal_store, address = _meet(document, pods, local_ranks[0], watch)
+    lost = isinstance(between, storage.StorageExchange)
     segments = {int(rank): Segment.attach(str(path)) for rank, path in document["segments"].items()}
     session_policy = policy.parse(document["policy"], embedded=True)
     context = Context(
@@ -202,6 +182,30 @@ def open_context(document: Mapping[str, Any], watch: Watchdog) -> Context:
     return context
 
 
+_Meeting = tuple[protocol.SlicedExchange, Any, tuple[str, int] | None]
+"""The exchange, the client of messages to all pods, and where our own store listens."""
+
+
+def _meet(document: Mapping[str, Any], pods: Sequence[Sequence[int]], first_rank: int, watch: Watchdog) -> _Meeting:
+    """The way in which the pods of this session agree: within one pod, in the job's store, or on storage when that store is lost."""
+    store, root, session = document["store"], str(document["root"]), str(document["session"])
+    if store is None:
+        return protocol.LocalExchange(first_rank), None, None
+    if not (document.get("store_lost") and root):
+        prefix = names.store_prefix(str(document["run_id"]), session)
+        is_successor = document.get("generation") is not None
+        try:
+            return _meet_in_store(store, prefix, pods, first_rank, is_successor, watch)
+        except RuntimeError as err:
+            if not is_successor or not root:
+                raise
+            _log.warning(
+                "the job's store is lost, and the pods coordinate through storage from now on: %s",
+                str(err).splitlines()[0],
+            )
+    return storage.StorageExchange(root, session, pods, first_rank), None, None
+
+
 def _meet_in_store(
     store: Mapping[str, Any],
     prefix: str,
@@ -209,8 +213,7 @@ def _meet_in_store(
     first_rank: int,
     is_successor: bool,
     watch: Watchdog,
-) -> tuple[protocol.SlicedExchange, Any, tuple[str, int] | None]:
-    """The exchange, the client of messages to all pods, and where our own store listens."""
+) -> _Meeting:
     from pillion_sidecar.executor.exchange import tcpstore  # torch: 3 s and 300 MB that a single pod does not pay
 
     # A new session's store may still be on its way; one that was there answers, or is lost.

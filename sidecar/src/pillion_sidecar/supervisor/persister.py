@@ -323,39 +323,7 @@ class Persister:
 
     async def _persist_whole(self, pod: PodArena, save: Save) -> None:
         pod.mark(save, arena.SlotState.PERSISTING)
-        outcome: dict[str, Any] | None = None
-        error: SaveError | None = None
-        wanted = save.persist
-        for attempt in range(PERSIST_ATTEMPTS):
-            try:
-                repeated = attempt > 0 or save.adopted
-                self._sidecar_status.taken_up(save.step)
-                outcome = await self._executor_client.persist(
-                    pod, save, self._sidecar_status.about(save.step), repeated=repeated
-                )
-                outcome = self._sidecar_status.since_ready(save.step, outcome)
-                error = None
-                break
-            except ExecutorHung as err:
-                hung = RemoteFailure("StorageHung", str(err))
-                failure = hung if err.kind == WaitKind.STORAGE else RemoteFailure("PeersHung", str(err))
-                error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
-                if err.kind == WaitKind.STORAGE:
-                    # Not once more: it would stand still again, and what comes after may go to a storage that works.
-                    self.withdraw(save.step, error, persist=wanted, rescued=wanted and save.snapshot)
-                    break
-            except ExecutorDied as err:
-                failure = RemoteFailure("ExecutorDied", str(err))
-                error = SaveError("the executor died", step=save.step, failures=dict.fromkeys(pod.segments, failure))
-                if attempt + 1 < PERSIST_ATTEMPTS:
-                    _log.warning("repeating step %d with a new executor: %s", save.step, err)
-            except SaveError as err:
-                error = failures.for_local_ranks(err, list(pod.segments))
-                break
-            except PillionError as err:
-                failure = RemoteFailure(type(err).__name__, str(err))
-                error = SaveError("the save failed", step=save.step, failures=dict.fromkeys(pod.segments, failure))
-                break
+        outcome, error = await self._run(pod, save)
         if self._trainers.pod is not pod:
             # Its trainers are gone, others are there, and its segments are closed: nobody waits for it.
             if outcome is not None and save.persist:
@@ -364,7 +332,7 @@ class Persister:
                 "step %d belongs to the previous session: %s", save.step, error or "done", extra={"step": save.step}
             )
             return
-        persisted = outcome is not None and wanted
+        persisted = outcome is not None and save.taken_for_storage
         hopeless = outcome is None and (error is None or failures.is_hopeless(error))
         order = outcome.get("order") if outcome is not None and persisted else None
         again = pod.table.finish(
@@ -385,6 +353,39 @@ class Persister:
             self.report_failed(save, error or SaveError("the save failed", step=save.step))
         else:
             self._committed(pod, save, outcome)
+
+    async def _run(self, pod: PodArena, save: Save) -> tuple[dict[str, Any] | None, SaveError | None]:
+        """Have the executor persist a save, by PERSIST_ATTEMPTS executors at most; the outcome, or the last error."""
+
+        def failed(kind: str, err: Exception, text: str = "the save failed") -> SaveError:
+            return SaveError(text, step=save.step, failures=dict.fromkeys(pod.segments, RemoteFailure(kind, str(err))))
+
+        error: SaveError | None = None
+        for attempt in range(PERSIST_ATTEMPTS):
+            self._sidecar_status.taken_up(save.step)
+            about = self._sidecar_status.about(save.step)
+            try:
+                outcome = await self._executor_client.persist(pod, save, about, repeated=attempt > 0 or save.adopted)
+            except ExecutorHung as err:
+                is_storage = err.kind == WaitKind.STORAGE
+                failure = RemoteFailure("StorageHung" if is_storage else "PeersHung", str(err))
+                error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+                if is_storage:
+                    # Not once more: it would stand still again, and what comes after may go to a storage that works.
+                    wanted = save.taken_for_storage
+                    self.withdraw(save.step, error, persist=wanted, rescued=wanted and save.snapshot)
+                    return None, error
+            except ExecutorDied as err:
+                error = failed("ExecutorDied", err, "the executor died")
+                if attempt + 1 < PERSIST_ATTEMPTS:
+                    _log.warning("repeating step %d with a new executor: %s", save.step, err)
+            except SaveError as err:
+                return None, failures.for_local_ranks(err, list(pod.segments))
+            except PillionError as err:
+                return None, failed(type(err).__name__, err)
+            else:
+                return self._sidecar_status.since_ready(save.step, outcome), None
+        return None, error
 
     def _committed(self, pod: PodArena, save: Save, outcome: Mapping[str, Any]) -> None:
         if save.persist:

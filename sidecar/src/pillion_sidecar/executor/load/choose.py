@@ -121,16 +121,30 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         choice["error"] = ErrorDocument("LoadError", f"cannot list {context.root}: {err}").to_document()
     else:
         if picked is not None:
-            step, tier = picked
-            choice["step"], choice["tier"] = step, tier
-            choice["path"] = context.step_path(step) if tier == STORAGE else ""
-            order = committed[step] if tier == STORAGE else memory.whole[step]
-            choice["order"] = list(order)
-            choice["passed_over"] = passed_over(memory, (order, step))
-            choice["set_aside"] = set_aside(committed, choice["refused"], step)
+            choice |= _described(context, *picked, memory, committed, choice["refused"])
     finally:
         context.watch.idle()
     return choice
+
+
+def _described(
+    context: Context,
+    step: int,
+    tier: str,
+    memory: Memory,
+    committed: Mapping[int, commit.Order],
+    refused: Mapping[str, str],
+) -> dict[str, Any]:
+    """What the document says of the step that was picked."""
+    order = committed[step] if tier == STORAGE else memory.whole[step]
+    return {
+        "step": step,
+        "tier": tier,
+        "path": context.step_path(step) if tier == STORAGE else "",
+        "order": list(order),
+        "passed_over": passed_over(memory, (order, step)),
+        "set_aside": set_aside(committed, refused, step),
+    }
 
 
 DIRECTORY_STEP: Final = 0

@@ -58,15 +58,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
     for number in range(ROUNDS_LIMIT):
         at = f"{phase}/{number}"
         if context.coordinator:
-            choice = choose.choose(context, request, phase, refused)
-            if number == 0 and choice["error"] is None:
-                # Every pod is here, so that every pod has left the load before.
-                context.exchange.forget(context.finished_loads)
-                context.finished_loads = [f"{phase}/offer"]
-            context.finished_loads += [f"{at}/choice", f"{at}/result", f"{at}/verdict"]
-            # The epoch that holds when this ends well: a pod that missed the end of an earlier load is in step again.
-            epoch = context.epoch if request.find else context.epoch + 1
-            context.exchange.publish(f"{at}/choice", choice | {"epoch": epoch})
+            _publish_choice(context, request, phase, number, refused)
         # The coordinator waits for every pod's offer first.
         choice = context.exchange.receive(f"{at}/choice", context.peer_timeout_s * 2)
         refused = dict(choice["refused"])
@@ -81,20 +73,7 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             return chosen | fresh | {"opaque": {}, "unexpected": {}, "alike": True, "differing": []}
         step, tier = int(choice["step"]), str(choice["tier"])
         fault_points.reach(fault_points.FaultPoint.LOAD, step=step, path=str(choice["path"]))
-        result: dict[str, Any] = {"corrupt": None, "error": None}
-        filled: dict[int, fill.Filled] = {}
-        try:
-            if tier == ARENA and request.arena[step] == request.spare_slot:
-                raise catalog.Damaged(f"the slot of step {step} was taken for a checkpoint that turned out corrupt")
-            request = _with_spare(context, request, step, choice)
-            filled = _read(context, request, choice, result, progress)
-        except catalog.Damaged as err:
-            result["corrupt"] = str(err)
-        except PillionError as err:
-            result["error"] = ErrorDocument.from_exception(err).to_document()
-        except Exception as err:  # a boundary: the peers wait for this pod's result
-            text = f"{type(err).__name__}: {err}\n{traceback.format_exc()}"
-            result["error"] = ErrorDocument("LoadError", text).to_document()
+        request, filled, result = _try_to_read(context, request, choice, progress)
         context.exchange.post(f"{at}/result", result)
         if context.coordinator:
             context.exchange.publish(f"{at}/verdict", _judge(context, at))
@@ -118,6 +97,42 @@ def load(context: Context, request: Request, progress: Progress) -> dict[str, An
             }
         refused[f"{tier}:{step}"] = str(verdict["corrupt"])
     raise InternalError(f"{ROUNDS_LIMIT} checkpoints in a row were corrupt: {refused}")
+
+
+def _publish_choice(context: Context, request: Request, phase: str, number: int, refused: Mapping[str, str]) -> None:
+    """(coordinator) Choose what every pod loads in this round, and publish it."""
+    at = f"{phase}/{number}"
+    choice = choose.choose(context, request, phase, refused)
+    if number == 0 and choice["error"] is None:
+        # Every pod is here, so that every pod has left the load before.
+        context.exchange.forget(context.finished_loads)
+        context.finished_loads = [f"{phase}/offer"]
+    context.finished_loads += [f"{at}/choice", f"{at}/result", f"{at}/verdict"]
+    # The epoch that holds when this ends well: a pod that missed the end of an earlier load is in step again.
+    epoch = context.epoch if request.find else context.epoch + 1
+    context.exchange.publish(f"{at}/choice", choice | {"epoch": epoch})
+
+
+def _try_to_read(
+    context: Context, request: Request, choice: Mapping[str, Any], progress: Progress
+) -> tuple[Request, dict[int, fill.Filled], dict[str, Any]]:
+    """Read what was chosen; the request (which may have got another slot), what was filled, and what this pod reports. Never raises."""
+    step, tier = int(choice["step"]), str(choice["tier"])
+    result: dict[str, Any] = {"corrupt": None, "error": None}
+    filled: dict[int, fill.Filled] = {}
+    try:
+        if tier == ARENA and request.arena[step] == request.spare_slot:
+            raise catalog.Damaged(f"the slot of step {step} was taken for a checkpoint that turned out corrupt")
+        request = _with_spare(context, request, step, choice)
+        filled = _read(context, request, choice, result, progress)
+    except catalog.Damaged as err:
+        result["corrupt"] = str(err)
+    except PillionError as err:
+        result["error"] = ErrorDocument.from_exception(err).to_document()
+    except Exception as err:  # a boundary: the peers wait for this pod's result
+        text = f"{type(err).__name__}: {err}\n{traceback.format_exc()}"
+        result["error"] = ErrorDocument("LoadError", text).to_document()
+    return request, filled, result
 
 
 def _with_spare(context: Context, request: Request, step: int, choice: Mapping[str, Any]) -> Request:

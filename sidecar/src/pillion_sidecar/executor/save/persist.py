@@ -62,6 +62,18 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
     plan = _agree(context, request, phase, slot_images, failures)
     if not request.persist:
         return {"path": "", "size_bytes": 0, "persist_s": time.monotonic() - started, "commit_s": 0.0}
+    return _write(context, request, phase, slot_images, plan, started)
+
+
+def _write(
+    context: Context,
+    request: Request,
+    phase: str,
+    slot_images: Mapping[int, image.SlotImage],
+    plan: plan_module.Plan,
+    started: float,
+) -> dict[str, Any]:
+    """Write this pod's share until the coordinator has committed the save, or given it up."""
     share = PodWriter(context, request, plan)
     result: dict[str, Any] = {}
     metadata: futures.Future[bytes] | None = None

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pillion.wire import layout
-from pillion_sidecar.executor.save import dcp_codec, dcp_writer
+from pillion_sidecar.executor.save import dcp_codec, dcp_planner, dcp_writer
 
 
 class Colour(enum.Enum):
@@ -119,7 +119,7 @@ def test_a_plan_crosses_by_the_numbers_of_its_items() -> None:
         ("step",),
         {"w": ("w",), "b": ("b",), "step": ("step",)},
     )
-    own = dcp_writer.write_items(of, [7])
+    own = dcp_planner.write_items(of, [7])
     hinted = dataclasses.replace(own[0], index=dataclasses.replace(own[0].index, index=5))
     changed = dataclasses.replace(own[1], tensor_data=None)
     plan = SavePlan([hinted, changed, own[2]], storage_data=_StoragePrefix("__0_"), planner_data=dict(of.paths))
