@@ -186,12 +186,14 @@ class RanksAndMessages(RuleBasedStateMachine):
                 assert target <= at or at == 0
                 self.declined.add(target)
                 self.tell("declined", target, 0)
-                self.tell("withdraw", target, *range(len(self.ranks)))
+                self.tell("withdraw", target, *range(1, len(self.ranks)))
         elif what == "withdraw":
             if self.ranks[rank].withdraw(target):
                 self.accepted[rank].discard(target)
         else:
             self.ranks[rank].declined(target)
+            if target > self.steps[rank]:
+                self.accepted[rank].discard(target)
 
     @rule(data=st.data(), took_s=st.just(0.0) | st.floats(0.5, 5.0), num_steps=st.integers(1, 4))
     def walk(self, data: st.DataObject, took_s: float, num_steps: int) -> None:

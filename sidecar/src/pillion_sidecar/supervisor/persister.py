@@ -357,8 +357,8 @@ class Persister:
     async def _run(self, pod: PodArena, save: Save) -> tuple[dict[str, Any] | None, SaveError | None]:
         """Have the executor persist a save, by PERSIST_ATTEMPTS executors at most; the outcome, or the last error."""
 
-        def failed(kind: str, err: Exception, text: str = "the save failed") -> SaveError:
-            return SaveError(text, step=save.step, failures=dict.fromkeys(pod.segments, RemoteFailure(kind, str(err))))
+        def failed(failure: RemoteFailure, text: str = "the save failed") -> SaveError:
+            return SaveError(text, step=save.step, failures=dict.fromkeys(pod.segments, failure))
 
         error: SaveError | None = None
         for attempt in range(PERSIST_ATTEMPTS):
@@ -368,21 +368,21 @@ class Persister:
                 outcome = await self._executor_client.persist(pod, save, about, repeated=attempt > 0 or save.adopted)
             except ExecutorHung as err:
                 is_storage = err.kind == WaitKind.STORAGE
-                failure = RemoteFailure("StorageHung" if is_storage else "PeersHung", str(err))
-                error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, failure))
+                hung = RemoteFailure("StorageHung", str(err)) if is_storage else RemoteFailure("PeersHung", str(err))
+                error = PersistError("nothing came back", step=save.step, failures=dict.fromkeys(pod.segments, hung))
                 if is_storage:
                     # Not once more: it would stand still again, and what comes after may go to a storage that works.
                     wanted = save.taken_for_storage
                     self.withdraw(save.step, error, persist=wanted, rescued=wanted and save.snapshot)
                     return None, error
             except ExecutorDied as err:
-                error = failed("ExecutorDied", err, "the executor died")
+                error = failed(RemoteFailure("ExecutorDied", str(err)), "the executor died")
                 if attempt + 1 < PERSIST_ATTEMPTS:
                     _log.warning("repeating step %d with a new executor: %s", save.step, err)
             except SaveError as err:
                 return None, failures.for_local_ranks(err, list(pod.segments))
             except PillionError as err:
-                return None, failed(type(err).__name__, err)
+                return None, failed(RemoteFailure(type(err).__name__, str(err)))
             else:
                 return self._sidecar_status.since_ready(save.step, outcome), None
         return None, error
