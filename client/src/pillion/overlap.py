@@ -65,7 +65,7 @@ class Steppers:
 
 
 def _storage(tensor: Any) -> int:
-    """Address of a tensor's memory; of a DTensor that of its shard; 0 for what has none of its own."""
+    """Return the address of a tensor's storage; for a DTensor of its shard's. 0 if it has no storage."""
     try:
         return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):
@@ -77,12 +77,12 @@ def is_small(tensor: torch.Tensor) -> bool:
 
 
 def may_wait(tensor: torch.Tensor, stepped: set[int]) -> bool:
-    """Whether a large tensor may be copied after `save` has returned; `stepped` is what `Steppers.storages` gave."""
+    """Whether a large tensor may be copied after `save` has returned. `stepped`: the result of `Steppers.storages`."""
     return _storage(tensor) in stepped and _is_packed(tensor)
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's elements are all of a stretch of memory, in any order, and as they lie there."""
+    """Whether the tensor's elements fill a contiguous stretch of memory, in any order, without pending conjugation or negation."""
     if tensor.is_conj() or tensor.is_neg():
         return False
     if tensor.is_contiguous():
@@ -93,12 +93,12 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 
 class Sample:
     """
-    A few elements of each tensor, as they are now: one in SAMPLE_BYTES, in the order in which they lie in memory.
+    A copy of a few elements of each tensor: one in SAMPLE_BYTES, in the order of memory.
 
     Args:
-        tensors: large ones that `may_wait`.
+        tensors: large tensors for which `may_wait` is True.
 
-    Blocks: some 10 us a tensor; on a GPU the elements are taken by its current stream.
+    Blocks: some 10 us a tensor. On a GPU its current stream copies the elements.
     """
 
     @modes.off()
@@ -113,10 +113,10 @@ class Sample:
     @modes.off()
     def changed(self, *, ready: Mapping[torch.device, Any] = _NO_MARKS) -> int | None:
         """
-        Index of a tensor whose elements are no longer what they were; None when there is none.
+        Return the index of a tensor whose sampled elements have changed. None if there is none.
 
         Args:
-            ready: for each CUDA device an event behind the taking of this sample.
+            ready: for each CUDA device an event that was recorded after this sample.
 
         Blocks: on a GPU, for one small copy on a stream of its own.
         """
@@ -139,7 +139,7 @@ class Sample:
 
 
 def _elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sampled elements of tensors of one dtype, as integers, one behind the other; a copy."""
+    """Return a copy of the sampled elements of tensors of one dtype, concatenated, as integers."""
     return torch.cat([_strided(tensor) for tensor in tensors])
 
 

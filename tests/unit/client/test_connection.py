@@ -108,7 +108,7 @@ def test_a_silent_sidecar_ends_a_request_at_its_bound(tmp_path: Path) -> None:
 def test_a_silent_sidecar_that_holds_training_up_is_told_of_before_the_bound_and_known_as_silent_until_it_speaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One warning says how long training waits at most; the next claim need not wait as long again."""
+    """One warning has the longest wait of the training. The next claim need not wait as long again."""
     monkeypatch.setattr(connection, "SILENCE_TOLD_S", 0.05)
     speak = threading.Event()
 
@@ -180,7 +180,7 @@ def test_an_event_that_cannot_be_taken_is_a_lost_connection(tmp_path: Path, erro
 
 
 def test_answers_find_their_request_and_events_their_handler(tmp_path: Path) -> None:
-    """Answers in another order than the requests, a late answer to nobody, and an event between them are kept apart."""
+    """Answers in another order than the requests, a late answer without a request, and an event between them are kept apart."""
     lost: list[str] = []
 
     def serve(peer: socket.socket) -> None:

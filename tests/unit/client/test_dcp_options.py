@@ -41,7 +41,7 @@ def test_a_local_path_is_a_directory_whoever_writes_to_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["s3://bucket/one", "file://host/one", "memory://one", "simplecache::file:///one"])
 def test_an_address_that_is_no_directory_is_not_the_sidecars(where: str) -> None:
-    """It is told apart from what is wrong: torch itself may write to it, and read from it."""
+    """It is another error than a wrong call: torch itself may write to it, and read from it."""
     with pytest.raises(options.Unmapped, match="is not a directory"):
         options.destination(where, None)
     with pytest.raises(options.Unmapped, match="is not a directory"):
@@ -71,7 +71,7 @@ def test_a_load_takes_the_planner_that_torch_would_take_by_default() -> None:
 
 
 def test_a_stager_of_torchs_is_not_called_and_another_is() -> None:
-    """What torch's own say of how to stage has no effect, but for the response; somebody's own may change what is saved."""
+    """The options of torch's stagers have no effect, except for the response. A user's stager may change what is saved."""
     assert options.staging(None) == options.Staging()
     assert options.staging(staging.DefaultStager(PLAIN)) == options.Staging()
     assert options.staging(staging.BlockingAsyncStager()) == options.Staging()
@@ -122,7 +122,7 @@ def test_a_save_that_is_not_the_sidecars_is_torchs_own(tmp_path: Path) -> None:
 
 
 def test_what_somebodys_own_stager_makes_is_whole_before_it_is_saved() -> None:
-    """A future is waited for, and asks for a response; a stager that has to be synchronized is, with its warning kept quiet."""
+    """A future is waited for, and leads to a response. A stager that must be synchronized is, without its warning."""
 
     class Late(Stager):
         _synchronize_after_execute = True

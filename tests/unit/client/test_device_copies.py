@@ -42,7 +42,7 @@ def mapping(tmp_path: Path) -> Iterator[staging.SegmentMapping]:
 
 
 def on_device(cuda: cuda_module.Cuda, state: dict[str, torch.Tensor], **where: int) -> leaves.Leaves:
-    """The leaves of a state whose tensors are on device 3, or where it is said."""
+    """The leaves of a state whose tensors are on device 3, or on the device in `where`."""
     collected = leaves.Collector().collect(state)
     names = [item.fqn for item in collected.layout.items]
     moved = [cuda.tensor(tensor, where.get(fqn, 3)) for fqn, tensor in zip(names, collected.tensors, strict=True)]
@@ -156,7 +156,7 @@ def test_a_later_copy_holds_what_the_devices_had_to_do_before_it_was_marked(
 def test_a_mapping_that_is_replaced_is_unregistered_when_the_last_copy_is_done(
     cuda: cuda_module.Cuda, mapping: staging.SegmentMapping
 ) -> None:
-    """The driver would take what is mapped there next for it; and whoever comes later is refused, and not given memory of nobody."""
+    """Otherwise the driver would use the next mapping at that address. A later caller is refused, and gets no unmapped memory."""
     state = on_device(cuda, {"w": floats(5000)})
     mapping.populate(0, MIB, devices.used_by(state.tensors))
     gate = threading.Event()

@@ -17,7 +17,7 @@ from pillion.errors import SidecarUnavailable
 
 
 def test_a_folder_of_this_user_alone_is_trusted_and_one_that_is_not_there(tmp_path: Path) -> None:
-    """What an earlier start of this run made, or nobody has made yet."""
+    """A directory of an earlier start of this run, or one that does not exist yet."""
     folder = tmp_path / "ours"
     embedded.require_private(str(folder))
     folder.mkdir(mode=0o700)

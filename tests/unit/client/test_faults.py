@@ -1,4 +1,4 @@
-"""The fault kit: what it asks for, how often it strikes, and that it is off."""
+"""The fault kit: what it requests, how often it strikes, and that it is off by default."""
 
 import json
 import os

@@ -23,7 +23,7 @@ class Frozen(dict[str, Any]):
 
 
 class Unsearched(dict[int, float]):
-    """A dict that may be asked for a key only."""
+    """A dict that only looks up keys."""
 
     def __iter__(self) -> Iterator[int]:
         raise AssertionError("the keys were searched")
@@ -72,7 +72,7 @@ def test_what_takes_no_values_is_refused_by_name_and_unchanged() -> None:
     ],
 )
 def test_two_values_of_one_name_are_shown_with_their_own_keys(state: dict[str, Any], first: str, second: str) -> None:
-    """The error for equal names has the keys that the containers have, so that one can be told from the other."""
+    """The error for equal names has the keys of the containers, so that one can tell them apart."""
     with pytest.raises(UsageError, match="two values") as caught:
         flatten.flatten(state, is_tensor)
     assert first in str(caught.value)

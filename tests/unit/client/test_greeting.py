@@ -1,5 +1,5 @@
 """
-The whole of: what a trainer does whose sidecar goes away at each hello, and when it says so.
+The whole of: what a trainer does whose sidecar goes away at each hello, and when it warns.
 
 Called from: pytest.
 Must never: start a sidecar; the other end is a socket of this test.
@@ -48,7 +48,7 @@ def leaving(folder: Path) -> Iterator[list[int]]:
 def test_a_sidecar_that_leaves_at_each_hello_is_asked_with_pauses_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Thousands of hellos in a minute, and not a word until its end, would hide what the sidecar's log says."""
+    """Thousands of silent hellos in a minute would hide the cause in the sidecar's log."""
     monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.15)
     monkeypatch.setattr(session, "HELLO_PAUSE_S", 0.05)
     with (

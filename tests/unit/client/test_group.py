@@ -1,5 +1,5 @@
 """
-The whole of: who the ranks are, from what each of them said: pods, local ranks, the job's store, the mode of the store.
+The whole of: who the ranks are, from the entry of each rank: pods, local ranks, the job's store, the mode of the store.
 
 Called from: pytest.
 Must never: open a process group; every rank computes the same from the same entries.
@@ -42,7 +42,7 @@ def test_the_placement_tells_which_pod_has_which_ranks() -> None:
 
 @pytest.mark.parametrize("port", ["", "0", "65536", "-1", "29500x", "29 500"])
 def test_a_malformed_port_is_named_with_what_is_allowed(port: str) -> None:
-    """MASTER_PORT that is no port is a ValueError with its value; a missing MASTER_ADDR is told first."""
+    """An invalid MASTER_PORT is a ValueError with its value. A missing MASTER_ADDR is reported first."""
     with pytest.raises(ValueError, match="MASTER_PORT") as caught:
         group.store_address({"MASTER_ADDR": "host", "MASTER_PORT": port})
     assert repr(port) in str(caught.value)
@@ -101,7 +101,7 @@ def test_ranks_that_share_memory_share_a_runtime_directory() -> None:
         (["/a", *["/b"] * 20], "'/b' on ranks 1, 2, 3, 4, 5, 6, 7, 8 and 12 more"),
     ],
 )
-def test_a_root_that_differs_from_rank_to_rank_is_told_by_rank(roots: list[str], said: str) -> None:
+def test_a_root_that_differs_from_rank_to_rank_is_reported_by_rank(roots: list[str], said: str) -> None:
     """Every rank sees the same list, and raises the same, before anything is started."""
     with pytest.raises(SettingsError) as raised:
         group._check_roots(roots)

@@ -42,7 +42,7 @@ def test_a_handle_that_two_threads_end_at_once_raises_in_neither_of_them(which: 
 
 
 def test_what_ended_a_handle_first_stays() -> None:
-    """A commit that was told is no failure afterwards, and a failure no commit."""
+    """A reported commit never becomes a failure, and a failure never becomes a commit."""
     committed, failed = SaveHandle(1), SaveHandle(1)
     committed.resolve(CHECKPOINT)
     committed.fail(SidecarUnavailable("gone"))
@@ -64,7 +64,7 @@ def test_what_ended_a_handle_first_stays() -> None:
 def test_what_the_policy_declares_is_no_error_in_the_log(
     error: PillionError, level: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A save that `overlap` drops is said at the level of information, and one that failed at that of errors; each once."""
+    """A save that `overlap` drops is logged at level INFO, and a failed save at level ERROR; each once."""
     with caplog.at_level(logging.INFO, logger="pillion"):
         log_lost(1, error)
     assert [record.levelno for record in caplog.records] == [level]

@@ -34,7 +34,7 @@ class Named(torch.Tensor):
 
 
 class Sharded:
-    """What a ShardedTensor says of itself to DCP: its size, and any number of local shards."""
+    """A ShardedTensor's interface to DCP: its size, and any number of local shards."""
 
     dtype = torch.float32
 

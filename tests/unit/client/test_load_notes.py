@@ -1,5 +1,5 @@
 """
-The whole of: what a load says of what it did otherwise than asked.
+The whole of: the warning about differences between the request and the result of a load.
 
 Called from: pytest.
 """
@@ -36,7 +36,7 @@ def said(caplog: pytest.LogCaptureFixture, report: LoadReport, *, first: bool, a
 
 
 def test_one_warning_names_all_that_was_not_restored_as_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """And what to do about an optimizer that had no state to ask with. A load with nothing to say says nothing."""
+    """It also names the remedy for an optimizer without a state. A load without differences logs nothing."""
     text = said(caplog, WHOLE, first=True, alike=True)
     for part in (
         "model.new", "ema", "count (int64 -> int16)", "nested", "rng", "arena:15", "it has no 'w'", "steps 3, 5", "step=5",

@@ -82,7 +82,7 @@ def test_a_numpy_alias_is_seen_and_nan_is_equal_to_itself() -> None:
 
 
 def test_a_change_between_the_sampled_elements_is_not_seen() -> None:
-    """What the guide says is not seen: less than SAMPLE_BYTES in one place."""
+    """The documented limit of detection: a change of less than SAMPLE_BYTES in one place."""
     tensor = torch.zeros(ELEMENTS)
     sample = overlap.Sample([tensor])
     tensor.data[1 : PER_SAMPLE - 1] = 1.0

@@ -1,5 +1,5 @@
 """
-The whole of: archives of numbers and short texts: that torch reads them, and how seldom torch is asked to write one.
+The whole of: archives of numbers and short texts: that torch reads them, and how seldom torch writes one.
 
 Called from: pytest.
 """

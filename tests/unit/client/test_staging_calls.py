@@ -3,7 +3,7 @@ The whole of: into how few calls of torch a copy goes (each call gives the inter
 how many threads its parts may be asked for.
 
 Called from: pytest.
-Must never: measure a time; on a loaded machine that says nothing.
+Must never: measure a time, which means nothing on a loaded machine.
 """
 
 import contextlib

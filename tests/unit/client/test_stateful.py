@@ -33,7 +33,7 @@ class Other(Counter):
 
 
 def loaded_into(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """What a load of `saved` does to `own`; the names that it says were replaced."""
+    """Load `saved` into `own`. Returns the names that were replaced."""
     collected = leaves.Collector().collect(saved)
     archives = dict(
         zip(
@@ -55,7 +55,7 @@ def loaded_into(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     ids=["mapping", "list", "tuple", "list of mappings", "list with a tensor", "tuple of lists"],
 )  # fmt: skip
 def test_an_object_below_the_top_level_is_given_its_state(state: Any) -> None:
-    """The user's own one, which stays in the dict: a new one there would train on with nobody."""
+    """The user's own object stays in the dict. The training would never use a new one."""
     own = Counter()
     into = state(own)
     before = copy.copy(into)

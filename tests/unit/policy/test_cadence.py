@@ -52,7 +52,7 @@ def test_without_a_period_nothing_is_ever_due() -> None:
 
 
 def test_the_period_is_proposed_once_and_far_enough_ahead() -> None:
-    """When the period is over, the deciding rank names one step that lies the lead ahead, and says it once."""
+    """When the period is over, the deciding rank names one step, one lead ahead, and names it once."""
     rank = a_rank(period_seconds=10, lead_s=3.5)
     walk(rank, 1, 10)
     assert rank.proposal(10, 10.0) is None
@@ -83,7 +83,7 @@ def test_an_announced_step_is_persisted_and_starts_the_period_again() -> None:
 
 
 def test_a_persisted_save_by_steps_starts_the_period_of_time_again() -> None:
-    """With both periods set, time counts from the last persisted save, whoever asked for it."""
+    """With both periods set, time counts from the last persisted save, whatever made it due."""
     rank = a_rank(period_seconds=10)
     walk(rank, 1, 9)
     rank.saved(9, 9.0)
@@ -151,7 +151,7 @@ def test_a_decline_after_the_save_was_taken_asks_for_another_one() -> None:
 
 
 def test_a_withdrawn_step_is_not_persisted() -> None:
-    """A rank that accepted a step another rank declined skips it when it hears so in time, and says when it did not."""
+    """A rank that accepted a step which another rank declined skips it if the decline is in time, and else reports that it is too late."""
     rank = a_rank(decides=False)
     rank.due(1, 1.0)
     assert rank.announce(3)
@@ -162,7 +162,7 @@ def test_a_withdrawn_step_is_not_persisted() -> None:
 
 
 def test_a_lost_announcement_is_proposed_again() -> None:
-    """The deciding rank that walks past its own proposal without being told of it proposes another step."""
+    """A deciding rank that passes its own proposal without its announcement proposes another step."""
     rank = a_rank(period_seconds=10)
     walk(rank, 1, 11)
     assert rank.proposal(11, 11.0) == 13
@@ -230,7 +230,7 @@ def test_a_loop_that_asks_at_every_tenth_step_meets_its_target() -> None:
 
 
 def test_after_a_rollback_the_proposed_step_is_new_to_everyone() -> None:
-    """A rank that went back to an older step proposes one beyond all that it was asked about, so none declines."""
+    """A rank that went back to an older step proposes a step beyond all that have an answer, so no rank declines."""
     rank = a_rank()
     walk(rank, 1, 50)
     rank.due(20, 51.0)
@@ -275,7 +275,7 @@ def test_a_save_asked_for_among_microsecond_steps_comes_soon_when_training_begin
         assert target is None or rank.announce(target)
     assert now_s - asked_s <= 6.0
     rank.saved(step, now_s)
-    # One was asked for: the far one is recalled, on this rank at once.
+    # A save was requested: the far step is recalled, on this rank at once.
     assert rank.recalled(step) == far
     assert rank.recalled(step) is None
     assert walk(rank, step + 1, step + 100) == []
@@ -283,7 +283,7 @@ def test_a_save_asked_for_among_microsecond_steps_comes_soon_when_training_begin
 
 
 def test_a_step_that_some_rank_may_have_reached_is_not_recalled() -> None:
-    """A rank that hears of it too late would save there alone, and that save would fail: one checkpoint more is the lesser harm."""
+    """A rank that learns of it too late would save there alone, and that save would fail. One more checkpoint does less harm."""
     rank = a_rank(lead_s=2.0)
     walk(rank, 1, 100, step_s=0.01)
     rank.request_save()
@@ -329,7 +329,7 @@ def test_failed_proposals_do_not_put_the_next_one_out_of_reach() -> None:
 
 
 def test_a_step_that_jumps_once_does_not_lengthen_the_lead() -> None:
-    """A loop that goes on elsewhere after a jump over thousands of steps is told one a few steps ahead."""
+    """A loop that continues after a jump over thousands of steps gets a step that is a few steps ahead."""
     rank = a_rank()
     walk(rank, 1, 10)
     rank.due(10_000, 11.0)
@@ -339,7 +339,7 @@ def test_a_step_that_jumps_once_does_not_lengthen_the_lead() -> None:
 
 @pytest.mark.parametrize("stride", [3, 7, 8, 25])
 def test_a_loop_that_passes_steps_over_saves_in_every_period(stride: int) -> None:
-    """What is due between two steps that the loop asks about is due at the second, once; also where it asks twice."""
+    """A save that is due between two calls of the loop is due at the second, once, even if that call is repeated."""
     rank = a_rank(period_steps=20, snapshot_steps=10)
     rank.loaded(0, 0.0)
     asked = list(range(stride, 400, stride))
@@ -391,7 +391,7 @@ def test_a_save_asked_for_behind_a_rollback_comes_soon() -> None:
 
 
 def test_what_was_due_between_the_loaded_step_and_the_first_is_due_at_the_first() -> None:
-    """A restarted loop that asks at every eighth step misses no period; the loaded step itself may be saved again."""
+    """A restarted loop with a call at every eighth step misses no period. The loaded step itself may be saved again."""
     rank = a_rank(period_steps=100)
     rank.loaded(96, 0.0)
     assert rank.due(104, 1.0) is Due.PERSIST

@@ -1,5 +1,5 @@
 """
-The whole of: what a policy document may say, and what is said of one that may not.
+The whole of: which policy documents are valid, and how problems are reported.
 
 Called from: pytest.
 Must never: compare whole messages; only the path, the value and what a reader needs from the words.
@@ -57,7 +57,7 @@ def test_an_empty_document_is_a_policy_without_a_cluster() -> None:
 
 
 def test_an_empty_document_is_no_policy_in_a_cluster() -> None:
-    """In a cluster a period, a claim and the arena's size are the user's to say; all three are asked for at once."""
+    """A cluster requires a period, a claim and the arena's size. All three are reported at once."""
     assert set(problems({}, embedded=False)) == {"trigger", "staging.sizeLimit", "storage.persistentVolumeClaim"}
 
 
@@ -118,7 +118,7 @@ def test_a_period_is_a_positive_whole_number(value: object) -> None:
     [("period_steps", "periodSteps"), ("periodStep", "periodSteps"), ("PeriodSeconds", "periodSeconds")],
 )
 def test_an_unknown_field_names_the_nearest_known_one(written: str, meant: str) -> None:
-    """A slip in a field's name is answered with the name; that the period is then missing is not said as well."""
+    """A typo in a field's name leads to the right name. The missing period is then not reported as well."""
     document = copy.deepcopy(IN_A_CLUSTER) | {"trigger": {written: 5}}
     refused = problems(document, embedded=False)
     assert set(refused) == {f"trigger.{written}"}
@@ -166,7 +166,7 @@ def test_a_sub_path_stays_in_its_volume(sub_path: str) -> None:
 
 
 def test_a_claim_has_a_name() -> None:
-    """A required field that is absent is asked for, and one with a wrong value is reported once."""
+    """An absent required field is reported, and one with a wrong value is reported once."""
     at = "storage.persistentVolumeClaim.claimName"
     assert problems({"storage": {"persistentVolumeClaim": {}}})[at].value is None
     assert problems({"storage": {"persistentVolumeClaim": {"claimName": "No_Name"}}})[at].value == "No_Name"
@@ -199,7 +199,7 @@ def test_arguments_that_are_no_json_are_refused_where_they_stand() -> None:
 
 
 def test_what_stays_for_good_needs_a_limit_on_what_stays_else() -> None:
-    """Without keepLast nothing is removed, so that keepEverySteps alone says nothing."""
+    """Without keepLast nothing is removed, so keepEverySteps alone has no meaning."""
     assert set(problems({"retention": {"keepEverySteps": 100}})) == {"retention.keepLast"}
 
 

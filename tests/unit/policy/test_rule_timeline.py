@@ -28,7 +28,7 @@ def walk(rank: cadence.Cadence, first: int, last: int) -> list[int]:
 
 
 def test_a_change_holds_from_its_step_on_and_not_before() -> None:
-    """Until the named step the old period decides, from then on the new one; it is told once."""
+    """Until the named step the old period decides, from then on the new one. It is announced once."""
     rank = a_rank()
     walk(rank, 1, 5)
     rank.request_change(RARELY)
@@ -41,7 +41,7 @@ def test_a_change_holds_from_its_step_on_and_not_before() -> None:
 
 
 def test_a_rank_that_is_past_the_step_declines_and_keeps_its_rule() -> None:
-    """What it answered stands, and so does what it will answer until it is told another step."""
+    """Its past answers stay, and so do its future answers, until it gets another step."""
     rank = a_rank(decides=False)
     walk(rank, 1, 8)
     assert not rank.announce_change(8, RARELY)
@@ -67,7 +67,7 @@ def test_a_declined_change_is_taken_back_and_proposed_twice_as_far_ahead() -> No
 
 
 def test_a_later_change_has_a_later_step() -> None:
-    """A decline names a step only: the next one lies behind it, also when the loop then asks at steps that are closer together."""
+    """A decline names only a step. The next step is behind it, even if the calls of the loop are closer together then."""
     rank = a_rank(lead_s=4.0)
     for step in (10, 20):
         rank.due(step, step / 10)
@@ -101,7 +101,7 @@ def test_a_change_that_is_told_again_finds_who_has_missed_it() -> None:
 
 
 def test_what_holds_from_the_begin_on_is_not_announced() -> None:
-    """A policy that says the same as the one that the job began with changes nothing, however often it is told."""
+    """A policy equal to the one that the job began with changes nothing, however often it is announced."""
     rank = a_rank()
     walk(rank, 1, 5)
     for step in (5, 6):
@@ -119,7 +119,7 @@ def test_a_rank_that_begins_with_the_rule_agrees_to_it_late() -> None:
 
 
 def test_suspended_nothing_is_due_but_what_is_asked_for() -> None:
-    """Neither steps nor time make a save or a snapshot due; a save that somebody asked for is announced as ever."""
+    """Neither steps nor time make a save or a snapshot due. A requested save is announced as usual."""
     rank = a_rank(SUSPENDED)
     assert walk(rank, 1, 20) == []
     assert {rank.due(step, 21.0) for step in range(1, 21)} == {Due.NOT_DUE}

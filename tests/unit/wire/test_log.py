@@ -43,7 +43,7 @@ def test_a_value_that_json_has_no_form_for_is_said_as_text() -> None:
 
 
 def test_a_long_message_and_a_long_traceback_are_cut() -> None:
-    """An error may carry a megabyte of what some server answered; of a traceback the end is what tells."""
+    """An error may contain a megabyte of a server's answer. Of a traceback the end is kept, which names the error."""
     assert len(str(line("x" * 1_000_000)["message"])) == log.TEXT_LIMIT
     try:
         raise ValueError("y" * 1_000_000 + " at the end")
