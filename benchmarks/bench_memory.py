@@ -12,6 +12,8 @@ import sys
 
 import measures
 
+from pillion.wire import control
+
 NUM_SAVES = 50
 
 
@@ -19,8 +21,8 @@ def measure(of: measures.Settings) -> list[measures.Line]:
     state_dict = measures.state(min(of.num_bytes, 64 << 20), 64)
     with measures.scratch(of) as root, measures.checkpointer(root) as checkpointer:
         measures.prepare(checkpointer, state_dict)
-        status = checkpointer._session.request({"type": "status"}, measures.SAVE_TIMEOUT_S)
-        pids = [int(status["pid"]), int(status["executor_pid"])]
+        status = checkpointer._session.request(control.ReadStatus(), measures.SAVE_TIMEOUT_S)
+        pids = [status.pid, status.executor_pid or 0]
         sizes = []
         for step in range(1, NUM_SAVES + 11):
             checkpointer.save(state_dict, step).result(measures.SAVE_TIMEOUT_S)

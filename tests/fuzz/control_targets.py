@@ -11,11 +11,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fuzz.targets import Feed, Target, temporary_folder
 from pillion.errors import ErrorDocument, SettingsError
-from pillion.wire import arena, layout, messages, names
+from pillion.wire import arena, control, layout, messages, names
+from pillion.wire.message import Message, Request
+from pillion.wire.save_messages import Abandon
 from pillion_sidecar import settings
 from pillion_sidecar.arena import image as image_module
 from pillion_sidecar.arena.pod_arena import Identity
@@ -38,11 +41,12 @@ REQUESTS: Final[tuple[dict[str, Any], ...]] = (
     {"type": "announce_change", "id": 6, "step": 9, "policy": {}},
     {"type": "goodbye", "id": 7, "clean": True, "drain_s": 1.5},
 )
-OBSERVED: Final = [{"type": kind, "id": 1} for kind in sorted(messages.OBSERVER_MESSAGES)]
+OBSERVED: Final = [{"type": kind, "id": 1} for kind in sorted(control.OBSERVED)]
 WORDS: Final = (
     *HELLO, *(key for each in REQUESTS for key in each), *(each["type"] for each in REQUESTS), "failures", "detail", "kind",
     "phase", "missing", "waited_s", "fqns", "reasons",
 )  # fmt: skip
+KINDS: Final[Mapping[str, type[Message]]] = {**control.TRAINERS, **control.OBSERVED, control.Hello.type: control.Hello}
 SMALL_FRAME_BYTES: Final = 1 << 20
 STRIDE_BYTES: Final = 16 * arena.PAGE_BYTES
 
@@ -59,19 +63,18 @@ def _frames(_: contextlib.ExitStack) -> Feed:
         for start in range(0, len(data), 1 + len(data) // 3):
             for message in decoder.feed(data[start : start + 1 + len(data) // 3]):
                 assert isinstance(message["type"], str)
-                _read_fields(message)
+                messages.encode(message)
+                if message["type"] in KINDS:
+                    _read_fields(KINDS[message["type"]].from_document(message))
 
     return feed
 
 
-def _read_fields(message: messages.Message) -> None:
-    """What the supervisor does with the fields of each kind of message."""
-    messages.encode(message)
-    for name, kind in (("step", int), ("persist", bool), ("stall_s", float), ("drain_s", float), ("layout", str)):
-        messages.field(message, name, kind, kind())
-    error = ErrorDocument.from_document(messages.field(message, "error", dict, {}))
-    str(error.to_exception(step=1))
-    messages.optional_field(message, "destination", dict)
+def _read_fields(message: Message) -> None:
+    """What the supervisor does with a message of any kind."""
+    messages.encode(message.to_document())
+    if isinstance(message, Abandon):
+        str(ErrorDocument.from_document(message.error).to_exception(step=1))
 
 
 def _frame_seeds() -> list[bytes]:
@@ -81,13 +84,11 @@ def _frame_seeds() -> list[bytes]:
 
 def _bodies(_: contextlib.ExitStack) -> Feed:
     def feed(data: bytes) -> None:
-        message = messages.parse(data)
-        _read_fields(message)
-        identity = Identity.from_hello(message, root="/srv")
+        hello = control.Hello.from_document(messages.parse(data))
+        identity = Identity.from_hello(hello, root="/srv")
         assert sorted(rank for pod in identity.pods for rank in pod) == list(range(identity.world_size))
         # A text is a path, for the environment; a trainer that sends one has the sidecar read it.
-        policy = message.get("policy")
-        settings.read_policy(policy if not isinstance(policy, str) else {})
+        settings.read_policy(hello.policy if isinstance(hello.policy, Mapping) else {})
 
     return feed
 
@@ -101,19 +102,19 @@ class Listener:
     def __init__(self) -> None:
         self.lost_clients = 0
 
-    async def hello(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def hello(self, client: TrainerConnection, message: control.Hello) -> None:
         """As the supervisor opens a session."""
         client.rank = Identity.from_hello(message, root="/srv").local_ranks[0]
-        client.answer(message, {"type": "welcome"})
+        client.answer(message.id, control.Pong())
 
-    async def message(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def message(self, client: TrainerConnection, message: Message) -> None:
         """As the supervisor reads a request."""
         _read_fields(message)
-        client.answer(message, {"type": "ok"})
+        client.answer(message.id if isinstance(message, Request) else 0, control.Pong())
 
-    def observed(self, client: TrainerConnection, message: messages.Message) -> None:
+    def observed(self, client: TrainerConnection, request: Request[Any]) -> None:
         """As the supervisor answers an observer."""
-        client.answer(message, {"type": "pong"})
+        client.answer(request.id, control.Pong())
 
     async def lost(self, client: TrainerConnection) -> None:
         """Every greeted client is lost once."""

@@ -13,7 +13,8 @@ from typing import Any, final
 
 from pillion import connection
 from pillion.errors import SidecarUnavailable
-from pillion.wire import messages, names
+from pillion.wire import control, names
+from pillion.wire.message import Message
 from support import deadlines
 from support.deadlines import Deadline
 from support.processes import Processes, Run
@@ -67,11 +68,13 @@ class Injected:
         except SidecarUnavailable:
             return False
 
-    def ask(self, message: str) -> messages.Message:
+    def ask(self, message: str) -> dict[str, Any]:
         """
         What it answers to an observer.
         """
-        return connection.ask(str(self.folder / names.CONTROL_SOCKET), {"type": message}, Deadline.REPLY.s)
+        request: Any = control.OBSERVED[message]()
+        answer: Message = connection.ask(str(self.folder / names.CONTROL_SOCKET), request, Deadline.REPLY.s)
+        return answer.to_document()
 
     def saves(self) -> dict[int, str]:
         """

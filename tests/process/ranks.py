@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from pillion import checkpointer
+from pillion.wire import control
 from support import deadlines, leaks, network
 from support.deadlines import Deadline
 from support.store_host import StoreHost
@@ -456,7 +457,7 @@ def status(of: checkpointer.Checkpointer) -> dict[str, Any]:
     """
     What the sidecar says of itself: metrics, executor_pid, saves.
     """
-    return of._session.request({"type": "status"}, Deadline.REPLY.s)
+    return of._session.request(control.ReadStatus(), Deadline.REPLY.s).to_document()
 
 
 def phase_of(of: checkpointer.Checkpointer, step: int) -> str | None:

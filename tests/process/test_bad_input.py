@@ -9,8 +9,10 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ from pillion.errors import (
     SidecarError,
     UsageError,
 )
-from pillion.wire import messages, names
+from pillion.wire import control, messages, names
+from pillion.wire.message import Request
 from pillion_sidecar.arena.segment import Segment
 from process import ranks as processes
 from process.ranks import Ranks
@@ -202,6 +205,17 @@ def test_garbage_on_the_control_socket_ends_that_connection_and_no_other(ranks: 
     assert processes.status(opened)["pid"] == sidecar
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raw(Request[control.Pong]):
+    """A request as a stranger writes it."""
+
+    type: ClassVar[str] = "raw"
+    body: Mapping[str, object]
+
+    def to_document(self) -> dict[str, object]:
+        return dict(self.body)
+
+
 def test_messages_with_wrong_fields_are_refused_and_the_connection_lives(ranks: Ranks, tmp_path: Path) -> None:
     """A request with a missing or mistyped field is answered with an error; the next save over the same connection works."""
     opened = ranks.open(tmp_path)
@@ -214,7 +228,7 @@ def test_messages_with_wrong_fields_are_refused_and_the_connection_lives(ranks: 
         {"type": "load", "step": None, "layout": "no layout"},
     ):
         with pytest.raises(PillionError) as caught:
-            opened._session.request(request, Deadline.REPLY.s)
+            opened._session.request(Raw(body=request), Deadline.REPLY.s)
         assert "gave no answer" not in str(caught.value), request
         assert not isinstance(caught.value, InternalError), "what a client sends is no fault of the sidecar's"
     opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
@@ -231,7 +245,7 @@ def test_another_protocol_version_is_refused_with_both_numbers(ranks: Ranks, tmp
     )
     try:
         with pytest.raises((ProtocolMismatch, SidecarError), match="999") as caught:
-            link.request({"type": "hello", "version": 999}, Deadline.REPLY.s)
+            link.request(Raw(body={"type": "hello", "version": 999}), Deadline.REPLY.s)
         assert isinstance(caught.value, ProtocolMismatch)
         assert {caught.value.ours, caught.value.theirs} == {1, 999}
     finally:

@@ -18,11 +18,12 @@ SCRIPT = """
 import contextlib, os, signal, sys
 import torch
 import pillion
+from pillion.wire import control
 
 root, mode = sys.argv[1:]
 checkpointer = pillion.Checkpointer(root, policy={"drain": {"timeoutSeconds": 2}})
 checkpointer.save({"w": torch.ones(1000)}, 1).result(60)
-executor = checkpointer._session.request({"type": "status"}, 10)["executor_pid"]
+executor = checkpointer._session.request(control.ReadStatus(), 10).executor_pid
 if mode in ("lost", "with"):
     os.kill(executor, signal.SIGSTOP)
 torch.set_num_threads(2)

@@ -90,13 +90,11 @@ def test_a_state_that_grows_behind_the_load_is_saved_into_registered_memory(tmp_
         first = checkpointer._session.mapping
         for path in Path(checkpointer._session.runtime_dir).glob("segment-*"):
             path.unlink()
-        os.kill(checkpointer._session.welcome["pid"], signal.SIGKILL)
+        os.kill(checkpointer._session.welcome.pid, signal.SIGKILL)
         eventually(lambda: checkpointer._session.mapping is not first, Deadline.SETTLE, "another arena")
         eventually(lambda: not checkpointer._session._connection.lost, Deadline.SETTLE, "another sidecar")
         checkpointer.save(full, 3).result(SAVE)
-    os.kill(
-        checkpointer._session.welcome["pid"], signal.SIGTERM
-    )  # one that came back lingers for trainers that may, too
+    os.kill(checkpointer._session.welcome.pid, signal.SIGTERM)  # one that came back lingers for trainers that may, too
     for step in (1, 2, 3):
         found = {name: torch.zeros(tensor.shape) for name, tensor in full.items()}
         dcp.load(found, checkpoint_id=str(tmp_path / f"step-{step}"))

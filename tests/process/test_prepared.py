@@ -60,13 +60,13 @@ def test_every_save_of_a_growing_state_lies_in_registered_memory_of_its_own_aren
         assert min(within(cuda, first)) > average.nbytes
         for path in Path(opened._session.runtime_dir).glob("segment-*"):
             path.unlink()
-        os.kill(opened._session.welcome["pid"], signal.SIGKILL)
+        os.kill(opened._session.welcome.pid, signal.SIGKILL)
         eventually(lambda: mapped(opened._session) is not first, Deadline.SETTLE, "another arena")
         eventually(lambda: not opened._session._connection.lost, Deadline.SETTLE, "another sidecar")
         opened.save(grown, 2, overlap=True).result(Deadline.COMMITTED.s)
         opened._saver.join(Deadline.SETTLE.s)
         assert max(within(cuda, mapped(opened._session))) > average.nbytes
-    os.kill(opened._session.welcome["pid"], signal.SIGTERM)  # one that came back lingers for trainers that may, too
+    os.kill(opened._session.welcome.pid, signal.SIGTERM)  # one that came back lingers for trainers that may, too
     assert cuda.registered == {}
     assert cuda.contexts == {DEVICE}
     assert cuda.problems == []

@@ -17,6 +17,7 @@ from pillion.wire import policy
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.status.metrics import Metrics
+from pillion_sidecar.supervisor import signals
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from support.deadlines import Deadline, soon
 from support.identities import identity
@@ -69,7 +70,7 @@ def test_a_message_to_all_pods_that_a_silent_store_swallows_moves_the_pod_to_sto
     async def scenario(executor_client: ExecutorClient, pod: PodArena) -> None:
         first = executor_client.executor_pid
         store.stop()
-        assert not await asyncio.wait_for(executor_client.signal(pod, {"type": "rescue", "id": "x"}), Deadline.REPLY.s)
+        assert not await asyncio.wait_for(executor_client.signal(pod, signals.RescueCalled(id="x")), Deadline.REPLY.s)
         assert executor_client.store_lost
         await reopened(executor_client, first)
 

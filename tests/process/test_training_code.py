@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pillion import callbacks, dcp
 from pillion.errors import UsageError
+from pillion.wire import events
 from pillion.wire.messages import BadFrame
 from process.ranks import Peer, Ranks, committed
 from support import deadlines
@@ -153,8 +154,8 @@ def test_an_event_before_the_constructor_has_ended_waits_for_it(ranks: Ranks, tm
     opened = ranks.open(tmp_path)
     session = opened._session
     session._held_back = []
-    session._on_event({"type": "save_now"})
-    session._on_event({"type": "announced", "step": 7})
+    session._on_event(events.SaveNow())
+    session._on_event(events.Announced(step=7))
     assert not opened.due(6)
     session.listen()
     assert opened.due(7)

@@ -12,7 +12,7 @@ import operator
 import os
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, SupportsIndex
 
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from pillion import cadence, exit_drain, group, loading, policy_source, rule_tim
 from pillion import leaves as leaves_module
 from pillion.errors import SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
-from pillion.wire import messages, names, policy
+from pillion.wire import control, events, names, policy, save_messages
+from pillion.wire.message import Message
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,14 @@ class Checkpointer:
             decides=self._group.rank == 0,
             lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
         )
+        self._events: Mapping[type[Message], Callable[[Any], None]] = {
+            events.Announced: self._announced,
+            events.Declined: self._declined,
+            events.SaveNow: lambda _: self._cadence.request_save(),
+            events.PolicyChanged: self._policy_changed,
+            events.ChangeAnnounced: self._change_announced,
+            events.ChangeDeclined: self._change_declined,
+        }
         self._session.listen()
         exit_drain.drain_at_exit(self)
 
@@ -115,13 +124,13 @@ class Checkpointer:
         answer = self._cadence.due(step, now_s)
         proposal = self._cadence.proposal(step, now_s)
         if proposal is not None:
-            self._session.send({"type": "announce", "step": proposal})
+            self._session.send(save_messages.Announce(step=proposal))
         recalled = self._cadence.recalled(step)
         if recalled is not None:
-            self._session.send({"type": "decline", "step": recalled})
+            self._session.send(save_messages.Decline(step=recalled))
         change = self._cadence.change_proposal(step, now_s)
         if change is not None:
-            self._session.send({"type": "announce_change", "step": change[0], "policy": _rule_document(change[1])})
+            self._session.send(save_messages.AnnounceChange(step=change[0], policy=_rule_document(change[1])))
         return answer is not cadence.Due.NOT_DUE
 
     def save(
@@ -278,13 +287,10 @@ class Checkpointer:
 
         Blocks: up to LATEST_TIMEOUT_S.
         """
-        answer = self._session.request({"type": "latest"}, LATEST_TIMEOUT_S)
-        step = messages.optional_field(answer, "step", int)
-        if step is None:
+        answer = self._session.request(control.FindLatest(), LATEST_TIMEOUT_S)
+        if answer.step is None:
             return None
-        return Checkpoint(
-            step=step, path=messages.field(answer, "path", str), size_bytes=messages.field(answer, "size_bytes", int, 0)
-        )
+        return Checkpoint(step=answer.step, path=answer.path, size_bytes=answer.size_bytes)
 
     # --- ending ----------------------------------------------------------------------------------------------------
 
@@ -329,37 +335,36 @@ class Checkpointer:
     ) -> None:
         self._close(None, clean=error is None or (isinstance(error, SystemExit) and exit_drain.is_success(error.code)))
 
-    def _on_event(self, message: messages.Message) -> None:
-        if message["type"] == "announced":
-            step = messages.field(message, "step", int)
-            if not self._cadence.announce(step):
-                self._session.send({"type": "decline", "step": step})
-        elif message["type"] == "declined":
-            target = messages.field(message, "step", int)
-            if self._group.rank == 0:
-                self._cadence.declined(target)
-            else:
-                self._cadence.withdraw(target)
-        elif message["type"] == "save_now":
-            self._cadence.request_save()
-        elif message["type"] == "policy":
-            self._policy_changed(message)
-        elif message["type"] == "change_announced":
-            step = messages.field(message, "step", int)
-            rule = _rule(messages.field(message, "policy", dict))
-            # A rule that this release cannot read is declined, so that no rank follows it.
-            if rule is None or not self._cadence.announce_change(step, rule):
-                self._session.send({"type": "decline_change", "step": step})
-        elif message["type"] == "change_declined":
-            target = messages.field(message, "step", int)
-            if self._group.rank == 0:
-                self._cadence.declined_change(target)
-            else:
-                self._cadence.withdraw_change(target)
+    def _on_event(self, event: Message) -> None:
+        take = self._events.get(type(event))
+        if take is not None:
+            take(event)
 
-    def _policy_changed(self, message: messages.Message) -> None:
+    def _announced(self, event: events.Announced) -> None:
+        if not self._cadence.announce(event.step):
+            self._session.send(save_messages.Decline(step=event.step))
+
+    def _declined(self, event: events.Declined) -> None:
+        if self._group.rank == 0:
+            self._cadence.declined(event.step)
+        else:
+            self._cadence.withdraw(event.step)
+
+    def _change_announced(self, event: events.ChangeAnnounced) -> None:
+        rule = _rule(event.policy)
+        # A rule that this release cannot read is declined, so that no rank follows it.
+        if rule is None or not self._cadence.announce_change(event.step, rule):
+            self._session.send(save_messages.DeclineChange(step=event.step))
+
+    def _change_declined(self, event: events.ChangeDeclined) -> None:
+        if self._group.rank == 0:
+            self._cadence.declined_change(event.step)
+        else:
+            self._cadence.withdraw_change(event.step)
+
+    def _policy_changed(self, event: events.PolicyChanged) -> None:
         """Take over the sidecar's new policy. A new trigger holds from a step that rank 0 announces."""
-        now = _read(messages.field(message, "policy", dict))
+        now = _read(event.policy)
         if now is None:
             return
         self._policy = dataclasses.replace(self._policy, drain=now.drain)

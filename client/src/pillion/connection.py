@@ -17,12 +17,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from pillion.errors import ErrorDocument, SidecarUnavailable
-from pillion.wire import messages
+from pillion.wire import control, events, messages
+from pillion.wire.message import Message, Request
 
 _log = logging.getLogger(__name__)
+A = TypeVar("A")
 
 SEND_TIMEOUT_S: Final = 30.0
 """Bound of one send. The supervisor's loop reads at once; this long means that it is stopped or gone."""
@@ -47,14 +49,14 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-def ask(path: str, message: messages.Message, timeout_s: float) -> messages.Message:
+def ask(path: str, request: Request[A], timeout_s: float) -> A | control.Failed:
     """
-    Ask the sidecar one of `messages.OBSERVER_MESSAGES`, without a session; the answer.
+    Ask the sidecar one of `control.OBSERVED`, without a session; the answer.
 
     Blocks: up to `timeout_s`, for the connection and the answer together.
 
     Raises:
-        SidecarUnavailable: nobody listens at `path`, or no answer came.
+        SidecarUnavailable: nobody listens at `path`, or no answer came that can be read.
     """
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
@@ -62,14 +64,23 @@ def ask(path: str, message: messages.Message, timeout_s: float) -> messages.Mess
         decoder = messages.Decoder()
         try:
             sock.connect(path)
-            sock.sendall(messages.encode({**message, "id": 1}))
+            sock.sendall(messages.encode({**request.to_document(), "id": 1}))
             while True:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
                 for answer in messages.receive(sock, decoder):
-                    if answer.get("id") == 1:
-                        return answer
+                    if answer.get("id") == 1 and (read := _answer(request, answer)) is not None:
+                        return read
         except (OSError, EOFError, messages.BadFrame) as err:
             raise SidecarUnavailable(f"no answer from the sidecar at {path} within {timeout_s:.1f} s: {err}") from err
+
+
+def _answer(request: Request[A], answer: messages.Message) -> A | control.Failed | None:
+    """What an answer says; None: it is of a type that only a newer client knows."""
+    if answer["type"] == control.Failed.type:
+        return control.Failed.from_document(answer)
+    kind: Any = request.answers().get(answer["type"])
+    read: A | None = None if kind is None else kind.from_document(answer)
+    return read
 
 
 class Connection:
@@ -79,7 +90,7 @@ class Connection:
     Args:
         path: the control socket.
         connect_timeout_s: bound for the connect.
-        on_event: called in the reader thread for every message that answers no request. It must not block.
+        on_event: called in the reader thread for every message of `events.EVENTS`. It must not block.
         on_lost: called once, in the reader thread, when the sidecar is gone.
         peer_uid: the user that must listen there; None: anyone.
 
@@ -92,7 +103,7 @@ class Connection:
         path: str,
         *,
         connect_timeout_s: float,
-        on_event: Callable[[messages.Message], None],
+        on_event: Callable[[Message], None],
         on_lost: Callable[[str], None],
         peer_uid: int | None = None,
     ) -> None:
@@ -136,14 +147,17 @@ class Connection:
     def lost(self) -> bool:
         return self._lost is not None
 
-    def send(self, message: messages.Message) -> None:
+    def send(self, message: Message) -> None:
         """
         Send without waiting for an answer.
 
         Raises:
             SidecarUnavailable: the connection is gone.
         """
-        frame = messages.encode(message)
+        self._send(message.to_document())
+
+    def _send(self, document: messages.Message) -> None:
+        frame = messages.encode(document)
         with self._lock:
             if self._lost is not None:
                 raise SidecarUnavailable(self._lost)
@@ -156,7 +170,7 @@ class Connection:
                     self._sock.shutdown(socket.SHUT_RDWR)
                 raise SidecarUnavailable(self._lost) from err
 
-    def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
+    def request(self, request: Request[A], timeout_s: float) -> A:
         """
         Send, and wait for the one answer.
 
@@ -164,12 +178,10 @@ class Connection:
             SidecarUnavailable: the connection broke, or no answer came within `timeout_s`.
             PillionError: the sidecar's answer is an error; raised as what it is.
         """
-        with contextlib.closing(self.stream(message, timeout_s)) as answers:
+        with contextlib.closing(self.stream(request, timeout_s)) as answers:
             return next(answers)
 
-    def stream(
-        self, message: messages.Message, timeout_s: float, *, tells_silence: bool = False
-    ) -> Generator[messages.Message]:
+    def stream(self, request: Request[A], timeout_s: float, *, tells_silence: bool = False) -> Generator[A]:
         """
         Like `request`, for an answer of several messages; `timeout_s` bounds the wait for each. Close it when done.
 
@@ -181,21 +193,23 @@ class Connection:
         self._waiting[request_id] = answers
         started = time.monotonic()
         try:
-            self.send({**message, "id": request_id})
+            self._send({**request.to_document(), "id": request_id})
             while True:
                 try:
-                    answer = self._next(answers, timeout_s, told=message["type"] if tells_silence else None)
+                    answer = self._next(answers, timeout_s, told=request.type if tells_silence else None)
                 except queue.Empty:
                     waited = time.monotonic() - started
                     self.silent = True
                     raise SidecarUnavailable(
-                        f"the sidecar gave no answer to {message['type']!r} in {waited:.1f} s"
+                        f"the sidecar gave no answer to {request.type!r} in {waited:.1f} s"
                     ) from None
                 if answer is _LOST:
                     raise SidecarUnavailable(self._lost or "the sidecar is gone")
-                if answer["type"] == "failed":
-                    raise ErrorDocument.from_document(messages.field(answer, "error", dict)).to_exception()
-                yield answer
+                read = _answer(request, answer)
+                if isinstance(read, control.Failed):
+                    raise ErrorDocument.from_document(read.error).to_exception()
+                if read is not None:
+                    yield read
         finally:
             self._waiting.pop(request_id, None)
 
@@ -249,8 +263,8 @@ class Connection:
                     waiting = self._waiting.get(message.get("id", 0))
                     if waiting is not None:
                         waiting.put(message)
-                    elif "id" not in message:
-                        self._on_event(message)
+                    elif "id" not in message and message["type"] in events.EVENTS:
+                        self._on_event(events.EVENTS[message["type"]].from_document(message))
         except EOFError:
             pass
         except (OSError, messages.BadFrame) as err:

@@ -25,7 +25,8 @@ from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import ErrorDocument, LoadError, RemoteFailure, SidecarError, SidecarUnavailable
 from pillion.handle import Checkpoint, SaveHandle
-from pillion.wire import messages, names
+from pillion.wire import events, names
+from pillion.wire.message import Message
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +48,10 @@ class Events:
         self._early: dict[int, Failures] = {}
         self._waiting: dict[int, Callable[[Failures], None]] = {}
 
-    def __call__(self, message: messages.Message) -> None:
-        if message["type"] != "save_failures":
+    def __call__(self, event: Message) -> None:
+        if not isinstance(event, events.SaveFailures):
             return  # other messages are for `Checkpointer.due`
-        step = messages.field(message, "step", int)
-        failures = ErrorDocument.from_document(messages.field(message, "error", dict)).failures
+        step, failures = event.step, ErrorDocument.from_document(event.error).failures
         with self._lock:
             settle = self._waiting.pop(step, None)
             if settle is None:

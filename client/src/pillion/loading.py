@@ -26,7 +26,7 @@ from pillion import opaque as opaque_module
 from pillion.errors import LoadError, SidecarUnavailable
 from pillion.handle import Found, LoadReport
 from pillion.session import Session
-from pillion.wire import layout, messages
+from pillion.wire import layout, load_messages
 
 LOAD_SILENCE_S: Final = 1800.0
 """Longest silence of the sidecar within a load. It speaks for every 32 MiB; the longest pause is the agreement of all pods,
@@ -72,42 +72,34 @@ def load(
     of = leaves.layout
     leaves_module.check_fillable(leaves)
     flatten.check_assignable(wanted, [of.paths[fqn] for fqn in of.opaque])
-    request: messages.Message = {
-        "type": "load",
-        "step": step,
-        "path": path,
-        "layout": of.encoded.decode(),
-        "strict": strict,
-    }
+    request = load_messages.Load(step=step, path=path, layout=of.encoded.decode(), strict=strict)
     filled = _fill_anew(session, leaves, request)
     answer = filled.answer
-    found = messages.optional_field(answer, "step", int)
-    if path is not None and (found is None or messages.field(answer, "path", str, "") != path):
+    if path is not None and (answer.step is None or answer.path != path):
         raise LoadError(f"the sidecar is of a release that loads no directory by its name ({path}): update its image")
     replaced: list[str] = []
     empty = list(load_notes.empty_containers(wanted))
-    if found is not None:
+    if answer.step is not None:
         replaced = _assign(state_dict, wanted, leaves, filled.opaque)
     report = LoadReport(
-        step=found,
-        tier=messages.field(answer, "tier", str),
-        path=messages.field(answer, "path", str, ""),
+        step=answer.step,
+        tier=answer.tier,
+        path=answer.path,
         elapsed_s=time.perf_counter() - started,
         size_bytes=of.tensors_bytes,
-        refused=_texts(answer, "refused"),
+        refused=answer.refused,
         missing=tuple(filled.missing),
-        unexpected=tuple(map(str, messages.field(answer, "unexpected", list, []))),
+        unexpected=answer.unexpected,
         narrowed=load_notes.narrowed(filled.dtypes, of),
         replaced=tuple(replaced),
-        differing=tuple(sorted(of.paths.keys() & set(map(str, messages.field(answer, "differing", list, []))))),
-        passed_over=_texts(answer, "passed_over"),
-        set_aside=tuple(map(int, messages.field(answer, "set_aside", list, []))),
+        differing=tuple(sorted(of.paths.keys() & set(answer.differing))),
+        passed_over=answer.passed_over,
+        set_aside=answer.set_aside,
         conflicting=tuple(filled.conflicting),
     )
     for where, why in report.refused.items():
         _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
-    alike = messages.field(answer, "alike", bool, True)
-    load_notes.warn(report, empty=empty, first=session.group.rank == 0, alike=alike, what=path or "")
+    load_notes.warn(report, empty=empty, first=session.group.rank == 0, alike=answer.alike, what=path or "")
     return report, leaves
 
 
@@ -117,33 +109,26 @@ def find(session: Session, step: int | None) -> Found | None:
 
     Ranks, Blocks, Raises: as `load`.
     """
-    request: messages.Message = {
-        "type": "load",
-        "find": True,
-        "step": step,
-        "path": None,
-        "layout": NOTHING.encoded.decode(),
-    }
+    request = load_messages.Load(find=True, step=step, layout=NOTHING.encoded.decode())
     try:
-        answer = _anew(session, lambda: session.request(request, LOAD_SILENCE_S))
+        answer = _anew(session, lambda: _last(session, request))
     finally:
         # A sidecar of an earlier release takes it for a load of nothing, and lends a slot for it.
-        session.send({"type": "load_done"})
-    found = messages.optional_field(answer, "step", int)
-    if found is None:
-        return None
-    return Found(step=found, tier=messages.field(answer, "tier", str), path=messages.field(answer, "path", str, ""))
+        session.send(load_messages.LoadDone())
+    return None if answer.step is None else Found(step=answer.step, tier=answer.tier, path=answer.path)
 
 
-def _texts(answer: messages.Message, name: str) -> dict[str, str]:
-    return {str(key): str(value) for key, value in messages.field(answer, name, dict, {}).items()}
+def _last(session: Session, request: load_messages.Load) -> load_messages.Loaded:
+    """The answer that ends a load which copies nothing."""
+    with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
+        return next(answer for answer in answers if isinstance(answer, load_messages.Loaded))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Filled:
     """What the last round of a load brought."""
 
-    answer: messages.Message
+    answer: load_messages.Loaded
     opaque: Mapping[str, bytes]
     """FQN -> what the trainer pickled."""
     dtypes: Mapping[str, str]
@@ -153,7 +138,7 @@ class _Filled:
     """FQNs whose tensors share memory, and hold not all what is stored for them."""
 
 
-def _fill_anew(session: Session, leaves: leaves_module.Leaves, request: messages.Message) -> _Filled:
+def _fill_anew(session: Session, leaves: leaves_module.Leaves, request: load_messages.Load) -> _Filled:
     return _anew(session, lambda: _fill(session, leaves, request))
 
 
@@ -171,7 +156,7 @@ def _anew(session: Session, ask: Callable[[], T]) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-def _fill(session: Session, leaves: leaves_module.Leaves, request: messages.Message) -> _Filled:
+def _fill(session: Session, leaves: leaves_module.Leaves, request: load_messages.Load) -> _Filled:
     """Ask, and copy what is announced."""
     mapping = session.mapping
     if mapping is None:
@@ -179,33 +164,32 @@ def _fill(session: Session, leaves: leaves_module.Leaves, request: messages.Mess
     stored = leaves
     copied = slot = 0
     opaque: dict[str, bytes] = {}
-    dtypes: dict[str, str] = {}
-    missing: list[str] = []
+    dtypes: Mapping[str, str] = {}
+    missing: Sequence[str] = ()
     conflicting: list[str] = []
     try:
         with contextlib.closing(session.stream(request, LOAD_SILENCE_S)) as answers:
             for answer in answers:
-                if answer["type"] == "load_begin":
+                if isinstance(answer, load_messages.LoadBegin):
                     # Another round: an earlier one met a corrupt item. Everything is copied again.
-                    copied, slot = 0, messages.field(answer, "slot", int)
+                    copied, slot = 0, answer.slot
                     # From the leaves as they were asked for: what differs is a matter of this round's checkpoint alone.
-                    dtypes = _texts(answer, "dtypes")
-                    missing = [str(fqn) for fqn in messages.field(answer, "missing", list, [])]
+                    dtypes, missing = answer.dtypes, answer.missing
                     stored = _as_stored(leaves, dtypes, missing)
-                elif answer["type"] == "load_progress":
-                    upto = messages.field(answer, "upto", int)
-                    mapping.copy_out(slot, stored, copied, upto)
-                    copied = upto
-                elif answer["type"] == "loaded":
+                elif isinstance(answer, load_messages.LoadProgress):
+                    mapping.copy_out(slot, stored, copied, answer.upto)
+                    copied = answer.upto
+                else:
                     break
-            if messages.optional_field(answer, "step", int) is not None:
+            assert isinstance(answer, load_messages.Loaded)  # the stream ends in no other way
+            if answer.step is not None:
                 mapping.copy_out(slot, stored, copied, len(stored.tensors))
                 indexes = sharing.conflicting(stored.tensors, mapping.views(slot, stored.layout))
                 conflicting = list(dict.fromkeys(stored.layout.items[index].fqn for index in indexes))
-                opaque = _read_opaque(messages.field(answer, "opaque", dict), stored.layout)
+                opaque = _read_opaque(answer.opaque, stored.layout)
     finally:
         # Also after an error: slots that nobody reads any more must not stay lent.
-        session.send({"type": "load_done"})
+        session.send(load_messages.LoadDone())
     return _Filled(answer, opaque, dtypes, missing, conflicting)
 
 

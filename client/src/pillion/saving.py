@@ -120,7 +120,7 @@ class Saver:
 
     def __init__(self, session: Session, *, overlaps: bool, gathers: bool = False) -> None:
         self._session = session
-        self._gathers = gathers and session.group.world_size > 1 and bool(session.welcome.get("gathers"))
+        self._gathers = gathers and session.group.world_size > 1 and session.welcome.gathers
         self._collector = leaves_module.Collector()
         self._pickler = opaque_module.Pickler()
         self._looked_at: layout_module.Layout | None = None

@@ -19,15 +19,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from pillion import callbacks, connection, embedded, staging, stopping, wire
+from pillion import callbacks, connection, embedded, staging, stopping
 from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable, StagingError, UsageError
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle, log_lost
-from pillion.wire import messages, names, policy
+from pillion.wire import control, events, names, policy, save_messages
+from pillion.wire.message import Message, Request
 
 _log = logging.getLogger(__name__)
+A = TypeVar("A")
 
 CONNECT_TIMEOUT_S: Final = 60.0
 """Bound for the sidecar to be there. Other local ranks wait this long for local rank 0 to start it."""
@@ -97,7 +99,7 @@ class Session:
         policy_document: Mapping[str, object] | str | None,
         key: str,
         store_mode: str | None,
-        on_event: Callable[[messages.Message], None],
+        on_event: Callable[[Message], None],
         environ: Mapping[str, str],
     ) -> None:
         self._pid = os.getpid()
@@ -111,17 +113,22 @@ class Session:
         self.runtime_dir = embedded.runtime_directory(key, environ)
         self.handles: dict[int, SaveHandle] = {}
         self._lock = threading.Lock()
-        self._owed: deque[messages.Message] = deque(maxlen=OWED_MOST)
+        self._owed: deque[save_messages.Abandon] = deque(maxlen=OWED_MOST)
         self._closed = threading.Event()
         self._greeted = False
-        self._held_back: list[messages.Message] | None = []
+        self._held_back: list[Message] | None = []
         """Events that came before `listen`; None from then on."""
         self.mapping: staging.SegmentMapping | None = None
-        self.welcome: messages.Message = {}
+        self.welcome: control.Welcome
+        self._events: Mapping[type[Message], Callable[[Any], None]] = {
+            events.Committed: self._committed,
+            events.SaveFailed: self._save_failed,
+            events.Notice: lambda notice: _log.warning("pillion sidecar: %s", notice.text),
+            events.End: self._end,
+        }
         self._connection = self._used = self._greet(CONNECT_TIMEOUT_S)
         """`_used`: the one that the newest request of several answers went to."""
-        told = group.policy or messages.field(self.welcome, "policy", dict)
-        self.policy = policy.parse(told, embedded=True)
+        self.policy = policy.parse(group.policy or self.welcome.policy, embedded=True)
 
     # --- being connected -------------------------------------------------------------------------------------------
 
@@ -185,26 +192,24 @@ class Session:
     def _hello(self, link: connection.Connection) -> None:
         group = self.group
         self.welcome = link.request(
-            {
-                "type": "hello",
-                "version": wire.PROTOCOL_VERSION,
-                "session": group.session,
-                "run_id": group.run_id,
-                "attempt": group.attempt,
-                "rank": group.rank,
-                "world_size": group.world_size,
-                "pods": group.pods,
-                "placement": group.placement,
-                "pid": os.getpid(),
-                "client": os.path.dirname(__file__),
-                "root": self.root,
-                "policy": self._policy_document,
-                "store_mode": self._store_mode,
-                "store": [group.store.host, group.store.port] if group.store else None,
-            },
+            control.Hello(
+                session=group.session,
+                run_id=group.run_id,
+                attempt=group.attempt,
+                rank=group.rank,
+                world_size=group.world_size,
+                pods=group.pods,
+                placement=group.placement,
+                pid=os.getpid(),
+                client=os.path.dirname(__file__),
+                root=self.root,
+                policy=self._policy_document,
+                store_mode=self._store_mode,
+                store=(group.store.host, group.store.port) if group.store else None,
+            ),
             HELLO_TIMEOUT_S,
         )
-        theirs = messages.field(self.welcome, "segment", str)
+        theirs = self.welcome.segment
         # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
         if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
             before, self.mapping = self.mapping, staging.SegmentMapping(theirs)
@@ -282,38 +287,40 @@ class Session:
 
     # --- events ----------------------------------------------------------------------------------------------------
 
-    def _on_event(self, message: messages.Message) -> None:
-        if message["type"] == "committed":
-            handle = self._take(messages.field(message, "step", int))
-            if handle is not None:
-                handle.resolve(
-                    Checkpoint(
-                        step=messages.field(message, "step", int),
-                        path=messages.field(message, "path", str),
-                        size_bytes=messages.field(message, "size_bytes", int, 0),
-                        persist_s=messages.field(message, "persist_s", float, 0.0),
-                        commit_s=messages.field(message, "commit_s", float, 0.0),
-                    )
-                )
-        elif message["type"] == "save_failed":
-            step = messages.field(message, "step", int)
-            error = ErrorDocument.from_document(messages.field(message, "error", dict)).to_exception(step=step)
-            handle = self._take(step)
-            if handle is not None:
-                log_lost(step, error)
-                handle.incomplete = messages.field(message, "more", bool, False)
-                handle.fail(error)
-        elif message["type"] == "notice":
-            _log.warning("pillion sidecar: %s", messages.field(message, "text", str))
-        elif message["type"] == "end":
-            if self.injected:
-                stopping.stop()
-        else:
+    def _on_event(self, event: Message) -> None:
+        take = self._events.get(type(event))
+        if take is None:
             with self._lock:
                 if self._held_back is not None:
-                    self._held_back.append(message)
+                    self._held_back.append(event)
                     return
-            self._on_other_event(message)
+            take = self._on_other_event
+        take(event)
+
+    def _committed(self, event: events.Committed) -> None:
+        handle = self._take(event.step)
+        if handle is not None:
+            handle.resolve(
+                Checkpoint(
+                    step=event.step,
+                    path=event.path,
+                    size_bytes=event.size_bytes,
+                    persist_s=event.persist_s,
+                    commit_s=event.commit_s,
+                )
+            )
+
+    def _end(self, _: events.End) -> None:
+        if self.injected:
+            stopping.stop()
+
+    def _save_failed(self, event: events.SaveFailed) -> None:
+        error = ErrorDocument.from_document(event.error).to_exception(step=event.step)
+        handle = self._take(event.step)
+        if handle is not None:
+            log_lost(event.step, error)
+            handle.incomplete = event.more
+            handle.fail(error)
 
     def listen(self) -> None:
         """
@@ -380,8 +387,7 @@ class Session:
         Raises:
             ArenaExhausted: the policy's limit, or the tmpfs, has no room.
         """
-        answer = self._link.request({"type": "reserve", "room_bytes": room_bytes}, RESERVE_TIMEOUT_S)
-        return [int(capacity) for capacity in messages.field(answer, "capacities", list)]
+        return list(self._link.request(save_messages.Reserve(room_bytes=room_bytes), RESERVE_TIMEOUT_S).capacities)
 
     def claim(
         self,
@@ -407,35 +413,29 @@ class Session:
         link, mapping = self._link, self.mapping
         if mapping is None:
             raise StagingError("the session has no arena")
-        claim = {
-            "type": "claim",
-            "step": step,
-            "room_bytes": room_bytes,
-            "persist": persist,
-            "destination": dict(destination) if destination else None,
-            "notices": True,
-        }
+        claim = save_messages.Claim(
+            step=step, room_bytes=room_bytes, persist=persist, destination=destination or None, notices=True
+        )
         # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
-        each_s = REQUEST_TIMEOUT_S if self.welcome.get("notices") else OVERLAP_WAIT_S
+        each_s = REQUEST_TIMEOUT_S if self.welcome.notices else OVERLAP_WAIT_S
         if link.silent:
             each_s = min(each_s, SILENT_TIMEOUT_S)
         deadline = time.monotonic() + OVERLAP_WAIT_S
         waited = False
         with contextlib.closing(link.stream(claim, each_s, tells_silence=True)) as answers:
             for answer in answers:
-                if answer["type"] != "waiting":
-                    break
+                if isinstance(answer, save_messages.Claimed):
+                    return Grant(answer.slot, answer.capacity_bytes, room_bytes, mapping)
                 if not waited:
                     waited = True
                     on_wait()
                 if time.monotonic() > deadline:
                     raise StagingError(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
-        slot, capacity_bytes = messages.field(answer, "slot", int), messages.field(answer, "capacity_bytes", int)
-        return Grant(slot, capacity_bytes, room_bytes, mapping)
+        raise AssertionError("the stream of answers never ends")
 
     def sealed(self, step: int, *, stall_s: float) -> None:
         """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
-        self._link.send({"type": "sealed", "step": step, "stall_s": stall_s})
+        self._link.send(save_messages.Sealed(step=step, stall_s=stall_s))
 
     def abandon(self, step: int, error: ErrorDocument, *, persist: bool, gathers: bool = False) -> None:
         """
@@ -445,29 +445,23 @@ class Session:
         """
         if self.inherited:
             return
-        message = {
-            "type": "abandon",
-            "step": step,
-            "persist": persist,
-            "error": error.to_document(),
-            "gathers": gathers,
-        }
+        message = save_messages.Abandon(step=step, persist=persist, error=error.to_document(), gathers=gathers)
         try:
             self._connection.send(message)
         except SidecarUnavailable:
             self._owed.append(message)
 
-    def send(self, message: messages.Message) -> None:
+    def send(self, message: Message) -> None:
         """Tell the sidecar something that needs no answer; lost when it is gone."""
         with contextlib.suppress(SidecarUnavailable):
             self._link.send(message)
 
-    def request(self, message: messages.Message, timeout_s: float) -> messages.Message:
-        return self._link.request(message, timeout_s)
+    def request(self, request: Request[A], timeout_s: float) -> A:
+        return self._link.request(request, timeout_s)
 
-    def stream(self, message: messages.Message, timeout_s: float) -> Generator[messages.Message]:
+    def stream(self, request: Request[A], timeout_s: float) -> Generator[A]:
         self._used = self._link
-        return self._used.stream(message, timeout_s)
+        return self._used.stream(request, timeout_s)
 
     def close(self, *, drain_s: float, clean: bool) -> None:
         """
@@ -488,9 +482,7 @@ class Session:
         self._closed.set()
         try:
             if not self._connection.lost:
-                self._connection.request(
-                    {"type": "goodbye", "drain_s": drain_s, "clean": clean}, drain_s + REQUEST_TIMEOUT_S
-                )
+                self._connection.request(control.Goodbye(drain_s=drain_s, clean=clean), drain_s + REQUEST_TIMEOUT_S)
         finally:
             self._connection.close()
             self._fail_all(SidecarUnavailable("the session was closed before the commit was known"))

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from pillion import connection, embedded, group, policy_source
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable
-from pillion.wire import messages, names
+from pillion.wire import control, names
+from pillion.wire.message import Message
 
 
 def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: str = "Prefix") -> str | None:
@@ -77,10 +78,8 @@ def _injected_policy(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
     deadline = time.monotonic() + session_module.CONNECT_TIMEOUT_S
     while True:
         try:
-            answer = connection.ask(path, {"type": "policy"}, session_module.REQUEST_TIMEOUT_S)
-            return messages.optional_field(answer, "policy", dict)
-        except messages.BadFrame:
-            return None
+            answer = connection.ask(path, control.ReadPolicy(), session_module.REQUEST_TIMEOUT_S)
+            return answer.policy if isinstance(answer, control.CurrentPolicy) else None
         except SidecarUnavailable:
             if time.monotonic() > deadline:
                 return None
@@ -93,7 +92,7 @@ def open_session(
     root: str,
     policy_document: Mapping[str, object] | str | None,
     key: str,
-    on_event: Callable[[messages.Message], None],
+    on_event: Callable[[Message], None],
     process_group: dist.ProcessGroup | None,
     environ: Mapping[str, str],
 ) -> session_module.Session:
@@ -127,7 +126,7 @@ def open_session(
     try:
         if members.rank == 0:
             session = opened(members)
-            shared = [session.welcome.get("store") or "the coordinator's sidecar did not say where it hosts the store"]
+            shared = [session.welcome.store or "the coordinator's sidecar did not say where it hosts the store"]
     except PillionError as err:
         shared = [f"rank 0: {err}"]
         raise

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pillion.errors import SettingsError, SidecarUnavailable
 from pillion.wire import names
@@ -132,6 +132,7 @@ def _refuse(error: SettingsError) -> int:
 
 def _ask(arguments: Sequence[str], message: str, description: str) -> None:
     from pillion import connection
+    from pillion.wire import control
 
     parser = argparse.ArgumentParser(prog=f"pillion-sidecar {message}", description=description)
     parser.add_argument(
@@ -140,7 +141,8 @@ def _ask(arguments: Sequence[str], message: str, description: str) -> None:
     folder = parser.parse_args(arguments).runtime_dir
     if not folder:
         raise SidecarUnavailable(f"no runtime directory: give --runtime-dir, or set {names.ENV_RUNTIME_DIR}")
-    connection.ask(os.path.join(folder, names.CONTROL_SOCKET), {"type": message}, ANSWER_TIMEOUT_S)
+    request: Any = control.OBSERVED[message]()
+    connection.ask(os.path.join(folder, names.CONTROL_SOCKET), request, ANSWER_TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,14 @@ import pytest
 
 from pillion import connection
 from pillion.errors import IncompatibleCheckpoint, SidecarUnavailable
-from pillion.wire import messages
+from pillion.wire import control, events, messages
+from pillion.wire.load_messages import Load
+from pillion.wire.message import Message
+from pillion.wire.save_messages import Claim, Reserve, Sealed
 from support import deadlines
 from support.deadlines import Deadline
+
+CLAIM = Claim(step=1, room_bytes=1, persist=True)
 
 
 @contextlib.contextmanager
@@ -26,11 +31,11 @@ def connected(
     folder: Path,
     serve: Callable[[socket.socket], None],
     lost: list[str],
-    on_event: Callable[[messages.Message], None] | None = None,
-) -> Iterator[tuple[connection.Connection, list[messages.Message]]]:
+    on_event: Callable[[Message], None] | None = None,
+) -> Iterator[tuple[connection.Connection, list[Message]]]:
     """A connection whose other end runs `serve` in a thread, and the events that came."""
     path = str(folder / "s")
-    events: list[messages.Message] = []
+    told: list[Message] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen()
@@ -43,10 +48,10 @@ def connected(
         thread = threading.Thread(target=accept)
         thread.start()
         link = connection.Connection(
-            path, connect_timeout_s=Deadline.REPLY.s, on_event=on_event or events.append, on_lost=lost.append
+            path, connect_timeout_s=Deadline.REPLY.s, on_event=on_event or told.append, on_lost=lost.append
         )
         try:
-            yield link, events
+            yield link, told
         finally:
             link.close()
             thread.join(Deadline.SETTLE.s)
@@ -95,13 +100,13 @@ def test_a_silent_sidecar_ends_a_request_at_its_bound(tmp_path: Path) -> None:
         decoder = messages.Decoder()
         _read(peer, decoder)
         second = _read(peer, decoder)
-        peer.sendall(messages.encode({"type": "done", "id": second["id"]}))
+        peer.sendall(messages.encode({"type": "latest", "id": second["id"]}))
         peer.recv(1)
 
     with connected(tmp_path, serve, lost) as (link, _):
         with pytest.raises(SidecarUnavailable, match="'reserve'"):
-            link.request({"type": "reserve"}, 0.05)
-        assert link.request({"type": "status"}, Deadline.REPLY.s)["type"] == "done"
+            link.request(Reserve(room_bytes=1), 0.05)
+        assert link.request(control.FindLatest(), Deadline.REPLY.s) == control.Latest()
     assert lost == []
 
 
@@ -117,14 +122,14 @@ def test_a_silent_sidecar_that_holds_training_up_is_told_of_before_the_bound_and
         peer.sendall(messages.encode({"type": "notice", "text": "back"}))
         peer.recv(1 << 16)
 
-    with connected(tmp_path, serve, []) as (link, events):
+    with connected(tmp_path, serve, []) as (link, told):
         assert not link.silent
         with pytest.raises(SidecarUnavailable, match="gave no answer to 'claim'"):
-            next(link.stream({"type": "claim"}, 0.1, tells_silence=True))
+            next(link.stream(CLAIM, 0.1, tells_silence=True))
         assert "has not answered 'claim'" in caplog.text
         assert link.silent
         speak.set()
-        deadlines.eventually(lambda: events, Deadline.REPLY, "the sidecar to speak again")
+        deadlines.eventually(lambda: told, Deadline.REPLY, "the sidecar to speak again")
         assert not link.silent
 
 
@@ -137,10 +142,10 @@ def test_a_sidecar_that_goes_away_ends_every_request_and_is_told_once(tmp_path: 
 
     with connected(tmp_path, serve, lost) as (link, _):
         with pytest.raises(SidecarUnavailable):
-            link.request({"type": "load"}, Deadline.REPLY.s)
+            link.request(Load(layout=""), Deadline.REPLY.s)
         deadlines.eventually(lambda: lost, Deadline.REPLY, "on_lost was called")
         with pytest.raises(SidecarUnavailable):
-            link.send({"type": "sealed"})
+            link.send(Sealed(step=1))
         assert link.lost
     assert len(lost) == 1
 
@@ -155,7 +160,7 @@ def test_nonsense_from_the_sidecar_breaks_the_connection_and_nothing_else(tmp_pa
         peer.recv(1)
 
     with connected(tmp_path, serve, lost) as (link, _), pytest.raises(SidecarUnavailable, match="broke"):
-        link.request({"type": "claim"}, Deadline.REPLY.s)
+        link.request(CLAIM, Deadline.REPLY.s)
     assert len(lost) == 1
 
 
@@ -169,12 +174,12 @@ def test_an_event_that_cannot_be_taken_is_a_lost_connection(tmp_path: Path, erro
         peer.sendall(messages.encode({"type": "notice", "text": "hello"}))
         peer.recv(1)
 
-    def fail(_: messages.Message) -> None:
+    def fail(_: Message) -> None:
         raise error
 
     with connected(tmp_path, serve, lost, on_event=fail) as (link, _):
         with pytest.raises(SidecarUnavailable, match=type(error).__name__):
-            link.request({"type": "claim"}, Deadline.REPLY.s)
+            link.request(CLAIM, Deadline.REPLY.s)
         assert link.lost
     assert len(lost) == 1
 
@@ -190,23 +195,25 @@ def test_answers_find_their_request_and_events_their_handler(tmp_path: Path) -> 
             requests += messages.receive(peer, decoder)
         peer.sendall(messages.encode({"type": "late", "id": 999}))
         peer.sendall(messages.encode({"type": "notice", "text": "hello"}))
-        for request in sorted(requests, key=lambda message: str(message["name"]), reverse=True):
-            peer.sendall(messages.encode({"type": "done", "id": request["id"], "name": request["name"]}))
+        for request in sorted(requests, key=lambda message: int(message["room_bytes"]), reverse=True):
+            peer.sendall(
+                messages.encode({"type": "reserved", "id": request["id"], "capacities": [request["room_bytes"]]})
+            )
         peer.recv(1)
 
-    with connected(tmp_path, serve, lost) as (link, events):
-        answers: dict[str, object] = {}
+    with connected(tmp_path, serve, lost) as (link, told):
+        answers: dict[int, object] = {}
 
-        def ask(name: str) -> None:
-            answers[name] = link.request({"type": "ask", "name": name}, Deadline.REPLY.s)["name"]
+        def ask(room_bytes: int) -> None:
+            answers[room_bytes] = link.request(Reserve(room_bytes=room_bytes), Deadline.REPLY.s).capacities
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b")]
+        threads = [threading.Thread(target=ask, args=(size,)) for size in (1, 2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(Deadline.REPLY.s)
-    assert answers == {"a": "a", "b": "b"}
-    assert [event["type"] for event in events] == ["notice"]
+    assert answers == {1: (1,), 2: (2,)}
+    assert told == [events.Notice(text="hello")]
 
 
 def test_a_refusal_is_raised_as_the_error_that_it_is(tmp_path: Path) -> None:
@@ -219,5 +226,21 @@ def test_a_refusal_is_raised_as_the_error_that_it_is(tmp_path: Path) -> None:
         peer.recv(1)
 
     with connected(tmp_path, serve, []) as (link, _), pytest.raises(IncompatibleCheckpoint) as caught:
-        link.request({"type": "load"}, Deadline.REPLY.s)
+        link.request(Load(layout=""), Deadline.REPLY.s)
     assert caught.value.fqns == ("a.b",)
+
+
+def test_what_only_a_newer_client_knows_is_passed_over(tmp_path: Path) -> None:
+    """An event and an answer of unknown types cost nothing: the answer that is known is waited for."""
+
+    def serve(peer: socket.socket) -> None:
+        request = _read(peer, messages.Decoder())
+        peer.sendall(messages.encode({"type": "of a newer release"}))
+        peer.sendall(messages.encode({"type": "of a newer release", "id": request["id"]}))
+        peer.sendall(messages.encode({"type": "reserved", "id": request["id"], "capacities": [5], "more": 1}))
+        peer.recv(1)
+
+    lost: list[str] = []
+    with connected(tmp_path, serve, lost) as (link, told):
+        assert link.request(Reserve(room_bytes=1), Deadline.REPLY.s).capacities == (5,)
+    assert (told, lost) == ([], [])

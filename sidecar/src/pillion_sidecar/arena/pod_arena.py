@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pillion.wire import arena, messages, names, policy
+from pillion.wire import arena, control, messages, names, policy
 from pillion_sidecar import affinity, settings
 from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena import segment as segment_module
@@ -63,45 +63,35 @@ class Identity:
         return ours != (before.placement, before.world_size, before.pods, before.local_ranks)
 
     @classmethod
-    def from_hello(cls, message: messages.Message, *, root: str) -> Identity:
+    def from_hello(cls, hello: control.Hello, *, root: str) -> Identity:
         """
         Raises:
             BadFrame: the hello contradicts itself.
         """
-        rank = messages.field(message, "rank", int)
-        pods = messages.field(message, "pods", list)
-        try:
-            parsed = tuple(tuple(int(r) for r in pod) for pod in pods)
-            local = next(pod for pod in parsed if rank in pod)
-        except (TypeError, ValueError, OverflowError, StopIteration) as err:
-            raise messages.BadFrame(f"hello: rank {rank} is in none of the pods {reprlib.repr(pods)}") from err
-        world_size = messages.field(message, "world_size", int)
-        ranks = sorted(r for pod in parsed for r in pod)
+        local = next((pod for pod in hello.pods if hello.rank in pod), None)
+        if local is None:
+            raise messages.BadFrame(f"hello: rank {hello.rank} is in none of the pods {reprlib.repr(hello.pods)}")
+        ranks = sorted(rank for pod in hello.pods for rank in pod)
         # The length first: a list of as many as the hello says may not fit into memory.
-        if len(ranks) != world_size or ranks != list(range(world_size)):
+        if len(ranks) != hello.world_size or ranks != list(range(hello.world_size)):
             raise messages.BadFrame(
-                f"hello: the pods {reprlib.repr(pods)} do not hold the ranks 0 to {world_size - 1} once each"
+                f"hello: the pods {reprlib.repr(hello.pods)} do not hold the ranks 0 to {hello.world_size - 1} once each"
             )
-        session = messages.field(message, "session", str)
-        if len(session) != 32 or not set(session) <= set("0123456789abcdef"):
+        if len(hello.session) != 32 or not set(hello.session) <= set("0123456789abcdef"):
             raise messages.BadFrame("hello: the session must be 32 hex digits")
-        placement = messages.field(message, "placement", str, "")
-        if placement and (len(placement) != 32 or not set(placement) <= set("0123456789abcdef")):
+        if hello.placement and (len(hello.placement) != 32 or not set(hello.placement) <= set("0123456789abcdef")):
             raise messages.BadFrame("hello: the placement must be 32 hex digits")
-        store = messages.optional_field(message, "store", list)
-        if store and not (len(store) == 2 and isinstance(store[0], str) and isinstance(store[1], int)):
-            raise messages.BadFrame("hello: the store must be an address and a port")
         return cls(
-            session=session,
-            run_id=messages.field(message, "run_id", str),
-            attempt=messages.field(message, "attempt", int, 0),
-            world_size=world_size,
-            pods=parsed,
+            session=hello.session,
+            run_id=hello.run_id,
+            attempt=hello.attempt,
+            world_size=hello.world_size,
+            pods=hello.pods,
             local_ranks=local,
-            placement=placement,
+            placement=hello.placement,
             root=root,
-            store_mode=messages.optional_field(message, "store_mode", str),
-            store=(str(store[0]), int(store[1])) if store else None,
+            store_mode=hello.store_mode,
+            store=hello.store,
         )
 
 

@@ -13,17 +13,20 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
-from pillion import wire
-from pillion.errors import ErrorDocument, PillionError, ProtocolMismatch
-from pillion.wire import messages, policy
+from pillion.errors import ErrorDocument, PillionError
+from pillion.wire import control, events, messages, policy
+from pillion.wire.load_messages import Load, LoadDone
+from pillion.wire.message import Message, Request
+from pillion.wire.save_messages import Abandon, Announce, AnnounceChange, Claim, Decline, DeclineChange, Reserve, Sealed
 from pillion_sidecar import affinity, settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.checkpoint import catalog, ownership
 from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.status.status import SidecarStatus
-from pillion_sidecar.supervisor import effective_policy, loader, returning
+from pillion_sidecar.supervisor import effective_policy, loader, returning, signals
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.persister import Persister
 from pillion_sidecar.supervisor.pod_end import PodEnd
@@ -75,6 +78,32 @@ class Supervisor:
         )
         self._hello_lock = asyncio.Lock()
 
+        self._trainer_says: Mapping[type[Message], Callable[[TrainerConnection, Any], Awaitable[None] | None]] = {
+            Claim: self.staging.claim,
+            Sealed: lambda client, sealed: self.staging.sealed(client, sealed.step, sealed.stall_s),
+            Abandon: self._abandon,
+            Reserve: self.staging.begin_reserve,
+            Load: self.loader.ask,
+            LoadDone: lambda client, _: self.loader.done(client.rank),
+            Announce: lambda _, said: self.trainers.signal(events.Announced(step=said.step)),
+            Decline: lambda _, said: self.trainers.signal(events.Declined(step=said.step)),
+            AnnounceChange: lambda _, said: self.trainers.signal(
+                events.ChangeAnnounced(step=said.step, policy=said.policy)
+            ),
+            DeclineChange: lambda _, said: self.trainers.signal(events.ChangeDeclined(step=said.step)),
+            control.FindLatest: self._latest,
+            control.ReadStatus: self._answer_status,
+            control.Goodbye: self._goodbye,
+        }
+        """All of `control.TRAINERS`."""
+        self._observer_asks: Mapping[type[Message], Callable[[TrainerConnection, Any], None]] = {
+            control.Ping: lambda client, ping: client.answer(ping.id, control.Pong(pid=os.getpid())),
+            control.ReadStatus: self._answer_status,
+            control.ReadPolicy: self._answer_policy,
+            control.Notify: self._notify,
+        }
+        """All of `control.OBSERVED`."""
+
     @property
     def pod(self) -> PodArena | None:
         return self.trainers.pod
@@ -98,16 +127,13 @@ class Supervisor:
 
     # --- control.Handler ---------------------------------------------------------------------------------------------
 
-    async def hello(self, client: TrainerConnection, message: messages.Message) -> None:
-        """A trainer joins: check versions, policy and root, open its session, tell it where its segment is."""
-        theirs = messages.field(message, "version", int)
-        if theirs != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
-        await self.trainers.let_return(messages.field(message, "session", str))
+    async def hello(self, client: TrainerConnection, message: control.Hello) -> None:
+        """A trainer joins: check policy and root, open its session, tell it where its segment is."""
+        await self.trainers.let_return(message.session)
         async with self._hello_lock:
             await self.trainers.part_from_the_dead()
             pod = await self._sessions.open(client, message)
-        rank = messages.field(message, "rank", int)
+        rank = message.rank
         if rank not in pod.segments:
             raise messages.BadFrame(f"hello: rank {rank} is not of this pod, whose ranks are {sorted(pod.segments)}")
         client.rank = rank
@@ -120,25 +146,23 @@ class Supervisor:
         if pod.identity.store_mode == "own" and pod.identity.local_ranks[0] == 0:
             store = (await self.executor_client.open(pod)).get("store")
         client.answer(
-            message,
-            {
-                "type": "welcome",
-                "version": wire.PROTOCOL_VERSION,
-                "policy": effective_policy.for_trainers(policy.dump(pod.policy)),
-                "notices": True,
-                "gathers": True,
-                "segment": pod.segments[rank].path,
-                "pid": os.getpid(),
-                "executor_pid": self.executor_client.executor_pid,
-                "store": store,
-            },
+            message.id,
+            control.Welcome(
+                policy=effective_policy.for_trainers(policy.dump(pod.policy)),
+                notices=True,
+                gathers=True,
+                segment=pod.segments[rank].path,
+                pid=os.getpid(),
+                executor_pid=self.executor_client.executor_pid,
+                store=store,
+            ),
         )
         self.pod_end.joined(client)
         _log.info(
             "rank %d joined session %s with the client in %s",
             rank,
             pod.identity.session,
-            messages.field(message, "client", str, "an unknown place"),
+            message.client,
             extra={"rank": rank, "pid": client.pid},
         )
 
@@ -156,57 +180,26 @@ class Supervisor:
             await self.persister.quiet(pod.policy.drain.timeout_seconds)
             await self.executor_client.show(self._state())
 
-    async def message(self, client: TrainerConnection, message: messages.Message) -> None:
-        kind = message["type"]
-        if kind == "claim":
-            await self.staging.claim(client, message)
-        elif kind == "sealed":
-            self.staging.sealed(
-                client, messages.field(message, "step", int), messages.field(message, "stall_s", float, 0.0)
-            )
-        elif kind == "abandon":
-            error = ErrorDocument.from_document(messages.field(message, "error", dict))
-            persist = messages.field(message, "persist", bool, True)
-            gathers = messages.field(message, "gathers", bool, False)
-            step = messages.field(message, "step", int)
-            self.staging.fail_rank(step, client.rank, error, persist=persist, gathers=gathers)
-        elif kind == "reserve":
-            self.staging.begin_reserve(client, message)
-        elif kind == "load":
-            await self.loader.ask(client, message)
-        elif kind == "load_done":
-            self.loader.done(client.rank)
-        elif kind == "latest":
-            await self._latest(client, message)
-        elif kind == "announce":
-            self.trainers.signal({"type": "announced", "step": messages.field(message, "step", int)})
-        elif kind == "decline":
-            self.trainers.signal({"type": "declined", "step": messages.field(message, "step", int)})
-        elif kind == "announce_change":
-            step, of = messages.field(message, "step", int), messages.field(message, "policy", dict)
-            self.trainers.signal({"type": "change_announced", "step": step, "policy": of})
-        elif kind == "decline_change":
-            self.trainers.signal({"type": "change_declined", "step": messages.field(message, "step", int)})
-        elif kind == "status":
-            client.answer(message, self._status())
-        elif kind == "goodbye":
-            client.said_goodbye = True
-            self._tasks.start(self._farewell(client, message), "farewell")
-        else:
-            _log.debug("rank %d sent the unknown message %s", client.rank, kind)
+    async def message(self, client: TrainerConnection, message: Message) -> None:
+        done = self._trainer_says[type(message)](client, message)
+        if done is not None:
+            await done
 
-    def observed(self, client: TrainerConnection, message: messages.Message) -> None:
-        """A message of a process that is no trainer: see `wire.messages`."""
-        if message["type"] == "ping":
-            client.answer(message, {"type": "pong", "pid": os.getpid()})
-        elif message["type"] == "status":
-            client.answer(message, self._status())
-        elif message["type"] == "policy":
-            document = effective_policy.for_trainers(policy.dump(self.policy.now()))
-            client.answer(message, {"type": "policy", "policy": document})
-        elif message["type"] == "notify":
-            client.answer(message, {"type": "notified"})
-            self.terminating()
+    def observed(self, client: TrainerConnection, request: Request[Any]) -> None:
+        """A message of a process that is no trainer: see `wire.control`."""
+        self._observer_asks[type(request)](client, request)
+
+    def _abandon(self, client: TrainerConnection, message: Abandon) -> None:
+        error = ErrorDocument.from_document(message.error)
+        self.staging.fail_rank(message.step, client.rank, error, persist=message.persist, gathers=message.gathers)
+
+    def _goodbye(self, client: TrainerConnection, message: control.Goodbye) -> None:
+        client.said_goodbye = True
+        self._tasks.start(self._farewell(client, message), "farewell")
+
+    def _notify(self, client: TrainerConnection, request: control.Notify) -> None:
+        client.answer(request.id, control.Notified())
+        self.terminating()
 
     async def lost(self, client: TrainerConnection) -> None:
         """A trainer's connection ended: what it was filling is torn, and the newest snapshot goes to storage."""
@@ -241,7 +234,8 @@ class Supervisor:
             self.persister.rescue()
             return
         try:
-            self.trainers.heard(event)
+            if event["type"] in signals.SIGNALS:
+                self.trainers.heard(signals.SIGNALS[event["type"]].from_document(event))
         except (messages.BadFrame, policy.PolicyError) as err:
             _log.warning("ignored an invalid message from another pod: %s", err)
 
@@ -251,10 +245,10 @@ class Supervisor:
         """The pod is to end; see `pod_end`. Whether the trainers are asked for one more save."""
         return self.pod_end.begin(signalled=signalled)
 
-    async def _farewell(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def _farewell(self, client: TrainerConnection, message: control.Goodbye) -> None:
         """Let a trainer go when its saves are done; the last one to leave makes sure of the newest snapshot."""
         trainers = self.trainers
-        drain_s = messages.field(message, "drain_s", float, 0.0)
+        drain_s = message.drain_s
         if all(other.said_goodbye for other in trainers.clients.values()):
             self.persister.rescue()
         drained = await self.persister.quiet(drain_s, leaving=client.rank)
@@ -263,35 +257,37 @@ class Supervisor:
             del trainers.clients[client.rank]
         if not trainers.clients:
             await self._show_state()
-        trainers.crashed = trainers.crashed or not messages.field(message, "clean", bool, True)
+        trainers.crashed = trainers.crashed or not message.clean
         if not trainers.clients:
             trainers.parted = not trainers.crashed
             trainers.idle_since = time.monotonic()
-        client.answer(message, {"type": "farewell", "drained": drained})
+        client.answer(message.id, control.Farewell(drained=drained))
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
-    async def _latest(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def _latest(self, client: TrainerConnection, request: control.FindLatest) -> None:
         pod = self.trainers.require_pod()
         root = pod.identity.root
         found = await self._root.look_at(root, lambda: catalog.newest(root))
-        answer: dict[str, Any] = {"type": "latest", "step": None}
-        if found is not None:
-            answer |= {"step": found[0], "path": found[1], "size_bytes": found[2]}
-        client.answer(message, answer)
+        step, path, size_bytes = found if found is not None else (None, "", 0)
+        client.answer(request.id, control.Latest(step=step, path=path, size_bytes=size_bytes))
 
-    def _status(self) -> dict[str, Any]:
+    def _answer_policy(self, client: TrainerConnection, request: control.ReadPolicy) -> None:
+        document = effective_policy.for_trainers(policy.dump(self.policy.now()))
+        client.answer(request.id, control.CurrentPolicy(policy=document))
+
+    def _answer_status(self, client: TrainerConnection, request: control.ReadStatus) -> None:
         pod = self.pod
-        return {
-            "type": "status",
-            "metrics": self.sidecar_status.metrics.to_document(),
-            "executor_pid": self.executor_client.executor_pid,
-            "pid": os.getpid(),
-            "draining": self.sidecar_status.terminating,
-            "retaining": self.persister.retains(),
-            "policy_generation": self.policy.generation,
-            "saves": [
-                {"step": s.step, "slot": s.slot, "phase": s.phase.value, "persisted": s.persisted}
-                for s in (pod.table.saves.values() if pod is not None else ())
-            ],
-        }
+        saves = tuple(pod.table.saves.values()) if pod is not None else ()
+        answer = control.Status(
+            metrics=self.sidecar_status.metrics.to_document(),
+            executor_pid=self.executor_client.executor_pid,
+            pid=os.getpid(),
+            draining=self.sidecar_status.terminating,
+            retaining=self.persister.retains(),
+            policy_generation=self.policy.generation,
+            saves=tuple(
+                {"step": s.step, "slot": s.slot, "phase": s.phase.value, "persisted": s.persisted} for s in saves
+            ),
+        )
+        client.answer(request.id, answer)

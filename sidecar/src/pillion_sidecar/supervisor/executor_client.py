@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
 from pillion.wire import messages, policy
+from pillion.wire.message import Message
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import Save
@@ -384,14 +385,14 @@ class ExecutorClient:
             return err
         return None
 
-    async def signal(self, pod: PodArena, message: dict[str, Any]) -> bool:
+    async def signal(self, pod: PodArena, message: Message) -> bool:
         """Tell every pod of the job; whether it was told. Lost when there is no way now: whoever needs it asks again."""
         try:
             if self.opened != pod.identity.session:
                 await self.open(pod)
             if self._executor is not None:
                 # Not under the lock: a save may hold it for minutes.
-                await self._executor.request({"type": "signal", "message": message})
+                await self._executor.request({"type": "signal", "message": message.to_document()})
                 return True
         except PillionError as err:
             _log.warning("could not send %s to the other pods: %s", message, err)

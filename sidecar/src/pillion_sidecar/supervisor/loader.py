@@ -12,7 +12,7 @@ import logging
 from typing import Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
-from pillion.wire import messages
+from pillion.wire import load_messages, messages
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.concurrency import tasks
@@ -25,6 +25,7 @@ from pillion_sidecar.supervisor.server import TrainerConnection
 from pillion_sidecar.supervisor.trainers import Trainers
 
 _log = logging.getLogger(__name__)
+Asked = tuple[TrainerConnection, load_messages.Load]
 
 
 class Loader:
@@ -43,8 +44,8 @@ class Loader:
         self._executor_client = executor_client
         self._persister = persister
         self._sidecar_status = sidecar_status
-        self._asked: dict[int, tuple[TrainerConnection, messages.Message]] = {}
-        self._running: dict[int, tuple[TrainerConnection, messages.Message]] = {}
+        self._asked: dict[int, Asked] = {}
+        self._running: dict[int, Asked] = {}
         self._reading: set[int] = set()
         """Ranks that still copy from a slot."""
         self._pinned: list[Save] = []
@@ -53,7 +54,7 @@ class Loader:
         self._slot_free = asyncio.Event()
         self._tasks = tasks.BackgroundTasks()
 
-    async def ask(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def ask(self, client: TrainerConnection, load: load_messages.Load) -> None:
         """
         A rank wants to load, or to know what a load would take.
 
@@ -61,17 +62,16 @@ class Loader:
             UsageError: it asks for something else than its peers.
         """
         for other, asked in self._asked.values():
-            if _words(asked) != _words(message):
+            if _words(asked) != _words(load):
                 raise UsageError(
-                    f"rank {client.rank} calls {_words(message)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
+                    f"rank {client.rank} calls {_words(load)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
                 )
         pod = self._trainers.pod
         if pod is None:
             raise UsageError("no session is open")
-        path = messages.optional_field(message, "path", str)
-        if path is not None and not self._settings.embedded:
-            destinations.check_source(path, root=pod.identity.root)
-        self._asked[client.rank] = (client, message)
+        if load.path is not None and not self._settings.embedded:
+            destinations.check_source(load.path, root=pod.identity.root)
+        self._asked[client.rank] = (client, load)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._settings.peer_timeout_s, self._timeout)
@@ -88,8 +88,8 @@ class Loader:
         missing = sorted(set(pod.segments if pod is not None else ()) - set(asked))
         waited = self._settings.peer_timeout_s
         error = LoadError(f"ranks {missing} did not ask to load within {waited:.1f} s; load is called on all ranks")
-        for client, message in asked.values():
-            client.refuse(message, error)
+        for client, load in asked.values():
+            client.refuse(load.id, error)
 
     def rank_lost(self, rank: int) -> None:
         self._asked.pop(rank, None)
@@ -118,10 +118,10 @@ class Loader:
             pod.table.take(slot)
         entry = self._running.get(int(event.get("rank", -1)))
         if entry is not None:
-            client, message = entry
-            client.answer(message, {k: v for k, v in event.items() if k != "event"})
+            client, load = entry
+            client.answer(load.id, load.answers()[event["type"]].from_document(event))
 
-    async def _run(self, asked: dict[int, tuple[TrainerConnection, messages.Message]]) -> None:
+    async def _run(self, asked: dict[int, Asked]) -> None:
         pod = self._trainers.pod
         try:
             if pod is None:
@@ -133,7 +133,7 @@ class Loader:
             with contextlib.suppress(PillionError):
                 await self._executor_client.open(pod)
             first = next(iter(asked.values()))[1]
-            if messages.field(first, "find", bool, False):
+            if first.find:
                 await self._find(pod, asked, first)
                 return
             # First the slot, then the pins: alone in its job a pod with two slots lets the older snapshot make room.
@@ -145,7 +145,7 @@ class Loader:
             self._running = asked
             self._reading = set(asked)
             request = self._request(pod, first) | {
-                "layouts": {str(r): messages.field(m, "layout", str) for r, (_, m) in asked.items()},
+                "layouts": {str(rank): load.layout for rank, (_, load) in asked.items()},
                 "spare_slot": NO_SLOT if self._lent is None else self._lent,
             }
             result = await self._executor_client.load(pod, request)
@@ -165,23 +165,20 @@ class Loader:
             self._running = {}
 
     @staticmethod
-    def _request(pod: PodArena, first: messages.Message) -> dict[str, Any]:
+    def _request(pod: PodArena, first: load_messages.Load) -> dict[str, Any]:
         """What the executor has to know of the arena and of the call, without what each rank wants."""
         return {
-            "step": messages.optional_field(first, "step", int),
-            # Clients of an earlier release do not say it.
-            "strict": messages.field(first, "strict", bool, True),
-            "find": messages.field(first, "find", bool, False),
-            "path": messages.optional_field(first, "path", str),
+            "step": first.step,
+            "strict": first.strict,
+            "find": first.find,
+            "path": first.path,
             "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
             "near": {str(rank): pid for rank, pid in pod.near.items()},
             "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
             "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
         }
 
-    async def _find(
-        self, pod: PodArena, asked: dict[int, tuple[TrainerConnection, messages.Message]], first: messages.Message
-    ) -> None:
+    async def _find(self, pod: PodArena, asked: dict[int, Asked], first: load_messages.Load) -> None:
         """Tell every rank what a load would take. Nothing is lent, filled or forgotten for it."""
         self._pinned = pod.table.pin()
         try:
@@ -189,10 +186,9 @@ class Loader:
             result = await self._executor_client.load(pod, request)
         finally:
             self._release()
-        for client, message in asked.values():
-            client.answer(
-                message, {"type": "loaded", **{name: result[name] for name in ("step", "tier", "path", "refused")}}
-            )
+        found = {name: result[name] for name in ("step", "tier", "path", "refused")}
+        for client, load in asked.values():
+            client.answer(load.id, load_messages.Loaded(**found))
 
     async def _lend(self) -> int | None:
         """A slot to load into; None: the executor takes one once the pods have agreed on a checkpoint of storage."""
@@ -206,7 +202,7 @@ class Loader:
                     await self._slot_free.wait()
         raise LoadError(f"no slot became free to load into within {self._settings.peer_timeout_s:.1f} s")
 
-    def _answer(self, asked: dict[int, tuple[TrainerConnection, messages.Message]], result: dict[str, Any]) -> None:
+    def _answer(self, asked: dict[int, Asked], result: dict[str, Any]) -> None:
         metrics = self._sidecar_status.metrics
         metrics.loads_arena += result["tier"] == "arena"
         metrics.loads_storage += result["tier"] == "storage"
@@ -222,37 +218,36 @@ class Loader:
                 "committed steps %s are newer than the loaded step; they stay on storage and are loaded only by number",
                 result["set_aside"],
             )
-        for rank, (client, message) in asked.items():
+        for rank, (client, load) in asked.items():
             client.answer(
-                message,
-                {
-                    "type": "loaded",
-                    "step": result["step"],
-                    "tier": result["tier"],
-                    "path": result["path"],
-                    "refused": result["refused"],
-                    "passed_over": result["passed_over"],
-                    "set_aside": result["set_aside"],
-                    "unexpected": result["unexpected"].get(str(rank), []),
-                    "alike": result["alike"],
-                    "differing": result["differing"],
-                    "opaque": result["opaque"].get(str(rank), {}),
-                },
+                load.id,
+                load_messages.Loaded(
+                    step=result["step"],
+                    tier=result["tier"],
+                    path=result["path"],
+                    refused=result["refused"],
+                    passed_over=result["passed_over"],
+                    set_aside=result["set_aside"],
+                    unexpected=result["unexpected"].get(str(rank), ()),
+                    alike=result["alike"],
+                    differing=result["differing"],
+                    opaque=result["opaque"].get(str(rank), {}),
+                ),
             )
         _log.info("loaded step %s from %s", result["step"], result["tier"], extra={"step": result["step"]})
 
-    def _fail(self, asked: dict[int, tuple[TrainerConnection, messages.Message]], error: ErrorDocument) -> None:
+    def _fail(self, asked: dict[int, Asked], error: ErrorDocument) -> None:
         self._release()
-        step = next(iter(asked.values()))[1].get("step")
+        step = next(iter(asked.values()))[1].step
         here = self._trainers.clients
         if error.kind == SessionOver.__name__ or not any(
             here.get(rank) is client for rank, (client, _) in asked.items()
         ):
             _log.info("abandoned a load because its trainers have ended: %s", error.message)
         else:
-            self._sidecar_status.load_failed(step if isinstance(step, int) else None, error.kind, error.message)
-        for client, message in asked.values():
-            client.refuse(message, error)
+            self._sidecar_status.load_failed(step, error.kind, error.message)
+        for client, load in asked.values():
+            client.refuse(load.id, error)
 
     def _release(self) -> None:
         pod = self._trainers.pod
@@ -265,10 +260,10 @@ class Loader:
             self._lent = None
 
 
-def _words(message: messages.Message) -> str:
+def _words(load: load_messages.Load) -> str:
     """A rank's call in the words of the training script: equal where the calls are."""
-    if message.get("find"):
-        return f"find(step={message.get('step')})"
-    strict = "" if message.get("strict", True) else ", strict=False"
-    what = f"step={message.get('step')}" if message.get("path") is None else f"checkpoint_id={message.get('path')!r}"
+    if load.find:
+        return f"find(step={load.step})"
+    strict = "" if load.strict else ", strict=False"
+    what = f"step={load.step}" if load.path is None else f"checkpoint_id={load.path!r}"
     return f"load({what}{strict})"

@@ -27,12 +27,12 @@ from pillion.errors import (
     SaveError,
     SaveSkipped,
 )
-from pillion.wire import arena, policy
+from pillion.wire import arena, events, policy
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import Phase, Save
 from pillion_sidecar.concurrency import tasks as tasks_module
 from pillion_sidecar.status.status import SidecarStatus
-from pillion_sidecar.supervisor import failures
+from pillion_sidecar.supervisor import failures, signals
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.executor_process import ExecutorDied, ExecutorHung
 from pillion_sidecar.supervisor.trainers import Trainers
@@ -138,7 +138,7 @@ class Persister:
         try:
             if not self._executor_client.store_lost:
                 # Without the store every pod finds out by itself.
-                await self._executor_client.signal(pod, {"type": "rescue", "id": call})
+                await self._executor_client.signal(pod, signals.RescueCalled(id=call))
         finally:
             self._calling -= 1
             if self._trainers.pod is pod:
@@ -291,7 +291,7 @@ class Persister:
     async def _withdraw(self, pod: PodArena, step: int, error: ErrorDocument, *, persist: bool, rescued: bool) -> None:
         answer = await self._executor_client.withdraw(pod, step, error, persist=persist, rescued=rescued)
         if answer is not None and self._trainers.pod is pod:
-            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(answer)})
+            self._trainers.broadcast(events.SaveFailures(step=step, error=failures.document(answer)))
 
     async def _retain(self, pod: PodArena, step: int) -> None:
         """One slice of retention. It fails no save: what stays is tried again after the next commit."""
@@ -401,7 +401,8 @@ class Persister:
             "committed" if save.persist else "sealed on every rank",
             extra={"step": save.step, "bytes": outcome["size_bytes"], "elapsed_s": outcome["persist_s"]},
         )
-        self._trainers.broadcast({**outcome, "type": "committed", "step": save.step})
+        told = {name: outcome[name] for name in ("path", "size_bytes", "persist_s", "commit_s") if name in outcome}
+        self._trainers.broadcast(events.Committed(step=save.step, **told))
 
     def _warn_of(self, differing: Sequence[str], pod: PodArena) -> None:
         """Tell rank 0's trainer, once for each set of names, that storage keeps one rank's value of several."""
@@ -430,7 +431,7 @@ class Persister:
         else:
             self._sidecar_status.failed(step, error)
             _log.error("save of step %d failed: %s", step, error, extra={"step": step})
-        event = {"type": "save_failed", "step": step, "error": failures.document(error), "more": more}
+        event = events.SaveFailed(step=step, error=failures.document(error), more=more)
         self._trainers.broadcast(event, but=but)
         # Whoever waits until it is quiet may wait for this save's end alone.
         self.wake()

@@ -18,7 +18,7 @@ import logging
 import time
 from typing import Final
 
-from pillion.wire import policy
+from pillion.wire import events, policy
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks as tasks_module
 from pillion_sidecar.status.status import SidecarStatus
@@ -132,4 +132,4 @@ class PodEnd:
         """A trainer is here; in a pod whose trainers are ended it is ended too, whoever has started it."""
         pod = self._trainers.pod
         if self.ends_trainers and pod is not None and pod.policy.drain.end_trainer:
-            client.send({"type": "end"})
+            client.send(events.End())

@@ -12,14 +12,17 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, TypeVar
 
-from pillion.errors import ErrorDocument, InternalError, PillionError, SidecarError
-from pillion.wire import messages
+from pillion import wire
+from pillion.errors import ErrorDocument, InternalError, PillionError, ProtocolMismatch, SidecarError
+from pillion.wire import control, messages
+from pillion.wire.message import Message, Request
 from pillion_sidecar.supervisor.peer import Peer
 
 _log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Message)
 
 CLIENT_LIMIT: Final = 512
 """Connections at once: a rank a processor on the largest nodes; this bounds what a broken loop can open. Who comes beyond it is refused."""
@@ -63,36 +66,38 @@ class TrainerConnection:
         self._peer.close()
         self.ended.set()
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Queue a message; a client that takes none is dropped."""
+    def send(self, event: Message) -> None:
+        """Queue an event; a client that takes none is dropped."""
+        self._send(event.to_document())
+
+    def _send(self, document: messages.Message) -> None:
         if self._writer.is_closing():
             return
-        self._writer.write(messages.encode(message))
+        self._writer.write(messages.encode(document))
         if self._writer.transport.get_write_buffer_size() > WRITE_LIMIT_BYTES:
             _log.error("closing the connection of rank %d: it does not read its messages", self.rank)
             self._writer.transport.abort()
 
-    def answer(self, request: messages.Message, message: Mapping[str, Any]) -> None:
-        # A number, as requests have it: whatever else a stranger puts there is not sent back.
-        number = request.get("id", 0)
-        self.send({**message, "id": number if isinstance(number, int) else 0})
+    def answer(self, number: int, answer: Message) -> None:
+        """Answer the request of this number: `Request.id`."""
+        self._send({**answer.to_document(), "id": number})
 
-    def refuse(self, request: messages.Message, error: PillionError | ErrorDocument) -> None:
+    def refuse(self, number: int, error: PillionError | ErrorDocument) -> None:
         document = error if isinstance(error, ErrorDocument) else ErrorDocument.from_exception(error)
-        self.answer(request, {"type": "failed", "error": document.to_document()})
+        self.answer(number, control.Failed(error=document.to_document()))
 
 
 class Handler(Protocol):
     """What the server calls; the supervisor implements it."""
 
-    async def hello(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def hello(self, client: TrainerConnection, message: control.Hello) -> None:
         """First message of a connection."""
 
-    async def message(self, client: TrainerConnection, message: messages.Message) -> None:
-        """Any later one."""
+    async def message(self, client: TrainerConnection, message: Message) -> None:
+        """Any later one: of `control.TRAINERS`."""
 
-    def observed(self, client: TrainerConnection, message: messages.Message) -> None:
-        """One of `messages.OBSERVER_MESSAGES`, from a connection that said no hello."""
+    def observed(self, client: TrainerConnection, request: Request[Any]) -> None:
+        """One of `control.OBSERVED`, from a connection that said no hello."""
 
     async def lost(self, client: TrainerConnection) -> None:
         """The connection ended, by goodbye or by death."""
@@ -169,20 +174,21 @@ class ControlServer:
                 for message in decoder.feed(data):
                     if too_many:
                         text = f"{CLIENT_LIMIT} connections are open, and more are not allowed: too many ranks on one node, or a program that opens one after another"
-                        client.refuse(message, SidecarError(text))
+                        client.refuse(_number(message), SidecarError(text))
                         return
                     if greeted:
                         await self._dispatch(client, message)
-                    elif message["type"] == "hello":
+                    elif message["type"] == control.Hello.type:
                         await self._greet(client, message)
                         greeted = True
-                    elif message["type"] in messages.OBSERVER_MESSAGES:
-                        self._handler.observed(client, message)
+                    elif message["type"] in control.OBSERVED:
+                        request: Any = _read(control.OBSERVED[message["type"]], message)
+                        self._handler.observed(client, request)
                     else:
                         raise messages.BadFrame(f"the first message must be hello, not {message['type']!r:.40}")
         except messages.BadFrame as err:
             _log.warning("invalid message from pid %d: %s", client.pid, err)
-            client.send({"type": "failed", "id": 0, "error": ErrorDocument("SidecarError", str(err)).to_document()})
+            client.refuse(0, SidecarError(str(err)))
         except (ConnectionError, TimeoutError):
             pass
         except asyncio.CancelledError:
@@ -197,24 +203,47 @@ class ControlServer:
                 client.close()
                 writer.close()
 
-    async def _greet(self, client: TrainerConnection, message: messages.Message) -> None:
-        try:
-            await self._handler.hello(client, message)
-        except messages.BadFrame as err:
-            client.refuse(message, SidecarError(str(err)))
-        except PillionError as err:
-            client.refuse(message, err)
-        except Exception as err:  # a boundary: a trainer that is not told why would come again at once, for a minute
-            _log.exception("the hello of pid %d failed", client.pid)
-            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))
+    async def _greet(self, client: TrainerConnection, document: messages.Message) -> None:
+        async def greet() -> None:
+            # Before all else: what another protocol says besides may have another meaning.
+            theirs = document.get("version")
+            if not isinstance(theirs, int):
+                raise messages.BadFrame("'hello': the field 'version' must be a number")
+            if theirs != wire.PROTOCOL_VERSION:
+                raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
+            await self._handler.hello(client, _read(control.Hello, document))
 
-    async def _dispatch(self, client: TrainerConnection, message: messages.Message) -> None:
+        await self._or_refuse(client, document, greet)
+
+    async def _dispatch(self, client: TrainerConnection, document: messages.Message) -> None:
+        kind = control.TRAINERS.get(document["type"])
+        if kind is None:
+            _log.debug("rank %d sent the unknown message %s", client.rank, document["type"])
+            return
+        await self._or_refuse(client, document, lambda: self._handler.message(client, _read(kind, document)))
+
+    async def _or_refuse(
+        self, client: TrainerConnection, document: messages.Message, take: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Take a message; the sender gets the reason why it is not taken."""
+        number = _number(document)
         try:
-            await self._handler.message(client, message)
+            await take()
         except messages.BadFrame as err:
-            client.refuse(message, SidecarError(str(err)))
+            client.refuse(number, SidecarError(str(err)))
         except PillionError as err:
-            client.refuse(message, err)
+            client.refuse(number, err)
         except Exception as err:  # a boundary: one bad request must not take the connection of a training job
-            _log.exception("request %s of rank %d failed", message["type"], client.rank)
-            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))
+            _log.exception("request %s of rank %d, process %d, failed", document["type"], client.rank, client.pid)
+            client.refuse(number, InternalError(f"{type(err).__name__}: {err}"))
+
+
+def _number(document: messages.Message) -> int:
+    """What the answer to a request repeats: a number, and whatever else a stranger puts there is not sent back."""
+    number = document.get("id", 0)
+    return number if isinstance(number, int) else 0
+
+
+def _read(kind: type[M], document: messages.Message) -> M:
+    numbered = {**document, "id": _number(document)} if issubclass(kind, Request) else document
+    return kind.from_document(numbered)

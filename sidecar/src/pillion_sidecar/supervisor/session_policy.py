@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pillion.wire import messages, policy
+from pillion.wire import events, policy
 from pillion_sidecar import settings
-from pillion_sidecar.supervisor import effective_policy
+from pillion_sidecar.supervisor import effective_policy, signals
 from pillion_sidecar.supervisor.effective_policy import EffectivePolicy
 from pillion_sidecar.supervisor.root_access import RootAccess
 from pillion_sidecar.supervisor.trainers import Trainers
@@ -100,19 +100,17 @@ class SessionPolicy:
         overdue = time.monotonic() - self._sent_s >= POLICY_REPEAT_S or session != self._sent_to
         if differs or generation != self._in_force.generation or (self._in_force.changed and overdue):
             self._sent_s, self._sent_to = time.monotonic(), session
-            self._trainers.signal(
-                {"type": "policy", "generation": generation, "policy": effective_policy.document(proposed)}
-            )
+            document = effective_policy.document(proposed)
+            self._trainers.signal(signals.PolicySent(generation=generation, policy=document))
 
-    def take(self, message: messages.Message) -> None:
+    def take(self, sent: signals.PolicySent) -> None:
         """
         The coordinator's sidecar has sent the policy for all pods: it holds from here on, and the trainers of this pod learn of it.
 
         Raises:
-            BadFrame, PolicyError: the message is none of this release.
+            PolicyError: the policy is none of this release.
         """
-        taken = policy.parse(messages.field(message, "policy", dict), embedded=True)
-        generation = messages.field(message, "generation", int)
+        taken, generation = policy.parse(sent.policy, embedded=True), sent.generation
         started_with = self._require()
         if self._in_force.take(taken, generation, started_with):
             _log.info("generation %d of the policy is in force", generation)
@@ -120,4 +118,4 @@ class SessionPolicy:
             self._trainers.pod.policy = self._in_force.over(started_with)
         if self._in_force.changed:
             document = effective_policy.for_trainers(effective_policy.document(taken))
-            self._trainers.broadcast({"type": "policy", "policy": document})
+            self._trainers.broadcast(events.PolicyChanged(policy=document))

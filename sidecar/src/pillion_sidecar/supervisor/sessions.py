@@ -10,7 +10,7 @@ import logging
 from typing import Any, Final
 
 from pillion.errors import PillionError, SettingsError
-from pillion.wire import messages
+from pillion.wire import control
 from pillion_sidecar.arena.pod_arena import Identity, PodArena, check_root, name_of
 from pillion_sidecar.checkpoint import ownership
 from pillion_sidecar.session import record as record_module
@@ -56,7 +56,7 @@ class Sessions:
             given, kept = self._settings.policy, record.policy
             source = (kept or given) if self._settings.embedded else (given or kept)
             await self._policy.begin(source)
-            identity = Identity.from_hello(dict(record.hello), root=record.root)
+            identity = Identity.from_hello(control.Hello.from_document(record.hello), root=record.root)
             pod = PodArena(
                 self._settings.runtime_dir,
                 identity,
@@ -73,7 +73,7 @@ class Sessions:
         self._executor_client.session(pod, record)
         self._persister.wake()
 
-    async def open(self, client: TrainerConnection, message: messages.Message) -> PodArena:
+    async def open(self, client: TrainerConnection, hello: control.Hello) -> PodArena:
         """
         The arena of the session that a hello names: the current one, or a new one in its place.
 
@@ -86,20 +86,19 @@ class Sessions:
             SidecarError: the storage, or this process's memory, does not allow it.
         """
         trainers = self._trainers
-        session = messages.field(message, "session", str)
-        if trainers.pod is not None and trainers.pod.identity.session == session:
+        if trainers.pod is not None and trainers.pod.identity.session == hello.session:
             return trainers.pod
         if trainers.clients:
             raise trainers.taken(client)
-        root = self._settings.root or messages.field(message, "root", str, "")
+        root = self._settings.root or hello.root
         # In a pod the injected one holds. Without a cluster the variable is the trainer's own, and its argument wins over it.
-        given: Any = message.get("policy")
+        given: Any = hello.policy
         source = (given or self._settings.policy) if self._settings.embedded else (self._settings.policy or given)
         await self._policy.begin(source)
         problems = await self._root.look_at(root, lambda: check_root(root)) if root else []
         if problems:
             raise SettingsError(problems)
-        identity = Identity.from_hello(message, root=root)
+        identity = Identity.from_hello(hello, root=root)
         dead = await self._look_for_owner(root, identity) if root and len(identity.pods) == 1 else ""
         if trainers.pod is not None:
             await self._finish(trainers.pod, identity)

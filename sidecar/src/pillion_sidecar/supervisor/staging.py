@@ -28,7 +28,7 @@ from pillion.errors import (
     StagingError,
 )
 from pillion.fault_points import FaultPoint
-from pillion.wire import messages
+from pillion.wire import events, save_messages
 from pillion_sidecar import settings
 from pillion_sidecar.arena import slots
 from pillion_sidecar.arena.pod_arena import PodArena
@@ -74,8 +74,8 @@ class StagingCoordinator:
         self._trainers = trainers
         self._persister = persister
         self._tasks = tasks
-        self._waiting: list[tuple[TrainerConnection, messages.Message]] = []
-        self._unanswered: dict[tuple[int, int], tuple[TrainerConnection, messages.Message]] = {}
+        self._waiting: list[tuple[TrainerConnection, save_messages.Claim]] = []
+        self._unanswered: dict[tuple[int, int], tuple[TrainerConnection, save_messages.Claim]] = {}
         """Claims whose client wants notices; by rank and message."""
         self._seal_timers: dict[tuple[str, int], asyncio.TimerHandle] = {}
         """By session and step: trainers that come back save the same steps again, each with all of the bound."""
@@ -84,14 +84,14 @@ class StagingCoordinator:
         self._withdrawn: deque[tuple[str, int]] = deque(maxlen=slots.REMEMBERED_SKIPS)
         """What the other pods were told of; a rank that fails later than GATHER_S is told to those of this pod alone."""
 
-    async def claim(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def claim(self, client: TrainerConnection, claim: save_messages.Claim, *, waited: bool = False) -> None:
         """A rank wants to fill a slot. While it waits it is told so, every NOTICE_S: a sidecar that hangs tells nothing."""
-        key = (client.rank, int(message.get("id", 0)))
-        if message.get("notices"):
-            self._unanswered[key] = (client, message)
+        key = (client.rank, claim.id)
+        if claim.notices:
+            self._unanswered[key] = (client, claim)
         waits = False
         try:
-            waits = await self._claim(client, message)
+            waits = await self._claim(client, claim, waited=waited)
         finally:
             if not waits:
                 self._unanswered.pop(key, None)
@@ -100,29 +100,27 @@ class StagingCoordinator:
         """Tell those who wait that they wait, for ever."""
         while True:
             await asyncio.sleep(NOTICE_S)
-            for client, message in list(self._unanswered.values()):
-                client.answer(message, {"type": "waiting"})
+            for client, claim in list(self._unanswered.values()):
+                client.answer(claim.id, save_messages.Waiting())
 
-    async def _claim(self, client: TrainerConnection, message: messages.Message) -> bool:
+    async def _claim(self, client: TrainerConnection, claim: save_messages.Claim, *, waited: bool) -> bool:
         """Answer a claim; True when it has to wait."""
         pod = self._trainers.require_pod()
-        step = messages.field(message, "step", int)
-        persist = messages.field(message, "persist", bool)
-        destination = messages.optional_field(message, "destination", dict)
+        step, persist, destination = claim.step, claim.persist, claim.destination
         if destination is not None and not self._settings.embedded:
             destinations.check(destination, root=pod.identity.root, writer=pod.policy.storage.writer)
         fault_points.reach(FaultPoint.CLAIM, rank=client.rank, step=step)
         decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
         if isinstance(decision, slots.MustWait):
-            self._sidecar_status.metrics.saves_waited += not message.get("waited")
-            self._waiting.append((client, {**message, "waited": True}))
+            self._sidecar_status.metrics.saves_waited += not waited
+            self._waiting.append((client, claim))
             return True
         if isinstance(decision, slots.Skipped):
             if decision.first:
                 self._sidecar_status.metrics.saves_skipped += 1
                 self._sidecar_status.dropped(step, SaveSkipped(decision.reason, step=step), persist=persist)
                 self._persister.withdraw(step, SaveSkipped(decision.reason, step=step), persist=persist)
-            client.refuse(message, SaveSkipped(decision.reason, step=step))
+            client.refuse(claim.id, SaveSkipped(decision.reason, step=step))
             return False
         if isinstance(decision, slots.Doomed):
             raise failures.staging_error(step, decision.failures)
@@ -131,10 +129,9 @@ class StagingCoordinator:
         save = decision.save
         if save.filling == {client.rank} and not save.sealed:
             self._sidecar_status.began(step, persist=persist)
-        room = messages.field(message, "room_bytes", int)
-        self._look_ahead(pod, client.rank, room)
+        self._look_ahead(pod, client.rank, claim.room_bytes)
         try:
-            capacity = await asyncio.to_thread(pod.grow, client.rank, save.slot, room)
+            capacity = await asyncio.to_thread(pod.grow, client.rank, save.slot, claim.room_bytes)
         except PillionError as err:
             self.fail_rank(step, client.rank, ErrorDocument.from_exception(err), persist=persist)
             raise
@@ -144,7 +141,7 @@ class StagingCoordinator:
         if key not in self._seal_timers:
             loop = asyncio.get_running_loop()
             self._seal_timers[key] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, *key)
-        client.answer(message, {"type": "claimed", "slot": save.slot, "capacity_bytes": capacity})
+        client.answer(claim.id, save_messages.Claimed(slot=save.slot, capacity_bytes=capacity))
         return False
 
     def _replaced(self, victim: Save, step: int) -> None:
@@ -152,7 +149,7 @@ class StagingCoordinator:
         self._sidecar_status.metrics.saves_replaced += 1
         self._sidecar_status.dropped(victim.step, error, persist=victim.persist)
         self._persister.withdraw(victim.step, error, persist=victim.persist)
-        self._trainers.broadcast({"type": "save_failed", "step": victim.step, "error": failures.document(error)})
+        self._trainers.broadcast(events.SaveFailed(step=victim.step, error=failures.document(error)))
 
     async def reserve(self, rank: int, room_bytes: int) -> list[int]:
         """Have every slot of a rank hold at least `room_bytes`; the capacities."""
@@ -160,18 +157,18 @@ class StagingCoordinator:
         self._look_ahead(pod, rank, room_bytes)
         return [await asyncio.to_thread(pod.grow, rank, slot, room_bytes) for slot in range(pod.policy.staging.slots)]
 
-    def begin_reserve(self, client: TrainerConnection, message: messages.Message) -> None:
+    def begin_reserve(self, client: TrainerConnection, request: save_messages.Reserve) -> None:
         """`reserve`, and its answer, beside what else the rank says: its saves go on meanwhile."""
-        room = messages.field(message, "room_bytes", int)
-        self._tasks.start(self._answer_reserve(client, message, room), "reserve")
+        self._tasks.start(self._answer_reserve(client, request), "reserve")
 
-    async def _answer_reserve(self, client: TrainerConnection, message: messages.Message, room_bytes: int) -> None:
+    async def _answer_reserve(self, client: TrainerConnection, request: save_messages.Reserve) -> None:
         try:
-            client.answer(message, {"type": "reserved", "capacities": await self.reserve(client.rank, room_bytes)})
+            capacities = await self.reserve(client.rank, request.room_bytes)
+            client.answer(request.id, save_messages.Reserved(capacities=tuple(capacities)))
         except PillionError as err:
-            client.refuse(message, err)
+            client.refuse(request.id, err)
         except OSError as err:
-            client.refuse(message, InternalError(f"{type(err).__name__}: {err}"))
+            client.refuse(request.id, InternalError(f"{type(err).__name__}: {err}"))
 
     def _look_ahead(self, pod: PodArena, rank: int, room_bytes: int) -> None:
         """Whether all slots of all ranks will fit, now that a rank says how large its state is."""
@@ -273,11 +270,11 @@ class StagingCoordinator:
             self._withdrawn.append(key)
             self._persister.withdraw(step, told, persist=of.persist)
         else:
-            self._trainers.broadcast({"type": "save_failures", "step": step, "error": failures.document(told)})
+            self._trainers.broadcast(events.SaveFailures(step=step, error=failures.document(told)))
 
     def rank_lost(self, client: TrainerConnection) -> None:
         """A trainer is gone; without a goodbye what it was filling is torn."""
-        self._waiting = [(c, m) for c, m in self._waiting if c is not client]
+        self._waiting = [(each, claim) for each, claim in self._waiting if each is not client]
         self._unanswered = {key: entry for key, entry in self._unanswered.items() if entry[0] is not client}
         pod = self._trainers.pod
         if pod is None or client.said_goodbye:
@@ -304,11 +301,11 @@ class StagingCoordinator:
     def released(self) -> None:
         """A slot may be free: the waiting claims try again, in their order."""
         waiting, self._waiting = self._waiting, []
-        for client, message in waiting:
-            self._tasks.start(self._retry(client, message), "claim")
+        for client, claim in waiting:
+            self._tasks.start(self._retry(client, claim), "claim")
 
-    async def _retry(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def _retry(self, client: TrainerConnection, claim: save_messages.Claim) -> None:
         try:
-            await self.claim(client, message)
+            await self.claim(client, claim, waited=True)
         except PillionError as err:
-            client.refuse(message, err)
+            client.refuse(claim.id, err)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pillion.errors import SidecarError, UsageError
-from pillion.wire import messages
+from pillion.wire import events
+from pillion.wire.message import Message
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks as tasks_module
-from pillion_sidecar.supervisor import returning
+from pillion_sidecar.supervisor import returning, signals
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.server import TrainerConnection
 
@@ -33,7 +34,7 @@ class Trainers:
         executor_client: ExecutorClient,
         tasks: tasks_module.BackgroundTasks,
         *,
-        on_policy: Callable[[messages.Message], None],
+        on_policy: Callable[[signals.PolicySent], None],
         on_rescue: Callable[[str], None],
     ) -> None:
         self._pod: PodArena | None = None
@@ -45,10 +46,12 @@ class Trainers:
         """A trainer of this session died, or ended by an exception: a restart may come for the arena."""
         self.returning: tuple[returning.Process, ...] = ()
         """Trainers of an adopted session, until they are here or others take their place."""
-        self._on_rescue = on_rescue
-        """Called when a pod of the job calls all of them to persist the newest snapshot that all of them hold."""
-        self._on_policy = on_policy
-        """Called with what the coordinator's sidecar says of the policy."""
+        self._heard: Mapping[type[Message], Callable[[Any], None]] = {
+            events.SaveNow: self._ask_for_save,
+            signals.PolicySent: on_policy,
+            signals.RescueCalled: lambda call: on_rescue(call.id),
+        }
+        """What is more than an event for the trainers of this pod."""
         self._executor_client = executor_client
         self._tasks = tasks
 
@@ -128,19 +131,19 @@ class Trainers:
             f"another job (ranks {sorted(self.clients)}) uses this root's sidecar now: one job a root at a time"
         )
 
-    def broadcast(self, message: Mapping[str, Any], *, but: int | None = None) -> None:
+    def broadcast(self, event: Message, *, but: int | None = None) -> None:
         """Tell the trainers of this pod."""
         for rank, client in self.clients.items():
             if rank != but:
-                client.send(message)
+                client.send(event)
 
     def notice(self, rank: int, text: str) -> None:
         """Have a trainer's log say something."""
         if rank in self.clients:
-            self.clients[rank].send({"type": "notice", "text": text})
+            self.clients[rank].send(events.Notice(text=text))
 
-    def signal(self, message: dict[str, Any]) -> None:
-        """Tell all trainers of the job: those of this pod at once, those of others through the executor."""
+    def signal(self, message: Message) -> None:
+        """Tell all of the job what is one of `signals.SIGNALS`: those of this pod at once, those of others through the executor."""
         pod = self.pod
         if pod is None or len(pod.identity.pods) == 1:
             self.heard(message)
@@ -148,31 +151,22 @@ class Trainers:
         # In the background: the executor may be busy, and this trainer's next message must not wait for it.
         self._tasks.start(self._signal(pod, message), "signal")
 
-    async def _signal(self, pod: PodArena, message: dict[str, Any]) -> None:
+    async def _signal(self, pod: PodArena, message: Message) -> None:
         await self._executor_client.signal(pod, message)
 
-    def heard(self, message: messages.Message) -> None:
+    def heard(self, message: Message) -> None:
         """What a trainer or sidecar of this job told all of them."""
-        if message["type"] == "save_now":
-            # Rank 0 decides at which step, so that all ranks save at the same one.
-            decider = self.clients.get(0)
-            if decider is not None:
-                decider.send({"type": "save_now"})
-            return
-        if message["type"] == "policy":
-            self._on_policy(message)
-            return
-        if message["type"] == "rescue":
-            self._on_rescue(messages.field(message, "id", str))
-            return
-        told = {"type": message["type"], "step": messages.field(message, "step", int)}
-        if message["type"] == "change_announced":
-            told["policy"] = messages.field(message, "policy", dict)
-        self.broadcast(told)
+        self._heard.get(type(message), self.broadcast)(message)
+
+    def _ask_for_save(self, event: events.SaveNow) -> None:
+        # Rank 0 decides at which step, so that all ranks save at the same one.
+        decider = self.clients.get(0)
+        if decider is not None:
+            decider.send(event)
 
     def save_now(self) -> None:
         """Have the trainers save at a step that all of them have ahead of them."""
         if 0 in self.clients:
-            self.heard({"type": "save_now"})
+            self.heard(events.SaveNow())
         else:
-            self.signal({"type": "save_now"})
+            self.signal(events.SaveNow())

@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 
 from pillion.errors import ArenaExhausted, SidecarError
-from pillion.wire import arena, policy
+from pillion.wire import arena, policy, save_messages
 from pillion_sidecar.arena import growth, memory_limit, pod_arena, segment
 from pillion_sidecar.arena.growth import Growth
 from pillion_sidecar.arena.memory_limit import Level
@@ -257,7 +257,7 @@ def test_a_step_that_is_saved_again_by_another_session_has_all_of_the_bound(fold
         of = staging.StagingCoordinator(
             cast("Any", settings), nothing, cast("Any", trainers), nothing, tasks.BackgroundTasks()
         )
-        claim = {"id": 1, "step": 5, "persist": True, "room_bytes": MIB}
+        claim = save_messages.Claim(id=1, step=5, persist=True, room_bytes=MIB)
         await of.claim(cast("Any", Answers()), claim)
         before.close()
         trainers.pod = pod_arena.PodArena(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pillion.wire import arena, policy
+from pillion.wire import arena, control, policy
 from pillion_sidecar.arena.pod_arena import EPOCH_MOST, Identity, PodArena
 from pillion_sidecar.arena.slots import Phase, Save
 
@@ -17,8 +17,8 @@ SESSION = "a" * 32
 
 
 def pod(folder: Path, *, session: str = SESSION, world_size: int = 1) -> PodArena:
-    ranks = list(range(world_size))
-    hello = {"session": session, "run_id": "r", "rank": 0, "world_size": world_size, "pods": [ranks]}
+    ranks = tuple(range(world_size))
+    hello = control.Hello(session=session, run_id="r", rank=0, world_size=world_size, pods=(ranks,))
     of = policy.parse({"staging": {"slots": 3}}, embedded=True)
     return PodArena(str(folder), Identity.from_hello(hello, root=str(folder)), of)
 

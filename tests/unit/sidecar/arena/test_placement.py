@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 
-from pillion.wire import messages
+from pillion.wire import control, messages
 from pillion_sidecar.arena.pod_arena import Identity
 
 HELLO = {
@@ -22,7 +22,7 @@ HELLO = {
 
 
 def identity(**changes: object) -> Identity:
-    return Identity.from_hello({**HELLO, **changes}, root="/r")
+    return Identity.from_hello(control.Hello.from_document({**HELLO, **changes}), root="/r")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ class World:
     def require_pod(self) -> "World":
         return self
 
-    def broadcast(self, message: dict[str, Any], *, but: int | None = None) -> None:
-        self.told.append((message["type"], dict(ErrorDocument.from_document(message["error"]).failures)))
+    def broadcast(self, event: Any, *, but: int | None = None) -> None:
+        self.told.append((event.type, dict(ErrorDocument.from_document(event.error).failures)))
 
     def withdraw(self, step: int, error: SaveError, *, persist: bool, rescued: bool = False) -> None:
         self.told.append(("withdraw", dict(error.failures)))

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from pillion.errors import ErrorDocument
+from pillion.wire.load_messages import Load
 from pillion_sidecar.status import status
 from pillion_sidecar.supervisor import loader
 from pillion_sidecar.supervisor.server import TrainerConnection
@@ -38,12 +39,12 @@ def test_each_load_has_all_of_its_bound(monkeypatch: Any) -> None:
         settings = types.SimpleNamespace(peer_timeout_s=Deadline.REPLY.s)
         trainers = types.SimpleNamespace(pod=pod)
         of = loader.Loader(*cast("Any", (settings, trainers, None, None, None)))
-        await of.ask(cast("TrainerConnection", Asking(0)), {"type": "load", "step": None})
+        await of.ask(cast("TrainerConnection", Asking(0)), Load(layout="{}"))
         first = of._timer
         of.rank_lost(0)
         settings.peer_timeout_s = 0.01
         again = Asking(0)
-        await of.ask(cast("TrainerConnection", again), {"type": "load", "step": None})
+        await of.ask(cast("TrainerConnection", again), Load(layout="{}"))
         assert first is not None
         assert first.cancelled()
         await soon(lambda: again.refused, Deadline.SETTLE, "the second load is refused at its own bound")
@@ -63,6 +64,6 @@ def test_a_load_whose_trainers_have_ended_is_no_failure(here: bool, kind: str, f
     asking, sidecar_status = Asking(0), status.SidecarStatus()
     trainers = types.SimpleNamespace(pod=None, clients={0: asking if here else Asking(0)})
     of = loader.Loader(*cast("Any", (None, trainers, None, None, sidecar_status)))
-    of._fail({0: (cast("TrainerConnection", asking), {"type": "load", "step": None})}, ErrorDocument(kind, "why"))
+    of._fail({0: (cast("TrainerConnection", asking), Load(layout="{}"))}, ErrorDocument(kind, "why"))
     assert [each.reason for each in sidecar_status.failures] == (["LoadFailed"] if failed else [])
     assert len(asking.refused) == 1

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pillion.errors import RemoteFailure, SaveError
-from pillion.wire import arena, policy
+from pillion.wire import arena, events, policy
+from pillion.wire.message import Message
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import Granted, Phase
@@ -53,14 +54,14 @@ def pod(tmp_path: Path) -> PodArena:
 @pytest.mark.parametrize("damaged", [False, True], ids=["the executor's side raises", "the slot's header is damaged"])
 def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: PodArena, damaged: bool) -> None:
     """Its handle fails with the error, a drain does not wait for it, and the next claim finds a slot."""
-    told: list[dict[str, Any]] = []
+    told: list[Message] = []
 
     async def scenario() -> None:
         tasks = tasks_module.BackgroundTasks()
         executor_client: Any = Broken(KeyError("a defect"))
         trainers = Trainers(executor_client, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
         trainers.begin_session(pod)
-        trainers.broadcast = lambda message, **_: told.append(dict(message))  # type: ignore[method-assign] # there is no trainer
+        trainers.broadcast = lambda event, **_: told.append(event)  # type: ignore[method-assign] # there is no trainer
         persister = Persister(SidecarStatus(), trainers, executor_client, lambda: None)
         if damaged:
             with Path(pod.segments[0].path).open("r+b") as file:
@@ -72,7 +73,7 @@ def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: PodArena, dama
         await tasks.stop()
 
     asyncio.run(scenario())
-    assert [each["type"] for each in told] == ["save_failed"]
+    assert [type(each) for each in told] == [events.SaveFailed]
     assert pod.table.saves[1].phase is Phase.DONE
     assert isinstance(pod.table.claim(2, 0, persist=True), Granted)
     pod.close()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pillion.wire import policy
+from pillion.wire.message import Message
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.status.status import SidecarStatus
@@ -52,8 +53,8 @@ class Scene:
         self.sidecar_status = SidecarStatus()
         self.end = pod_end.PodEnd(self.sidecar_status, self.trainers, work, self.tasks, in_pod=in_pod)
 
-    def send(self, message: dict[str, Any]) -> None:
-        self.told.append(message["type"])
+    def send(self, event: Message) -> None:
+        self.told.append(event.type)
 
     def save(self, step: int, *, persist: bool = True) -> None:
         """A save of the trainer, to storage, where it is committed, or to memory."""

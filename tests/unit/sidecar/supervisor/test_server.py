@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from pillion.wire import messages
+from pillion.wire import control, messages
+from pillion.wire.message import Message, Request
 from pillion_sidecar.supervisor import server as server_module
 from pillion_sidecar.supervisor.server import ControlServer, TrainerConnection
 from support.deadlines import Deadline, soon
+
+HELLO = control.Hello(id=1, session="a" * 32, run_id="r", rank=0, world_size=1, pods=((0,),))
 
 
 class Waiting:
@@ -23,14 +26,14 @@ class Waiting:
     def __init__(self) -> None:
         self.greeted = 0
 
-    async def hello(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def hello(self, client: TrainerConnection, message: control.Hello) -> None:
         self.greeted += 1
         await asyncio.get_running_loop().create_future()
 
-    async def message(self, client: TrainerConnection, message: messages.Message) -> None:
+    async def message(self, client: TrainerConnection, message: Message) -> None:
         raise AssertionError("no hello was answered")
 
-    def observed(self, client: TrainerConnection, message: messages.Message) -> None:
+    def observed(self, client: TrainerConnection, request: Request[Any]) -> None:
         raise AssertionError("nobody but a trainer is here")
 
     async def lost(self, client: TrainerConnection) -> None:
@@ -52,7 +55,7 @@ def test_a_sidecar_that_ends_while_a_trainer_waits_logs_no_traceback(tmp_path: P
         await server.start()
         trainer.connect(path)
         if says_hello:
-            trainer.sendall(messages.encode({"type": "hello", "id": 1}))
+            trainer.sendall(messages.encode(HELLO.to_document()))
             await soon(lambda: handler.greeted, Deadline.REPLY, "the trainer is heard")
         else:
             await soon(lambda: server.num_connections, Deadline.REPLY, "the trainer is there")
@@ -75,7 +78,7 @@ def test_a_connection_too_many_is_told_so_and_the_others_stay(tmp_path: Path, mo
         server = ControlServer(path, handler)
         await server.start()
         first.connect(path)
-        first.sendall(messages.encode({"type": "hello", "id": 1}))
+        first.sendall(messages.encode(HELLO.to_document()))
         await soon(lambda: handler.greeted, Deadline.REPLY, "the first one is heard")
         second.connect(path)
         second.sendall(messages.encode({"type": "hello", "id": 7}))

@@ -14,6 +14,9 @@ import pytest
 
 from pillion.errors import ArenaExhausted, UsageError
 from pillion.wire import policy
+from pillion.wire.events import Notice
+from pillion.wire.message import Message
+from pillion.wire.save_messages import Claim, Claimed, Reserve, Reserved
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks as tasks_module
@@ -31,7 +34,7 @@ class Scene:
 
     def __init__(self, folder: Path, *, embedded: bool = True, **spec: Any) -> None:
         arguments = ["--runtime-dir", str(folder), *(["--embedded"] if embedded else [])]
-        self.told: list[dict[str, Any]] = []
+        self.told: list[Message] = []
         self.sidecar_status = SidecarStatus()
         nobody: Any = None
         tasks = tasks_module.BackgroundTasks()
@@ -45,8 +48,8 @@ class Scene:
             settings.from_arguments(arguments, {}), self.sidecar_status, trainers, nobody, tasks
         )
 
-    def send(self, message: dict[str, Any]) -> None:
-        self.told.append(message)
+    def send(self, event: Message) -> None:
+        self.told.append(event)
 
 
 def test_an_arena_that_is_too_small_is_told_before_a_save_is_lost(tmp_path: Path) -> None:
@@ -58,7 +61,7 @@ def test_an_arena_that_is_too_small_is_told_before_a_save_is_lost(tmp_path: Path
         with pytest.raises(ArenaExhausted):
             asyncio.run(scene.saves.reserve(0, 3 * MIB))
     assert scene.sidecar_status.memory_problem.startswith(f"the state needs {6 * MIB} bytes of arena")
-    assert [each["text"] for each in scene.told] == [scene.sidecar_status.memory_problem]
+    assert scene.told == [Notice(text=scene.sidecar_status.memory_problem)]
     scene.pod.close()
 
 
@@ -67,13 +70,7 @@ def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, 
     """Without a cluster both are one user's, and the trainer's writer is taken."""
     scene = Scene(tmp_path, embedded=embedded)
     writer = {"name": "os:system", "arguments": {"command": "id"}}
-    claim = {
-        "type": "claim",
-        "step": 1,
-        "persist": True,
-        "room_bytes": 100,
-        "destination": {"path": None, "writer": writer},
-    }
+    claim = Claim(step=1, persist=True, room_bytes=100, destination={"path": None, "writer": writer})
     answers: list[Any] = []
     client: Any = scene
     scene.answer = lambda _, answer: answers.append(answer)  # type: ignore[attr-defined] # a client answers
@@ -83,7 +80,7 @@ def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, 
 
     if embedded:
         asyncio.run(claimed())
-        assert answers[0]["type"] == "claimed"
+        assert isinstance(answers[0], Claimed)
     else:
         with pytest.raises(UsageError, match="is not the policy's"):
             asyncio.run(claimed())
@@ -94,9 +91,9 @@ def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, 
 def test_a_rank_whose_slots_grow_may_save_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Preparing takes a second a GiB and slot; a claim that waited for all of it would hold training up for slots that it does not need."""
     scene = Scene(tmp_path)
-    answers: list[str] = []
+    answers: list[type[Message]] = []
     client: Any = scene
-    scene.answer = lambda _, answer: answers.append(answer["type"])  # type: ignore[attr-defined] # a client answers
+    scene.answer = lambda _, answer: answers.append(type(answer))  # type: ignore[attr-defined] # a client answers
     may_grow = threading.Event()
     grow = scene.pod.grow
 
@@ -108,14 +105,14 @@ def test_a_rank_whose_slots_grow_may_save_meanwhile(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(scene.pod, "grow", slowly)
 
     async def told() -> None:
-        scene.saves.begin_reserve(client, {"type": "reserve", "room_bytes": 2 * MIB})
-        await scene.saves.claim(client, {"type": "claim", "step": 1, "persist": True, "room_bytes": 100})
-        assert answers == ["claimed"]
+        scene.saves.begin_reserve(client, Reserve(room_bytes=2 * MIB))
+        await scene.saves.claim(client, Claim(step=1, persist=True, room_bytes=100))
+        assert answers == [Claimed]
         may_grow.set()
         async with asyncio.timeout(Deadline.REPLY.s):
             while len(answers) < 2:
                 await asyncio.sleep(0.001)
 
     asyncio.run(told())
-    assert answers == ["claimed", "reserved"]
+    assert answers == [Claimed, Reserved]
     scene.pod.close()
