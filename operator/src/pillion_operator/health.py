@@ -21,7 +21,7 @@ from pillion_operator import metrics
 from pillion_operator.log import Field
 
 _CLOSE_S: Final = 1.0
-"""For the last answer to be written."""
+"""Timeout for writing the last answer."""
 
 _log = logging.getLogger(__name__)
 

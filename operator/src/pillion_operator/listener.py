@@ -19,20 +19,26 @@ from typing import Final, Self, cast
 from aiohttp import web
 
 CONNECTIONS_MOST: Final = 640
-"""Connections that speak HTTP; an idle one takes some 60 KiB. An API server keeps 25 idle ones, and opens as many as pods come at once."""
+"""
+Maximum number of connections that speak HTTP; an idle one takes some 60 KiB. An API server keeps 25 idle ones, and opens one for
+each pod that comes at once.
+"""
 HANDSHAKES_MOST: Final = 384
-"""Handshakes at one time; each takes one of the processor's milliseconds, so that more would be late anyway."""
+"""Maximum number of handshakes at one time. Each takes a millisecond of the processor, so further ones would be late anyway."""
 HANDSHAKE_S: Final = 5.0
-"""For one handshake. The API server gives a whole call as long."""
+"""Timeout for one handshake. The API server allows as much for a whole call."""
 BACKLOG: Final = 1024
-"""Connections that may wait to be accepted: a burst of pods, or all jobs after a change of the leader, while the loop is busy."""
+"""
+Maximum number of connections that wait to be accepted while the loop is busy: a burst of pods, or all jobs after a change of the
+leader.
+"""
 TLS_BUFFER_BYTES: Final = 32 * 1024
 """
 Read buffer of each TLS connection: two records of TLS, as most reviews and reports are smaller than one. asyncio's own size is 256 KiB,
 and the C library keeps all of that memory after the connections have gone.
 """
 LINGER_S: Final = 1.0
-"""For what a refused body still sends, so that its sender can read the answer."""
+"""Time to keep reading a refused body, so that its sender can read the answer."""
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -153,7 +153,7 @@ RECONCILE_ERRORS: Final = Counter(
 )
 
 JOBS_MOST: Final = 2000
-"""Jobs that have series of their own; some twenty each, which end with the job."""
+"""Maximum number of jobs with series of their own. Each job has some twenty, which end with the job."""
 _JOB_LABELS: Final = ("namespace", "job", "policy")
 _JOB_GAUGES: Final = {
     "last_committed_step": "Training step of the job's newest committed checkpoint.",

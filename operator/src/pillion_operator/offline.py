@@ -33,7 +33,7 @@ _TEMPLATES: Final = {
     "VolcanoJob": ("spec.tasks.*.template",),
 }
 """
-By kind: where its pod templates are. A kind that makes several jobs out of one template (a CronJob, a training runtime) is not
+Paths of the pod templates, by kind. A kind that makes several jobs out of one template (a CronJob, a training runtime) is not
 here: the job's id is in the pod, and differs between them.
 """
 

@@ -19,7 +19,7 @@ from pillion.errors import SettingsError
 from pillion.wire import policy
 
 NAMESPACE_FILE: Final = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
-"""Where the kubelet says in which namespace a pod runs."""
+"""File in which the kubelet writes the namespace of a pod."""
 _PORT: Final = {"least": 0, "most": 65535}
 # Their variables end in LISTEN_PORT: PILLION_WEBHOOK_PORT is what the kubelet calls the address of a Service `pillion-webhook`.
 

@@ -25,14 +25,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 AUTHORITY_LIFE: Final = timedelta(days=3650)
-"""Long, as what trusts it is in pods that nobody changes any more."""
+"""Lifetime of an authority. It is long, because injected pods keep trusting the authority of their injection."""
 LEAF_LIFE: Final = timedelta(days=90)
 RENEW_AT: Final = 2 / 3
-"""The part of a life after which the next is made: of 90 days, 30 are left for whatever is in the way."""
+"""Fraction of a lifetime after which the next certificate is made. Of 90 days, 30 are left for repairs."""
 BACKDATED: Final = timedelta(hours=1)
-"""How long before now a certificate begins: clocks of nodes differ."""
+"""Time by which a certificate is backdated, because the clocks of nodes differ."""
 PREVIOUS_MOST: Final = 3
-"""Authorities of the past that stay trusted, the newest; a bundle that only grows would fill the configuration."""
+"""
+Maximum number of previous authorities that stay trusted, newest first. Without a limit the bundle would outgrow the
+configuration.
+"""
 
 
 class Due(StrEnum):

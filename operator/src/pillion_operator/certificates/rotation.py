@@ -28,13 +28,19 @@ from pillion_operator.log import Field
 from pillion_operator.settings import Settings
 
 CHECK_S: Final = 600.0
-"""Between two looks when nothing happens: a certificate that is due has a month left, and a lost event of a watch is made good."""
+"""
+Interval between two checks when nothing changes. A certificate that is due has a month left, and a check also repairs a missed
+watch event.
+"""
 PAUSE_S: Final = 1.0
-"""At least between two looks: whoever undoes what we do, for ever, gets an answer a second, not a storm."""
+"""Minimum pause between two checks. If somebody keeps undoing the writes, this bounds them to one a second."""
 RETRY_S: Final = 5.0
-"""After a look that failed."""
+"""Pause after a check that failed."""
 PROPAGATION_S: Final = 5.0
-"""From a caBundle with a new authority to the first leaf of it: every API server has to have seen it. They watch; a second is long."""
+"""
+Time between writing a caBundle with a new authority and serving its first leaf. Every API server must have read the bundle; each
+watches it, so a second is long.
+"""
 _AUTHORITY_KEY: Final = "ca.key"
 _CROSS: Final = "cross.crt"
 _TLS: Final = "kubernetes.io/tls"

@@ -28,16 +28,21 @@ from pillion_operator import metrics
 Json = dict[str, Any]
 
 REQUEST_TIMEOUT_S: Final = 15.0
-"""For one request to be answered whole. An API server that is well answers in milliseconds, one that restarts is back in seconds."""
+"""Timeout for one whole request. A healthy API server answers in milliseconds, and a restarting one is back in seconds."""
 CONNECT_TIMEOUT_S: Final = 5.0
-"""For a connection with TLS: a node that is gone is noticed, and another API server tried, while somebody still waits."""
+"""Timeout for connecting with TLS. It is short, so that a dead node is noticed while another API server can still be tried."""
 PAGE_SIZE: Final = 500
-"""Objects in one answer to a list, as in client-go: no answer is so long that it holds up the loop."""
+"""Maximum number of objects in one page of a list, as in client-go, so that no page holds up the loop."""
 MOST_RETRIES: Final = 3
 RETRY_AFTER_MOST_S: Final = 5.0
-"""A server that says 429 (API priority and fairness) has done nothing, so it is asked again, but not for long."""
+"""
+Maximum wait that the server may request with a 429 (API priority and fairness). The server has done nothing by then, so the
+request is repeated.
+"""
 LONGEST_EVENT_BYTES: Final = 8 * 1024 * 1024
-"""One line of a watch: etcd takes no object above 1.5 MiB; JSON and managedFields make several of it."""
+"""
+Maximum length of one line of a watch. etcd stores no object above 1.5 MiB; JSON and managedFields make it several times longer.
+"""
 FIELD_MANAGER: Final = "pillion-controller"
 _METADATA_ONLY: Final = "application/json;as=PartialObjectMetadata{kind};g=meta.k8s.io;v=v1"
 

@@ -20,24 +20,24 @@ from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
 QUEUE_MOST: Final = 256
-"""Events that wait to be written. What comes when it is full is dropped, and counted."""
+"""Maximum number of Events that wait to be written. Further Events are dropped and counted."""
 RATE: Final = 10.0
-"""Writes a second on average: Events are for people, and the API server has other things to do."""
+"""Average writes a second. Events are for people, and must not load the API server."""
 BURST: Final = 50.0
-"""Writes that may come at once."""
+"""Maximum number of writes at once."""
 SAME_S: Final = 600.0
-"""How long the same thing said again is counted on the Event that is there."""
+"""Time for which a repeated message is counted on its existing Event."""
 QUIET_S: Final = 20.0
-"""At least between two writes of one Event's count."""
+"""Minimum time between two writes of one Event's count."""
 SWEEP_S: Final = 5.0
-"""Between two looks for counts that are not written yet."""
+"""Interval between two looks for counts that are not written yet."""
 REMEMBERED_MOST: Final = 1024
-"""Events that are remembered to be counted on."""
+"""Maximum number of Events whose repetitions are counted."""
 FLUSH_S: Final = 3.0
-"""How long the end of the process waits for what is queued."""
+"""Timeout for writing the queued Events at the end of the process."""
 CONTROLLER: Final = "pillion.dev/operator"
 _MESSAGE_MOST: Final = 1024
-"""Characters; the API server takes no longer note."""
+"""Maximum characters of a message; the API server refuses a longer note."""
 _NAME_MOST: Final = 200
 
 _log = logging.getLogger(__name__)

@@ -23,15 +23,17 @@ from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
 LIFETIME_S: Final = 15
-"""After which a holder that says nothing has lost it. client-go's: a replica that is killed is followed within it."""
+"""Time without a renewal after which a holder has lost the Lease, as in client-go. A killed replica is replaced within it."""
 RENEW_S: Final = 5.0
-"""Between two renewals: two of them may fail."""
+"""Interval between two renewals; two of them may fail."""
 RENEW_DEADLINE_S: Final = 10.0
-"""Without a renewal for this long, the holder gives up by itself; the 5 s to `LIFETIME_S` are for what it has in flight."""
+"""Time without a renewal after which the holder gives up by itself. The 5 s until `LIFETIME_S` are for its requests in flight."""
 RETRY_S: Final = 1.0
-"""Between two looks of a replica that waits, and after a renewal that failed: what was released is taken within it."""
+"""
+Interval between two attempts of a waiting replica, and pause after a failed renewal. A released Lease is acquired within it.
+"""
 REQUEST_TIMEOUT_S: Final = 3.0
-"""For one request about the lease: three fit into `RENEW_DEADLINE_S`."""
+"""Timeout for one request about the Lease; three fit into `RENEW_DEADLINE_S`."""
 
 _log = logging.getLogger(__name__)
 

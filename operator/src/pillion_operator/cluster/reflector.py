@@ -21,19 +21,21 @@ from pillion_operator.log import Field
 
 T = TypeVar("T")
 Key = tuple[str, str]
-"""Namespace and name; the namespace is empty where there is none."""
+"""Namespace and name; the namespace is empty for kinds that have none."""
 
 WATCH_S: Final = 300.0
-"""After which the server ends a stream: a client that only seems to be connected costs it no more than this."""
+"""Time after which the server ends a stream, so that a client that only seems connected costs the server no more than this."""
 IDLE_S: Final = 90.0
-"""How long a stream may be silent. Bookmarks come every minute, so that a longer silence is a dead connection."""
+"""Maximum silence of a stream. Bookmarks come every minute, so a longer silence means a dead connection."""
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MOST_S: Final = 15.0
-"""Between two attempts; client-go waits up to 30 s, but a policy that was just made should not wait that long."""
+"""
+Maximum pause between two attempts. client-go waits up to 30 s, but a policy that was just created should not wait that long.
+"""
 SHORT_S: Final = 1.0
-"""A stream that ends sooner, and without an event, was none: the next one has to wait."""
+"""Minimum life of a stream without events. The next stream after a shorter one has to wait."""
 STALE_S: Final = 3 * IDLE_S
-"""Without a sign of life for this long, a cache is not to be trusted; see `Reflector.age_s`."""
+"""Time without any event after which a cache is considered stale; see `Reflector.age_s`."""
 
 _log = logging.getLogger(__name__)
 

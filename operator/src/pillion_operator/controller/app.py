@@ -31,14 +31,16 @@ from pillion_operator.process import Exit
 from pillion_operator.settings import CertificateMode, Settings
 
 STUCK_S: Final = 120.0
-"""Without a turn of the writer for this long, the process is started anew. A turn is ten writes at most, each with a bound of 15 s; on
-an API server that answers, it takes a second."""
+"""
+Maximum time between two turns of the writer before the kubelet restarts the process. A turn is at most ten writes with a timeout
+of 15 s each; against a healthy API server it takes a second.
+"""
 STOP_S: Final = 8.0
-"""For all parts to end after SIGTERM; with the Lease's release below the 30 s that a pod has."""
+"""Timeout for all tasks to end after SIGTERM. Together with the Lease's release it is below the 30 s that a pod has."""
 CLOSE_S: Final = 2.0
-"""For reports that are being answered."""
+"""Timeout for reports that are being answered."""
 SWEEP_S: Final = 60.0
-"""Between two looks for requests by annotation that nobody takes up."""
+"""Interval between two looks for annotation requests that no job answers."""
 RETRY_S: Final = 2.0
 
 _log = logging.getLogger(__name__)

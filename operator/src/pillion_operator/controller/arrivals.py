@@ -13,7 +13,10 @@ from pillion_operator.home import injected, times
 from pillion_operator.injection.reasons import Reason
 
 NEW_S: Final = 60.0
-"""A pod that is older when the watch brings it is no news: it comes with the first list of a new leader."""
+"""
+Maximum age of a pod that is announced. An older pod comes with the first list of a new leader, and was announced by its
+predecessor.
+"""
 
 
 def arrived(pod: injected.Pod, post: Callable[..., None], now_s: float) -> None:

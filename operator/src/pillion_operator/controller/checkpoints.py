@@ -20,7 +20,9 @@ API_VERSION: Final = policy.API_VERSION
 KIND: Final = "Checkpoint"
 ON_DEMAND: Final = "OnDemand"
 MIRROR_LABEL: Final = "pillion.dev/mirror"
-"""On objects that we made; its value is `mark`. `kubectl get checkpoints -l pillion.dev/mirror` lists them."""
+"""
+Label of objects that the controller created; its value is `mark`. `kubectl get checkpoints -l pillion.dev/mirror` lists them.
+"""
 READY: Final = "Ready"
 TRUE: Final = "True"
 FALSE: Final = "False"

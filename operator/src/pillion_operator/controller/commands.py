@@ -34,12 +34,14 @@ from pillion_operator.home.registry import Job
 T = TypeVar("T")
 
 LIFETIME_S: Final = 600.0
-"""How long a request may wait for a job to take it up. Jobs report every few seconds; what nobody took up in ten minutes would come
-as a surprise later, perhaps to another run of the same name."""
+"""
+Maximum time that a request waits for a job. Jobs report every few seconds; a save ten minutes later would be a surprise, perhaps
+in another run of the same name.
+"""
 COMMANDS_MOST: Final = 16
-"""In one answer, the oldest first. All that a job has at one time are one save."""
+"""Maximum number of commands in one answer, oldest first. All commands that a job receives at one time become one save."""
 FINISHED_MOST: Final = 4096
-"""Requests by annotation that are remembered as done with; one takes some hundred bytes."""
+"""Maximum number of finished annotation requests that are remembered; one takes some hundred bytes."""
 
 
 class Reason(StrEnum):

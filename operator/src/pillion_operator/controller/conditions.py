@@ -24,9 +24,9 @@ DRAIN: Final = "DrainTooShort"
 MEMORY: Final = "ArenaTooSmall"
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
 _NAMED_MOST: Final = 3
-"""Jobs that a message names: a person begins with one."""
+"""Maximum number of jobs that a message names."""
 _TEXT_MOST: Final = 400
-"""Characters that a message gives to what one job says."""
+"""Maximum characters of one job's text in a message."""
 _STEP_MOST: Final = 2**63 - 1
 
 

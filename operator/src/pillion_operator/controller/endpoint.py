@@ -18,7 +18,7 @@ from pillion_operator.cluster.client import Json
 from pillion_operator.settings import Settings
 
 AGAIN_S: Final = 60.0
-"""Between two writes of what should be there already: somebody may have removed it."""
+"""Interval between two writes of the EndpointSlice, in case somebody removed it."""
 RETRY_S: Final = 2.0
 PORT_NAME: Final = "https"
 MANAGED_BY: Final = "pillion.dev"

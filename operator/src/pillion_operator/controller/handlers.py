@@ -23,22 +23,22 @@ from pillion_operator.cluster import client, paths
 from pillion_operator.controller import policies
 
 STREAM_S: Final = 300
-"""After which the API server ends a stream, as for the Reflectors."""
+"""Time after which the API server ends a stream, as for the Reflectors."""
 SILENT_S: Final = 90.0
-"""How long a stream may say nothing: the API server sends a bookmark each minute."""
+"""Maximum silence of a stream: the API server sends a bookmark each minute."""
 CONNECT_S: Final = 5.0
 REQUEST_S: Final = 15.0
 STOP_S: Final = 5.0
-"""For kopf to end."""
+"""Timeout for kopf to end."""
 RESTART_S: Final = 5.0
-"""Before kopf begins anew, when it has ended: it does so over errors of a watch that it does not know."""
+"""Pause before kopf is restarted. It ends on watch errors that it does not know."""
 RELIST_S: Final = 300.0
-"""Between two lists of all policies: kopf says nothing about those that went while its watch was interrupted."""
+"""Interval between two lists of all policies: kopf does not report policies that were deleted while its watch was interrupted."""
 
 _IDENTITY: Any = "pillion-controller"
 """Any, as kopf's type for it is not public."""
 _CHATTY: Final = ("kopf.objects", "kopf.activities", "kopf._core.engines.activities")
-"""Loggers that say a line for each event; their warnings stay."""
+"""Loggers that write a line for each event; their warnings stay."""
 
 _log = logging.getLogger(__name__)
 

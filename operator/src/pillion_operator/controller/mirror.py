@@ -30,9 +30,9 @@ _PATH_MOST: Final = 4096
 _STEP_MOST: Final = 2**63 - 1
 _WORLD_MOST: Final = 2**31 - 1
 _SIZE_MOST: Final = 10**18 - 1
-"""What the CRD takes. A report that says more is wrong, and is not to stop the others."""
+"""Maximum size that the CRD accepts. A larger one is clamped, so that one wrong report does not block the others."""
 _ROUND_AT: Final = 100
-"""A size is shown in the largest unit that it has so many of: within half a percent, and read at a glance."""
+"""Minimum count of a unit for a rounded size: the size is within half a percent and easy to read."""
 _SUBDOMAIN: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _UNITS: Final = (("Pi", 2**50), ("Ti", 2**40), ("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10))

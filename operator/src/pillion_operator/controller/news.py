@@ -16,9 +16,9 @@ from pillion_operator.home import times
 from pillion_operator.home.registry import JobKey
 
 FOLD_S: Final = 600.0
-"""Between two events of a kind on one job: six an hour, which is how long Kubernetes keeps them."""
+"""Minimum time between two events of one kind on one job: six an hour, which is how long Kubernetes keeps events."""
 RECENT_S: Final = 60.0
-"""What a job that we do not know yet brings with it is news when it is younger; a controller before us has told the rest."""
+"""Maximum age of news in the first report of a job. The controller before this one has announced what is older."""
 _FROM: Final = {"arena": "memory", "storage": "storage"}
 Said = tuple[NoticeReason, str]
 

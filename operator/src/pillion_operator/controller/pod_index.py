@@ -19,7 +19,7 @@ Json = dict[str, Any]
 PolicyKey = tuple[str, str]
 
 SAVE_ANNOTATIONS_MOST: Final = 64
-"""Annotations that are looked at for one job: those of its pods. More ask for nothing else."""
+"""Maximum number of annotations that are read for one job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,18 +22,18 @@ from pillion_operator.home.registry import Job, JobKey, Registry
 from pillion_operator.log import Field
 
 WRITES_PER_S: Final = 20.0
-"""To the API server, of all kinds: what Kubernetes' scalability tests take for the churn of a whole cluster."""
+"""Maximum writes a second to the API server, of all kinds. Kubernetes' scalability tests assume as much for a whole cluster."""
 BURST: Final = 20.0
 BATCH: Final = 10
-"""Writes for one job before it is another's turn: a job that comes with a thousand checkpoints does not keep the others waiting."""
+"""Maximum number of writes for one job in a row, so that a job with a thousand checkpoints does not block the others."""
 DEBOUNCE_S: Final = 0.2
-"""From a change to the look at it: what changes together is written together."""
+"""Delay between a change and its processing, so that changes at one time are written together."""
 POLICY_PAUSE_S: Final = 2.0
-"""Between two writes of one policy's status: a burst of a thousand pods is a few writes."""
+"""Minimum time between two writes of one policy's status, so that a thousand new pods cause few writes."""
 TICK_S: Final = 1.0
-"""Between two looks for jobs that fell silent."""
+"""Interval between two looks for jobs that stopped reporting."""
 RESYNC_S: Final = 60.0
-"""Between two looks at everything: for what only time changes, as the end of a request that nobody took up."""
+"""Interval between two looks at everything, for changes that only time causes, such as the expiry of a request."""
 
 _log = logging.getLogger(__name__)
 PolicyKey = policies.Key

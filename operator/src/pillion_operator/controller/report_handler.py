@@ -18,7 +18,9 @@ from pillion_operator.home import injected, registry, times
 from pillion_operator.home.registry import JobKey, Received, Registry
 
 RECENT_S: Final = 60.0
-"""A failure that was reported when we began is worth an event only when it is younger: the one before us told the others."""
+"""
+Maximum age of a failure in the first report of a job for which an event is posted. The previous controller has posted older ones.
+"""
 
 
 class Post(Protocol):

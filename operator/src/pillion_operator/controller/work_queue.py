@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Hashable)
 
 RETRY_FIRST_S: Final = 1.0
 RETRY_MOST_S: Final = 60.0
-"""After a write that failed: the API server may be away, or a namespace on its way out."""
+"""Maximum pause after a write that failed: the API server may be down, or the namespace may be terminating."""
 
 
 @dataclass(slots=True)

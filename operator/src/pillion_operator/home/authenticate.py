@@ -28,23 +28,28 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 KNOWN_S: Final = 60.0
-"""How long an answer holds: so long may a pod that was deleted still report. It is never longer than the token's own end."""
+"""
+Time for which a verified token is accepted, and for which a deleted pod can still report. Never longer than the token's own life.
+"""
 REFUSED_S: Final = 10.0
-"""How long a refusal holds: a pod that comes every few seconds with a bad token costs one question in ten."""
+"""Time for which a refusal is remembered: a pod that repeats a bad token every few seconds costs one review in ten seconds."""
 REMEMBERED_MOST: Final = 4096
-"""Good tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
+"""Maximum number of verified tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
 REFUSALS_MOST: Final = 1024
-"""Refusals that are remembered, apart from the good ones: they are made up at no cost."""
+"""Maximum number of refusals that are remembered. They are kept apart from verified tokens, because anybody can cause them."""
 ASKED_AT_ONCE: Final = 8
-"""Questions to the API server at one time: after a restart all jobs come at once, and each answer takes it milliseconds."""
+"""
+Maximum number of token reviews at one time. After a restart all jobs report at once, and each review takes the API server
+milliseconds.
+"""
 WAITING_MOST: Final = 512
-"""Tokens whose question waits. More are told to come again."""
+"""Maximum number of tokens that wait for a review. Further ones are refused with a retry."""
 ASKED_FOR_A_POD: Final = 2
-"""Questions at one time about tokens that name the same pod: the token that it has, and its successor."""
+"""Maximum number of reviews at one time for one pod: its token, and the successor of that token."""
 TOKEN_MOST: Final = 8192
-"""Characters of a token; a service account's has about a thousand."""
+"""Maximum characters of a token; a service account token has about a thousand."""
 SAID_AGAIN_S: Final = 30.0
-"""Between two lines in the log about an API server that cannot be asked."""
+"""Minimum time between two log lines about an API server that does not answer."""
 _POD_NAME: Final = "authentication.kubernetes.io/pod-name"
 _POD_UID: Final = "authentication.kubernetes.io/pod-uid"
 _USER: Final = "system:serviceaccount"

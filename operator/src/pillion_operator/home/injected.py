@@ -21,16 +21,21 @@ Json = dict[str, Any]
 
 LABEL_SELECTOR: Final = f"{annotations.INJECTED}=true"
 FIELD_SELECTOR: Final = "status.phase!=Succeeded,status.phase!=Failed"
-"""Pods that ended stay until their job is removed, and count no more. A pod that drains is still running to the API server."""
+"""
+Selector without pods that have ended: they stay until their job is removed, and no longer count. A draining pod is still running
+for the API server.
+"""
 REMEMBERED_MOST: Final = 1024
-"""Answers of the API server about single pods. Only pods that are not in the cache are asked for."""
+"""Maximum number of remembered answers about single pods. Only pods that are not in the cache are looked up."""
 REMEMBERED_S: Final = 10.0
-"""How long such an answer holds: a pod that is refused asks again every few seconds."""
+"""Time for which such an answer is valid: a refused pod reports again every few seconds."""
 ASKED_PER_S: Final = 5.0
-"""Questions a second on average about pods that are not in the cache: anybody can name one. Those who have a reason to be asked about are
-the few that were just made, and those that drain after an eviction."""
+"""
+Average lookups a second of pods that are not in the cache. Anybody can name such a pod; legitimate ones are new pods, and pods
+that drain after an eviction.
+"""
 ASKED_BURST: Final = 50.0
-"""Such questions that may come at once: a node that is drained has as many pods."""
+"""Maximum number of such lookups at once: a drained node has as many pods."""
 # What the API server takes as the name of a pod or a namespace; it becomes a part of a path.
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _NOTE_FIELD: Final = f"f:{annotations.SAVE_NOW}"

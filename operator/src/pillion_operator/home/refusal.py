@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 RETRY_AFTER_S: Final = 5
-"""When to come again, for a refusal that is not the caller's fault."""
+"""Time to wait before a retry, for a refusal that is not the caller's fault."""
 
 
 class Result(StrEnum):

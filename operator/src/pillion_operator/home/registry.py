@@ -17,21 +17,24 @@ from pillion_operator.home import times
 
 REPORTS_PER_S: Final = 200.0
 """
-Most reports a second that jobs are asked for. One costs the controller two thirds of a millisecond (benchmarks/bench_controller.py),
-so that jobs take a seventh of a core however many they are: up to 600 of them report each 3 s, 1,000 each 5 s, 12,000 each 60 s.
+Maximum reports a second that all jobs together send. One costs the controller two thirds of a millisecond
+(benchmarks/bench_controller.py), so reports take a seventh of a core however many jobs there are: up to 600 jobs report each 3 s,
+1,000 each 5 s, 12,000 each 60 s.
 """
 GONE_INTERVALS: Final = 3
-"""A job that was silent for so many of its intervals is gone: two reports may be lost."""
+"""Number of missed intervals after which a job is gone; two reports may be lost."""
 GONE_LEAST_S: Final = 30.0
-"""But not sooner: a sidecar whose storage hangs looks at it for ten seconds before each report, and is not gone then."""
+"""Minimum silence before a job is gone. A sidecar whose storage hangs spends ten seconds on it before each report."""
 LATE_INTERVALS: Final = 1.5
-"""A job's pod that was silent for so many may be followed by another of the same age."""
+"""Number of missed intervals after which another pod of the same age may report for the job."""
 PAST_SESSIONS: Final = 8
-"""Sessions of a job that are remembered as over. A pod of an attempt before those is older than the pod that reports."""
+"""
+Maximum number of past sessions that are remembered for a job. A pod of an earlier attempt is older than the pod that reports.
+"""
 NUMBERS_MOST: Final = 64
-"""Numbers that are kept of a report's metrics; the sidecar has a third of it."""
+"""Maximum number of metrics kept from a report; the sidecar sends a third of it."""
 NAME_MOST: Final = 64
-"""Characters of a number's name, a session, or the name of an error's class."""
+"""Maximum characters of a metric's name, of a session, or of an error's class."""
 
 
 class JobKey(NamedTuple):

@@ -23,16 +23,21 @@ from pillion_operator.home.registry import JobKey, Received, Registry
 from pillion_operator.log import Field
 
 DEADLINE_S: Final = 10.0
-"""For one request: its body, the question about its token, and the answer. A sidecar waits about as long."""
+"""Timeout for one request: its body, the token review, and the answer. A sidecar waits about as long."""
 IN_FLIGHT_MOST: Final = 256
-"""Requests at one time. More have to come again."""
+"""Maximum number of requests at one time. Further ones are refused with a retry."""
 BODIES_MOST_BYTES: Final = 16 * 1024 * 1024
-"""Of all reports at one time, from the first byte to the answer; one is some ten KiB, and of a job with a thousand checkpoints 200."""
+"""
+Maximum bytes of all reports at one time, from the first byte to the answer. A report has some ten KiB, and 200 KiB for a job with
+a thousand checkpoints.
+"""
 KEEP_ALIVE_S: Final = 15.0
-"""How long an idle connection stays: longer than the usual interval, so that a job needs no new TLS handshake for each report."""
+"""
+Maximum idle time of a connection. It is longer than the usual interval, so that a job needs no TLS handshake for each report.
+"""
 
 _UNREAD: Final = {400: Result.BAD, 408: Result.SLOW, 413: Result.BAD, 503: Result.BUSY}
-"""What a body that could not be read makes of its report."""
+"""Result for a body that could not be read, by HTTP status."""
 
 _log = logging.getLogger(__name__)
 

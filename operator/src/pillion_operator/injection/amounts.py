@@ -15,15 +15,17 @@ from pillion_operator.injection import pods, quantities
 from pillion_operator.injection.pods import Json
 
 FALLBACK: Final = policy.ResourceList(cpu_millicores=500, memory_bytes=2**30)
-"""For what neither policy nor pod says."""
+"""Amounts where neither policy nor pod sets any."""
 CPU_LIMIT_MILLICORES: Final = 2000
-"""Where each container of the pod has a CPU limit (a quota asks for it) and policy and pod say none for the sidecar; less where the
-largest of those limits is less, as the namespace may allow no more."""
+"""
+CPU limit of the sidecar where each container of the pod has one (a quota requires it) but policy and pod set none for the
+sidecar. It is lower where the largest of those limits is lower, as the namespace may allow no more.
+"""
 DISK_BYTES: Final = 384 * 2**20
-"""Where the pod says amounts of local storage: our volumes on the node's disk, and the containers' logs."""
+"""Local storage of the sidecar where the pod sets amounts of it: volumes on the node's disk, and container logs."""
 STORAGE: Final = "ephemeral-storage"
 _LIMIT_RANGER: Final = "kubernetes.io/limit-ranger"
-"""Annotation in which the API server's plug-in says which amounts it has filled in. Source: plugin/pkg/admission/limitranger."""
+"""Annotation in which the API server's plug-in lists the amounts that it filled in. Source: plugin/pkg/admission/limitranger."""
 
 
 def said(bare: Json, declared: Json | None) -> dict[str, dict[str, Any]]:

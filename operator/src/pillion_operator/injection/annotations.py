@@ -26,13 +26,13 @@ RESOURCES: Final = {
     "pillion.dev/sidecar-memory-request": ("requests", "memory"),
     "pillion.dev/sidecar-memory-limit": ("limits", "memory"),
 }
-"""By annotation: where its value goes in the resources of the sidecar. The arena is added to the memory afterwards."""
+"""Place of each annotation's value in the resources of the sidecar. The arena is added to the memory afterwards."""
 SAVE_NOW: Final = "pillion.dev/save-now"
-"""On a running pod or its job: asks for a save. The controller reads it; injection does not."""
+"""Request for a save, on a running pod or its job. The controller reads it; injection does not."""
 STATUS: Final = "pillion.dev/status"
-"""Written by injection: what was done, as JSON; `status` has the fields."""
+"""Record of the injection, as JSON; `status` has the fields."""
 INJECTED: Final = "pillion.dev/injected"
-"""Label, "true", written by injection: the controller watches the pods that have it."""
+"""Label "true" of injected pods, by which the controller watches them."""
 
 KNOWN: Final = (
     *(POLICY, INJECT, CONTAINERS, JOB_ID, CLIENT, SIDECAR_IMAGE, STAGING_SIZE_LIMIT),
@@ -47,11 +47,14 @@ _CONTAINER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 JOB_ID_ALLOWED: Final = "at most 253 letters, digits, '-', '_' and '.', a letter or digit first and last"
 JOB_ID_FIELD: Final = re.compile(r"\$\((index|job-index)\)")
-"""What stands in the annotation for a part that differs between the pods of one template."""
+"""Placeholder in the annotation for a part that differs between the pods of one template."""
 _IMAGE: Final = re.compile(r"[^\s@:/][^\s@]{0,511}(@sha256:[0-9a-f]{64})?")
 _NAME_MOST: Final = 253
 _UNKNOWN_MOST: Final = 20
-"""Annotations that do not exist and are told one by one: a pod may have ten thousand, and each is compared with all that do."""
+"""
+Maximum number of unknown annotations that are reported one by one. A pod may have ten thousand, and each is compared with all
+known ones.
+"""
 
 
 class ClientSource(StrEnum):

@@ -19,7 +19,7 @@ DEFAULT_GRACE_S: Final = 30
 """Source: Kubernetes API reference, PodSpec, terminationGracePeriodSeconds."""
 _MESH_PROXIES: Final = ("istio-proxy", "linkerd-proxy")
 _EVICTABLE: Final = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
-"""Annotation: volumes on a node's disk, separated by commas, that the cluster autoscaler may lose with the node."""
+"""Annotation that lists volumes on a node's disk, separated by commas, which the cluster autoscaler may lose with the node."""
 _OWN_CONTAINERS: Final = (sidecar_spec.SIDECAR, sidecar_spec.CLIENT)
 
 

@@ -15,13 +15,15 @@ from pillion_operator.injection.pods import Json
 from pillion_operator.settings import Settings
 
 GRACE_MOST_S: Final = 600
-"""Seconds that a pod may take to end before it is worth a word: drains of nodes, preemption and retries of a job wait for it, and
-cluster autoscalers give it ten minutes."""
+"""
+Maximum grace period in seconds without a warning. Drains of nodes, preemption and retries of a job wait for it, and cluster
+autoscalers allow ten minutes.
+"""
 ARENA_MOST_BYTES: Final = 32 * 2**40
-"""The memory of the largest node that can be rented."""
+"""Memory of the largest node that a cloud offers."""
 _COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _SIZES: Final = ("kueue.x-k8s.io/pod-group-total-count", "leaderworkerset.sigs.k8s.io/size")
-"""Annotations and labels with the number of pods in a training."""
+"""Annotations and labels that hold the number of pods in a training."""
 _ONE_NODE: Final = ("ReadWriteOnce", "ReadWriteOncePod")
 
 

@@ -48,13 +48,16 @@ _ONE_TRAINING: Final = {
     ("jobset.x-k8s.io", "JobSet"): "JobSet",
     **{("kubeflow.org", kind): kind for kind in ("PyTorchJob", "TFJob", "MPIJob", "XGBoostJob", "PaddleJob", "JAXJob")},
 }
-"""Owners that make one training: the id is their name, and each retry is by the same owner."""
+"""Owners that run one training. The id is their name, and each retry has the same owner."""
 _MAKERS_OF_A_JOB: Final = (
     ("TrainJob", "trainer.kubeflow.org/trainjob-name", ""),
     ("JobSet", "jobset.sigs.k8s.io/jobset-name", "jobset.sigs.k8s.io/jobset-uid"),
     ("MPIJob", "training.kubeflow.org/job-name", ""),
 )
-"""Kinds that make Jobs, with the labels of their name and UID on the pods. The user's object first: a TrainJob makes a JobSet."""
+"""
+Kinds that create Jobs, with the labels of their name and UID on the pods. The user's own object comes first: a TrainJob creates a
+JobSet.
+"""
 
 _LWS_NAME: Final = "leaderworkerset.sigs.k8s.io/name"
 _LWS_GROUP: Final = "leaderworkerset.sigs.k8s.io/group-index"
@@ -64,20 +67,20 @@ _RAY_MADE_FROM_NAME: Final = "ray.io/originated-from-cr-name"
 _POD_GROUP: Final = "kueue.x-k8s.io/pod-group-name"
 _COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _INDEX_FAILURES: Final = "batch.kubernetes.io/job-index-failure-count"
-"""On each pod of a Job with `backoffLimitPerIndex`: one index is tried again, and the others train on."""
+"""Annotation on each pod of a Job with `backoffLimitPerIndex`: one index is retried while the others train on."""
 _AIRFLOW: Final = ("dag_id", "task_id")
 
 _INDICES: Final = {
     "index": (_COMPLETION_INDEX, "apps.kubernetes.io/pod-index"),
     "job-index": ("jobset.sigs.k8s.io/job-index",),
 }
-"""By the name in `pillion.dev/job-id`: the label or annotation that holds it. Each is the same for every retry."""
+"""Labels or annotations that hold an index, by its name in `pillion.dev/job-id`. Each is the same for every retry."""
 _HINTS: Final = {
     "Workflow": ', such as "{{workflow.name}}-{{inputs.parameters.name}}"',
     "flyteworkflow": ", such as the execution's id and the task's name",
     "RayCluster": ", such as the RayJob's name in the templates of head and workers, as KubeRay does not label pods with it",
 }
-"""By kind of a well-known owner of several trainings."""
+"""Example of an id, by kind of a well-known owner of several trainings."""
 _HINT: Final = f" with {annotations.JOB_ID}, the same for each of its retries and different for every other training"
 
 

@@ -9,9 +9,9 @@ Must never: judge what the API server judges: fields that the injection does not
 from typing import Any, Final
 
 DEPTH_MOST: Final = 64
-"""Objects and lists within each other. A pod has some ten; each costs a call within a call where it is copied."""
+"""Maximum depth of nested objects and lists. A pod has some ten levels; each level is a nested call where the pod is copied."""
 _INT64: Final = 2**63
-"""The API server has no larger integers; one of 4,300 digits cannot even be written down when something was added to it."""
+"""Limit of integers, which the API server has too. Python refuses to print an integer with 4,300 digits after an addition."""
 _SCALAR: Final = (str, int, float)
 _AMOUNTS: Final = {"requests": {"*": _SCALAR}, "limits": {"*": _SCALAR}}
 _SECURITY: Final = {"runAsUser": int, "runAsGroup": int, "capabilities": {}, "seLinuxOptions": {}}
@@ -46,7 +46,7 @@ _POD: Final[dict[str, Any]] = {
         "securityContext": _SECURITY,
     },
 }
-"""By field: a type, an object of such, or a list of such. `*` is every field."""
+"""Type of each field: a type, an object of types, or a list of one type. `*` is every field."""
 
 _STATUS: Final[dict[str, Any]] = {
     **dict.fromkeys(("policy", "policy_uid", "job_kind", "job_name", "job_id", "image"), str),
@@ -61,7 +61,7 @@ _STATUS: Final[dict[str, Any]] = {
         "declared": _CONTAINER,
     },
 }
-"""The annotation that says what injection did: whoever makes a pod can write it."""
+"""Types in the annotation that records the injection: everyone who creates a pod can write it."""
 
 
 class NotAPod(ValueError):

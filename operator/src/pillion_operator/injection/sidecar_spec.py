@@ -36,8 +36,10 @@ CLIENT_VOLUME: Final = "pillion-client"
 TOKEN_VOLUME: Final = "pillion-token"
 TMP_VOLUME: Final = "pillion-tmp"
 NO_ACCOUNT_VOLUME: Final = "pillion-no-account"
-"""Empty, and where the API server would mount the pod's API token: our containers have no business with it. A pod that is as the
-API server wants it is also looked at once, not twice (the plug-in that mounts the token runs after us and asks us again)."""
+"""
+Empty volume at the path where the API server would mount the pod's API token, which the injected containers do not need. It also
+saves a second review: the plug-in that mounts the token runs after injection, and causes one.
+"""
 VOLUMES: Final = (ARENA_VOLUME, STORAGE_VOLUME, CLIENT_VOLUME, TOKEN_VOLUME, TMP_VOLUME, NO_ACCOUNT_VOLUME)
 
 RUNTIME_DIR: Final = "/pillion/arena"
@@ -46,12 +48,15 @@ CLIENT_DIR: Final = "/pillion/client"
 TOKEN_DIR: Final = "/pillion/token"
 TOKEN_FILE: Final = "token"
 ACCOUNT_DIR: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
-"""Kubernetes documentation, "Configure Service Accounts for Pods": a container with a mount there gets no other."""
+"""
+Path of the API token. Kubernetes documentation, "Configure Service Accounts for Pods": a container with its own mount there gets
+no other.
+"""
 TRAINER_MOUNTS: Final = (RUNTIME_DIR, CLIENT_DIR)
 
 PYTHONPATH: Final = "PYTHONPATH"
 TRAINER_ENV: Final = (names.ENV_RUNTIME_DIR, names.ENV_ROOT, names.ENV_POD, names.ENV_RUN_ID)
-"""What a trainer container gets besides PYTHONPATH. A pod that sets one of them itself is refused."""
+"""Variables of a trainer container besides PYTHONPATH. A pod that sets one of them itself is refused."""
 
 _DOWNWARD: Final = {
     names.ENV_POD: "metadata.uid",
@@ -64,9 +69,9 @@ _DOWNWARD: Final = {
 }
 
 HEADROOM_LEAST_BYTES: Final = 64 * 2**20
-"""Room in the arena's file system for what is no slot: segment headers, pages at the ends, the socket, the log."""
+"""Minimum room in the arena's file system beside the slots: segment headers, partial pages, the socket, the log."""
 HEADROOM_SHARE: Final = 50
-"""One part in so many of a large arena: the kubelet evicts a pod whose volume is fuller than its limit."""
+"""Divisor of the arena's size for the headroom of a large arena: the kubelet evicts a pod whose volume exceeds its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

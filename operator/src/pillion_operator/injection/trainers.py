@@ -22,11 +22,13 @@ _ACCELERATORS: Final = (
         "gpu.intel.com/",
     ),
 )
-"""What names of accelerators begin with, slices of them too. A pod may have other devices beside them, such as a network's."""
+"""
+Prefixes of the resource names of accelerators, and of slices of them. A pod may have other devices too, such as a network's.
+"""
 _FUSE: Final = "/fuse"
-"""What names of devices for file systems end with: what serves a volume does not train."""
+"""Suffix of the resource names of file system devices: a container that serves a volume does not train."""
 _NOT_TRAINERS: Final = ("istio-proxy", "linkerd-proxy")
-"""Sidecars of another make that may stand first among the regular containers."""
+"""Sidecars of other projects that may come first among the regular containers."""
 
 
 def choose(

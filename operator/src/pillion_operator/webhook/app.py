@@ -26,7 +26,7 @@ from pillion_operator.settings import Settings
 from pillion_operator.webhook import policies, refusals, server
 
 CLOSE_S: Final = 5.0
-"""For requests that are being answered when the grace is over: each has a deadline below it."""
+"""Timeout for requests that are being answered after the grace period; each has a deadline below it."""
 
 _log = logging.getLogger(__name__)
 

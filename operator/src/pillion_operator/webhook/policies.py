@@ -17,17 +17,17 @@ from pillion_operator.injection import checkpoint_policy
 from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
 
 LOOKUP_S: Final = 2.0
-"""For one question to the API server: less than half of what it gives us."""
+"""Timeout for one lookup: less than half of the time that the API server gives the webhook."""
 MISSING_S: Final = 1.0
-"""How long a policy that is not there is taken for missing: a job with a wrong name makes pods by the hundred."""
+"""Time for which a policy is remembered as missing: a job with a wrong name creates pods by the hundred."""
 MISSING_MOST: Final = 1024
-"""Missing policies that are remembered."""
+"""Maximum number of missing policies that are remembered."""
 ASKED_AT_ONCE: Final = 16
-"""Questions at one time. A name that is in the cache costs none, and all pods of one policy cost one."""
+"""Maximum number of lookups at one time. A policy in the cache needs none, and all pods of one policy share one."""
 ASKED_PER_S: Final = 20.0
-"""Questions a second on average: a policy is missing from the cache for the milliseconds that its watch takes."""
+"""Average lookups a second. A policy is missing from the cache only for the milliseconds that its watch takes."""
 ASKED_BURST: Final = 50.0
-"""Questions that may come at once: as many policies made with their jobs by one tool."""
+"""Maximum number of lookups at once: one tool may create as many policies with their jobs."""
 Key = tuple[str, str]
 
 

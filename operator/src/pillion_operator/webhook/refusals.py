@@ -31,18 +31,20 @@ OWNERS: Final = {
         ("Workflow", paths.ARGO_WORKFLOWS),
     )
 }
-"""Owners that can be looked up, each a right of the webhook's account. A pod of another owner is refused without an Event: its owner
-is given the same words by the API server, and most make an Event of them."""
+"""
+Owners that can be looked up; each is a right of the webhook's account. A pod of another owner is refused without an Event: the
+API server gives the owner the same text, and most owners make an Event of it.
+"""
 WAITING_MOST: Final = 256
-"""Refusals that wait for the look at their owner. More are dropped, and counted."""
+"""Maximum number of refusals that wait for the lookup of their owner. Further ones are dropped and counted."""
 LOOKS_PER_S: Final = 10.0
-"""At owners, on average: a job that is refused tries again for ever, and its owner is looked at once in `KNOWN_S`."""
+"""Maximum lookups of owners a second. A refused job retries forever, and its owner is looked up once in `KNOWN_S`."""
 KNOWN_S: Final = 60.0
-"""How long an answer about an owner holds."""
+"""Time for which an answer about an owner is valid."""
 KNOWN_MOST: Final = 1024
-"""Answers that are remembered."""
+"""Maximum number of remembered answers."""
 LOOKUP_S: Final = 2.0
-"""For one look."""
+"""Timeout for one lookup."""
 # A DNS subdomain, which cannot leave its place in a path.
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,251}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAME_MOST: Final = 253

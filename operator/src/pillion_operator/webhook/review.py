@@ -17,13 +17,13 @@ from pillion_operator.injection.reasons import Reason
 
 API_VERSION: Final = "admission.k8s.io/v1"
 DENIED: Final = 403
-"""What the API server answers for a pod that is refused. A controller that makes pods tries again, with growing pauses."""
+"""HTTP status of a refused pod. The pod's controller retries with growing pauses."""
 _MESSAGE_MOST: Final = 4000
-"""Characters of a refusal; a policy that cannot be used may have a hundred problems."""
+"""Maximum characters of a refusal; an invalid policy may have a hundred problems."""
 _WARNING_MOST: Final = 256
-"""Characters of a warning. The API server cuts warnings off when they are too long in all; kubectl shows one a line."""
+"""Maximum characters of a warning. The API server truncates warnings that are too long in total; kubectl shows one a line."""
 _NOT_WORTH_A_WARNING: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_POD})
-"""Reasons to leave a pod alone that are what its author asked for."""
+"""Reasons that the pod's author chose, and that need no warning."""
 
 
 class BadReview(Exception):

@@ -28,23 +28,30 @@ from pillion_operator.settings import Settings
 from pillion_operator.webhook import callers, policies, refusals, review
 
 DEADLINE_S: Final = 4.0
-"""For one request: the webhook is registered with `timeoutSeconds: 5`, and the way there and back takes some of it."""
+"""Timeout for one request. The webhook is registered with `timeoutSeconds: 5`, and the network takes some of it."""
 BODY_S: Final = 2.0
-"""The part of it for the body, which the API server sends in milliseconds; `policies.LOOKUP_S` is the other half."""
+"""Timeout for the body, which the API server sends in milliseconds; `policies.LOOKUP_S` is the other half of the deadline."""
 BODY_MOST_BYTES: Final = 3 * 1024 * 1024
-"""A review of a pod's making holds it once; the API server takes no object above 3 MiB, and etcd none above 1.5 MiB."""
+"""
+Maximum length of a body. A review holds the new pod once; the API server accepts no object above 3 MiB, and etcd none above 1.5
+MiB.
+"""
 BODIES_MOST_BYTES: Final = 4 * 1024 * 1024
-"""Of all bodies at one time, from the first byte to the answer. JSON takes up to 36 times its length once it is read: with what the process
-has to begin with, 144 MiB are within the 256 MiB of its pod. 200 pods at one time, as many as an API server asks about, are 2 MiB."""
+"""
+Maximum bytes of all bodies at one time, from the first byte to the answer. Parsed JSON takes up to 36 times its length: with the
+process's own memory, 144 MiB fit into the 256 MiB of its pod. 200 pods at one time, as many as an API server sends, are 2 MiB.
+"""
 BODIES_MOST: Final = 512
-"""Requests at one time."""
+"""Maximum number of requests at one time."""
 IDLE_S: Final = 120.0
-"""How long a connection without a request stays open. The API server closes its own after 90 s, and who closes first has to be the
-one who sends: else a request meets a connection that ends."""
+"""
+Maximum idle time of a connection. The API server closes its own after 90 s. The client must close first, or a request could meet
+a closing connection.
+"""
 
 _log = logging.getLogger(__name__)
 _QUIET: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_POD})
-"""Reasons that nobody has to be told of."""
+"""Reasons that cause neither an event nor a log line at the level INFO."""
 
 
 class Server:
