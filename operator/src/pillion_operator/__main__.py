@@ -1,7 +1,7 @@
 """
 `pillion-operator` and `python -m pillion_operator`: the command line. Subcommands: inject, webhook, controller.
 
-The whole of: arguments, files, and exit statuses. Must never: talk to a cluster; what does is imported by the subcommand that needs it,
+The whole of: arguments, files, and exit statuses. Must never: talk to a cluster; the modules that do are imported by the subcommand that needs them,
 so that `inject` stays light.
 """
 
@@ -28,20 +28,20 @@ class Exit(IntEnum):
     INJECTED = 0
     """A pod was injected, or `--remove` was done."""
     USAGE = 2
-    """A flag is wrong; the text says which."""
+    """A flag is wrong; the text names it."""
     SKIPPED = 3
-    """No pod is to be injected; the text says why."""
+    """No pod is to be injected; the text is the reason."""
     DENIED = 4
-    """A pod would be refused; the text says why."""
+    """A pod would be refused; the text is the reason."""
     BAD_INPUT = 65
     """A file cannot be read, or is no YAML."""
     BAD_SETTINGS = 78
-    """A variable of the environment is wrong; the text says which."""
+    """An environment variable is wrong; the text names it."""
 
 
 _PROCESSES: Final = {
-    "webhook": "answer the API server about each pod that opted in",
-    "controller": "look after policies, checkpoints and certificates, while this replica holds the Lease",
+    "webhook": "inject the sidecar into pods that opted in, when the API server creates them",
+    "controller": "manage policies, checkpoints and certificates while this replica holds the Lease",
 }
 
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=purpose,
             description=f"{purpose[0].upper()}{purpose[1:]}. Runs until SIGTERM. Settings are variables of the environment; "
             "the log goes to the standard error, one JSON object a line.",
-            epilog="exit status: 0 told to end, 69 no API server or no port, 70 internal, 78 bad settings",
+            epilog="exit status: 0 stopped by a signal, 69 no API server or no port, 70 internal, 78 bad settings",
         )
     given = parser.parse_args(arguments)
     return _serve(given.command) if given.command in _PROCESSES else _inject(given)

@@ -1,8 +1,8 @@
 """
-The whole of: bodies of requests: how long one may take to come, how long it may be, and how much of all there may be at one time.
+The whole of: bounds on the bodies of requests: the time and the length of one, and the bytes of all at one time.
 
-Called from: the servers of webhook and call-home, which parse and answer while they hold a body.
-Must never: let those who send slowly keep out those who send at once: where there is no room, the body that has been coming for the
+Called from: the servers of reviews and of reports, which parse and answer while they hold a body.
+Must never: let slow senders displace fast ones: where there is no room, the body that has been arriving for the
 longest time is given up.
 """
 
@@ -15,7 +15,7 @@ from aiohttp import web
 
 
 class Unread(Exception):
-    """A body is not read to its end; the text says why."""
+    """A body was not read to its end; the text is the cause."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -105,7 +105,7 @@ class Bodies:
         Give up the body that has been coming for the longest time.
 
         Raises:
-            Unread: that is the one that asks for room, or there is none to give up.
+            Unread: that body is the one that needs room, or there is none to give up.
         """
         oldest = next(iter(self._coming), asking)
         if oldest is None or oldest is asking:

@@ -1,13 +1,13 @@
 """
-The whole of: the port that a kubelet and Prometheus ask: health, readiness, metrics. Plain HTTP, as neither has a certificate for us.
+The whole of: the port for kubelet and Prometheus: health, readiness, metrics. Plain HTTP, as neither has a client certificate.
 
-    GET /healthz     200 while the event loop runs, or 500 with what is stuck: a process that hangs is started anew
+    GET /healthz     200 while the event loop runs, or 500 with what is stuck: the kubelet restarts a hanging process
     GET /readyz      200, or 503 with what is missing
     GET /metrics     Prometheus' text format
 
 Called from: webhook and controller, each with its own idea of ready.
-Must never: name a pod, a policy or a job, as everybody in the cluster may ask: but for the series of jobs in /metrics, which are there
-only where the chart's value `monitoring.jobSeries` says so (docs/decisions).
+Must never: name a pod, a policy or a job, as every client in the cluster may read it. The series of jobs in /metrics are the exception, served
+only where the chart's value `monitoring.jobSeries` enables them (docs/decisions).
 """
 
 import logging

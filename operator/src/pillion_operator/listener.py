@@ -1,8 +1,8 @@
 """
 The whole of: a TLS port: an application served to a bounded number of connections.
 
-Called from: webhook and controller, for the ports that everybody in the cluster can reach.
-Must never: let connections that ask nothing use up the memory, or keep those out who have been answered before.
+Called from: webhook and controller, for the ports that every client in the cluster can reach.
+Must never: let idle connections exhaust the memory, or displace connections that were answered before.
 
 A connection is accepted, shakes hands, and from then on speaks HTTP. Where there are too many handshakes a new one is closed; where there
 are too many connections one of them goes: the oldest that never had a good answer, else the oldest that waits for nothing.
@@ -86,12 +86,12 @@ class Listener:
         """Handshakes that are not done."""
         self._busy: set[asyncio.BaseProtocol] = set()
         self._answered: weakref.WeakKeyDictionary[asyncio.BaseTransport, None] = weakref.WeakKeyDictionary()
-        """Connections that were given a good answer."""
+        """Connections that got an answer with status 200."""
         application.middlewares.append(self._counted)
         self._runner = web.AppRunner(
             application,
             access_log=None,
-            # A body of a few bytes could become one of gigabytes, and nobody whom we know compresses.
+            # A body of a few bytes could become one of gigabytes, and no legitimate client compresses.
             auto_decompress=False,
             keepalive_timeout=keep_alive_s,
             lingering_time=LINGER_S,
@@ -176,9 +176,9 @@ class _Guest(asyncio.Protocol):
         self.is_lost = False
         self._accept = accept
         self._early: list[bytes] = []
-        """What came with the end of the handshake."""
+        """Data that arrived with the end of the handshake."""
         self._is_whole = False
-        """Whether the other side has said that nothing more comes."""
+        """Whether the other side has sent EOF."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._accept(self, cast("asyncio.Transport", transport))
@@ -193,7 +193,7 @@ class _Guest(asyncio.Protocol):
         self.is_lost = True
 
     def hand_over(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        """Have another protocol speak from now on, to which it looks as if it had from the start."""
+        """Hand the connection to another protocol, which sees it as new."""
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         for data in self._early:

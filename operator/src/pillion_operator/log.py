@@ -38,8 +38,8 @@ def configure(level: str, *others: str) -> None:
     Send every log of this process to stderr.
 
     Args:
-        level: of our own, and of the loggers named in `others`; what else is there says its warnings.
-        others: loggers of libraries whose words matter as much as ours.
+        level: of the operator's loggers and those in `others`; all others log warnings only.
+        others: loggers of libraries that log at the same level.
     """
     root = logging.getLogger()
     root.handlers = [log.to_stderr(Field)]

@@ -1,8 +1,8 @@
 """
 The whole of: every metric of the operator, declared once, in a registry of its own.
 
-Called from: whoever counts; the health server, which shows `REGISTRY`. Each process has them all, and those of the other at zero.
-Must never: have a label whose values a user makes up (a pod, a policy, a job): that is what events and status are for. The
+Called from: every module that counts; the health server, which serves `REGISTRY`. Each process has all of them, and those of the other at zero.
+Must never: have a label whose values a user chooses (a pod, a policy, a job): events and status are for those. The
 exception is `FLEET`, whose series are bounded and end with the job.
 """
 
@@ -46,13 +46,13 @@ def render() -> bytes:
 
 ADMISSION_REQUESTS: Final = Counter(
     "pillion_admission_requests",
-    "Pods that were decided about, by decision (inject, skip, deny) and reason code.",
+    "Reviewed pods, by decision (inject, skip, deny) and reason code.",
     ["decision", "reason"],
     registry=REGISTRY,
 )
 ADMISSION_BAD_REQUESTS: Final = Counter(
     "pillion_admission_bad_requests",
-    "Requests that were no AdmissionReview of a pod, or could not be read, by HTTP status.",
+    "Requests that were not an AdmissionReview of a pod or could not be read, by HTTP status.",
     ["status"],
     registry=REGISTRY,
 )
@@ -68,7 +68,7 @@ ADMISSION_IN_FLIGHT: Final = Gauge(
 )
 POLICY_LOOKUPS: Final = Counter(
     "pillion_policy_lookups",
-    "Policies that were looked up for a pod, by where the answer came from (cache, api), or refused: too many names at one time.",
+    "Lookups of policies, by source (cache, api), or refused because there were too many at one time.",
     ["source"],
     registry=REGISTRY,
 )
@@ -83,26 +83,26 @@ POLICY_CACHE_SIZE: Final = Gauge(
 
 API_REQUESTS: Final = Counter(
     "pillion_api_requests",
-    "Requests to the API server, by verb and status; status 0 is no answer.",
+    "Requests to the API server, by verb and status; status 0 means no answer.",
     ["verb", "status"],
     registry=REGISTRY,
 )
 WATCH_RESTARTS: Final = Counter(
     "pillion_watch_restarts",
-    "Watches that were begun again, by resource and why (ended, idle, gone, refused, unreachable).",
+    "Restarts of watches, by resource and cause (ended, idle, gone, refused, unreachable).",
     ["resource", "why"],
     registry=REGISTRY,
 )
 WATCH_UNREADABLE: Final = Counter(
     "pillion_watch_unreadable_objects",
-    "Objects that a cache could not take in because of an error of ours, by resource.",
+    "Objects that a cache could not read because of an internal error, by resource.",
     ["resource"],
     registry=REGISTRY,
 )
-EVENTS_POSTED: Final = Counter("pillion_events_posted", "Events that the API server took.", registry=REGISTRY)
+EVENTS_POSTED: Final = Counter("pillion_events_posted", "Events that the API server accepted.", registry=REGISTRY)
 EVENTS_DROPPED: Final = Counter(
     "pillion_events_dropped",
-    "Events that nobody will see, by why (queue, refused).",
+    "Events that were dropped, by cause (queue, refused, unverified).",
     ["why"],
     registry=REGISTRY,
 )
@@ -112,7 +112,7 @@ LEADER: Final = Gauge("pillion_leader", "1 while this replica holds the Lease.",
 
 CERTIFICATE_EXPIRY: Final = Gauge(
     "pillion_certificate_expiry_timestamp_seconds",
-    "When the certificate that is being served ends, in seconds since 1970; 0 before there is one.",
+    "End of the served certificate's life, in seconds since 1970; 0 before there is one.",
     registry=REGISTRY,
 )
 CERTIFICATE_LOADS: Final = Counter(
@@ -123,7 +123,7 @@ CERTIFICATE_LOADS: Final = Counter(
 )
 CERTIFICATE_ROTATIONS: Final = Counter(
     "pillion_certificate_rotations",
-    "What the leader made anew, by what (leaf, authority, bundle).",
+    "Certificates and bundles that the leader renewed, by what (leaf, authority, bundle).",
     ["what"],
     registry=REGISTRY,
 )
@@ -132,7 +132,7 @@ CERTIFICATE_ROTATIONS: Final = Counter(
 
 REPORTS: Final = Counter(
     "pillion_reports",
-    "Reports of sidecars, by what became of them (accepted, stale, bad, unauthenticated, forbidden, unavailable, busy, slow).",
+    "Reports of sidecars, by result (accepted, stale, bad, unauthenticated, forbidden, unavailable, busy, slow).",
     ["result"],
     registry=REGISTRY,
 )
@@ -146,10 +146,10 @@ POLICY_STATUS_WRITES: Final = Counter(
     "pillion_policy_status_writes", "Writes of a CheckpointPolicy's status.", registry=REGISTRY
 )
 RECONCILE_WAITING: Final = Gauge(
-    "pillion_reconcile_waiting", "Jobs and policies whose objects are to be looked at.", registry=REGISTRY
+    "pillion_reconcile_waiting", "Jobs and policies that wait for processing.", registry=REGISTRY
 )
 RECONCILE_ERRORS: Final = Counter(
-    "pillion_reconcile_errors", "Jobs and policies that an error of ours kept from being looked at.", registry=REGISTRY
+    "pillion_reconcile_errors", "Jobs and policies whose processing failed with an internal error.", registry=REGISTRY
 )
 
 JOBS_MOST: Final = 2000
@@ -157,8 +157,8 @@ JOBS_MOST: Final = 2000
 _JOB_LABELS: Final = ("namespace", "job", "policy")
 _JOB_GAUGES: Final = {
     "last_committed_step": "Training step of the job's newest committed checkpoint.",
-    "last_committed_timestamp_seconds": "When it was committed, in seconds since 1970.",
-    "recovery_point_seconds": "Age of it: the work that would be lost if nothing in memory survived.",
+    "last_committed_timestamp_seconds": "Time of the newest commit, in seconds since 1970.",
+    "recovery_point_seconds": "Age of the newest committed checkpoint: the work that would be lost if nothing in memory survived.",
     "snapshot_recovery_point_seconds": "Age of the newest snapshot or committed checkpoint: the work that would be lost otherwise.",
     "lag_steps": "Training steps between the newest snapshot in memory and the newest commit.",
     "storage_reachable": "1 while the job's sidecars can use the storage.",
@@ -174,16 +174,20 @@ _JOB_COUNTERS: Final = {
     "saves_interrupted": ("saves", "", ("outcome", "interrupted")),
     "saves_waited": ("save_waits", "Saves that had to wait for a slot.", None),
     "snapshots": ("snapshots", "Snapshots in memory.", None),
-    "stalls": ("stalls", "Saves that held training up, in the coordinator's pod.", None),
-    "stall_seconds": ("stall_seconds", "How long they held its slowest rank up.", None),
-    "loads_arena": ("loads", "Loads, by where from.", ("source", "arena")),
+    "stalls": ("stalls", "Saves that delayed training, in the coordinator's pod.", None),
+    "stall_seconds": ("stall_seconds", "Delay of the slowest rank by these saves.", None),
+    "loads_arena": ("loads", "Loads, by source.", ("source", "arena")),
     "loads_storage": ("loads", "", ("source", "storage")),
-    "checkpoints_refused": ("checkpoints_refused", "Checkpoints that a load passed over as corrupt.", None),
-    "executor_restarts": ("executor_restarts", "Executors that had to be started anew.", None),
+    "checkpoints_refused": ("checkpoints_refused", "Checkpoints that a load skipped as corrupt.", None),
+    "executor_restarts": ("executor_restarts", "Restarts of executors.", None),
     "persisted_bytes": ("persisted_bytes", "Bytes committed, of all ranks.", None),
-    "persist_seconds": ("persist_seconds", "From the seal in the coordinator's pod to its last durable byte.", None),
-    "queue_seconds": ("queue_seconds", "The part of it that sealed saves waited for the executor.", None),
-    "commit_seconds": ("commit_seconds", "Time that commits took.", None),
+    "persist_seconds": (
+        "persist_seconds",
+        "Time from the seal in the coordinator's pod to its last durable byte.",
+        None,
+    ),
+    "queue_seconds": ("queue_seconds", "Part of the persist time that sealed saves waited for the executor.", None),
+    "commit_seconds": ("commit_seconds", "Time of commits.", None),
 }
 
 
@@ -202,7 +206,7 @@ class JobRow:
 
 class Fleet(Collector):
     """
-    Series of the jobs that report and of the policies that have pods, made when somebody asks.
+    Series of the jobs that report and of the policies that have pods, computed for each scrape.
 
     So they are there as long as the job is, and cost nothing in between.
     """

@@ -2,8 +2,8 @@
 The whole of: injection without a cluster: the pods and pod templates of the documents of a file.
 
 Called from: `__main__`, for people, and for schedulers that count the resources of a template before any pod exists (Kueue,
-Volcano). What is done to a template is what the webhook does to its pods, which then find nothing left to do.
-Must never: read a file, or change what it is given.
+Volcano). A template gets what the webhook would give its pods; the webhook then finds nothing left to do.
+Must never: read a file, or change its arguments.
 """
 
 import copy
@@ -106,7 +106,7 @@ def _claim(
 
 
 def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | identity.Unclear | None]]:
-    """The pods in a document: where, the pod, and its job where the document says it."""
+    """The pods in a document: the place, the pod, and its job where the document names it."""
     kind = str(document.get("kind"))
     name = str((document.get("metadata") or {}).get("name") or "")
     if kind == "Pod":

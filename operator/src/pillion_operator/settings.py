@@ -25,7 +25,7 @@ _PORT: Final = {"least": 0, "most": 65535}
 
 
 class CertificateMode(StrEnum):
-    """Who makes the serving certificate of webhook and call-home."""
+    """Source of the serving certificate of the webhook and of the report endpoint."""
 
     SELF = "Self"
     """The controller that holds the Lease: an authority of its own, renewed long before its end."""
@@ -41,24 +41,24 @@ def _default_image() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one operator runs with, and what the pods that it injects get from it."""
+    """Settings of one operator, and of the sidecars that it injects."""
 
     sidecar_image: str = field(default_factory=_default_image, metadata={"env": "PILLION_SIDECAR_IMAGE"})
-    """The sidecar's image. Default: the image of this release, from wherever the nodes look."""
+    """Image of the sidecar. Default: the image of this release, from the nodes' default registry."""
     image_pull_policy: str = field(
         default="IfNotPresent",
         metadata={"env": "PILLION_IMAGE_PULL_POLICY", "allowed": ("Always", "IfNotPresent", "Never")},
     )
-    """IfNotPresent by default: a registry that is down must not keep a training pod from starting again."""
+    """Pull policy. With IfNotPresent, a training pod restarts on its node also while the registry is down."""
     allowed_images: str = field(default="", metadata={"env": "PILLION_ALLOWED_IMAGES"})
     """Repositories that a pod may take another sidecar image from, separated by commas, as `registry/path`. Empty: the
     repository of `sidecar_image`, any tag or digest."""
     home_url: str = field(default="", metadata={"env": "PILLION_HOME_URL"})
-    """Where sidecars call home, `https://service.namespace.svc:port`. Empty: they do not, and get no token."""
+    """URL to which sidecars report, `https://service.namespace.svc:port`. Empty: they do not report, and get no token."""
     home_ca: str = field(default="", metadata={"env": "PILLION_HOME_CA"})
     """Certificates, PEM, that the server at `home_url` is trusted by. Empty: the image's own."""
     token_audience: str = field(default="pillion.dev", metadata={"env": "PILLION_TOKEN_AUDIENCE"})
-    """Audience of the tokens that sidecars call home with; a token of another audience is refused."""
+    """Audience of the tokens in sidecars' reports; a token of another audience is refused."""
     token_expiration_s: int = field(default=3600, metadata={"env": "PILLION_TOKEN_EXPIRATION_S", "least": 600})
     """Life of such a token, in seconds; the API server grants none that is shorter than ten minutes. The kubelet renews it."""
     liveness: str = field(default="Off", metadata={"env": "PILLION_LIVENESS", "allowed": ("Off", "Exec")})
@@ -67,42 +67,42 @@ class Settings:
     sidecar_metrics_port: int = field(default=0, metadata={"env": "PILLION_SIDECAR_METRICS_PORT", **_PORT})
     """Port of the sidecar's Prometheus endpoint. 0: none is opened; the controller has the series of each job."""
     run_as_user: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_USER", "least": 1})
-    """User of the sidecar where neither policy nor pod says one."""
+    """User of the sidecar where neither policy nor pod sets one."""
     run_as_group: int = field(default=65532, metadata={"env": "PILLION_RUN_AS_GROUP", "least": 1})
-    """Group of the sidecar where neither policy nor pod says one, and the sidecar is not root."""
+    """Group of the sidecar where neither policy nor pod sets one and the sidecar is not root."""
     failure_policy: policy.FailurePolicy = field(
         default=policy.FailurePolicy.FAIL,
         metadata={"env": "PILLION_FAILURE_POLICY", "allowed": tuple(policy.FailurePolicy)},
     )
-    """What happens to a pod whose policy is missing or cannot be read, and so has no word in it."""
+    """Failure policy for pods whose policy is missing or cannot be read."""
     log_level: str = field(
         default="INFO",
         metadata={"env": "PILLION_LOG_LEVEL", "allowed": ("DEBUG", "INFO", "WARNING", "ERROR")},
     )
-    """Of the operator, and of the sidecars that it injects."""
+    """Log level of the operator, and of the sidecars that it injects."""
 
     # --- of the processes in the cluster; `inject` without a cluster needs none of these
 
     namespace: str = field(default="", metadata={"env": "PILLION_NAMESPACE"})
-    """Where the operator runs. Default: what the kubelet says in the pod."""
+    """Namespace of the operator. Default: the kubelet's file in the pod."""
     pod_name: str = field(default_factory=platform.node, metadata={"env": "PILLION_POD_NAME"})
     """Names this replica: holder of the Lease, reporter of events. Default: the host's name, which in a pod is the pod's."""
     pod_ip: str = field(default="", metadata={"env": "PILLION_POD_IP"})
-    """Where the other pods reach this one. Empty: the leader makes no endpoint of itself, so that nobody calls home."""
+    """Address at which other pods reach this one. Empty: the leader writes no endpoint, and sidecars cannot report."""
     listen_address: str = field(default="", metadata={"env": "PILLION_LISTEN_ADDRESS"})
     """Address that all ports are opened on. Empty: every one of the pod, IPv4 and IPv6."""
     webhook_port: int = field(default=8443, metadata={"env": "PILLION_WEBHOOK_LISTEN_PORT", **_PORT})
-    """TLS port of the webhook. 0: any that is free, and the log says which."""
+    """TLS port of the webhook. 0: any free port; the log has its number."""
     webhook_client_ca: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_CA"})
-    """Certificates, PEM, that the API server's own is signed by. Empty: the webhook answers everybody who reaches its port."""
+    """Certificates, PEM, that the API server's own is signed by. Empty: the webhook answers every client that reaches its port."""
     webhook_client_names: str = field(default="", metadata={"env": "PILLION_WEBHOOK_CLIENT_NAMES"})
-    """Common or DNS names of that certificate, separated by commas. Empty: everybody who has one of that authority may ask."""
+    """Common or DNS names of that certificate, separated by commas. Empty: any certificate of that authority is accepted."""
     home_port: int = field(default=8444, metadata={"env": "PILLION_HOME_LISTEN_PORT", **_PORT})
-    """TLS port that sidecars call home to."""
+    """TLS port for the sidecars' reports."""
     health_port: int = field(default=8080, metadata={"env": "PILLION_HEALTH_PORT", **_PORT})
     """Port of health, readiness and metrics, in the clear."""
     job_series: bool = field(default=False, metadata={"env": "PILLION_JOB_SERIES", "allowed": ("true", "false")})
-    """Whether /metrics has the series of jobs and policies, with their names: everybody who reaches the port can read them."""
+    """Whether /metrics has the series of jobs and policies, with their names: every client that reaches the port can read them."""
     home_enabled: bool = field(default=True, metadata={"env": "PILLION_HOME_ENABLED", "allowed": ("true", "false")})
     """Whether the controller serving reports of sidecars."""
     certificate_mode: CertificateMode = field(
@@ -113,7 +113,7 @@ class Settings:
     """Secret with tls.crt, tls.key and ca.crt, in the operator's namespace."""
     authority_secret_name: str = field(default="pillion-authority", metadata={"env": "PILLION_AUTHORITY_SECRET_NAME"})
     """Secret of the certificate authority in the mode `Self`, in the same namespace. Apart from the other, so that the webhook's
-    account cannot read its key, and whoever deletes a certificate to have a new one does not end the trust in us."""
+    account cannot read its key, and deleting a certificate to renew it does not end the trust in the operator."""
     lease_name: str = field(default="pillion-controller", metadata={"env": "PILLION_LEASE_NAME"})
     """Lease whose holder is the active controller."""
     webhook_configuration: str = field(default="pillion", metadata={"env": "PILLION_WEBHOOK_CONFIGURATION"})
@@ -121,7 +121,7 @@ class Settings:
     webhook_service: str = field(default="pillion-webhook", metadata={"env": "PILLION_WEBHOOK_SERVICE"})
     home_service: str = field(default="pillion-home", metadata={"env": "PILLION_HOME_SERVICE"})
     shutdown_grace_s: int = field(default=10, metadata={"env": "PILLION_SHUTDOWN_GRACE_S", "least": 0})
-    """How long a webhook that was told to end goes on serving, in seconds: the API server and kube-proxy learn of an endpoint's
+    """Time for which a stopping webhook serves requests, in seconds: the API server and kube-proxy learn of an endpoint's
     end in one or two. Less than the pod's terminationGracePeriodSeconds."""
 
     def server_names(self) -> tuple[str, ...]:

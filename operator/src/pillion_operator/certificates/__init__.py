@@ -2,5 +2,5 @@
 Certificates of webhook and call-home: made, trusted, written, and served, each in a module of its own.
 
 Called from: webhook and controller, which both serve; the leader alone makes them (certificates.mode: Self).
-Must never: serve a certificate before the API server trusts who signed it, or write a private key anywhere but into a Secret.
+Must never: serve a certificate before the API server trusts its signer, or write a private key anywhere but into a Secret.
 """

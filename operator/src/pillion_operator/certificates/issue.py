@@ -1,13 +1,13 @@
 """
-The whole of: making an authority and a certificate, and deciding when new ones are due. PEM and times go in and come out.
+The whole of: issuing authorities and certificates, and deciding when new ones are due. Input and output are PEM and times.
 
-Called from: `rotation`, for what is written; `serving`, for the end of what is served.
-Must never: read a clock, a file or an API server; raise for a certificate that somebody else broke: then a new one is due.
+Called from: `rotation`, which writes them; `serving`, for the end of the served certificate.
+Must never: read a clock, a file or an API server; raise for a broken certificate: a new one is due then.
 
     authority    signs leaves; its certificate is in the caBundle and in every injected pod, its key in one Secret
-    leaf         what webhook and call-home serve
-    cross        the new authority's key, signed by the old authority: whoever trusts only the old one, as pods that were
-                 injected before, still trusts a new leaf. It is part of the leaf's chain.
+    leaf         the serving certificate of the webhook and of the report endpoint
+    cross        the new authority's key, signed by the old authority. A pod that was injected earlier trusts only the
+                 old one, and so still trusts a new leaf. It is part of the leaf's chain.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class Due(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Authority:
-    """Who signs leaves."""
+    """An authority, which signs leaves."""
 
     certificate: str
     """Its own, self-signed; PEM."""
@@ -94,7 +94,7 @@ def make_authority(now: datetime, *, before: Authority | None = None, trusted: s
         trusted: certificates, PEM, that are trusted now, whosever they are.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    # The time tells one authority from the next in the eyes of whoever looks at a bundle.
+    # The time distinguishes the authorities of a bundle for a reader.
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"pillion {now:%Y-%m-%d %H:%M:%S}")])
     certificate = _authority(name, key.public_key(), name, key, key.public_key(), now - BACKDATED, now + AUTHORITY_LIFE)
     cross, previous = "", ""
@@ -154,7 +154,7 @@ def bundle(authority: Authority, now: datetime, *, trusted: str = "") -> str:
     The certificates that are to be trusted now, PEM: the authority's first, each once.
 
     Args:
-        authority: who signs now.
+        authority: the current signer.
         now: when.
         trusted: what a leaf that is still served is trusted by; PEM.
     """

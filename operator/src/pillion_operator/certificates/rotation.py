@@ -1,7 +1,7 @@
 """
-The whole of: what the leader does so that there is a certificate, and that the API server trusts it: mode `Self`.
+The whole of: creating and renewing the certificate and the trust in it, in mode `Self`.
 
-Called from: the controller that holds the Lease. Looks at what is there and makes what is missing, again and again: at an interval,
+Called from: the controller that holds the Lease. It checks what exists and creates what is missing: at an interval,
 and at once when somebody changes a Secret or the webhook configuration.
 Must never: write a leaf before the API server trusts its authority; touch anything but the two Secrets and the caBundle of the one
 webhook configuration.
@@ -146,7 +146,7 @@ class Rotation:
     async def _trust(self, configuration: Json | None, bundle: str) -> bool:
         """Have the API server trust these; whether it did not before."""
         if configuration is None:
-            # The chart may be about to make it, and then the watch says so.
+            # The chart may be about to create it; the watch then reports it.
             _log.warning("MutatingWebhookConfiguration %s does not exist", self._settings.webhook_configuration)
             return False
         operations = trust(configuration, bundle)
@@ -168,7 +168,7 @@ class Rotation:
     async def _write(self, name: str, secret: Json | None, kind: str, data: dict[str, str]) -> None:
         encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
         if secret is not None:
-            # The version that was read is in it: whoever wrote meanwhile is not overwritten.
+            # It contains the version that was read, so a concurrent write is not overwritten.
             await self._client.replace(self._secret(name), secret | {"data": encoded})
             return
         metadata = {"name": name, "labels": {"app.kubernetes.io/managed-by": "pillion-operator"}}
@@ -203,7 +203,7 @@ def trust(configuration: Json, bundle: str) -> list[Json]:
 
 
 def configuration_path(settings: Settings) -> str:
-    """Of the webhook configuration that is ours, in the API."""
+    """Path of the operator's own webhook configuration in the API."""
     return paths.WEBHOOK_CONFIGURATIONS.one("", settings.webhook_configuration)
 
 
@@ -214,7 +214,7 @@ def trusted_now(configuration: Json) -> str:
 
 
 def read_authority(secret: Json | None) -> issue.Authority | None:
-    """The authority in its Secret; None: there is none. Whether it can be used, `issue.decide` says."""
+    """The authority in its Secret; None if there is none. `issue.decide` decides whether it can be used."""
     if secret is None:
         return None
     own, *previous = issue.split(serving.text(secret, serving.AUTHORITY)) or [""]

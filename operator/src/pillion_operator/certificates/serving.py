@@ -1,9 +1,9 @@
 """
 The whole of: the TLS context of a server, which takes a new certificate from the Secret while it serves.
 
-Called from: webhook and controller. Each handshake is given the newest certificate; no listener is closed for it, and connections
+Called from: webhook and controller. Each handshake gets the newest certificate; no listener is closed for it, and connections
 that are open stay as they are.
-Must never: let go of a good certificate for one that cannot be used.
+Must never: replace a good certificate by one that cannot be used.
 """
 
 import base64
@@ -127,7 +127,7 @@ class Serving:
         return True
 
     def _empty_context(self) -> ssl.SSLContext:
-        """A context without a certificate. Each of them asks for the client's: a connection is checked by the one that it was given."""
+        """A context without a certificate. Each context requires the client's certificate, as a connection is checked by its own context."""
         made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         made.minimum_version = ssl.TLSVersion.TLSv1_2
         # Neither the API server nor a sidecar resumes a session: both keep their connections, and Go's client keeps no tickets.
@@ -164,7 +164,7 @@ def load(context: ssl.SSLContext, material: Material) -> None:
         for descriptor, content in ((chain, material.chain), (key, material.key)):
             with os.fdopen(os.dup(descriptor), "wb") as file:
                 file.write(content.encode())
-        # A key with a password must not make OpenSSL ask a terminal for it.
+        # A key with a password must not make OpenSSL prompt on a terminal.
         context.load_cert_chain(f"/proc/self/fd/{chain}", f"/proc/self/fd/{key}", password=lambda: "")
     finally:
         os.close(chain)

@@ -1,5 +1,5 @@
 """
-The whole of: requests to the API server. Plain JSON goes in and comes out; what went wrong is one of three kinds of error.
+The whole of: requests to the API server, in plain JSON. A failure is one of three kinds of error.
 
 Called from: the event loop of webhook and controller. `kubernetes.aio` does configuration, TLS and tokens, and only that: its typed
 models drop fields that they do not know.
@@ -200,7 +200,7 @@ class Client:
         self, path: str, *, label_selector: str = "", field_selector: str = "", metadata_only: bool = False
     ) -> AsyncGenerator[Json]:
         """
-        The same page by page, for whoever keeps less of an object than there is of it.
+        The same page by page, for a caller that keeps only a part of each object.
 
         Raises:
             ApiError: also `Gone`, when the pages took longer than the server keeps them.
@@ -259,7 +259,7 @@ class Client:
 
         Args:
             path: of the object.
-            body: of the kind that `kind` says: an object, or a list of operations.
+            body: of the kind in `kind`: an object, or a list of operations.
             kind: see `PatchKind`.
             subresource: ``status``, or empty for the object itself.
             force: of APPLY only: whether fields that another manager owns are taken over.

@@ -1,5 +1,5 @@
 """
-The whole of: Events on objects, for `kubectl describe`: the same thing said often is one Event with a count.
+The whole of: Events on objects, for `kubectl describe`: a repeated message is one Event with a count.
 
 Called from: webhook and controller, with `post`, which never waits and never fails; `run` is one task of the process.
 Must never: hold up an admission, grow without a bound, or write to the object that an Event is about.
@@ -86,14 +86,14 @@ class Events:
 
     def post(self, about: Json, reason: str, message: str, *, warning: bool = False, action: str = "Inject") -> None:
         """
-        Say something about an object. Never blocks, never raises.
+        Queue an Event about an object. Never blocks, never raises.
 
         Args:
-            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of it.
+            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of the object.
             reason: a code in CamelCase.
             message: for a person.
             warning: whether something is wrong.
-            action: what was done or tried, a code in CamelCase.
+            action: the action behind it, a code in CamelCase.
         """
         now_s = time.monotonic()
         message = message if len(message) <= _MESSAGE_MOST else message[: _MESSAGE_MOST - 3] + "..."
@@ -118,7 +118,7 @@ class Events:
             self._queue.put_nowait(write)
         except asyncio.QueueFull:
             metrics.EVENTS_DROPPED.labels("queue").inc()
-            # The next one of its kind is to be tried anew.
+            # The next message of its kind is to be tried again.
             del self._posted[write.key]
 
     async def run(self) -> None:
@@ -136,7 +136,7 @@ class Events:
             sweeping.cancel()
 
     async def _sweep(self) -> None:
-        """What was said again, and then no more, is to have its last count too."""
+        """Write the last count of messages that were repeated and then stopped."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = time.monotonic()

@@ -1,9 +1,9 @@
 """
-The whole of: which of several replicas is the active one, by a Lease that one of them holds.
+The whole of: choosing the active one of several replicas, by a Lease.
 
-Called from: the controller. Semantics of client-go's leaderelection: a holder's silence is measured by our own monotonic clock from
-the moment we saw its last renewal, so that no two clocks have to agree; of two writers the resource version lets one through.
-Must never: hold on after `RENEW_DEADLINE_S`, which is before any other replica may think that the lease is free.
+Called from: the controller. Semantics of client-go's leaderelection: a holder's silence is measured by this process's monotonic clock from
+the moment its last renewal was seen, so that no two clocks have to agree; of two writers the resource version lets one through.
+Must never: stay active after `RENEW_DEADLINE_S`, which ends before another replica may take the Lease.
 Source: client-go, tools/leaderelection/leaderelection.go.
 """
 
@@ -50,7 +50,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a Lease says: its spec, without what does not matter to us."""
+    """The fields of a Lease's spec that matter here."""
 
     holder: str
     lifetime_s: float
@@ -64,7 +64,7 @@ def is_free(record: Record, *, mine: str, seen_s: float, now_s: float) -> bool:
 
     Args:
         record: as it was read.
-        mine: our identity. A process of the same one was ours, and is no more.
+        mine: this process's identity. An earlier process with the same identity has ended.
         seen_s: when exactly this record was seen first; monotonic, and so is the next.
         now_s: now.
     """
@@ -91,7 +91,7 @@ class Lease:
         self._name = name
         self._seen: tuple[Record, float] | None = None
         self._held: Json | None = None
-        """The object as we wrote it last; None: it is not ours."""
+        """The object as this process wrote it last; None: this process does not hold the Lease."""
         self._renewed_s = 0.0
         self._renewing: asyncio.Task[None] | None = None
 
@@ -142,7 +142,7 @@ class Lease:
                     return self._lose("another replica holds it")
                 pause_s = self._timing.renew_s
             except client.Conflict:
-                # Somebody wrote to it; the next look says who.
+                # Another process wrote to it; the next attempt reads the holder.
                 pass
             except (client.ApiError, client.Unreachable) as err:
                 _log.warning("could not renew Lease %s: %s", self._name, err)
@@ -167,7 +167,7 @@ class Lease:
         self.lost.set()
 
     async def _try(self) -> bool:
-        """One attempt to take or renew it: whether it is ours now."""
+        """Try once to acquire or renew the Lease; whether this process holds it now."""
         begun_s = time.monotonic()
         try:
             current = await self._client.get(self._path, timeout_s=REQUEST_TIMEOUT_S)

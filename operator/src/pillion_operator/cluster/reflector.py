@@ -1,8 +1,8 @@
 """
-The whole of: a cache of one collection: list, watch, and list again when the watch cannot go on.
+The whole of: a cache of one collection: list, watch, and list again when the watch cannot continue.
 
 Called from: the event loop; `run` is one task of the process. Keeps of each object only what `project` makes of it.
-Must never: end by itself, ask the API server in a tight loop, or forget what it knows because the API server is away.
+Must never: end by itself, call the API server in a tight loop, or drop its objects because the API server is down.
 Source: Kubernetes documentation, "Efficient detection of changes".
 """
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 class Reflector(Generic[T]):
     """
-    The objects of one collection as they are, as far as the API server could be asked.
+    The cached objects of one collection, as current as the API server's answers.
 
     `synced` is set with the first whole list and never cleared: what was known is better than nothing.
     """
@@ -65,7 +65,7 @@ class Reflector(Generic[T]):
             api: access to the API server.
             path: of the collection.
             project: what is kept of an object; None: nothing, as if it were not there.
-            label_selector: of the objects that are asked for.
+            label_selector: of the wanted objects.
             field_selector: likewise.
             metadata_only: whether the objects come without spec and status.
             on_change: called in the loop with the key, what was kept, and what is kept now; None stands for nothing.
@@ -143,7 +143,7 @@ class Reflector(Generic[T]):
     async def _watch(self, version: str) -> str:
         """Follow one stream to its end; the version to go on from."""
         begun = last = time.monotonic()
-        # Spread, so that the watches of many replicas do not all begin anew at one moment.
+        # Spread, so that the watches of many replicas do not all restart at one moment.
         watch_s = self._watch_s * random.uniform(0.8, 1.2)
         stream = self._client.watch(
             self._path,

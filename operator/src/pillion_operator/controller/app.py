@@ -5,8 +5,8 @@ Called from: `__main__`. The only place where the parts meet.
 
     without the Lease   serves health and metrics, and waits
     with the Lease      certificates, caches, kopf, call-home, and the writer; then its address for the sidecars
-    SIGTERM, SIGINT     takes its address away, stops, gives the Lease up
-    Lease lost          ends at once with a status that is not 0, and is started anew: another replica may be active
+    SIGTERM, SIGINT     removes its address, stops, releases the Lease
+    Lease lost          exits at once with a status other than 0, and is restarted: another replica may be active
 
     :8444  TLS          /v1/report
     :8080               /healthz /readyz /metrics
@@ -123,11 +123,11 @@ class Controller:
                 return await self._lead(stopping)
         finally:
             await process.cancel([stopping, acquiring, trusting], STOP_S)
-            # Also when it was taken at the moment that we were told to end. A lost one is not ours to give.
+            # Also if it was acquired at the moment of the signal. A lost Lease is not released.
             await self._lease.release()
 
     def missing(self) -> Sequence[str]:
-        """What keeps this replica from being ready. One that waits for the Lease is ready to take over."""
+        """Conditions that keep this replica from being ready. One that waits for the Lease is ready to take over."""
         parts = [("the API server does not trust the webhook's certificate yet", not self._trusted.is_set())]
         if self.is_leading:
             parts += [
@@ -138,13 +138,13 @@ class Controller:
         return [text for text, is_missing in parts if is_missing]
 
     def _is_unreachable(self) -> bool:
-        """Whether sidecars do not know yet where the leader is, though it can say so."""
+        """Whether the leader's address is not published yet, though it can be."""
         if not (self.settings.home_enabled and self.settings.pod_ip):
             return False
         return self.endpoint is None or not self.endpoint.is_written
 
     async def _until_trusted(self) -> None:
-        """Not ready before that, on any replica: who waits for an install to be complete may create pods right after."""
+        """Wait until the webhook is trusted. No replica is ready before: users create pods right after an install that is complete."""
         path = rotation.configuration_path(self.settings)
         while self.settings.certificate_mode is CertificateMode.SELF:
             try:
@@ -159,7 +159,7 @@ class Controller:
         self._trusted.set()
 
     def stuck(self) -> Sequence[str]:
-        """Why this process had better be started anew."""
+        """Reasons for the kubelet to restart this process."""
         if not self.is_leading:
             return []
         problems = []
@@ -220,7 +220,7 @@ class Controller:
         await self.watcher.run(self._restore_signals)
 
     async def _after_caches(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Begin with a part when the caches are filled: what is not known yet would be taken for gone."""
+        """Start a task once the caches are filled: a missing object would otherwise count as deleted."""
         await self._caches_filled.wait()
         await part()
 

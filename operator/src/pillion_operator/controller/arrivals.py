@@ -1,9 +1,9 @@
 """
 The whole of: the Event that a pod was injected, on the pod's owner.
 
-Called from: the controller that leads, with each pod that its watch brings. The webhook says nothing of it: everybody who reaches its port could
-have it speak of pods that there never were.
-Must never: speak again of pods that were there before this replica led.
+Called from: the controller that leads, with each pod that its watch brings. The webhook posts no such Event: every client that reaches its port could
+make it announce pods that never existed.
+Must never: announce pods again that existed before this replica led.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """
-The whole of: what is kept of a Checkpoint object, its status as a value, and the objects of each job.
+The whole of: the kept part of a Checkpoint object, its status as a value, and the objects of each job.
 
 Called from: the controller.
-Must never: take an object for ours that we did not make: `is_ours` is what allows it to be deleted.
+Must never: set `is_ours` for an object that the controller did not create: `is_ours` allows its deletion.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Status:
     """When `ready` last changed."""
 
     def to_json(self) -> Json:
-        """As the API server stores it; None where nothing is said, which in a merge patch takes away what is there."""
+        """As the API server stores it. An empty field is None, which removes it in a merge patch."""
         condition = {
             "type": READY,
             "status": self.ready,
@@ -106,7 +106,7 @@ def mark(namespace: str, name: str, job_id: str) -> str:
     """
     The label's value of an object that we make.
 
-    It is of this object alone: whoever copies one of ours, gives it a name and applies it again, owns the copy.
+    It is valid for this object alone: a copy under another name belongs to the user who applied it.
     """
     return hashlib.sha256(f"{namespace}/{name}/{job_id}".encode()).hexdigest()[:16]
 
@@ -167,7 +167,7 @@ class Checkpoints:
             self.remove(old)
 
     def put(self, checkpoint: Checkpoint) -> None:
-        """Know an object as it is."""
+        """Store an object."""
         key = checkpoint.key
         objects = self._by_job.setdefault(key, {})
         before = objects.get(checkpoint.name)
@@ -197,11 +197,11 @@ class Checkpoints:
         return self._by_job.get(key, {}).values()
 
     def open_requests(self, key: JobKey) -> Collection[Checkpoint]:
-        """Those of them that ask for a save, and wait for it."""
+        """The objects of a job that request a save and wait for it."""
         return self._open.get(key, {}).values()
 
     def keys_with_requests(self) -> list[JobKey]:
-        """The jobs that are asked for a save."""
+        """The jobs with open requests."""
         return list(self._open)
 
     def __len__(self) -> int:

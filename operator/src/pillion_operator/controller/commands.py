@@ -1,20 +1,23 @@
 """
-The whole of: who asks for a save now, what the job is told, and what whoever asked is told in return.
+The whole of: requests for a save: the commands that a job gets, and the answers that the author of each request gets.
 
-    asked by                                          id of the command                    answered by
-    a Checkpoint object that somebody made            its UID                              its condition Ready
+    request                                           id of the command                    answer
+    a Checkpoint object that a user created           its UID                              its condition Ready
     pillion.dev/save-now on an injected pod or a Job  digest of the object's UID and the value   events on the object
 
 Called from: the controller. Pure: time is an argument, and nothing is written.
 
-That nothing is done twice rests on this. A command is repeated in every answer until the job has said for good what became of it, so
-that none is lost. Its id is the same after a restart of ours, and a sidecar remembers the last 64 that it has done and repeats
-what became of them as long as it is asked: so a restart of ours alone never makes a second save. A request on a Checkpoint
-object that was answered says so itself. An annotation stays where it is, as we write to no pod and no job; so when we begin and find one, and the
-sidecar that did it may be gone as well, storage decides: a checkpoint of the job whose save began after the annotation was set
-is what was asked for. Where there is none, the request is still open, or it failed and is tried once more, within `LIFETIME_S`.
+Each request makes one save, for these reasons:
 
-Must never: ask again for what a job has answered for good, or keep an answer from whoever asked.
+- A command is repeated in every answer until the job has reported its final outcome, so no command is lost.
+- The id of a command is the same after a restart of the controller. A sidecar remembers the last 64 commands that it finished, and repeats
+  their outcome. So a restart of the controller alone never makes a second save.
+- A Checkpoint object that was answered records the answer itself.
+- An annotation stays, as the controller writes to no pod and no job. After a restart of the controller the sidecar that did the save may be gone, too. Then
+  the storage decides: a checkpoint whose save began after the annotation was set fulfils it. Without one, the request is still open,
+  or it failed and is tried once more, within `LIFETIME_S`.
+
+Must never: repeat a command that a job has answered finally, or withhold an answer from the author of a request.
 """
 
 import dataclasses
@@ -56,7 +59,7 @@ class Reason(StrEnum):
 
 
 class NoticeReason(StrEnum):
-    """Of the events on a pod or a Job that somebody asked on."""
+    """Reasons of the events on an annotated pod or Job."""
 
     ACCEPTED = "SaveAccepted"
     COMMITTED = "SaveCommitted"
@@ -86,7 +89,7 @@ class SaveAnnotation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """What somebody who asked by annotation is told."""
+    """An event for the author of an annotation request."""
 
     about: Json
     reason: str
@@ -101,7 +104,7 @@ def command_id(checkpoint: Checkpoint) -> str:
 
 def plan(objects: Iterable[Checkpoint], job: Job | None, now_s: float) -> list[mirror.SetStatus]:
     """
-    What the Checkpoint objects of a job that ask for a save are told.
+    The status of the Checkpoint objects of a job that request a save.
 
     Args:
         objects: all that name the job.
@@ -161,12 +164,12 @@ def _acknowledgement(job: Job, command: str) -> home.Acknowledgement | None:
 
 
 class SaveAnnotations:
-    """Which requests by annotation are open, and what is left to say about them."""
+    """The open annotation requests, and the events about them that are due."""
 
     def __init__(self, begun_s: float) -> None:
         """
         Args:
-            begun_s: when this controller began; seconds since 1970. What was asked before is compared with the storage.
+            begun_s: start of this controller; seconds since 1970. Earlier requests are compared with the storage.
         """
         self._begun_s = begun_s
         self._asked_s: OrderedDict[str, float] = OrderedDict()
@@ -178,7 +181,7 @@ class SaveAnnotations:
         self, save_annotations: Iterable[SaveAnnotation], job: Job | None, now_s: float
     ) -> tuple[list[SaveAnnotation], list[Notice]]:
         """
-        The requests of a job that wait to be done, the oldest first, and what is to be said now.
+        The open requests of a job, oldest first, and the events that are due.
 
         Args:
             save_annotations: the annotations of its pods and its Job object.
@@ -236,7 +239,7 @@ class SaveAnnotations:
 
 
 def commands(requests: Collection[Checkpoint], save_annotations: Sequence[SaveAnnotation]) -> tuple[home.Command, ...]:
-    """What a job is told: all that is open, within `COMMANDS_MOST`."""
+    """The commands for a job: all open requests, within `COMMANDS_MOST`."""
     oldest_first = sorted(requests, key=lambda each: (each.created, each.name))
     ids = [*map(command_id, oldest_first), *(annotation.id for annotation in save_annotations)]
     return tuple(home.Command(id=each) for each in ids[:COMMANDS_MOST])

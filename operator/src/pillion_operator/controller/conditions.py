@@ -2,7 +2,7 @@
 The whole of: the status of a CheckpointPolicy, from its spec and the jobs under it.
 
 Called from: `reconcile`. Pure.
-Must never: change when nothing happened: what grows with every second (the age of a commit) is a metric, and not in here.
+Must never: change when nothing happened: a value that grows every second (the age of a commit) is a metric, and not in a status.
 """
 
 import math
@@ -204,7 +204,7 @@ def _last_checkpoint(
     newest_s, newest = max(committed, key=lambda each: each[0], default=(0.0, None))
     kept: Json = before.get("lastCheckpoint") or {}
     kept_s = times.parse(str(kept.get("time") or "")) or 0.0
-    # A job that reports says itself what its newest is; of one that is gone, what was seen stays.
+    # A reporting job names its newest commit itself; for a job that is gone, the last known one stays.
     is_gone = bool(kept) and kept.get("jobID") not in {job.report.job_id for job in jobs}
     if newest is None or (is_gone and kept_s >= newest_s):
         return kept, before.get("recoveryPointSeconds")

@@ -1,8 +1,8 @@
 """
-The whole of: where sidecars reach the active controller: the EndpointSlice of a Service without a selector.
+The whole of: the address of the active controller: the EndpointSlice of a Service without a selector.
 
-Called from: the controller that holds the Lease. A selector would lead half of the reports to the replica that waits.
-Must never: leave an address behind that nobody answers at, when there is time to take it away.
+Called from: the controller that holds the Lease. A selector would send half of the reports to the waiting replica.
+Must never: leave its address behind on an orderly stop.
 Source: Kubernetes documentation, "Services without selectors", "EndpointSlices".
 """
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """The leader's entry."""
+    """The leader's EndpointSlice."""
 
     def __init__(self, api: client.Client, settings: Settings, port: int) -> None:
         self.is_written = False
@@ -38,7 +38,7 @@ class Endpoint:
         self._path = paths.ENDPOINT_SLICES.one(settings.namespace, settings.home_service)
 
     async def run(self) -> None:
-        """Keep it. Blocks: until it is cancelled."""
+        """Maintain it. Blocks: until it is cancelled."""
         while True:
             pause_s = AGAIN_S
             try:
@@ -50,7 +50,7 @@ class Endpoint:
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
 
     async def remove(self) -> None:
-        """Take it away: whoever follows writes its own."""
+        """Remove the address; the next leader writes its own."""
         self.is_written = False
         try:
             await self._write([])

@@ -1,10 +1,10 @@
 """
-The whole of: what kopf does here: it follows the CheckpointPolicy objects and hands each on.
+The whole of: the use of kopf: it follows the CheckpointPolicy objects and hands each on.
 
 Called from: `app`, while this replica holds the Lease. kopf runs embedded and standalone, with one handler, for raw events: it keeps no
 state on objects and so writes no annotation and no finalizer, not even on policies. Pods, jobs and Checkpoint objects, of which
 there are thousands, are followed by Reflectors: with kopf, 5,000 objects took 85 MiB and 4 s of CPU where a Reflector takes 7 MiB
-and 0.1 s, and an object that went while the watch was interrupted stayed known for ever.
+and 0.1 s, and an object that was deleted while the watch was interrupted stayed in kopf's cache forever.
 Must never: register a handler for create, update, resume or delete, a daemon or a timer.
 """
 
@@ -66,10 +66,10 @@ class Watcher:
 
     async def relist(self) -> None:
         """
-        Know the policies that there are, and no others.
+        List all policies, and drop those that no longer exist.
 
         Raises:
-            ApiError, Unreachable: what is known stays.
+            ApiError, Unreachable: the store is unchanged.
         """
         listing = await self._api.list(paths.POLICIES.everywhere)
         self._store.replace_all([policies.project(each) for each in listing["items"]])
@@ -95,8 +95,8 @@ class Watcher:
 
     async def _kopf(self, restore_signals: Callable[[], None]) -> None:
         """kopf from its beginning to its end."""
-        # Not kopf.operator(): in the end it cancels all tasks of the loop that are younger than itself, and most of them are ours.
-        # The identity is for peering, which is off; left out, kopf asks for the user's name, and a user of an image has none.
+        # Not kopf.operator(): at its end it cancels all tasks of the loop that are younger than itself, and most of them belong to the controller.
+        # The identity is for peering, which is off; left out, kopf looks up the user's name, and a user of an image has none.
         tasks = await kopf.spawn_tasks(
             registry=self._registry(),
             settings=_settings(),
@@ -158,7 +158,7 @@ def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     # Nothing is discovered, so that no right to list namespaces and CRDs is needed.
     settings.scanning.disabled = True
-    # Events are ours to post; kopf's would be of its own log.
+    # The controller posts Events itself; kopf would post its own log.
     settings.posting.enabled = False
     settings.process.ultimate_exiting_timeout = None
     settings.watching.server_timeout = STREAM_S

@@ -1,9 +1,9 @@
 """
-The whole of: Checkpoint objects that say what storage holds: one for each committed checkpoint of a job that reports.
+The whole of: Checkpoint objects that mirror the storage: one for each committed checkpoint of a job that reports.
 
-Called from: `reconcile`, for one job at a time, whenever something about it changed. Pure: what was decided before is not
-remembered, so that nothing has to be made good after a restart.
-Must never: delete what we did not make; conclude anything from a report that could not list the storage, or from no report.
+Called from: `reconcile`, for one job at a time, whenever something about it changed. Pure: earlier decisions are not
+remembered, so that a restart needs no repair.
+Must never: delete an object that the controller did not create; conclude anything from a report that could not list the storage, or from no report.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ Operation = Create | SetStatus | Delete
 
 def plan(report: home.Report, objects: Collection[Checkpoint], now_s: float) -> list[Operation]:
     """
-    What makes the objects of a job say what its storage holds. Nothing, once they do.
+    The operations that make the objects of a job mirror its storage; none if they already do.
 
     Args:
         report: the job's newest.
@@ -78,7 +78,7 @@ def plan(report: home.Report, objects: Collection[Checkpoint], now_s: float) -> 
     if not report.listed:
         return []
     stored = {each.step: each for each in report.checkpoints if _can_be_stored(each)}
-    # A full list ends somewhere, and says nothing about what is older.
+    # A full list is truncated, and proves nothing about older checkpoints.
     is_full = len(report.checkpoints) >= home.MAX_CHECKPOINTS
     oldest = min(stored, default=0) if is_full else 0
     by_name = {each.name: each for each in objects}

@@ -1,9 +1,9 @@
 """
-The whole of: what people read of a job that goes well: commits, saves that its policy drops, and what training went on from.
+The whole of: events about a healthy job: commits, saves that its policy drops, and the checkpoint that training resumed from.
 
 Called from: `report_handler`, with each report. Pure: time is an argument.
-Must never: make an event of each save. A job that saves each minute says so once, and then every FOLD_S how many there were and which is
-the newest; what was not said when a pod drains is said then.
+Must never: post an event for each save. A job that saves each minute gets one event, then one every FOLD_S with the number of saves and
+the newest of them. Saves that are not announced yet are announced when the pod drains.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ Said = tuple[NoticeReason, str]
 
 @dataclass(slots=True)
 class _Announced:
-    """What was said of a job."""
+    """The announced state of one job."""
 
     pod: str
     committed: int
@@ -36,14 +36,14 @@ class _Announced:
 
 
 class News:
-    """What was said of each job that reports."""
+    """The announced state of each job that reports."""
 
     def __init__(self) -> None:
         self._announced: dict[JobKey, _Announced] = {}
 
     def notices(self, key: JobKey, report: home.Report, now_s: float) -> list[Said]:
         """
-        What is to be said now.
+        The events that are due.
 
         Args:
             key: the job.

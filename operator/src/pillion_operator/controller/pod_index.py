@@ -1,8 +1,8 @@
 """
-The whole of: what the injected pods and the Job objects add up to: pods under each policy, and requests by annotation for each job.
+The whole of: indexes of the injected pods and Job objects: pods under each policy, and annotation requests for each job.
 
-Called from: the Reflectors of pods and jobs, with what changed; the controller, which asks.
-Must never: go through all pods to answer a question: there are thousands, and questions come with each report.
+Called from: the Reflectors of pods and jobs, with each change; the controller, with questions.
+Must never: scan all pods to answer a question: there are thousands, and each report has questions.
 """
 
 import sys
@@ -31,7 +31,7 @@ class JobObject:
 
 
 def project_job(document: Json) -> JobObject | None:
-    """What is kept of a Job: nothing, unless somebody asks for a save on it."""
+    """The part of a Job that is kept: None without a request for a save."""
     value, set_at = injected.save_now(document)
     if not value:
         return None
@@ -51,7 +51,7 @@ class PodIndex:
         """
         Args:
             on_policy: called with a policy whose number of pods changed.
-            on_job: called with a job that somebody asks something of.
+            on_job: called with a job that has a new request.
         """
         self._on_policy = on_policy
         self._on_job = on_job
@@ -71,7 +71,7 @@ class PodIndex:
         return list(self._pods.items())
 
     def save_annotations(self, key: JobKey) -> list[SaveAnnotation]:
-        """The annotations that ask a job for a save: on its pods, and on the Job objects that own them."""
+        """The annotations that request a save of a job: on its pods, and on the Job objects that own them."""
         on_pods = self._on_pods.get(key)
         if not on_pods and not self._on_jobs:
             return []
@@ -80,7 +80,7 @@ class PodIndex:
         return annotated[:SAVE_ANNOTATIONS_MOST]
 
     def jobs_with_save_annotations(self) -> list[JobKey]:
-        """The jobs that are asked for a save by annotation."""
+        """The jobs with a save request by annotation."""
         return list({*self._on_pods, *(key for uid, key in self._owned if uid in self._on_jobs)})
 
     def pod_changed(self, _: tuple[str, str], old: injected.Pod | None, new: injected.Pod | None) -> None:

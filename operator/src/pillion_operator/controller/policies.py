@@ -1,8 +1,8 @@
 """
-The whole of: the CheckpointPolicy objects as they are: fed by kopf, object by object, and by a list of all now and then.
+The whole of: the cache of CheckpointPolicy objects: fed by kopf, object by object, and by a periodic list of all.
 
 Called from: `handlers`, which feeds it; answers to jobs, and `reconcile`.
-Must never: wait, or ask the API server: an answer to a job is made from what is here.
+Must never: wait, or call the API server: answers to jobs are made from the cache.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -26,7 +26,7 @@ class Policy:
     namespace: str
     parsed: CheckpointPolicy
     now: server.PolicyNow
-    """What jobs are told of it."""
+    """The policy as it is sent to jobs."""
     status: Json
     version: str
 
@@ -75,12 +75,12 @@ class Policies:
         return list(self._policies)
 
     def now(self, namespace: str, name: str) -> server.PolicyNow:
-        """What jobs under a policy are told of it."""
+        """The policy as it is sent to the jobs under it."""
         entry = self._policies.get((namespace, name))
         return entry.now if entry else server.NO_POLICY
 
     def put(self, entry: Policy) -> None:
-        """Know a policy as it is."""
+        """Store a policy."""
         before = self._policies.get(entry.key)
         self._policies[entry.key] = entry
         if before is None or before.version != entry.version:
@@ -92,7 +92,7 @@ class Policies:
             self._on_change(key)
 
     def replace_all(self, entries: Iterable[Policy]) -> None:
-        """Know these and no others: what went while nobody watched is gone then."""
+        """Replace all policies, which also drops those that were deleted while the watch was interrupted."""
         there: Collection[Policy] = list(entries)
         for key in self._policies.keys() - {each.key for each in there}:
             self.remove(key)

@@ -1,9 +1,9 @@
 """
-The whole of: bringing objects to what they shall say, one key at a time, at a bounded rate.
+The whole of: writing the status of policies and Checkpoint objects, one key at a time, at a bounded rate.
 
-Called from: `app`; `run` is one task of the process. What is to be written is worked out anew each time a key's turn comes, so that
-nothing queues up but the names of what changed, and nothing is lost when a write fails.
-Must never: write more than `WRITES_PER_S`, or stop over one object that cannot be written.
+Called from: `app`; `run` is one task of the process. The write is computed each time a key is due, so that
+the queue holds only keys, and nothing is lost when a write fails.
+Must never: write more than `WRITES_PER_S`, or stop because one object cannot be written.
 """
 
 import asyncio
@@ -127,13 +127,13 @@ class Reconciler:
         self._wake.set()
 
     async def run(self) -> None:
-        """Write what is to be written. Blocks: until it is cancelled."""
+        """Process keys that are due. Blocks: until it is cancelled."""
         while True:
             self.last_turn_s = now_s = time.monotonic()
             self._tick(now_s)
             num_due = len(self._due_policies) + len(self._due_requests) + len(self._due_jobs)
             metrics.RECONCILE_WAITING.set(num_due)
-            # In turns, so that none of the three can keep the others waiting.
+            # In turns, so that none of the three queues can starve the others.
             did_policy = await self._turn(self._due_policies, self._write_policy)
             did_request = await self._turn(self._due_requests, self._write_job)
             did_job = await self._turn(self._due_jobs, self._write_job)

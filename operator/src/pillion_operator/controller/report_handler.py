@@ -1,8 +1,8 @@
 """
-The whole of: what a report sets off, and what the job is told: marks for the writer, events for people, commands, metrics.
+The whole of: the effects of a report: marks for the writer, events for people, commands for the job, metrics.
 
 Called from: the call-home server, for each report; `app`, once a minute.
-Must never: wait: what takes time is done by whoever is marked.
+Must never: wait: slow work is left to the tasks that are marked.
 """
 
 import time
@@ -32,7 +32,7 @@ class Post(Protocol):
 
 
 class ReportHandler:
-    """Between the jobs and the rest of the controller."""
+    """Handles reports of jobs for the rest of the controller."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class ReportHandler:
         self._news = news.News()
 
     def reported(self, received: Received) -> None:
-        """A report was taken in."""
+        """Handle a report that the registry accepted."""
         report, before = received.job.report, received.before
         if not received.stale:
             for reason, text in self._news.notices(received.job.key, report, self._clock()):
-                # On what made the pod, which is what people look at.
+                # On the pod's owner, which people look at.
                 action = "Load" if reason is commands.NoticeReason.LOADED else "Save"
                 self._post(self._abouts(report)[-1], reason, text, action=action)
         if not received.changed:
@@ -74,12 +74,12 @@ class ReportHandler:
                 self._failed(report, failure)
 
     def commands_of(self, key: JobKey) -> tuple[home.Command, ...]:
-        """What a job is to do; whoever asked for it by annotation is told how far it is."""
+        """The commands for a job. Posts events about the progress of annotation requests."""
         open_annotations = self._open_annotations(key)
         return commands.commands(self._reconciler.checkpoints.open_requests(key), open_annotations)
 
     def sweep(self) -> None:
-        """Give up what was asked of jobs that do not report, and forget what was said of them."""
+        """Expire the requests to jobs that do not report, and forget what was announced of those jobs."""
         for key in self._pod_index.jobs_with_save_annotations():
             if self._jobs.get(key) is None:
                 self._open_annotations(key)
@@ -118,7 +118,7 @@ class ReportHandler:
         return still_open
 
     def _failed(self, report: home.Report, failure: home.Failure) -> None:
-        """An event on the pod that says so, and on what made the pod, which is what people look at."""
+        """Post a failure on the pod that reports it, and on the pod's owner, which people look at."""
         own = {each.value: each for each in (commands.NoticeReason.LOAD_FAILED, commands.NoticeReason.REFUSED)}
         reason = own.get(failure.reason, commands.NoticeReason.FAILED)
         for about in self._abouts(report):

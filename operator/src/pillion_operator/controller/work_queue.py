@@ -1,8 +1,8 @@
 """
-The whole of: what is to be looked at again, and when: a set of keys, each with the moment from which on it is due.
+The whole of: the keys that wait for processing, each with the moment from which on it is due.
 
 Called from: `reconcile`. Pure: time is an argument, monotonic seconds.
-Must never: grow by more than the keys that there are: a key that is marked twice is looked at once.
+Must never: hold a key twice: a key that is marked twice is processed once.
 """
 
 from collections.abc import Hashable

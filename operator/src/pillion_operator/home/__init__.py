@@ -1,5 +1,5 @@
 """
-Calling home, the controller's side: who reports, whether it may, and what is known of each job.
+Reports of sidecars, on the controller's side: authentication, authorization, and the state of each job.
 
 Called from: the controller, while it is the active replica.
 Must never: write to the cluster, or let one job speak for another.

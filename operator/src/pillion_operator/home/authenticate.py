@@ -1,12 +1,12 @@
 """
-The whole of: which pod a token belongs to, as the API server says, asked once a minute for each token.
+The whole of: the pod that a token belongs to, verified by the API server once a minute for each token.
 
 Called from: the server, for each report, before its body is read.
-Must never: log or keep a token (its digest stands for it); trust what a token says of itself, which only saves a question to the
-API server when it is a refusal anyway; let those without a good token keep out those with one.
+Must never: log or keep a token (its digest stands for it); trust the unverified claims of a token, which only save a review when they
+lead to a refusal; let clients without a good token displace clients with one.
 
-A token names its pod. One that names no injected pod is refused before the API server is asked; one that does costs a question, two at
-one time for each pod. So a stranger, who knows no injected pod's UID, reaches neither the API server nor what is remembered of others.
+A token names its pod. A token that names no injected pod is refused without a review; another costs one review, at most two at
+one time for each pod. So a stranger, who knows no injected pod's UID, causes no review and displaces no remembered token.
 Source: Kubernetes documentation, "Managing Service Accounts", bound tokens; API reference, TokenReview.
 """
 
@@ -72,7 +72,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Claims:
-    """What a token says of itself, in our name or not."""
+    """The unverified claims of a token."""
 
     end_s: float
     """When it ends, in seconds since 1970."""
@@ -118,13 +118,13 @@ class Authenticator:
 
     async def authenticate(self, authorization: str) -> Identity:
         """
-        Whose token it is.
+        Verify a token.
 
         Args:
             authorization: the header.
 
         Raises:
-            Refused: 401, 403, or 503 when the API server cannot be asked.
+            Refused: 401, 403, or 503 when the API server does not answer.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
@@ -152,11 +152,11 @@ class Authenticator:
             self._asking[digest] = asking
             self._asking_for[claims.pod_uid] += 1
             asking.add_done_callback(lambda done: self._asked(digest, claims.pod_uid, done))
-        # Whoever asked first may go away; the others still want to know.
+        # The first caller may be cancelled; the others still need the answer.
         return await asyncio.shield(asking)
 
     def _claims(self, token: str, now_s: float) -> _Claims:
-        """What the token says of itself, after the refusals that need no API server."""
+        """The claims of the token, after the refusals that need no API server."""
         if len(token) > TOKEN_MOST:
             raise Refused(Result.UNAUTHENTICATED, f"the token is longer than {TOKEN_MOST} characters")
         try:
@@ -224,10 +224,10 @@ def _remember(answers: OrderedDict[bytes, T], digest: bytes, answer: T, most: in
 
 
 def judge(review: Json, audience: str) -> Identity | Refused:
-    """What the status of a TokenReview says."""
+    """The identity in the status of a TokenReview, or the refusal."""
     if review.get("authenticated") is not True:
         return Refused(Result.UNAUTHENTICATED, "the API server rejects the token, or its pod no longer exists")
-    # An API server that knows no audiences leaves them out, and has then not looked at ours.
+    # An API server without audiences leaves them out, and has then not checked this one.
     if audience not in (review.get("audiences") or []):
         return Refused(Result.UNAUTHENTICATED, f"the token is for another audience; allowed: the audience {audience}")
     user = review.get("user") or {}

@@ -1,5 +1,5 @@
 """
-The whole of: what is kept of an injected pod, and finding the pod of whoever reports.
+The whole of: the kept part of an injected pod, and finding the pod that sent a report.
 
 Called from: the server, for each report; the controller, which counts pods and reads their annotations.
 Must never: keep more of a pod than is here: there may be five thousand, and the API server sends each whole.
@@ -147,7 +147,7 @@ class Pods:
         The pod, or None where it is not there, another of that name is, or it was not injected.
 
         Raises:
-            Refused: the API server cannot be asked, or not now.
+            Refused: the API server does not answer, or too many lookups are in progress.
         """
         cached = self._cache.get(namespace, name)
         if cached is not None and cached.uid == uid:

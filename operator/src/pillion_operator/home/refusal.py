@@ -1,8 +1,8 @@
 """
-The whole of: why a report is refused: an HTTP status, a code for the metric, and a sentence.
+The whole of: refusals of reports: an HTTP status, a code for the metric, and a sentence.
 
 Called from: everything that looks at a report before it counts.
-Must never: repeat a token, or what it says that the API server did not confirm as ours.
+Must never: repeat a token, or a claim of it that the API server did not verify.
 """
 
 from enum import StrEnum
@@ -22,7 +22,7 @@ class Result(StrEnum):
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
     UNAVAILABLE = "unavailable"
-    """The API server could not be asked."""
+    """The API server did not answer."""
     BUSY = "busy"
     SLOW = "slow"
     """It did not come whole within the deadline."""
@@ -39,7 +39,7 @@ _STATUS: Final = {
 
 
 class Refused(Exception):
-    """A report is not taken."""
+    """A report is refused."""
 
     def __init__(self, result: Result, text: str) -> None:
         super().__init__(text)

@@ -1,9 +1,9 @@
 """
-The whole of: what is known of each job that reports: its newest report, since when, and how long its next one may take.
+The whole of: the state of each job that reports: its newest report, the time of it, and the time until the next.
 
 Called from: the server, which brings reports; the controller, which draws conclusions. Pure: time is an argument, monotonic seconds
 where it measures a wait, seconds since 1970 where it is compared with a job's own times.
-Must never: let an attempt that has a successor speak for the job, or keep a job that is silent for good.
+Must never: accept reports of an attempt that has a successor, or keep a job that stopped reporting.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Job:
     seen_s: float
     """When the report came; monotonic."""
     interval_s: float
-    """What it was told: when its next report is due."""
+    """Interval until its next report, as the last answer set it."""
     commit_gap_s: float | None
     """Seconds between the last two commits. None: there were no two, or nobody knows."""
 
@@ -155,7 +155,7 @@ class Registry:
 
         A pod follows itself: its sidecar sends one report after the other. Another pod follows when it has trainers and the other
         none, when it is younger, or has the higher attempt; of two that are equal, the one that goes on reporting stays. What was
-        followed never comes back while the job reports; when it is silent, whoever comes next speaks for it, so that no order of a
+        followed never comes back while the job reports; when it is silent, the next pod to report speaks for it, so that no order of a
         few restarts can shut a job out.
         """
         if before.report.pod_uid == report.pod_uid:
@@ -179,7 +179,7 @@ def recovery_point_s(job: Job, now_s: float, *, with_snapshot: bool = False) -> 
     """
     How much work would be lost now, in seconds: the age of the newest commit, or of the newest snapshot where it counts.
 
-    None: there is neither. Clocks of a pod and ours differ a little; no age is below zero.
+    None: there is neither. The clocks of pod and controller differ a little, so no age is below zero.
     """
     report = job.report
     times_s = [times.parse(report.committed_time), times.parse(report.snapshot_time) if with_snapshot else None]
@@ -201,7 +201,7 @@ def _commit_gap_s(report: home.Report, before: Job | None) -> float | None:
         return None
     if before is not None and before.report.committed_time == report.committed_time and before.commit_gap_s is not None:
         return before.commit_gap_s
-    # What storage holds is known after a restart of ours too; what the report before said, also when only one is kept.
+    # The list of the storage survives a restart of the controller; the previous report helps where only one checkpoint is kept.
     completed_s = [times.parse(each.completed) for each in report.checkpoints if each.step != report.committed_step]
     earlier = [each for each in completed_s if each is not None and each < last_s]
     if before is not None and (said_s := times.parse(before.report.committed_time)) is not None and said_s < last_s:

@@ -1,9 +1,9 @@
 """
-The whole of: the HTTP of calling home: a report comes in, is checked, taken in, and answered.
+The whole of: the HTTP of reports: a report is received, verified, stored, and answered.
 
 Called from: the controller, which serves `Home.application` over TLS.
-Must never: answer a report that another pod sent, hold more than a bounded number of requests, or wait for anything of the
-controller's: what a report changes is worked on later.
+Must never: accept a report for another pod, hold more than a bounded number of requests, or wait for the rest of the
+controller, which processes the effects of a report later.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class PolicyNow(NamedTuple):
-    """What jobs under a policy are told of it."""
+    """A policy as it is sent to the jobs under it."""
 
     spec: Mapping[str, Any] | None
     generation: int
@@ -53,7 +53,7 @@ NO_POLICY: Final = PolicyNow(None, 0)
 
 
 class Home:
-    """Who answers when a sidecar calls."""
+    """The HTTP handler of reports."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Home:
 
 
 def _differences(report: home.Report, identity: authenticate.Identity, pod: injected.Pod) -> list[str]:
-    """What a report says of itself and is not so."""
+    """Fields in which a report contradicts its sender's token or pod."""
     pairs = (
         ("namespace", report.namespace, identity.namespace),
         ("pod", report.pod, identity.pod),
@@ -150,7 +150,7 @@ def _differences(report: home.Report, identity: authenticate.Identity, pod: inje
 
 def _refuse(refused: Refused) -> web.Response:
     metrics.REPORTS.labels(refused.result.value).inc()
-    # Not louder: a pod that is refused comes again every few seconds, and its own log says why.
+    # At DEBUG: a refused pod reports again every few seconds, and its own log has the reason.
     _log.debug(
         "refused a report: %s", refused, extra={Field.STATUS: refused.status, Field.REASON: refused.result.value}
     )

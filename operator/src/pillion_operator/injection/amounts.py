@@ -1,5 +1,5 @@
 """
-The whole of: what our containers ask for and may take, beside the containers that are in the pod.
+The whole of: requests and limits of the injected containers, given the other containers of the pod.
 
 Called from: `sidecar_spec`, `overrides`.
 Must never: leave out a request or the memory limit: a container without them is refused in a namespace with a quota; or set a limit
@@ -29,7 +29,7 @@ _LIMIT_RANGER: Final = "kubernetes.io/limit-ranger"
 
 
 def said(bare: Json, declared: Json | None) -> dict[str, dict[str, Any]]:
-    """The amounts that a pod says for the sidecar that it declares, without the defaults that a LimitRange has filled in."""
+    """The amounts that a pod declares for its sidecar, without the defaults of a LimitRange."""
     resources = (declared or {}).get("resources") or {}
     defaults = _defaults(
         pods.metadata_map(bare, "annotations").get(_LIMIT_RANGER, ""), (declared or {}).get("name", "")
@@ -58,9 +58,9 @@ def of_sidecar(
 
     Args:
         resources: the policy's.
-        beside: the pod's containers, init containers too, without ours.
+        beside: the pod's own containers and init containers.
         charged_bytes: the arena, where the sidecar pays for it.
-        declared: what the pod says for the sidecar that it declares.
+        declared: the amounts that the pod declares for its sidecar.
 
     A pod of the class Guaranteed stays one: it would lose its own cores otherwise. A CPU limit is set only where each container
     of the pod has one, as it slows the drain.
@@ -93,7 +93,7 @@ def of_client(resources: policy.Resources, beside: Sequence[Json]) -> Json:
 
 
 def _disk(beside: Sequence[Json], declared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Local storage, by part: what the pod declares for the sidecar, else enough for it where another container says some."""
+    """Local storage, by part: what the pod declares for the sidecar, else enough for it where another container sets an amount."""
     storage: dict[str, dict[str, Any]] = {"requests": {}, "limits": {}}
     for part, amounts in storage.items():
         if (own := (declared.get(part) or {}).get(STORAGE)) is not None:
@@ -102,7 +102,7 @@ def _disk(beside: Sequence[Json], declared: Mapping[str, Mapping[str, Any]]) -> 
             amounts[STORAGE] = policy.format_bytes(DISK_BYTES)
     request, limit = (quantities.num_bytes(storage[part].get(STORAGE)) for part in ("requests", "limits"))
     if request and limit and request > limit:
-        # One of the two is ours: it gives way.
+        # The value that injection chose gives way.
         given = "requests" if (declared.get("requests") or {}).get(STORAGE) is not None else "limits"
         storage["limits" if given == "requests" else "requests"][STORAGE] = storage[given][STORAGE]
     return storage

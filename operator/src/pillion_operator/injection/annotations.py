@@ -1,5 +1,5 @@
 """
-The whole of: the annotations and labels under ``pillion.dev/``: their names, what a user may write in them, and reading it.
+The whole of: the annotations and labels under ``pillion.dev/``: their names, their allowed values, and parsing them.
 
 Called from: `decide`; the controller, for the names. `docs/reference/annotations.md` is this module in words.
 Must never: stop at the first problem, or judge a value by anything but the value; limits of the policy are in `overrides`.
@@ -66,7 +66,7 @@ class ClientSource(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodAnnotations:
-    """What the annotations of a pod say. A value that was refused is as if it were absent."""
+    """The annotations of a pod as values. A value that is not allowed counts as absent."""
 
     policy: str = ""
     """Name of the policy. Empty: the pod did not opt in."""

@@ -2,9 +2,9 @@
 The whole of: laying parts into a pod, and taking them out again.
 
 Called from: `decide`, and `pillion-operator inject --remove`. `insert` on a pod that has the parts brings them up to date and leaves
-everything where it is, with what other webhooks added to our containers; `remove` is the inverse.
+everything in place, with the fields that other webhooks added to the injected containers; `remove` is the inverse.
 
-Must never: touch what it did not put there; reorder a list; change what it is given. A list that becomes empty is taken away:
+Must never: touch what it did not add; reorder a list; change its arguments. A list that becomes empty is removed:
 an empty list and none are the same to the API server.
 """
 
@@ -106,9 +106,9 @@ def mark(pod: Json, record: status.Status, parts: Parts) -> None:
 
 def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
     """
-    The init containers with ours among them.
+    The init containers with the injected ones among them.
 
-    Where ours are already, they stay. Else the sidecar goes in front of the first init container that ends, so that it reads the
+    Injected containers that exist stay in place. Otherwise the sidecar goes in front of the first init container that ends, so that it reads the
     last checkpoint while that one runs, and behind the native sidecars there: one of them may serve its volume (a FUSE driver's),
     and one its network (a mesh's proxy, which it stands behind wherever that is). The client goes right behind the sidecar.
     """

@@ -1,7 +1,7 @@
 """
-The whole of: a CheckpointPolicy object as the injection needs it: the spec, and what tells one version from another.
+The whole of: a CheckpointPolicy object as the injection needs it: the spec, and what identifies its version.
 
-Called from: whoever reads policies, from the API server or from a file.
+Called from: every reader of policies, from the API server or from a file.
 Must never: raise for a policy that cannot be used; that is a decision about pods, and the controller's condition.
 """
 
@@ -22,10 +22,10 @@ class CheckpointPolicy:
     uid: str = ""
     generation: int = 0
     spec: policy.Policy | None
-    """None: it cannot be used, and `problems` says why."""
+    """None: the policy is invalid; `problems` lists why."""
     problems: tuple[str, ...] = ()
     failure_policy: policy.FailurePolicy | None = None
-    """What its `failurePolicy` says, even where the rest cannot be used. None: nothing that is allowed."""
+    """Its `failurePolicy`, even where the rest is invalid. None: not an allowed value."""
 
 
 def from_object(document: Mapping[str, Any]) -> CheckpointPolicy:

@@ -2,7 +2,7 @@
 The whole of: the decision about one pod: inject it, leave it alone, or refuse it.
 
 Called from: the webhook, and `pillion-operator inject`. A decision is a value; the reason in it feeds event, metric and log alike.
-Must never: raise for anything that a pod or a policy says; change what it is given.
+Must never: raise for the content of a pod or a policy; change its arguments.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def inject(
         checkpoint_policy: the policy that its annotation names; None: there is none.
         settings: the operator's.
         parsed: the pod's annotations where the caller has parsed them; a pod may have thousands. None: they are parsed here.
-        made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: the pod tells.
+        made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: read from the pod.
         claim: the PersistentVolumeClaim that the policy names. None: not known.
     """
     raw = pods.metadata_map(pod, "annotations")
@@ -98,7 +98,7 @@ def inject(
     pod_annotations, problems = parsed or annotations.parse(raw)
     if not pod_annotations.inject:
         return Skip(reason=Reason.OPTED_OUT)
-    # Who cannot be injected starts untouched, or not at all, as the policy says.
+    # A pod that cannot be injected starts unchanged or is refused, depending on the policy.
     failure_policy = (checkpoint_policy.failure_policy if checkpoint_policy else None) or settings.failure_policy
     refuse = Deny if failure_policy is policy.FailurePolicy.FAIL else Skip
     if checkpoint_policy is None:
@@ -167,7 +167,7 @@ def _misplaced(bare: Json) -> list[str]:
 
 
 def _collisions(bare: Json, chosen: tuple[str, ...]) -> list[str]:
-    """Names and paths of ours that the pod uses for something else, all of them."""
+    """All reserved names and paths that the pod uses for something else."""
     collisions = [
         f"volume {each['name']}"
         for each in pods.spec(bare).get("volumes") or []

@@ -1,8 +1,8 @@
 """
-The whole of: what of a pod that is injected will probably not do what its author means.
+The whole of: warnings about an injected pod: settings that probably do not do what their author means.
 
-Called from: `decide`. Each doubt is a sentence of its own with the remedy in it, for the warning of an API request and for the event.
-Must never: refuse anything; or doubt what cannot be known of the cluster.
+Called from: `decide`. Each warning is a sentence of its own with the remedy in it, for the warning of an API request and for the event.
+Must never: refuse anything; or warn about what cannot be known of the cluster.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """
-The whole of: which training a pod belongs to, and the id under which its checkpoints are kept. It is certain, or the pod is refused.
+The whole of: the training that a pod belongs to, and the id of its checkpoints. A pod without a certain id is refused.
 
 Called from: `decide`. The id is the same for every pod of a training and for each retry of it, as it is part of the path of its
-checkpoints; and no other training has it. An owner that is known to make one training gives it; what the pod says itself wins.
+checkpoints; and no other training has it. An owner of a kind that runs one training gives the id; the pod's own annotation wins.
 Must never: guess. An id that is too coarse mixes trainings, and one that is too fine begins each retry from nothing.
 
 Of labels, only those are read that the pod's known owner puts there. Sources: the controllers' documentation of their labels.
@@ -21,21 +21,21 @@ class Job:
     """What a pod belongs to."""
 
     kind: str
-    """Kind of the object that the user made, as far as the pod tells: ``PyTorchJob``, ``JobSet``, ..., or ``Pod``."""
+    """Kind of the object that the user created, as far as the pod shows it: ``PyTorchJob``, ``JobSet``, ..., or ``Pod``."""
     name: str
     """Its name."""
     id: str
     """Names the job's checkpoints in its namespace; a part of a path."""
     uid: str = ""
-    """UID of that object. Empty: the pod does not tell it."""
+    """UID of that object. Empty: not in the pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unclear:
-    """Nothing tells for certain which training a pod belongs to."""
+    """The training that a pod belongs to is ambiguous."""
 
     why: str
-    """And what to write on the pod."""
+    """The cause, and the annotation to set."""
 
 
 _BATCH_JOB: Final = ("batch", "Job")
@@ -90,7 +90,7 @@ def identify(pod: Json, job_id: str = "", *, made_by: Job | Unclear | None = Non
 
     Args:
         pod: the pod, without what injection put there.
-        job_id: what its annotation says, with `$(index)` in it perhaps. Empty: nothing.
+        job_id: the pod's annotation, which may contain `$(index)`. Empty: the pod has none.
         made_by: the object whose template the pod is. None: the pod is one that its controller made.
     """
     job = made_by or _by_owner(pod)

@@ -1,7 +1,7 @@
 """
 The whole of: what a pod may change about its sidecar, and the policy that holds for the pod afterwards.
 
-Called from: `decide`. A pod says it in annotations, or by declaring an init container ``pillion-sidecar`` of its own, which
+Called from: `decide`. A pod sets it in annotations, or by declaring an init container ``pillion-sidecar`` of its own, which
 injection then completes; an annotation wins. The policy is the ceiling: no limit of it is raised.
 Must never: read a quantity by itself; the policy's reader does, so that both are judged alike.
 """
@@ -46,13 +46,13 @@ def apply(
     in_container: list[str] = []
     asked = _asked(pod_annotations, bare, declared)
     effective = given
-    while asked:  # One of them goes with each problem.
+    while asked:  # Each problem removes one of them.
         try:
             effective = policy.parse(_with(given, asked), embedded=False)
             break
         except policy.PolicyError as err:
             for problem in err.problems[: len(asked)]:
-                # A request above its limit: whichever of the two the pod said is to blame.
+                # A request above its limit: blame the one of the two that the pod set.
                 blamed = (problem.path, problem.path.replace("requests", "limits"), *asked)
                 path = next(each for each in blamed if each in asked)
                 _, source = asked.pop(path)
@@ -86,7 +86,7 @@ def allowed_repositories(settings: Settings) -> tuple[str, ...]:
 def _asked(
     pod_annotations: annotations.PodAnnotations, bare: Json, declared: Json | None
 ) -> dict[str, tuple[object, str]]:
-    """By path in the policy: what the pod asks for, and where it says so."""
+    """By path in the policy: the value that the pod requests, and its source."""
     asked: dict[str, tuple[object, str]] = {}
     for part, said in amounts.said(bare, declared).items():
         for name, amount in said.items():
@@ -100,7 +100,7 @@ def _asked(
 
 
 def _with(given: policy.Policy, asked: Mapping[str, tuple[object, str]]) -> dict[str, object]:
-    """The document of a policy with what a pod asks for in it."""
+    """The document of a policy with the pod's values in it."""
     document = policy.dump(given)
     for path, (value, _) in asked.items():
         *sections, last = path.split(".")
@@ -117,7 +117,7 @@ def container_problems(declared: Json, given: Json) -> list[str]:
 
     Args:
         declared: as the API server hands it on: its plug-ins may have filled in what nobody wrote.
-        given: the container as injection sets it; what says the same, or less, is no problem.
+        given: the container as injection sets it; the same values, or less, are no problem.
     """
     problems = [
         f"{key}: injection sets it"

@@ -2,7 +2,7 @@
 The whole of: how the injection reads a pod, which is a plain JSON value, so that fields of newer releases survive.
 
 Called from: every module of the injection.
-Must never: change what it is given.
+Must never: change its arguments.
 """
 
 from collections.abc import Iterable

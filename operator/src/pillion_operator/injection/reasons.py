@@ -1,8 +1,8 @@
 """
-The whole of: why a pod is injected, left alone or refused, each reason with a code and a sentence.
+The whole of: the reasons to inject a pod, leave it alone or refuse it, each with a code and a sentence.
 
 Called from: the injection, which puts a reason in each decision; events, metrics and logs, which show the same one.
-Must never: hold anything about one pod; what is particular is in the decision's details.
+Must never: hold anything about one pod; the decision's details do.
 """
 
 from enum import StrEnum

@@ -65,7 +65,7 @@ _STATUS: Final[dict[str, Any]] = {
 
 
 class NotAPod(ValueError):
-    """A value has not the shape of a pod; the text says where."""
+    """A value is not shaped like a pod; the text names the place."""
 
 
 def require(pod: Any) -> None:
@@ -78,7 +78,7 @@ def require(pod: Any) -> None:
 
 
 def problem(pod: Any, parts: tuple[str, ...] = ("metadata", "spec")) -> str:
-    """What of a pod, or of some parts of it, has another shape; empty: nothing."""
+    """Describe the first field of unexpected type in a pod, or in some parts of it; empty string if there is none."""
     if not isinstance(pod, dict) or not all(isinstance(pod.get(part), dict) for part in parts):
         return "it has no " + " and ".join(parts)
     if _is_deeper(pod, DEPTH_MOST):
@@ -87,7 +87,7 @@ def problem(pod: Any, parts: tuple[str, ...] = ("metadata", "spec")) -> str:
 
 
 def status_problem(document: Any) -> str:
-    """What of the document in a status annotation has another shape; empty: nothing."""
+    """Describe the first field of unexpected type in a status annotation; empty string if there is none."""
     return "it is nested too deep" if _is_deeper(document, DEPTH_MOST) else _problem(document, _STATUS, "")
 
 

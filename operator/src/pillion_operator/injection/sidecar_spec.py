@@ -1,6 +1,6 @@
 """
-The whole of: what injection lays into a pod: the native sidecar, the container that lays out the client, their volumes, and
-what the trainer containers get.
+The whole of: the parts that injection adds to a pod: the native sidecar, the container that installs the client, their volumes, and
+the environment and mounts of the trainer containers.
 
     pod
     +-- pillion-sidecar   init container that stays; arena, storage, token for the controller, a /tmp of its own
@@ -8,7 +8,7 @@ what the trainer containers get.
     +-- trainer           arena, and the client read-only; never the storage, never the token
 
 Called from: `decide`. Two subcommands of the sidecar's image are fixed here besides ``run``:
-``pillion-sidecar notify`` tells the supervisor in ``PILLION_RUNTIME_DIR`` that the pod is terminating and returns at once;
+``pillion-sidecar notify`` notifies the supervisor in ``PILLION_RUNTIME_DIR`` that the pod is terminating, and returns at once;
 ``pillion-sidecar client --to DIR`` lays the client library out so that an installed one wins.
 
 Must never: request a GPU, declare a port, give the sidecar a startup or readiness probe (a failing one would keep the

@@ -4,7 +4,7 @@ The whole of: the annotation ``pillion.dev/status``: what injection did to a pod
 Producer: the injection. Consumer: the injection, when it sees the pod again or takes the sidecar out; the controller; people.
 Breaking changes: removing or renaming a field. A reader takes a version that it does not know for no status at all.
 
-Must never: be trusted with more than the pod's own fields; whoever makes a pod can write it.
+Must never: be trusted with more than the pod's own fields; everyone who creates a pod can write it.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """
-The whole of: which containers of a pod train.
+The whole of: choosing the trainer containers of a pod.
 
 Called from: `decide`.
-Must never: take a choice of before back; a webhook in between may have put another container first.
+Must never: revise an earlier choice; a webhook in between may have put another container first.
 """
 
 from typing import Final
@@ -47,7 +47,7 @@ def choose(
 
 
 def is_guessed(bare: Json, pod_annotations: annotations.PodAnnotations) -> bool:
-    """Whether several containers may train, and nothing tells which one does."""
+    """Whether several containers may train and the choice between them is a guess."""
     main, candidates = _main(bare)
     return not (pod_annotations.containers or main or _with_devices(bare)) and len(candidates) > 1
 
@@ -74,7 +74,7 @@ def _with_devices(bare: Json) -> tuple[str, ...]:
 
 def _devices(container: Json) -> list[str]:
     """
-    The devices that a container asks for.
+    The devices that a container requests.
 
     Source: Kubernetes documentation, "Extended Resources" (a name with a domain) and "Dynamic Resource Allocation" (claims).
     """

@@ -1,7 +1,7 @@
 """
-The whole of: as which user our containers run, and with which rights.
+The whole of: user, group and rights of the injected containers.
 
-Called from: `sidecar_spec`; `doubts`, for what is not known of the trainer's user.
+Called from: `sidecar_spec`; `doubts`, for a warning about an unknown user.
 Must never: give more than the restricted Pod Security profile has, except to a sidecar that is root.
 """
 
@@ -48,7 +48,7 @@ def is_unknown(bare: Json, trainers: tuple[str, ...]) -> bool:
 
 
 def asks_for_no_more(key: str, value: Any, given: Json) -> bool:
-    """Whether a key of a declared security context says what the sidecar gets anyway, or less than that."""
+    """Whether a key of a declared security context sets what the sidecar gets anyway, or less."""
     match key:
         case "privileged":
             return value is False

@@ -3,7 +3,7 @@ One webhook process: its parts, its ports, and the order in which they begin and
 
 Called from: `__main__`. The only place where the parts meet.
 
-    SIGTERM, SIGINT     not ready any more; goes on serving for `shutdown_grace_s`, so that whoever still knows this replica is
+    SIGTERM, SIGINT     no longer ready; serves requests for `shutdown_grace_s`, so that clients that still know this replica are
                         answered; then ends
 
     :8443  TLS          /mutate
@@ -77,7 +77,7 @@ class Webhook:
         try:
             async with self.health, tls:
                 self.port = tls.port
-                # What was imported never goes away. Looking through it for garbage takes 20 ms, which some pod would wait for.
+                # Imported modules are never freed. Scanning them for garbage takes 20 ms, for which a review would wait.
                 gc.collect()
                 gc.freeze()
                 _log.info("serving admission", extra={Field.PORT: self.port})
@@ -90,7 +90,7 @@ class Webhook:
             await process.cancel([*tasks, stopping], CLOSE_S)
 
     def missing(self) -> Sequence[str]:
-        """What keeps this replica from being ready."""
+        """Conditions that keep this replica from being ready."""
         return [
             text
             for text, is_missing in (
@@ -110,6 +110,6 @@ class Webhook:
         await self.events.flush()
 
     def _certificate_changed(self, material: serving.Material) -> None:
-        """Pods that are injected from now on trust whom the certificate is of."""
+        """Give new pods the authority of the current certificate."""
         if material.authority:
             self.server.settings = dataclasses.replace(self.server.settings, home_ca=material.authority)

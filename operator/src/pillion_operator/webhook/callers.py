@@ -1,5 +1,5 @@
 """
-The whole of: who may ask the webhook, where the API server shows a certificate of its own.
+The whole of: the clients that the webhook accepts, where the API server has a client certificate.
 
 Called from: `server`, before a body is read. That a certificate is of the right authority, TLS has seen to by then.
 Must never: let somebody through because a certificate has no name.
@@ -27,11 +27,11 @@ def names(certificate: Mapping[str, Any] | None) -> set[str]:
 
 def may_ask(certificate: Mapping[str, Any] | None, allowed: str) -> bool:
     """
-    Whether the owner of a certificate may ask.
+    Whether the webhook accepts a client by its certificate.
 
     Args:
         certificate: see `names`.
-        allowed: names, separated by commas. Empty: everybody who has a certificate of the authority.
+        allowed: names, separated by commas. Empty: every certificate of the authority is accepted.
     """
     wanted = {name.strip() for name in allowed.split(",")} - {""}
     return bool(certificate) and (not wanted or bool(wanted & names(certificate)))

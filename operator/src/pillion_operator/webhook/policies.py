@@ -1,9 +1,9 @@
 """
 The whole of: the CheckpointPolicy that a pod names: from the cache, or, where it is not there, from the API server.
 
-Called from: `server`, for each pod. A policy that was made a moment ago may not be in the cache yet, and one pod of a job that is
-refused for it is one too many: so a miss is asked about, once for all who ask at the same time.
-Must never: ask about what is in the cache; take longer than `LOOKUP_S`; ask more often because somebody makes up names.
+Called from: `server`, for each pod. A new policy may not be in the cache yet, and a pod of its job must not be
+refused for that: so a miss is looked up, once for all concurrent callers.
+Must never: look up what is in the cache; take longer than `LOOKUP_S`; look up more because somebody invents names.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ Key = tuple[str, str]
 
 
 class LookupFailed(Exception):
-    """Whether there is such a policy is not known; the text says why."""
+    """The lookup of a policy failed; the text is the cause."""
 
 
 class Policies:
-    """Every CheckpointPolicy of the cluster."""
+    """The cache of every CheckpointPolicy in the cluster."""
 
     def __init__(self, api: client.Client) -> None:
         self._client = api
@@ -46,7 +46,7 @@ class Policies:
         self._asked: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
         self._missing: OrderedDict[Key, float] = OrderedDict()
         self._questions = ASKED_BURST
-        """That may be asked now; see `ASKED_PER_S`."""
+        """Lookups that are allowed now; see `ASKED_PER_S`."""
         self._counted_s = time.monotonic()
 
     @property
@@ -55,7 +55,7 @@ class Policies:
         return self._reflector.synced.is_set()
 
     async def run(self) -> None:
-        """Keep the cache. Blocks: until it is cancelled."""
+        """Maintain the cache. Blocks: until it is cancelled."""
         watching = asyncio.create_task(self._reflector.run(), name="policies")
         try:
             await self._reflector.synced.wait()
@@ -70,7 +70,7 @@ class Policies:
         The policy of that name, or None: there is none.
 
         Raises:
-            LookupFailed: the API server does not say, or may not be asked now.
+            LookupFailed: the API server does not answer, or too many lookups are in progress.
         """
         cached = self._reflector.get(namespace, name)
         if cached is not None:
@@ -85,7 +85,7 @@ class Policies:
             task = asyncio.create_task(self._ask(key), name="policy")
             self._asked[key] = task
             task.add_done_callback(lambda _: self._asked.pop(key, None))
-        # Who asked first may be gone before the answer comes; the others still want it.
+        # The first caller may be cancelled before the answer comes; the others still need it.
         return await asyncio.shield(self._asked[key])
 
     def _count_question(self) -> None:

@@ -1,9 +1,9 @@
 """
-The whole of: Events about pods that are refused or start without a sidecar: on their owner, once the API server says that it exists.
+The whole of: Events about pods that are refused or start without a sidecar: on their owner, once the API server confirms that it exists.
 
 Called from: `server`, with `post`, which never waits and never fails; `run` is one task of the process.
-Must never: write an Event because a review says so: everybody who reaches the port can send one, and the Event would be in any namespace,
-in our name. An owner's UID is known to those only who may read it.
+Must never: write an Event for an unverified review: every client that reaches the port can send one, and the Event would be in any namespace,
+in the operator's name. Only accounts that may read an owner know its UID.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class _Refusal:
 
 
 class Refusals:
-    """A bounded queue of refusals, and the one task that looks at their owners."""
+    """A bounded queue of refusals, and the one task that looks up their owners."""
 
     def __init__(self, api: client.Client, posted: events.Events) -> None:
         self._client = api
@@ -71,10 +71,10 @@ class Refusals:
 
     def post(self, about: Json, reason: str, message: str) -> None:
         """
-        Say on a pod's owner what became of the pod. Never blocks, never raises.
+        Queue an Event about a pod, for the pod's owner. Never blocks, never raises.
 
         Args:
-            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of the owner, as the review says.
+            about: `apiVersion`, `kind`, `namespace`, `name` and `uid` of the owner, from the review.
             reason: a code in CamelCase.
             message: for a person.
         """
@@ -86,7 +86,7 @@ class Refusals:
             metrics.EVENTS_DROPPED.labels("queue").inc()
 
     async def run(self) -> None:
-        """Look, and post. Blocks: until it is cancelled."""
+        """Look up owners, and post Events. Blocks: until it is cancelled."""
         while True:
             refusal = await self._waiting.get()
             try:
@@ -132,7 +132,7 @@ class Refusals:
 
 
 def path_of(about: Json) -> str | None:
-    """Where an owner is in the API; None: it cannot be looked up."""
+    """Path of an owner in the API; None if its kind cannot be looked up."""
     resource = OWNERS.get((str(about.get("apiVersion")), str(about.get("kind"))))
     name, namespace = about.get("name"), about.get("namespace")
     if resource is None or not about.get("uid") or not (_is_name(name) and _is_name(namespace)):

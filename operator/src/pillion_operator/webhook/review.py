@@ -1,5 +1,5 @@
 """
-The whole of: the AdmissionReview: what it asks about, and how a decision is put in its words.
+The whole of: the AdmissionReview: reading one, and encoding a decision as its response.
 
 Called from: `server`, with what came and what was decided.
 Must never: wait, read a clock, or raise for a decision. `BadReview` is for what is no question about a pod.
@@ -27,12 +27,12 @@ _NOT_WORTH_A_WARNING: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, 
 
 
 class BadReview(Exception):
-    """What came is no AdmissionReview of the version that the webhook is registered with; the text says what is wrong."""
+    """The body is not an AdmissionReview of the registered version; the text names the problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the API server asks."""
+    """The request in a review."""
 
     uid: str
     namespace: str
@@ -43,10 +43,10 @@ class Question:
 
 def read(body: bytes) -> Question:
     """
-    What a request asks.
+    Read a review.
 
     Raises:
-        BadReview: it is none.
+        BadReview: the body is not a review.
     """
     try:
         document = json.loads(body)
@@ -66,7 +66,7 @@ def read(body: bytes) -> Question:
     is_pod = is_made and (kind.get("group"), kind.get("version"), kind.get("kind")) == ("", "v1", "Pod")
     pod, namespace = request.get("object"), request.get("namespace")
     if isinstance(pod, dict) and isinstance(pod.get("metadata"), dict):
-        # Who wrote which field is half of many a pod. Injection neither reads nor writes it, and what is not there is not copied.
+        # managedFields are half of many a pod. Injection does not use them, and dropping them saves copying them.
         pod["metadata"].pop("managedFields", None)
     if is_pod and not isinstance(pod, dict):
         raise BadReview("request.object is missing")
@@ -83,7 +83,7 @@ def answer(question: Question, decision: decide.Decision | None) -> bytes:
     The AdmissionReview that answers a question.
 
     Args:
-        question: what was asked.
+        question: the request.
         decision: about its pod. None: there is no pod, and what there is stays as it is.
     """
     response: Json = {"uid": question.uid, "allowed": not isinstance(decision, decide.Deny)}
@@ -123,7 +123,7 @@ def about(question: Question) -> Json:
 
     A pod of nobody is named by its own name, or by what its name will begin with.
     """
-    # Of what has no metadata of a pod nothing is said but that.
+    # An object without a pod's metadata has no name to report.
     pod = question.pod if question.pod is not None and not shape.problem(question.pod, ("metadata",)) else {}
     owner: Any = pods.controller(pod)
     if owner:
@@ -136,6 +136,6 @@ def about(question: Question) -> Json:
 
 
 def _clip(text: str, most: int) -> str:
-    # A line break would end the header that carries a warning.
+    # A line break would end the HTTP header that carries a warning.
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

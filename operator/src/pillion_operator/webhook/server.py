@@ -1,13 +1,13 @@
 """
 The whole of: answering the API server: one POST, one AdmissionReview.
 
-Called from: `app`. What an error of this process means for a pod, its policy says, or the operator's setting where no policy is known.
-Must never: leave a request without an answer within `DEADLINE_S`, after which the API server would give up on us; take what
-comes for the API server's word: everybody who reaches the port can send a review, so that it costs a bounded amount, and leaves no
+Called from: `app`. On an internal error the pod's policy decides about the pod, or the operator's setting where no policy is known.
+Must never: leave a request without an answer within `DEADLINE_S`, after which the API server would give up; trust a
+review as the API server's: every client that reaches the port can send one, so that it costs a bounded amount, and leaves no
 Event that was not verified.
 
-    POST /mutate     an AdmissionReview of a pod that is to be made; 200 with the answer
-                     400: no AdmissionReview; 403: not the API server's certificate, where one is asked for
+    POST /mutate     an AdmissionReview of a pod that is to be created; 200 with the answer
+                     400: no AdmissionReview; 403: not the API server's certificate, where one is required
                      408, 413, 503: the body is too slow, too long, or one of too many
 """
 
@@ -55,17 +55,17 @@ _QUIET: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_
 
 
 class Server:
-    """The handler, and what it decides with."""
+    """The HTTP handler of reviews."""
 
     def __init__(self, cache: policies.Policies, queue: refusals.Refusals, settings: Settings) -> None:
         """
         Args:
             cache: the policies of the cluster.
-            queue: who says on a pod's owner that the pod was refused.
+            queue: posts Events about refused pods on their owners.
             settings: see there.
         """
         self.settings = settings
-        """With what pods are injected from now on; replaced when the certificate's authority changes."""
+        """Settings for the next injection; replaced when the certificate's authority changes."""
         self.is_ending = False
         """Whether connections are closed with their next answer, so that the API server finds another replica."""
         self._policies = cache
@@ -124,7 +124,7 @@ class Server:
         pod, policy_object = question.pod or {}, None
         try:
             async with asyncio.timeout_at(until_s):
-                # The name is judged before it becomes a part of a path.
+                # The name is validated before it becomes part of a path.
                 parsed = annotations.parse(pods.metadata_map(pod, "annotations"))
                 if parsed.annotations.policy and parsed.annotations.inject:
                     policy_object = await self._policies.find(question.namespace, parsed.annotations.policy)
@@ -135,7 +135,7 @@ class Server:
         except TimeoutError:
             return self._failed(policy_object, f"it took longer than {DEADLINE_S:.0f} s")
         except Exception as err:
-            # The boundary of the process: what is wrong with us must not decide about a pod, but the policy.
+            # The boundary of the process: the policy, and not an internal error, decides about a pod.
             _log.exception("injection failed", extra={Field.NAMESPACE: question.namespace})
             return self._failed(policy_object, f"{type(err).__name__}: {err}")
 
@@ -145,7 +145,7 @@ class Server:
         return refuse(reason=Reason.INTERNAL_ERROR, details=(why,))
 
     def _tell(self, question: review.Question, decision: decide.Decision, elapsed_s: float) -> None:
-        """The same decision in metric, log and event."""
+        """Report a decision in metric, log and event alike."""
         kind = review.name(decision)
         metrics.ADMISSION_REQUESTS.labels(kind, decision.reason.value).inc()
         is_quiet = decision.reason in _QUIET
@@ -162,8 +162,8 @@ class Server:
                 Field.ELAPSED: round(elapsed_s, 4),
             },
         )
-        # A dry run leaves nothing behind, and the webhook is registered without side effects for it. That a pod was injected the
-        # controller says, when the pod is there.
+        # A dry run leaves nothing behind, and the webhook is registered without side effects for it. The Event of an injection is
+        # the controller's, once the pod exists.
         if is_quiet or question.is_dry_run or isinstance(decision, decide.Inject):
             return
         self._refusals.post(about, decision.reason.value, message)
