@@ -89,6 +89,14 @@ def test_the_callers_that_a_module_names_exist() -> None:
     assert not missing, missing
 
 
+def test_the_files_that_it_names_exist() -> None:
+    """A path may begin at any folder of a package; `...` stands for its way there."""
+    files = [str(path) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    named = set(re.findall(r"`(?:[\w.-]+/\.\.\./)?([\w/-]+\.py)`", TEXT))
+    assert len(named) > 50
+    assert sorted(name for name in named if not any(file.endswith(f"/{name}") for file in files)) == []
+
+
 def test_the_places_that_it_names_exist() -> None:
     """`module.name` and `Class.method` are where the tables say."""
     sources = [each for package in SOURCES for each in modules(package)]
