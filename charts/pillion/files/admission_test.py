@@ -26,7 +26,7 @@ def main() -> int:
         token = file.read()
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     trusted = ssl.create_default_context(cafile=f"{ACCOUNT}/ca.crt")
-    # Some clusters' authorities lack an Authority Key Identifier, as client-go does not mind.
+    # The authorities of some clusters lack an Authority Key Identifier, which client-go accepts.
     trusted.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     pod = {
         "apiVersion": "v1",
@@ -36,19 +36,19 @@ def main() -> int:
     }
     url = f"https://{host}:{port}/api/v1/namespaces/{os.environ['TEST_NAMESPACE']}/pods?dryRun=All"
     status, text = ask(url, pod, {"Authorization": f"Bearer {token}"}, trusted)
-    # With failurePolicy Ignore, such a pod is let through with a warning that says the same.
+    # With failurePolicy Ignore, such a pod is admitted with a warning of the same reason.
     if "PolicyMissing" not in text:
         print(f"webhook: expected PolicyMissing, as a refusal or a warning, got {status}: {text}")
         return 1
-    print(f"webhook: asked about a pod without its policy, it answers in our words ({status})")
-    # Whether the certificate is right is the API server's part of the test; this is about the way to the leader.
+    print(f"webhook: a pod that names a missing policy gets PolicyMissing ({status})")
+    # The API server checks the certificate in its part of the test; this part tests the path to the leader.
     anyone = ssl.create_default_context()
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
     status, text = ask(f"{os.environ['HOME_URL']}/v1/report", {}, {}, anyone)
     if status != 401:
-        print(f"call-home: expected 401 for a call without a token, got {status}: {text}")
+        print(f"controller: expected 401 for a report without a token, got {status}: {text}")
         return 1
-    print("call-home: a call without a token is refused")
+    print("controller: a report without a token is refused")
     return 0
 
 

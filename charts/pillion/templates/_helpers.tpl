@@ -67,10 +67,10 @@ spec:
       {{- $selector | nindent 6 }}
   strategy:
     {{- if .values.hostNetwork }}
-    # Its ports are the node's: where each node has a replica, a successor can start only once one has gone.
+    # The pod uses the node's ports: if each node has a replica, a new one can start only after an old one has ended.
     rollingUpdate: {maxUnavailable: 1, maxSurge: 0}
     {{- else }}
-    # A replica goes only when its successor is ready.
+    # A replica ends only when its successor is ready.
     rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
     {{- end }}
   template:
@@ -99,7 +99,7 @@ spec:
       dnsPolicy: ClusterFirstWithHostNet
       {{- end }}
       securityContext:
-        # No user: the image says 65532, and OpenShift gives each namespace users of its own.
+        # No user here: the image sets 65532, and OpenShift gives each namespace its own users.
         runAsNonRoot: true
         seccompProfile: {type: RuntimeDefault}
       containers:

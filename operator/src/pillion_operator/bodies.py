@@ -55,7 +55,7 @@ class Bodies:
         self._within_s = within_s
         self._held: set[_Body] = set()
         self._coming: dict[_Body, None] = {}
-        """Those of them that are not whole yet, in the order in which they began."""
+        """The incomplete bodies, in the order in which they began."""
         self._num_bytes = 0
 
     @contextlib.asynccontextmanager

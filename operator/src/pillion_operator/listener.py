@@ -133,7 +133,7 @@ class Listener:
                 transport, guest, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
             )
         except OSError:
-            # Of TLS too. A peer that speaks something else, or trusts another authority, has been answered by TLS itself.
+            # This includes errors of TLS. A peer with another protocol or another authority got its answer from TLS itself.
             transport.abort()
             return
         server = self._runner.server

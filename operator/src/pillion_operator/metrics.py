@@ -193,7 +193,7 @@ _JOB_COUNTERS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRow:
-    """What the series of one job show."""
+    """The values of one job's series."""
 
     namespace: str
     job: str

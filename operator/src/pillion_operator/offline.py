@@ -43,7 +43,7 @@ _MADE_ELSEWHERE: Final = ("TrainJob",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one pod or template."""
+    """The outcome of one pod or template."""
 
     where: str
     """``Kind/name``, and the path of the template in it."""

@@ -32,7 +32,7 @@ class CertificateMode(StrEnum):
     CERT_MANAGER = "CertManager"
     """cert-manager, which also writes the authority into the webhook configuration."""
     PROVIDED = "Provided"
-    """Whoever installs the chart. The operator reads the Secret, and writes nothing."""
+    """The user who installs the chart. The operator reads the Secret, and writes nothing."""
 
 
 def _default_image() -> str:

@@ -39,7 +39,7 @@ configuration.
 
 
 class Due(StrEnum):
-    """What has to be made."""
+    """The certificates that are due."""
 
     KEEP = "Keep"
     RENEW_LEAF = "RenewLeaf"
@@ -63,7 +63,7 @@ class Authority:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """What is served."""
+    """A serving certificate, with its key."""
 
     chain: str
     """PEM; the leaf's own certificate first."""
@@ -72,7 +72,7 @@ class Leaf:
 
 
 def decide(authority: Authority | None, leaf: Leaf | None, names: Collection[str], now: datetime) -> Due:
-    """What has to be made so that a leaf for all these names can be served for long enough."""
+    """Decide which certificates are due, so that a leaf for all these names can be served for long enough."""
     signer = _read(authority.certificate) if authority else None
     if authority is None or signer is None or not _is_pair(signer, authority.key) or _is_old(signer, now):
         return Due.RENEW_AUTHORITY

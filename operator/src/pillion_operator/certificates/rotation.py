@@ -119,7 +119,7 @@ class Rotation:
 
         due = issue.decide(authority, leaf, names, now)
         if due is issue.Due.RENEW_AUTHORITY or authority is None:
-            # Also where both Secrets were deleted: what is served in memory goes on being trusted.
+            # Also where both Secrets were deleted: the certificate that is served from memory stays trusted.
             trusted += trusted_now(configuration or {})
             authority = issue.make_authority(now, before=authority, trusted=trusted)
             await self._write(
@@ -223,7 +223,7 @@ def read_authority(secret: Json | None) -> issue.Authority | None:
 
 
 def authority_data(authority: issue.Authority) -> dict[str, str]:
-    """What its Secret holds."""
+    """The data of its Secret."""
     data = {
         serving.AUTHORITY: "".join([authority.certificate, *authority.previous]),
         _AUTHORITY_KEY: authority.key,

@@ -30,7 +30,7 @@ AUTHORITY: Final = "ca.crt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """What a Secret of the type ``kubernetes.io/tls`` holds, PEM. What is missing, or no text, is empty."""
+    """The content of a Secret of the type ``kubernetes.io/tls``, PEM. A field that is missing or not text is empty."""
 
     chain: str
     key: str
@@ -38,7 +38,7 @@ class Material:
 
 
 def material(secret: Json) -> Material:
-    """What is in a Secret."""
+    """Read the content of a Secret."""
     return Material(chain=text(secret, CERTIFICATE), key=text(secret, KEY), authority=text(secret, AUTHORITY))
 
 
@@ -83,7 +83,7 @@ class Serving:
         # as it would after load_cert_chain in place, where a key of another kind is kept beside the new one.
         self.context.sni_callback = self._choose
         self.material: Material | None = None
-        """What is served; None: nothing yet."""
+        """The served certificate; None before there is one."""
         self._newest: ssl.SSLContext | None = None
         self._name = secret
         self._on_change = on_change

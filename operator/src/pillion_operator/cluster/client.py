@@ -74,7 +74,7 @@ class Unreachable(Exception):
 
 
 class PatchKind(StrEnum):
-    """How the body of a patch is meant; its value is the content type."""
+    """Kind of a patch; its value is the content type."""
 
     MERGE = "application/merge-patch+json"
     JSON = "application/json-patch+json"
@@ -92,7 +92,7 @@ class WatchEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """How an API server is reached, for a library that brings a client of its own. Must never be logged."""
+    """Address and credentials of an API server, for a library with its own client. Must never be logged."""
 
     server: str
     authority: str | None
@@ -102,7 +102,7 @@ class Connection:
     """File of our own certificate; None: there is none."""
     key: str | None
     token: str
-    """Of this minute; empty: there is none."""
+    """Current bearer token; empty if there is none."""
 
 
 class Client:
@@ -154,7 +154,7 @@ class Client:
         await self._rest.close()
 
     async def connection(self) -> Connection:
-        """How this API server is reached, as it is now: a token lives for an hour."""
+        """Address and current credentials of this API server: a token lives for an hour."""
         api_configuration = self._configuration
         # The loader for a pod writes "bearer", the one for a kubeconfig "Bearer".
         _, _, token = str(await api_configuration.get_api_key_with_prefix("BearerToken") or "").partition(" ")
@@ -303,7 +303,7 @@ class Client:
             watch="true",
             allowWatchBookmarks="true",
             resourceVersion=resource_version,
-            # Whole seconds, and never zero, which stands for the server's own half an hour or more.
+            # In whole seconds, and never zero, which selects the server's default of half an hour or more.
             timeoutSeconds=max(1, math.ceil(timeout_s)),
             labelSelector=label_selector,
             fieldSelector=field_selector,

@@ -60,7 +60,7 @@ class _Posted:
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """What the queue holds. All but the key is for an Event that does not exist yet."""
+    """An entry of the queue. All fields but the key are for an Event that does not exist yet."""
 
     key: Key
     about: Json

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long what takes; all in seconds."""
+    """Durations of a Lease, in seconds."""
 
     lifetime_s: int = LIFETIME_S
     renew_s: float = RENEW_S
@@ -55,7 +55,7 @@ class Record:
     holder: str
     lifetime_s: float
     renewed: str
-    """As it stands there: it is compared with itself only."""
+    """The time as text; it is only compared with earlier texts."""
 
 
 def is_free(record: Record, *, mine: str, seen_s: float, now_s: float) -> bool:

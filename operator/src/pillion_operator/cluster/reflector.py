@@ -91,7 +91,7 @@ class Reflector(Generic[T]):
         self._failures = 0
 
     def get(self, namespace: str, name: str) -> T | None:
-        """What is kept of an object, or None."""
+        """The kept part of an object, or None."""
         return self._kept.get((namespace, name))
 
     def values(self) -> Iterable[T]:

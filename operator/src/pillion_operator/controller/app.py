@@ -4,7 +4,7 @@ One controller process: its parts, its ports, and the order in which they begin 
 Called from: `__main__`. The only place where the parts meet.
 
     without the Lease   serves health and metrics, and waits
-    with the Lease      certificates, caches, kopf, call-home, and the writer; then its address for the sidecars
+    with the Lease      certificates, caches, kopf, the report endpoint, and the writer; then its address for the sidecars
     SIGTERM, SIGINT     removes its address, stops, releases the Lease
     Lease lost          exits at once with a status other than 0, and is restarted: another replica may be active
 
@@ -100,7 +100,7 @@ class Controller:
         self.serving = serving.Serving(api, settings.namespace, settings.secret_name)
         self.health = health.Health(settings.listen_address, settings.health_port, self.missing, self.stuck)
         self.endpoint: endpoint.Endpoint | None = None
-        """Where sidecars are sent, once they are served."""
+        """The published address for sidecars, once the report endpoint is open."""
         self._api = api
         self._restore_signals = restore_signals
         self._lease = lease.Lease(api, settings.namespace, settings.lease_name, settings.pod_name)

@@ -97,7 +97,7 @@ class Checkpoint:
 
     @property
     def about(self) -> Json:
-        """What an event on it refers to."""
+        """The reference to it in an event."""
         named = {"namespace": self.namespace, "name": self.name, "uid": self.uid}
         return {"apiVersion": API_VERSION, "kind": KIND} | named
 
@@ -160,7 +160,7 @@ class Checkpoints:
         self._open: dict[JobKey, dict[str, Checkpoint]] = {}
 
     def changed(self, _: tuple[str, str], old: Checkpoint | None, new: Checkpoint | None) -> None:
-        """What a Reflector calls."""
+        """Take a change in; called by a Reflector."""
         if new is not None:
             self.put(new)
         elif old is not None:

@@ -48,7 +48,7 @@ FINISHED_MOST: Final = 4096
 
 
 class Reason(StrEnum):
-    """Of the condition Ready of a request, and of the events on it."""
+    """Reasons of the condition Ready of a request, and of the events on it."""
 
     REQUESTED = "Requested"
     SAVING = "Saving"

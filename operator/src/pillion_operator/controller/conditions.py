@@ -31,7 +31,7 @@ _STEP_MOST: Final = 2**63 - 1
 
 
 class Reason(StrEnum):
-    """Of the conditions; a code for tools, and for the troubleshooting guide."""
+    """Reasons of the conditions: codes for tools and for the troubleshooting guide."""
 
     VALID = "Valid"
     SUSPENDED = "Suspended"

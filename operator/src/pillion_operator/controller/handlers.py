@@ -131,7 +131,7 @@ class Watcher:
 
         @kopf.on.login(registry=registry)
         async def login(**_: Any) -> kopf.ConnectionInfo:
-            # Also called when a token has expired. One client knows how to get the next.
+            # Also called when a token has expired. The client knows how to get the next one.
             connection = await self._api.connection()
             return _Login(
                 server=connection.server,

@@ -84,7 +84,7 @@ class PodIndex:
         return list({*self._on_pods, *(key for uid, key in self._owned if uid in self._on_jobs)})
 
     def pod_changed(self, _: tuple[str, str], old: injected.Pod | None, new: injected.Pod | None) -> None:
-        """What the Reflector of pods calls."""
+        """Take a change in; called by the Reflector of pods."""
         for pod, by in ((old, -1), (new, 1)):
             if pod is not None:
                 self._count(pod, by)
@@ -96,7 +96,7 @@ class PodIndex:
             self._on_job(JobKey(new.namespace, new.job_id))
 
     def job_changed(self, _: tuple[str, str], old: JobObject | None, new: JobObject | None) -> None:
-        """What the Reflector of jobs calls."""
+        """Take a change in; called by the Reflector of jobs."""
         if old is not None:
             self._on_jobs.pop(old.annotation.uid, None)
         if new is not None:

@@ -36,7 +36,7 @@ class Policy:
 
     @property
     def about(self) -> Json:
-        """What an event on it refers to."""
+        """The reference to it in an event."""
         named = {"namespace": self.namespace, "name": self.parsed.name, "uid": self.parsed.uid}
         return {"apiVersion": policy.API_VERSION, "kind": policy.KIND} | named
 

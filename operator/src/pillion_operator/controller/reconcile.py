@@ -207,7 +207,7 @@ class Reconciler:
         except client.NotFound:
             if isinstance(operation, mirror.Create):
                 raise
-            # What is gone needs nothing more; the watch brings the news of it as well.
+            # A deleted object needs nothing more; the watch reports the deletion as well.
             self.checkpoints.remove(operation.checkpoint)
         except client.Conflict:
             if isinstance(operation, mirror.Create):
@@ -239,7 +239,7 @@ class Reconciler:
 
     async def _patch(self, checkpoint: Checkpoint, status: checkpoints.Status) -> None:
         await self._pace.wait()
-        # With its UID: its successor of the same name is another object.
+        # With the UID, as a successor of the same name is another object.
         body: Json = {"metadata": {"uid": checkpoint.uid}, "status": status.to_json()}
         path = paths.CHECKPOINTS.one(checkpoint.namespace, checkpoint.name)
         self.checkpoints.put(checkpoints.project(await self._api.patch(path, body, subresource="status")))
@@ -288,7 +288,7 @@ _GOOD: Final = {
 
 
 def _flips(before: Json, after: Json) -> Sequence[tuple[str, str, bool]]:
-    """What is worth an event on a policy: a condition that turned bad, or good again."""
+    """The events on a policy: one for each condition that turned bad, or good again."""
     said = []
     for kind, good in _GOOD.items():
         old, new = conditions.condition(before, kind), conditions.condition(after, kind)

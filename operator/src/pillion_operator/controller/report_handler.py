@@ -1,7 +1,7 @@
 """
 The whole of: the effects of a report: marks for the writer, events for people, commands for the job, metrics.
 
-Called from: the call-home server, for each report; `app`, once a minute.
+Called from: the server of reports, for each report; `app`, once a minute.
 Must never: wait: slow work is left to the tasks that are marked.
 """
 

@@ -41,7 +41,7 @@ class WorkQueue(Generic[T]):
             entry.due_s = max(min(entry.due_s, at_s), self._held.get(key, at_s))
 
     def hold(self, key: T, now_s: float, pause_s: float) -> None:
-        """Not look at a key for a while, however often it is marked."""
+        """Delay a key for a while, however often it is marked."""
         self._held = {each: until_s for each, until_s in self._held.items() if until_s > now_s}
         self._held[key] = now_s + pause_s
 

@@ -82,13 +82,13 @@ class _Claims:
 
 
 class Api(Protocol):
-    """What is needed of `cluster.client.Client`."""
+    """The used part of `cluster.client.Client`."""
 
     async def create(self, path: str, body: Json) -> Json: ...
 
 
 class Pods(Protocol):
-    """What is needed of `injected.Pods`."""
+    """The used part of `injected.Pods`."""
 
     async def find(self, namespace: str, name: str, uid: str) -> object | None: ...
 

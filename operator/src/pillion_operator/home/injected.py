@@ -70,7 +70,7 @@ class Pod:
 
 
 def project(document: Json) -> Pod | None:
-    """What is kept of a pod as the API server gives it, with or without spec. None: it is not injected."""
+    """The kept part of a pod from the API server, with or without its spec. None: the pod is not injected."""
     if pods.metadata_map(document, "labels").get(annotations.INJECTED) != "true":
         return None
     injection = status.read(document)
@@ -127,7 +127,7 @@ class Cache(Protocol):
 
 
 class Api(Protocol):
-    """What is needed of `cluster.client.Client`."""
+    """The used part of `cluster.client.Client`."""
 
     async def get(self, path: str, *, metadata_only: bool = False) -> Json: ...
 

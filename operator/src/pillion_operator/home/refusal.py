@@ -13,7 +13,7 @@ RETRY_AFTER_S: Final = 5
 
 
 class Result(StrEnum):
-    """What became of a report: the label `result` of pillion_reports_total."""
+    """Result of a report: the label `result` of pillion_reports_total."""
 
     ACCEPTED = "accepted"
     STALE = "stale"
@@ -48,7 +48,7 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the response, besides the usual ones."""
+        """Additional headers of the response."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}

@@ -70,10 +70,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """What a report changed."""
+    """A received report, and its effect."""
 
     job: Job
-    """As it is known now."""
+    """The job after the report."""
     before: Job | None
     """None: it is new."""
     stale: bool = False
@@ -210,7 +210,7 @@ def _commit_gap_s(report: home.Report, before: Job | None) -> float | None:
 
 
 def _lasting(report: home.Report) -> tuple[Any, ...]:
-    """What objects and conditions are made of. What changes with each step is in none of them."""
+    """The fields from which objects and conditions are made; none of them changes with each step."""
     return tuple(getattr(report, name) for name in _LASTING)
 
 

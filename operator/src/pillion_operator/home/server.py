@@ -86,7 +86,7 @@ class Home:
         )
 
     def application(self) -> web.Application:
-        """What a server runs."""
+        """The application to serve."""
         application = web.Application()
         application.router.add_post(home.REPORT_PATH, self._post)
         return application

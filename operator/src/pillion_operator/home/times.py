@@ -29,7 +29,7 @@ def parse(text: str) -> float | None:
 
 
 def text(seconds: float) -> str:
-    """To the second, in UTC, as the API server writes it."""
+    """RFC 3339 text to the second, in UTC, as the API server writes it."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

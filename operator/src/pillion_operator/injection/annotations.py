@@ -58,7 +58,7 @@ known ones.
 
 
 class ClientSource(StrEnum):
-    """Where the trainer has the client library from."""
+    """Source of the trainer's client library."""
 
     INJECTED = "Injected"
     INSTALLED = "Installed"
@@ -81,7 +81,7 @@ class PodAnnotations:
     resources: Mapping[str, str]
     """By annotation, not yet judged: the policy's own reader does that."""
     staging_size_limit: str | None = None
-    """Not yet judged. None: the policy's."""
+    """Not yet validated. None: the policy's value."""
 
 
 class Parsed(NamedTuple):

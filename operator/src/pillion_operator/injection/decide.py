@@ -37,10 +37,10 @@ class Inject:
     pod: Json
     """The pod as it shall be. Equal to what was given where all was there already."""
     patch: list[patch.Operation]
-    """What makes `pod` of the pod that was given. Empty: nothing is left to do."""
+    """The patch from the given pod to `pod`. Empty: nothing is left to do."""
     status: status.Status
     warnings: tuple[str, ...] = ()
-    """What will probably not do what its author means."""
+    """Warnings about settings that probably do not do what their author means."""
     reason: Reason = Reason.INJECTED
 
 
@@ -50,7 +50,7 @@ class Skip:
 
     reason: Reason
     details: tuple[str, ...] = ()
-    """What is particular to this pod."""
+    """Details of this pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from pillion_operator.injection.pods import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a pod belongs to."""
+    """The training that a pod belongs to."""
 
     kind: str
     """Kind of the object that the user created, as far as the pod shows it: ``PyTorchJob``, ``JobSet``, ..., or ``Pod``."""

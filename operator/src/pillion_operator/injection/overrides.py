@@ -27,7 +27,7 @@ _DECLARED_SECURITY: Final = ("runAsUser", "runAsGroup", "runAsNonRoot")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effective:
-    """What holds for one pod."""
+    """The policy and the image for one pod."""
 
     policy: policy.Policy
     image: str
@@ -41,7 +41,7 @@ def apply(
     declared: Json | None,
     settings: Settings,
 ) -> tuple[Effective, list[str], list[str]]:
-    """What holds for the pod, and all that is wrong with its annotations and with the amounts and the image that it declares."""
+    """The policy and the image for the pod; and all problems of its annotations, and of the amounts and the image that it declares."""
     in_annotations: list[str] = []
     in_container: list[str] = []
     asked = _asked(pod_annotations, bare, declared)
@@ -78,7 +78,7 @@ def repository(image: str) -> str:
 
 
 def allowed_repositories(settings: Settings) -> tuple[str, ...]:
-    """Where a pod may take its sidecar's image from."""
+    """The repositories from which a pod may take its sidecar's image."""
     listed = tuple(each.strip() for each in settings.allowed_images.split(",") if each.strip())
     return listed or (repository(settings.sidecar_image),)
 
@@ -142,7 +142,7 @@ def container_problems(declared: Json, given: Json) -> list[str]:
 
 
 def _ceiling(path: str, given: policy.Policy, effective: policy.Policy) -> str:
-    """What the policy allows at most, where an override is above it; else empty."""
+    """The policy's maximum, where an override exceeds it; else empty."""
     # Requests need no look of their own: the policy's reader holds them below the limits.
     before, after = given.sidecar.resources.limits, effective.sidecar.resources.limits
     most, now, show = {

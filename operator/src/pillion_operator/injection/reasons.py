@@ -12,7 +12,7 @@ class Reason(StrEnum):
     """A reason. Its value is the code in events (`reason`), metrics (label `reason`), logs and the documentation."""
 
     sentence: str
-    """What it means, for a person."""
+    """The meaning, for a person."""
 
     def __new__(cls, code: str, sentence: str) -> "Reason":
         member = str.__new__(cls, code)

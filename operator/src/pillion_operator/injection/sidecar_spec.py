@@ -76,7 +76,7 @@ HEADROOM_SHARE: Final = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What is laid into one pod."""
+    """The parts that injection adds to one pod."""
 
     sidecar: Json
     client: Json | None
@@ -87,7 +87,7 @@ class Parts:
     trainer_env: list[Json]
     trainer_mounts: list[Json]
     drain_s: int
-    """What the pod's grace period is raised by."""
+    """Seconds that are added to the pod's grace period."""
 
 
 def build(
@@ -112,7 +112,7 @@ def build(
         settings: the operator's.
     """
     injects_client = pod_annotations.client is annotations.ClientSource.INJECTED
-    # What a namespace demands at least and allows at most is measured by the pod's other containers.
+    # The pod's other containers show which amounts the namespace requires and allows.
     others = [each for each in (*pods.containers(bare), *pods.init_containers(bare)) if each.get("name") != SIDECAR]
     sidecar = _sidecar(bare, effective, others, declared, trainers, settings)
     sidecar["env"] = _environment(effective.policy, job, pod_annotations.policy, declared, settings)

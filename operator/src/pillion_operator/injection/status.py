@@ -20,7 +20,7 @@ VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """What injection changed, as opposed to added: the value that was there, and the one that it put there."""
+    """The fields that injection changed, as opposed to added: the value before, and the value that it set."""
 
     grace_s: int | None = None
     """`terminationGracePeriodSeconds`. None: not said."""
@@ -36,7 +36,7 @@ class Before:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What was done to a pod."""
+    """A record of the injection of a pod."""
 
     policy: str
     policy_uid: str

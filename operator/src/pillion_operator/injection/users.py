@@ -84,7 +84,7 @@ def _of_pod(bare: Json) -> Json:
 
 
 def _said(bare: Json, trainers: tuple[str, ...], key: str) -> Any:
-    """What holds for the first trainer: its own word, else the pod's, else None."""
+    """The value for the first trainer: its own, else the pod's, else None."""
     return _first(_of_trainer(bare, trainers).get(key), _of_pod(bare).get(key))
 
 

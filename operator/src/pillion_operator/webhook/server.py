@@ -73,7 +73,7 @@ class Server:
         self._bodies = Bodies(longest=BODY_MOST_BYTES, most_bytes=BODIES_MOST_BYTES, most=BODIES_MOST, within_s=BODY_S)
 
     def application(self) -> web.Application:
-        """To be served."""
+        """The application to serve."""
         application = web.Application()
         application.router.add_post("/mutate", self._mutate)
         return application
@@ -107,7 +107,7 @@ class Server:
     def _refuse(self, status: int, why: str) -> web.Response:
         metrics.ADMISSION_BAD_REQUESTS.labels(str(status)).inc()
         response = self._respond(f"{why}\n".encode(), status=status, content_type="text/plain")
-        # What is left of its body is nothing that a next request could follow.
+        # The rest of its body is unread, so no further request can follow on the connection.
         response.force_close()
         return response
 
