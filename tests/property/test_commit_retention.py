@@ -23,7 +23,7 @@ from pillion.errors import CommitError
 from pillion.wire import layout, manifest, names
 from pillion.wire.policy import Retention
 from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
-from pillion_sidecar.storage import archive, digest, directio
+from pillion_sidecar.storage import archive, digest, durable
 from support import file_operations
 from support.parts import begin_session
 
@@ -73,7 +73,7 @@ class Storage(RuleBasedStateMachine):
         data = archive.head("uint8", (ITEMS,), ITEMS) + payload + archive.tail("uint8", (ITEMS,), ITEMS)
         file = names.data_file(rank, 0, str(generation))
         os.makedirs(self.folder(step), exist_ok=True)
-        directio.replace_file(self.folder(step) / file, data)
+        durable.replace_file(self.folder(step) / file, data)
         chunk = manifest.StoredChunk(
             "w", "uint8", (ITEMS * WORLD,), (ITEMS * rank,), (ITEMS,), file, 0, len(data), digest.digest(data)
         )
@@ -81,7 +81,7 @@ class Storage(RuleBasedStateMachine):
             step=step, generation=str(generation), run_id="r", world_size=WORLD, plan_id="p", ranks=(rank,),
             files={file: len(data)}, chunks=(chunk,), opaque=(), paths={"w": ("w",)},
         )  # fmt: skip
-        directio.replace_file(self.folder(step) / names.part_file(rank, str(generation)), part.encode())
+        durable.replace_file(self.folder(step) / names.part_file(rank, str(generation)), part.encode())
 
     def conclude(self, step: int, generation: int) -> None:
         """Fence, commit, remember, and retention."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 from pillion import fault_points
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
-from pillion_sidecar.storage import dcp_metadata, digest, directio
+from pillion_sidecar.storage import dcp_metadata, digest, durable
 
 TEMPORARY_SUFFIX: Final = ".commit"
 """Of what `publish` lays down. What a killed attempt leaves is removed by the next commit in that directory, or with it."""
@@ -145,7 +145,7 @@ def publish(
                 raise CommitError(
                     f"generation {new_manifest.generation} is fenced off: a newer one commits in {directory}"
                 ) from err
-            directio.fsync_directory(directory)
+            durable.fsync_directory(directory)
     finally:
         for temporary in ready.values():
             with contextlib.suppress(OSError):
@@ -198,16 +198,7 @@ def _wrong(directory: str, files: Mapping[str, int]) -> dict[str, str]:
 def _lay_down(directory: str, name: str, generation: str, data: bytes) -> str:
     """A durable file with the generation in its name; its path."""
     path = os.path.join(directory, f".{name}.{generation}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        # Of a full disk, say; a later try of the same save lays down another one.
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
+    durable.write_new(path, data)
     return path
 
 

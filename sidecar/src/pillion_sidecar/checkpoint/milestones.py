@@ -14,7 +14,7 @@ from typing import Final
 
 from pillion.wire import names
 from pillion_sidecar.checkpoint.commit import Order, committed_as, order_of
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 
 NEWEST: Final = "newest.json"
 """Below names.INTERNAL_DIR: which step was committed last, so that its loss is noticed."""
@@ -30,7 +30,7 @@ def remember(root: str, step: int, generation: str) -> None:
     text = json.dumps({"step": step, "generation": generation, "time_ns": time.time_ns()})
     path = os.path.join(root, names.INTERNAL_DIR, NEWEST)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    directio.replace_file(path, text.encode())
+    durable.replace_file(path, text.encode())
 
 
 def remembered(root: str) -> tuple[int, Order] | None:
@@ -57,7 +57,7 @@ def note_verified(root: str, step: int) -> None:
     text = json.dumps({"step": step, "generation": committed_as(os.path.join(root, names.step_directory(step)))})
     path = os.path.join(root, names.INTERNAL_DIR, VERIFIED)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    directio.replace_file(path, text.encode())
+    durable.replace_file(path, text.encode())
 
 
 def verified(root: str) -> set[int]:

@@ -30,7 +30,7 @@ from typing import Final
 from pillion.errors import UsageError
 from pillion.wire import names
 from pillion_sidecar.checkpoint import commit
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 
 _log = logging.getLogger(__name__)
 
@@ -280,30 +280,20 @@ def _create(root: str, number: int, record: Record) -> bool:
     """Make a record that nobody has made before; whether it is ours. Never seen empty where the file system has hard links."""
     path = os.path.join(_folder(root), str(number))
     temporary = os.path.join(_folder(root), f".{number}-{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(record.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    durable.write_new(temporary, record.encode())
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError:
+        # A file system without hard links.
         try:
-            with open(path, "xb") as file:
-                file.write(record.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            durable.write_new(path, record.encode())
         except FileExistsError:
             return False
     finally:
         os.unlink(temporary)
-    directio.fsync_directory(_folder(root))
+    durable.fsync_directory(_folder(root))
     return True
 
 

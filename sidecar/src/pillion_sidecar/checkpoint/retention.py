@@ -22,14 +22,14 @@ from typing import Final
 from pillion.wire import manifest, names
 from pillion.wire.policy import Retention
 from pillion_sidecar.checkpoint import catalog, commit, milestones
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 
 _log = logging.getLogger(__name__)
 
 REMOVED: Final = "removed"
 """Below names.INTERNAL_DIR: what is being removed."""
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9]+\.[0-9a-f]{8}\.tmp")
-"""What `directio.replace_file` calls a file for the time being."""
+"""What `durable.replace_file` calls a file for the time being."""
 NAMED_STRANGERS: Final = 3
 """Files of others that a warning names."""
 
@@ -150,7 +150,7 @@ def remove(path: str, *, generation: int) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)
     aside = os.path.join(folder, f"{os.path.basename(path)}.{generation}.{secrets.token_hex(4)}")
     os.rename(path, aside)
-    directio.fsync_directory(os.path.dirname(path))
+    durable.fsync_directory(os.path.dirname(path))
     if newest_in(aside) > (generation,):
         _log.warning("%s was written by a newer attempt: it is kept", path)
         os.rename(aside, path)
@@ -203,7 +203,7 @@ def note_written(root: str, step: int, generation: str) -> None:
     files = sorted(os.listdir(os.path.join(root, names.step_directory(step))))
     text = json.dumps({"generation": generation, "files": files})
     os.makedirs(os.path.dirname(milestones.written_record(root, step)), exist_ok=True)
-    directio.replace_file(milestones.written_record(root, step), text.encode())
+    durable.replace_file(milestones.written_record(root, step), text.encode())
 
 
 def remove_written(root: str, step: int) -> Iterator[None]:

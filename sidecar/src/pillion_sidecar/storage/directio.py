@@ -1,5 +1,5 @@
 """
-Bytes between arena memory and files, past the page cache: all of the sidecar's bulk file I/O, and the atomic publish.
+Bytes between arena memory and files, past the page cache: all of the sidecar's bulk file I/O.
 
     slot (mapped tmpfs)   |....rrrrrr|rrrrrrrrrr|rrr.......|..........|........qq|qqqq......|   r, q: two runs
     file                  |....rrrrrr|rrrrrrrrrr|rrr.......|........qq|qqqq......|              |: page edges
@@ -8,7 +8,7 @@ A slot is the image of the file to be written, so a page of it goes to the disk 
 next to no CPU. A file therefore holds whole pages, each run in it begins at the same place in its page as in the slot,
 and what lies beside a run in its first and last page are bytes of its neighbours that nothing refers to.
 
-Called from: the executor (writing, loading) and whoever publishes a small file (manifest, `.metadata`).
+Called from: the executor (writing, loading). Small files are the business of `storage.durable`.
 It must never touch a byte of a slot outside the pieces asked for, return from a write before the bytes are durable,
 lose an error of a thread (pytorch/pytorch#191391 is what that does), or leave a thread or a descriptor behind.
 
@@ -27,7 +27,6 @@ import fcntl
 import logging
 import mmap
 import os
-import secrets
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, final
 
 from pillion import fault_points
+from pillion_sidecar.storage import durable
 
 _log = logging.getLogger(__name__)
 PAGE_BYTES: Final = 4096
@@ -216,51 +216,6 @@ def read_file(
         _run_in_order(len(blocks), num_threads, read, announce)
 
 
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """
-    Make the names in a directory durable: a file that was fsynced can still lose its name in a crash.
-
-    Blocks: until the storage answers. Raises: OSError with errno and filename.
-    Source: fsync(2). EINVAL is a file system that cannot sync a directory; no more can be done on it.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as err:
-        if err.errno != errno.EINVAL:
-            _named(err, path)
-            raise
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
-    """
-    Publish a small file atomically and durably: whoever opens `path` sees the old content or the new, never a part.
-
-    The temporary name is `.<name>.<pid>.<random>.tmp` in the same directory, and is removed on any error. The pid says
-    who left it after a SIGKILL; the random part keeps pods apart that share a volume and count processes from one.
-    An error of the last step (syncing the directory) leaves the new content in place, though a crash may still undo it.
-
-    Blocks: until the storage answers. Raises: OSError with errno and filename.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException as err:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(err, OSError):
-            _named(err, path)
-        raise
-    fsync_directory(target.parent)
-
-
 # Files, and what the kernel may refuse.
 
 
@@ -297,14 +252,8 @@ def _opened(path: str | os.PathLike[str], flags: int, *, try_direct: bool = True
         finally:
             os.close(fd)
     except OSError as err:
-        _named(err, path)
+        durable.put_name(err, path)
         raise
-
-
-def _named(err: OSError, path: str | os.PathLike[str]) -> None:
-    """Put a file's name on an error of a call that knew only a descriptor."""
-    if err.filename is None:
-        err.filename = os.fspath(path)
 
 
 def _reserve(fd: int, length: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 
 
 def make(path: str) -> None:
@@ -26,4 +26,4 @@ def make(path: str) -> None:
     for made in reversed(missing):
         # One that may not be read cannot be synced; it may be written all the same.
         with contextlib.suppress(PermissionError):
-            directio.fsync_directory(os.path.dirname(made))
+            durable.fsync_directory(os.path.dirname(made))

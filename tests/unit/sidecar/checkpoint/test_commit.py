@@ -13,7 +13,7 @@ import pytest
 import pillion
 from pillion.wire import names
 from pillion_sidecar.checkpoint import catalog, commit, retention
-from pillion_sidecar.storage import directio, folders
+from pillion_sidecar.storage import durable, folders
 from support.parts import begin_session, write_part
 
 
@@ -213,7 +213,7 @@ def test_the_newest_generation_that_has_written_to_a_place_is_found(tmp_path: Pa
 def test_every_folder_that_is_made_for_a_checkpoint_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint_id may name folders that are not there yet; the nearest alone was synced."""
     synced: list[str] = []
-    monkeypatch.setattr(directio, "fsync_directory", lambda path: synced.append(str(path)))
+    monkeypatch.setattr(durable, "fsync_directory", lambda path: synced.append(str(path)))
     folders.make(str(tmp_path / "runs" / "today" / "latest"))
     assert synced == [str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "runs" / "today")]
     folders.make(str(tmp_path / "runs" / "today" / "latest"))

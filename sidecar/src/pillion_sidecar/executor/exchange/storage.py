@@ -22,7 +22,7 @@ from typing import Final
 from pillion.errors import BarrierTimeout, SidecarError
 from pillion.wire import names
 from pillion_sidecar.executor.exchange import protocol
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 
 MEETINGS: Final = "meetings"
 POLL_FIRST_S: Final = 0.02
@@ -82,7 +82,7 @@ class StorageExchange:
 
     def _write(self, phase: str, who: str, document: protocol.Document) -> None:
         try:
-            directio.replace_file(self._path(phase, who), protocol.encode(document))
+            durable.replace_file(self._path(phase, who), protocol.encode(document))
         except FileNotFoundError as err:
             raise SidecarError(OVER) from err
 

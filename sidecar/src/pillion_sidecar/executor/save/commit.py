@@ -29,7 +29,7 @@ from pillion_sidecar.executor.save import replicas
 from pillion_sidecar.executor.save.request import Request
 from pillion_sidecar.executor.save.write import RankPlacement, generation_of
 from pillion_sidecar.executor.session import Context
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import durable
 from pillion_sidecar.waits import WaitKind
 
 RETRY_AFTER_S: Final = (1.0, 4.0, 15.0)
@@ -224,7 +224,7 @@ def _commit(
         files |= {str(name): int(length) for name, length in document["files"].items()}
     commit.publish(directory, made, metadata, files, over_strangers=request.destination is not None)
     with contextlib.suppress(OSError):
-        directio.fsync_directory(os.path.dirname(directory))
+        durable.fsync_directory(os.path.dirname(directory))
         if context.root and request.destination is None:
             milestones.remember(context.root, request.step, generation)
 

@@ -22,7 +22,7 @@ from pillion_sidecar.executor.exchange import failures as failures_module
 from pillion_sidecar.executor.save import replicas
 from pillion_sidecar.executor.save.request import Request
 from pillion_sidecar.executor.session import Context
-from pillion_sidecar.storage import digest, directio, folders
+from pillion_sidecar.storage import digest, directio, durable, folders
 
 SWITCH_S: Final = 0.0005
 """sys.setswitchinterval of this process: a thread that goes on with the next block does not wait 5 ms for one that digests."""
@@ -85,7 +85,7 @@ class PodWriter:
         name = names.part_file(self.context.first_rank, self.generation)
         watch.storage(f"write {name}", len(part))
         self._begin(name)
-        directio.replace_file(os.path.join(self.directory, name), part)
+        durable.replace_file(os.path.join(self.directory, name), part)
         watch.idle()
         return self._result(name, part, files) | compared
 
