@@ -12,10 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pillion.errors import SettingsError, SidecarUnavailable
 from pillion.wire import names
+
+if TYPE_CHECKING:
+    from pillion.wire.message import Request
 
 USAGE = """usage: pillion-sidecar COMMAND [options]
 
@@ -89,16 +92,20 @@ def _client(arguments: Sequence[str]) -> int:
 
 def _notify(arguments: Sequence[str]) -> int:
     """Exit status 0 even where nobody listens: a preStop hook that fails is an event on the pod, and changes nothing."""
+    from pillion.wire import control
+
     try:
-        _ask(arguments, "notify", "Tell the sidecar that its pod is terminating.")
+        _ask(arguments, control.Notify(), "Tell the sidecar that its pod is terminating.")
     except SidecarUnavailable as err:
         print(f"pillion-sidecar: {err}", file=sys.stderr)
     return 0
 
 
 def _ping(arguments: Sequence[str]) -> int:
+    from pillion.wire import control
+
     try:
-        _ask(arguments, "ping", "Exit with status 0 when the sidecar answers.")
+        _ask(arguments, control.Ping(), "Exit with status 0 when the sidecar answers.")
     except SidecarUnavailable as err:
         print(f"pillion-sidecar: {err}", file=sys.stderr)
         return EX_UNAVAILABLE
@@ -130,18 +137,16 @@ def _refuse(error: SettingsError) -> int:
     return EX_CONFIG
 
 
-def _ask(arguments: Sequence[str], message: str, description: str) -> None:
+def _ask(arguments: Sequence[str], request: Request[Any], description: str) -> None:
     from pillion import connection
-    from pillion.wire import control
 
-    parser = argparse.ArgumentParser(prog=f"pillion-sidecar {message}", description=description)
+    parser = argparse.ArgumentParser(prog=f"pillion-sidecar {request.type}", description=description)
     parser.add_argument(
         "--runtime-dir", default=os.environ.get(names.ENV_RUNTIME_DIR, ""), help=f"environment: {names.ENV_RUNTIME_DIR}"
     )
     folder = parser.parse_args(arguments).runtime_dir
     if not folder:
         raise SidecarUnavailable(f"no runtime directory: give --runtime-dir, or set {names.ENV_RUNTIME_DIR}")
-    request: Any = control.OBSERVED[message]()
     connection.ask(os.path.join(folder, names.CONTROL_SOCKET), request, ANSWER_TIMEOUT_S)
 
 
