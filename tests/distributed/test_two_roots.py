@@ -32,7 +32,7 @@ def test_pods_that_do_not_share_their_root_are_told_so_and_nothing_is_called_com
     for rank in (0, 1):
         (tmp_path / f"disk{rank}").mkdir()
 
-    def train(peer: Peer) -> list[str]:
+    def train(peer: Peer) -> tuple[list[str], str]:
         mounts.lay_over(root, tmp_path / f"disk{peer.rank}")
         said = ["", ""]
         with checkpointer.Checkpointer(root) as opened:
@@ -44,9 +44,10 @@ def test_pods_that_do_not_share_their_root_are_told_so_and_nothing_is_called_com
                 opened.save(state_of(1, peer.rank), 1).result(Deadline.COMMITTED.s)
             except pillion.SaveError as err:
                 said[1] = str(err)
-        return said
+        return said, opened._session.runtime_dir
 
-    for said in ranks.start(train, num_ranks=2, pods="ab").finish():
+    for said, runtime_dir in ranks.start(train, num_ranks=2, pods="ab").finish():
+        ranks.keeps(runtime_dir)
         for text in said:
             assert "do not share one root" in text
             assert text.count(str(root)) == 2

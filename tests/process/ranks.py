@@ -343,6 +343,10 @@ class Ranks:
                     found.append(process)
         return found
 
+    def keeps(self, runtime_dir: str) -> None:
+        """The arena in this folder stays by design, as its newest snapshot is not on storage: the end removes it, whether its sidecar lives or not."""
+        self._folders.add(runtime_dir)
+
     def end(self) -> None:
         """
         Ends everything: trainers by SIGKILL, sidecars by SIGTERM (they drain and remove their arena), then the folders of

@@ -47,4 +47,4 @@ def test_unknown_annotations_are_told_up_to_a_number() -> None:
     noted = {f"{annotations.PREFIX}unknown-{number}": "" for number in range(MANY)}
     _, problems = annotations.parse(noted)
     assert len(problems) < 100
-    assert "more annotations" in problems[-1]
+    assert "more unknown annotations" in problems[-1]
