@@ -92,7 +92,8 @@ def test_a_preempted_job_resumes_where_it_was(training: Training) -> None:
             "Kueue to preempt the Job",
         )
         kube.until(
-            lambda: first["metadata"]["uid"] not in {pod["metadata"]["uid"] for pod in kube.pods("train")},
+            # Also not as one that is being deleted: its sidecar writes until its end.
+            lambda: first["metadata"]["uid"] not in {pod["metadata"]["uid"] for pod in kube.all("pods")},
             Deadline.POD_GONE,
             "the preempted pod to be gone",
         )
@@ -103,8 +104,9 @@ def test_a_preempted_job_resumes_where_it_was(training: Training) -> None:
         )
 
         def loaded() -> Json:
-            (line,) = jobs.said(kube, kube.pod_name("train"), "loaded")
-            return line
+            lines = jobs.said(kube, kube.pod_name("train"), "loaded")
+            assert lines, "it has not loaded yet"
+            return lines[0]
 
         line = kube.until(loaded, Deadline.RECOVERED, "the preempted Job to load")
         assert (line["tier"], line["step"], line["equal"]) == ("storage", committed, True)
