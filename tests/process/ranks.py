@@ -348,10 +348,7 @@ class Ranks:
         self._folders.add(runtime_dir)
 
     def end(self) -> None:
-        """
-        Ends everything: trainers by SIGKILL, sidecars by SIGTERM (they drain and remove their arena), then the folders of
-        sidecars that a test killed.
-        """
+        """Ends everything: trainers by SIGKILL, sidecars by SIGTERM (they drain and remove their arena), then the folders of killed sidecars."""
         for process in self._named("pillion_sidecar.executor.worker"):
             # A test may have stopped it; a stopped one would hold up the drain.
             with contextlib.suppress(psutil.NoSuchProcess):
