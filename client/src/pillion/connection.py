@@ -196,7 +196,7 @@ class Connection:
             self._send({**request.to_document(), "id": request_id})
             while True:
                 try:
-                    answer = self._next(answers, timeout_s, told=request.type if tells_silence else None)
+                    answer = self._next(answers, timeout_s, warn_of=request.type if tells_silence else None)
                 except queue.Empty:
                     waited = time.monotonic() - started
                     self.silent = True
@@ -215,16 +215,16 @@ class Connection:
 
     @staticmethod
     def _next(
-        answers: queue.SimpleQueue[messages.Message], timeout_s: float, *, told: object | None
+        answers: queue.SimpleQueue[messages.Message], timeout_s: float, *, warn_of: str | None
     ) -> messages.Message:
-        if told is not None and timeout_s > SILENCE_TOLD_S:
+        if warn_of is not None and timeout_s > SILENCE_TOLD_S:
             try:
                 return answers.get(timeout=SILENCE_TOLD_S)
             except queue.Empty:
                 timeout_s -= SILENCE_TOLD_S
                 _log.warning(
                     "pillion: the sidecar has not answered %r for %.0f s, and training waits for it, %.0f s more at most",
-                    told,
+                    warn_of,
                     SILENCE_TOLD_S,
                     timeout_s,
                 )

@@ -88,6 +88,7 @@ class _Fields:
 
 
 def _fields(kind: Any) -> _Fields:
+    # Any: mypy does not take every type for hashable, as the cache below wants it.
     return _made(kind)
 
 

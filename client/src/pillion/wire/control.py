@@ -37,7 +37,7 @@ class Welcome(Message):
     type: ClassVar[str] = "welcome"
     version: int = wire.PROTOCOL_VERSION
     policy: Mapping[str, Any]
-    """What the sidecar goes by."""
+    """The policy in force, without what concerns the pod only."""
     notices: bool = False
     """A claim that waits is answered with `Waiting` every few seconds."""
     gathers: bool = False
@@ -154,7 +154,7 @@ class Ping(Request[Pong]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurrentPolicy(Message):
-    """The policy that the sidecar goes by."""
+    """The policy in force in this sidecar."""
 
     type: ClassVar[str] = "policy"
     policy: Mapping[str, Any] | None = None

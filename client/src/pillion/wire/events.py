@@ -4,8 +4,8 @@ The events of the control channel: what a sidecar says to its trainers unasked.
 Producer: the sidecar. Consumer: `pillion.session`, and what opened it. Framing and compatibility: `wire.messages`. An event of a type that
 the client does not know is passed over.
 
-A save that a rank could not stage is told at once, by `SaveFailed` to the others. Where that rank's `Abandon` gathers, that event says
-`more`, and `SaveFailures` follows to all ranks, within seconds, with the failures of all.
+When a rank cannot stage a save, the sidecar sends `SaveFailed` to the other ranks at once. If that rank's `Abandon` has `gathers`, the event has
+`more`, and `SaveFailures` follows within seconds: to all ranks, with the failures of all.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Declined(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyChanged(Message):
-    """What the sidecar goes by now: trigger, retention, drain, suspend."""
+    """The policy has changed: trigger, retention, drain and suspend as they are now."""
 
     type: ClassVar[str] = "policy"
     policy: Mapping[str, Any]

@@ -61,6 +61,7 @@ class Request(Message, Generic[A_co]):
 
 
 def _answers(kind: Any) -> Mapping[str, type[Message]]:
+    # Any: as in `codec`, for mypy.
     return _made(kind)
 
 

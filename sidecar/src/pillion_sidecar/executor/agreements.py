@@ -130,8 +130,8 @@ class Agreements:
         """
         try:
             decided = exchange.receive(f"{phase}/plan", bound_s)
-        except BaseException:
-            self.forget()  # whatever ends the wait: what was dropped with it is not known
+        except BaseException:  # whatever ends the wait: what was dropped with it is not known
+            self.forget()
             raise
         self.hear(decided)
         return decided

@@ -37,7 +37,7 @@ def write_new(path: str | os.PathLike[str], data: bytes | bytearray | memoryview
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException as err:
+        except BaseException as err:  # also of Ctrl-C: no half file stays
             with contextlib.suppress(OSError):
                 os.unlink(path)
             if isinstance(err, OSError):
@@ -78,7 +78,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryv
     try:
         write_new(temporary, data)
         temporary.replace(target)
-    except BaseException as err:
+    except BaseException as err:  # as above: no temporary name stays
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(err, OSError):
