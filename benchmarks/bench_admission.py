@@ -36,7 +36,7 @@ STARTED_S: Final = 30.0
 """For the webhook to be ready."""
 POLL_S: Final = 0.05
 """Between two looks at whether it is ready; STARTED_S bounds them all."""
-IDLE_MOST: Final = 25
+MAX_IDLE: Final = 25
 """Connections that are kept without a request, as client-go keeps them for each host."""
 
 
@@ -124,7 +124,7 @@ async def drive(port: int, context: ssl.SSLContext, *, rate: float, reviews: int
         now_s = time.perf_counter()
         found.answer.append(now_s - asked_s)
         found.whole.append(now_s - moment_s)
-        if keep and len(idle) < IDLE_MOST:
+        if keep and len(idle) < MAX_IDLE:
             idle.append(connection)
         else:
             connection[1].close()

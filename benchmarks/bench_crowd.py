@@ -22,6 +22,7 @@ from typing import Any, Final
 import bench_controller
 import cluster_load
 import cluster_reports
+import processors
 from cluster_load import Bench, Crowd, Json, Made, Scrape, at, quantile, say, until, within
 from measures import Line
 
@@ -48,6 +49,9 @@ ROUNDS: Final = 3
 """Pods that opt in and pods that do not are made in turn, so often."""
 DURATION: Final = "apiserver_admission_webhook_admission_duration_seconds"
 CALLS: Final = "apiserver_admission_webhook_request_total"
+GOROUTINES: Final = "go_sched_latencies_seconds"
+"""How long goroutines of the API server could run before they did."""
+WEBHOOKS: Final = "the webhook"
 OURS: Final = {"name": cluster_load.WEBHOOK}
 
 
@@ -250,14 +254,18 @@ async def webhook(bench: Bench, of: Filled) -> list[Line]:
     before, own_before = await bench.scrape(), await bench.scrape_pods("webhook")
     injected: list[Made] = []
     plain: list[Made] = []
+    meter = processors.Meter(await _groups(bench))
     for _ in range(ROUNDS):
-        injected += await bench.sender.make_at_rate(crowd.pods(namespace, number, policy=POLICY), wanted.rate)
+        with meter.counting():
+            injected += await bench.sender.make_at_rate(crowd.pods(namespace, number, policy=POLICY), wanted.rate)
         plain += await bench.sender.make_at_rate(crowd.pods(namespace, number // 3), wanted.rate)
     counted = (await bench.scrape()).since(before)
     own = (await bench.scrape_pods("webhook")).since(own_before)
     await crowd.leave(namespace)
     _all_injected(injected)
     seen, mine = counted.buckets(DURATION, **OURS), own.buckets("pillion_admission_duration_seconds")
+    waits = counted.buckets(GOROUTINES)
+    our_share = meter.used[WEBHOOKS]
     theirs_s, ours_s = [each.seconds for each in plain], [each.seconds for each in injected]
     at_rate = f"{wanted.rate} pods/s, {wanted.pods} exist"
     note = f"{within(seen, 0.025):.2%} within 25 ms, {within(seen, 0.1):.2%} within 100 ms, of {seen[-1][1]:.0f}"
@@ -288,8 +296,27 @@ async def webhook(bench: Bench, of: Filled) -> list[Line]:
         Line(what="create of a pod that did not opt in, median", measured=at(theirs_s, 0.5) * 1000, unit="ms"),
         Line(what="create, injected / not opted in, medians", measured=at(ours_s, 0.5) / at(theirs_s, 0.5)),
         Line(what="webhook calls an injected pod", measured=seen[-1][1] / len(injected)),
+        Line(what="webhook's processor a call", measured=our_share.ran_s / len(injected) * 1000, unit="ms"),
+        Line(what="its wait for a processor a call", measured=our_share.waited_s / len(injected) * 1000, unit="ms"),
+        Line(what="connections that it accepted a call", measured=our_share.accepted / len(injected)),
+        Line(
+            what="API server's goroutines' wait for a processor, p99", measured=quantile(waits, 0.99) * 1000, unit="ms"
+        ),
+        *meter.lines(),
         Line(what="requests that were refused", measured=sum(each.status != 201 for each in injected + plain), goal=0),
     ]
+
+
+async def _groups(bench: Bench) -> dict[str, list[int]]:
+    """The processes that share the machine's processors, by what they are."""
+    found = await bench.operator_pods("webhook")
+    return {
+        WEBHOOKS: [process_of(uid, "webhook") for uid in found.values()],
+        "the API server": processors.pids_of("kube-apiserver"),
+        "etcd": processors.pids_of("etcd"),
+        "kwok": processors.pids_of("kwok"),
+        "what makes the load": [os.getpid()],
+    }
 
 
 async def burst(bench: Bench, of: Filled) -> list[Line]:
@@ -299,7 +326,7 @@ async def burst(bench: Bench, of: Filled) -> list[Line]:
     number = bench.wanted.burst
     before = await bench.scrape()
     begun_s = time.perf_counter()
-    made = await bench.sender.make_all(of.crowd.pods(namespace, number, policy=POLICY), cluster_load.MUTATING_MOST)
+    made = await bench.sender.make_all(of.crowd.pods(namespace, number, policy=POLICY), cluster_load.MAX_MUTATING)
     passed_s = time.perf_counter() - begun_s
     counted = (await bench.scrape()).since(before)
     await of.crowd.leave(namespace)
@@ -307,7 +334,7 @@ async def burst(bench: Bench, of: Filled) -> list[Line]:
     refused = [each for each in made if each.status != 201]
     times_s = [each.seconds for each in made]
     slowest = next(edge for edge, below in seen if below == seen[-1][1])
-    many = f"burst of {number}, {cluster_load.MUTATING_MOST} in flight"
+    many = f"burst of {number}, {cluster_load.MAX_MUTATING} in flight"
     return [
         Line(what=f"{many}: injected", measured=sum(each.is_injected for each in made), goal=number, sense=">="),
         Line(what=f"{many}: refused", measured=len(refused), goal=0, note=str(refused[0].pod)[:200] if refused else ""),

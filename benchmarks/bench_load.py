@@ -1,11 +1,14 @@
 """
-Loads from the arena beside a copy of the same bytes, and from storage beside a raw O_DIRECT read; digests verified.
+Loads from the arena beside a copy of the same bytes, by trainers that have started again and by one that lives; and from storage beside a raw O_DIRECT read; digests verified.
 
 Called from: run.py.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import measures
 
 import pillion
 from pillion.wire import arena
+
+LIFE_TIMEOUT_S = 300.0
+"""Timeout for one trainer of `restarted_trainer.py`: it imports torch, and saves or loads once."""
 
 
 def measure(of: measures.Settings) -> list[measures.Line]:
@@ -28,7 +34,10 @@ def measure(of: measures.Settings) -> list[measures.Line]:
             for _ in range(of.repeat + 1):
                 floor_s = measures.copy_floor_s(target, source)
                 ratios.append(floor_s / _load_s(checkpointer, state_dict, "arena")[0])
-        lines.append(measures.median_line("memcpy / load from the arena", ratios[1:], goal=0.9, sense=">="))
+        lines += _restarted(of, root)
+        lines.append(
+            measures.median_line("memcpy / load from the arena, by a trainer that lives", ratios[1:], sense=">=")
+        )
         warm: list[float] = []
         cold: list[float] = []
         for _ in range(max(2, of.repeat // 2)):
@@ -48,6 +57,40 @@ def measure(of: measures.Settings) -> list[measures.Line]:
             )
         )
     return lines
+
+
+def _restarted(of: measures.Settings, root: Path) -> list[measures.Line]:
+    """Loads of trainers whose predecessor was killed. The sidecar verifies the snapshot while they start."""
+    ratios, seconds, verified = [], [], 0
+    for number in range(of.repeat):
+        run = root / f"restarted-{number}"
+        _life("save", run, of.num_bytes)
+        found = json.loads(_life("load", run, of.num_bytes).splitlines()[-1])
+        if found["tier"] != "arena":
+            raise RuntimeError(f"expected a load from the arena, got {found}")
+        verified += found["verified"]
+        ratios.append(found["floor_s"] / found["load_s"])
+        seconds.append(found["load_s"])
+    note = f"{verified} of {of.repeat} snapshots were verified before the load"
+    return [
+        measures.median_line("memcpy / load from the arena, after a restart", ratios, goal=0.9, sense=">=", note=note),
+        measures.median_line("load from the arena, after a restart", seconds, unit="s"),
+    ]
+
+
+def _life(what: str, run: Path, num_bytes: int) -> str:
+    """What a trainer of one life prints."""
+    script = str(Path(__file__).with_name("restarted_trainer.py"))
+    done = subprocess.run(
+        [sys.executable, script, what, str(run), str(num_bytes)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LIFE_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode not in (0, -9):
+        raise RuntimeError(f"the trainer ended with {done.returncode}")
+    return done.stdout
 
 
 def _raw_read_s(checkpointer: pillion.Checkpointer, run: Path, num_bytes: int, slot: int) -> float:

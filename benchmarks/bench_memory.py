@@ -1,5 +1,5 @@
 """
-Memory of the sidecar beside the arena: supervisor and executor, with one pod (no torch) and with two (torch for the store).
+Memory of the sidecar beside the arena: supervisor and executor, with one pod and with several (a client of the job's store).
 
 Called from: run.py. Counted are RssAnon and RssFile of both processes; the arena's pages are RssShmem, and are left out.
 """
@@ -37,15 +37,24 @@ def measure(of: measures.Settings) -> list[measures.Line]:
             goal=1.0,
         ),
     ]
-    with_torch = _bare_mib("import pillion_sidecar.executor.save.persist, pillion_sidecar.executor.exchange.tcpstore")
+    with_store = _bare_mib("import pillion_sidecar.executor.save.persist, pillion_sidecar.executor.exchange.tcpstore")
+    hosting = _bare_mib("import pillion_sidecar.executor.save.persist, pillion_sidecar.executor.exchange.torch_store")
     without = _bare_mib("import pillion_sidecar.executor.save.persist")
     lines.append(
         measures.Line(
-            what="the same, several pods (the executor imports torch)",
-            measured=sizes[-1] + with_torch - without,
+            what="the same, several pods",
+            measured=sizes[-1] + with_store - without,
             unit="MiB",
             goal=400.0,
-            note=f"one pod's plus what the import takes in a bare process ({with_torch - without:.0f} MiB)",
+            note=f"one pod's plus what the import takes in a bare process ({with_store - without:.1f} MiB)",
+        )
+    )
+    lines.append(
+        measures.Line(
+            what="the same, where rank 0's sidecar hosts the store (store: Own)",
+            measured=sizes[-1] + hosting - without,
+            unit="MiB",
+            note="it imports torch for that",
         )
     )
     return lines

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 PODS_A_NODE: Final = 110
 """What a kubelet takes by default."""
-MUTATING_MOST: Final = 200
+MAX_MUTATING: Final = 200
 """
 Requests in flight at most: the API server's own default of --max-mutating-requests-inflight. We are system:masters, which it exempts
 from that limit and from priority and fairness, so we keep to it ourselves.
@@ -88,7 +88,7 @@ class Sender:
         if found.certificate:
             context.load_cert_chain(found.certificate, found.key)
         bound = aiohttp.ClientTimeout(total=REQUEST_S)
-        connector = aiohttp.TCPConnector(limit=MUTATING_MOST, ssl=context)
+        connector = aiohttp.TCPConnector(limit=MAX_MUTATING, ssl=context)
         async with aiohttp.ClientSession(connector=connector, timeout=bound, trust_env=False) as session:
             yield cls(session, found.server)
 

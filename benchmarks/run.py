@@ -1,7 +1,7 @@
 """
 All benchmarks, and one table: what, measured, goal, met or missed.
 
-    python benchmarks/run.py [--only stall,persist,step,load,commit,memory,peers] [--bytes 1GiB] [--repeat 7]
+    python benchmarks/run.py [--only stall,persist,step,load,verify,commit,memory,objects,peers] [--bytes 1GiB] [--repeat 7]
                              [--dir DIR] [--json FILE]
 
 Every ratio comes from one run: the thing and its floor are measured in turn. The exit status is 0 whether goals are met or
@@ -25,9 +25,11 @@ from pathlib import Path
 import bench_commit
 import bench_load
 import bench_memory
+import bench_objects
 import bench_peers
 import bench_persist
 import bench_stall
+import bench_verify
 import floors
 import measures
 import torch
@@ -37,8 +39,10 @@ BENCHMARKS: dict[str, Callable[[measures.Settings], list[measures.Line]]] = {
     "persist": bench_persist.measure,
     "step": bench_persist.measure_steps,
     "load": bench_load.measure,
+    "verify": bench_verify.measure,
     "commit": bench_commit.measure,
     "memory": bench_memory.measure,
+    "objects": bench_objects.measure,
     "peers": bench_peers.measure,
 }
 

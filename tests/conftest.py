@@ -10,12 +10,57 @@ from typing import Final
 
 import pytest
 
+from support import on_file_systems
 from support.leaks import nothing_left
+from support.object_stores.fixtures import (
+    SERVERS,
+    azure_bucket,
+    azure_server,
+    bucket,
+    gcs_bucket,
+    gcs_proxy,
+    gcs_server,
+    object_server,
+    proxy,
+    s3_bucket,
+    s3_proxy,
+    s3_server,
+    stock_reader,
+)
+from support.on_file_systems import file_system, tmp_path
 from support.processes import processes
 
-__all__ = ["nothing_left", "processes"]
+__all__ = [
+    "azure_bucket",
+    "azure_server",
+    "bucket",
+    "file_system",
+    "gcs_bucket",
+    "gcs_proxy",
+    "gcs_server",
+    "nothing_left",
+    "object_server",
+    "processes",
+    "proxy",
+    "s3_bucket",
+    "s3_proxy",
+    "s3_server",
+    "stock_reader",
+    "tmp_path",
+]
 
-LEVELS: Final = ("unit", "golden", "property", "guard", "process", "distributed", "chart", "cluster")
+LEVELS: Final = (
+    "unit",
+    "golden",
+    "property",
+    "guard",
+    "process",
+    "storage_contract",
+    "distributed",
+    "frameworks",
+    "chart",
+    "cluster",
+)
 """Folders under tests/, quick ones first; each is a marker too."""
 
 CLUSTERS: Final = ("auto", "built", "kind", "existing")
@@ -25,7 +70,10 @@ CLUSTER_TIMEOUT_S: Final = 600
 """The wall for one test on a cluster: it starts pods, some of them twice, and waits for kubelets. What fixtures make has bounds of its own: a
 cluster from empty caches takes longer than any test, and none of its parts may."""
 
-LEVELS_WITH_PROCESSES: Final = ("process", "distributed")
+LEVELS_WITH_PROCESSES: Final = ("process", "distributed", "frameworks")
+
+LASTING: Final = (*SERVERS, "file_system")
+"""Fixtures that live longer than a test."""
 
 _TESTS: Final = Path(__file__).parent
 
@@ -40,6 +88,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=CLUSTERS,
         help="run the tests of the level cluster, on a cluster of this provider (make test-cluster)",
     )
+    parser.addoption(
+        "--frameworks",
+        action="store_true",
+        help="run the tests of the level frameworks, in their own environment (make test-frameworks)",
+    )
+    on_file_systems.add_option(parser)
     parser.addoption("--keep-cluster", action="store_true", help="leave the cluster up, and use one that is")
 
 
@@ -49,6 +103,13 @@ def update_golden(pytestconfig: pytest.Config) -> bool:
     Whether records are to be written anew.
     """
     return bool(pytestconfig.getoption("update_golden"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """
+    Makes a case for each file system that the command line names.
+    """
+    on_file_systems.parametrize(metafunc)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,8 +126,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # The list is shared by the parametrized items of one function.
         names = item.fixturenames if isinstance(item, pytest.Function) else []
         if level in LEVELS_WITH_PROCESSES and "nothing_left" not in names:
-            # First in the list is set up first, so it is torn down after everything else of the test.
-            names.insert(0, "nothing_left")
+            # First in the list is set up first, so it is torn down after everything else of the test. What lives as long as the run is
+            # no leak of one test: it has to be there before.
+            lasting = [name for name in names if name in LASTING]
+            names[:] = [*lasting, "nothing_left", *(name for name in names if name not in LASTING)]
     items.sort(key=lambda item: LEVELS.index(_level(item)))
 
     wanting_gpu = [item for item in items if item.get_closest_marker("gpu")]

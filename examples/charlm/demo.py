@@ -8,10 +8,13 @@ Called from: `make demo`. Exit status 0 only when everything that it says turned
     run, SIGKILL of one rank --- torchrun restarts --- load --------> weights, losses  (B)     A == B, bit for bit
                                     last checkpoint, stock DCP, 1 process, 1 and 3 ranks  (C)     C == A, bit for bit
 
+With --s3 the checkpoints are in a bucket of S3, on a server of the demo's own, and nowhere else.
+
 Must never: compare with a tolerance, or wait without a bound.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,11 +24,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import verify
+
+if TYPE_CHECKING:
+    # The demo without --s3 needs nothing of it.
+    from bucket import Bucket
 
 HERE = Path(__file__).parent
 NUM_RANKS = 2
@@ -39,6 +46,12 @@ TAIL_LINES = 40
 class DemoFailed(Exception):
     """
     Something is not as the story tells it.
+    """
+
+
+class CannotRun(Exception):
+    """
+    The story cannot be told on this machine.
     """
 
 
@@ -70,6 +83,7 @@ def main() -> int:
     parser.add_argument("--snapshot-every", type=int, default=5)
     parser.add_argument("--kill-at-step", type=int, default=38)
     parser.add_argument("--keep", type=Path, help="leave everything in this folder, which must not exist yet")
+    parser.add_argument("--s3", action="store_true", help="keep the checkpoints in a bucket; needs Go, the first time")
     args = parser.parse_args()
     if args.steps % args.save_every or args.kill_at_step <= args.save_every or args.kill_at_step >= args.steps:
         parser.error("--steps must be a multiple of --save-every, and the kill has to come between the two")
@@ -79,8 +93,13 @@ def main() -> int:
     folder = args.keep or Path(tempfile.mkdtemp(prefix="pillion-demo-"))
     kept = args.keep is not None
     try:
-        for parallel in ("fsdp", "ddp") if args.parallel == "both" else (args.parallel,):
-            tell_one(parallel, folder / parallel, args)
+        with contextlib.ExitStack() as stack:
+            bucket = in_bucket(stack, folder / "s3") if args.s3 else None
+            for parallel in ("fsdp", "ddp") if args.parallel == "both" else (args.parallel,):
+                tell_one(parallel, folder / parallel, args, bucket)
+    except CannotRun as err:
+        print(f"\nThis demo cannot run here: {err}", file=sys.stderr)
+        return 1
     except DemoFailed as err:
         # What a rank said first is further up in its log than the end shown here.
         kept = True
@@ -93,24 +112,44 @@ def main() -> int:
     return 0
 
 
-def tell_one(parallel: str, folder: Path, args: argparse.Namespace) -> None:
+def in_bucket(stack: contextlib.ExitStack, folder: Path) -> "Bucket":
+    """
+    A server of S3, until the end of the stack; all that is started from now on reaches it.
+
+    Raises:
+      CannotRun: there is none, and none can be built here; with the reason.
+    """
+    import bucket
+
+    try:
+        found = stack.enter_context(bucket.serving(folder))
+    except bucket.NoServer as err:
+        raise CannotRun(str(err)) from err
+    os.environ.update(found.environment)
+    return found
+
+
+def tell_one(parallel: str, folder: Path, args: argparse.Namespace, bucket: "Bucket | None") -> None:
     """
     The whole story under one kind of parallelism.
+
+    Args:
+      bucket: where checkpoints go; None: below `folder`.
 
     Raises:
       DemoFailed: with what is not as it should be.
     """
     print(f"\n{parallel.upper()}, {NUM_RANKS} ranks, {args.steps} steps, on CPUs")
 
-    whole = train(parallel, folder / "uninterrupted", args)
+    whole = train(parallel, folder / "uninterrupted", args, bucket)
     trained = whole.of("trained")[0]
     step_ms = 1e3 * trained["elapsed_s"] / trained["steps"]
     line(1, "uninterrupted run", f"{args.steps} steps, {step_ms:.0f} ms each, last loss {whole.losses[args.steps]:.4f}")
     tell_saves(whole)
-    compare(train(parallel, folder / "without", args, without=True), whole)
+    compare(train(parallel, folder / "without", args, bucket, without=True), whole)
     line(None, "compared with a run", "without Pillion, from the first step on: equal")
 
-    broken = train(parallel, folder / "killed", args, kill_at_step=args.kill_at_step)
+    broken = train(parallel, folder / "killed", args, bucket, kill_at_step=args.kill_at_step)
     line(
         2,
         f"SIGKILL of rank {KILLED_RANK}",
@@ -127,6 +166,8 @@ def tell_one(parallel: str, folder: Path, args: argparse.Namespace) -> None:
     for num_ranks in OTHER_WORLDS:
         verify_in(checkpoint, broken.final, num_ranks)
         line(4, "stock dcp.load", f"FSDP2 over {num_ranks} rank{'s' if num_ranks > 1 else ''}: equal")
+    if bucket is not None:
+        tell_bucket(bucket, checkpoint.rpartition("/")[0])
 
 
 def tell_saves(outcome: Outcome) -> None:
@@ -175,6 +216,15 @@ def tell_load(outcome: Outcome, args: argparse.Namespace) -> None:
         raise DemoFailed("the snapshot was in the arena")
 
 
+def tell_bucket(bucket: "Bucket", url: str) -> None:
+    """
+    What lies in the bucket at the end.
+    """
+    line(5, "in the bucket", url)
+    for name, (number, size) in sorted(bucket.folders(url).items()):
+        line(None, f"  {name}", f"{number} object{'s' if number > 1 else ''}, {size / 1e6:.1f} MB")
+
+
 def compare(whole: Outcome, broken: Outcome) -> None:
     """
     Raises:
@@ -189,18 +239,24 @@ def compare(whole: Outcome, broken: Outcome) -> None:
         raise DemoFailed(f"final state differs in {len(different)} places: {', '.join(different[:5])}")
 
 
-def last_checkpoint(outcome: Outcome, step: int) -> Path:
+def last_checkpoint(outcome: Outcome, step: int) -> str:
     """
-    The committed checkpoint of the last step.
+    Path or URL of the committed checkpoint of the last step.
     """
     for commit in outcome.of("committed"):
         if commit["step"] == step:
-            return Path(commit["path"])
+            return str(commit["path"])
     raise DemoFailed(f"step {step} was not committed")
 
 
 def train(
-    parallel: str, folder: Path, args: argparse.Namespace, kill_at_step: int | None = None, *, without: bool = False
+    parallel: str,
+    folder: Path,
+    args: argparse.Namespace,
+    bucket: "Bucket | None",
+    kill_at_step: int | None = None,
+    *,
+    without: bool = False,
 ) -> Outcome:
     """
     Runs train.py under torchrun and reads what it left.
@@ -208,8 +264,9 @@ def train(
     Blocks: up to RUN_LIMIT_S.
     """
     folder.mkdir(parents=True)
+    root = str(folder / "checkpoints") if bucket is None else f"{bucket.url}/{parallel}/{folder.name}"
     arguments = [
-        *("--parallel", parallel, "--steps", str(args.steps), "--root", str(folder / "checkpoints")),
+        *("--parallel", parallel, "--steps", str(args.steps), "--root", root),
         *("--save-every", str(args.save_every), "--snapshot-every", str(args.snapshot_every)),
         *("--losses", str(folder / "losses.jsonl"), "--report", str(folder / "report.jsonl")),
         *("--final", str(folder / "final.pt")),
@@ -233,11 +290,11 @@ def train(
     return Outcome(folder=folder, losses=losses, num_repeated=num_repeated, events=read_lines(folder / "report.jsonl"))
 
 
-def verify_in(checkpoint: Path, final: Path, num_ranks: int | None) -> None:
+def verify_in(checkpoint: str, final: Path, num_ranks: int | None) -> None:
     """
     Runs verify.py, under torchrun or (None) as a plain process.
     """
-    arguments = ["--checkpoint", str(checkpoint), "--final", str(final)]
+    arguments = ["--checkpoint", checkpoint, "--final", str(final)]
     log = final.parent / f"verify-{num_ranks}.log"
     if num_ranks is None:
         run([sys.executable, str(HERE / "verify.py"), *arguments], log)

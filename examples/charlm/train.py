@@ -153,7 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parallel", choices=("fsdp", "ddp"), default="fsdp")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(
-        "--root", type=Path, default=Path("checkpoints"), help="where checkpoints go, without a cluster"
+        "--root", default="checkpoints", help="where checkpoints go, without a cluster: a directory, or a bucket's URL"
     )
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS", help="to storage")
     parser.add_argument("--snapshot-every", type=int, default=5, metavar="STEPS", help="to memory")

@@ -6,6 +6,8 @@ Must never: import pillion. A checkpoint has to be readable by stock torch.distr
 """
 
 import argparse
+import inspect
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -24,9 +26,11 @@ def main() -> int:
     Exit status 0 when every tensor and value is equal bit for bit.
     """
     parser = argparse.ArgumentParser(description="Load a checkpoint with stock DCP and compare it.")
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", required=True, help="a directory, or the URL of a folder in a bucket of S3")
     parser.add_argument("--final", type=Path, required=True, help="what train.py --final wrote")
     args = parser.parse_args()
+    if "://" in args.checkpoint:
+        read_s3_by_obstore()
     training.be_deterministic()
     in_group = "RANK" in os.environ
     rank = training.join() if in_group else 0
@@ -34,7 +38,9 @@ def main() -> int:
     # Another seed: nothing that is compared below can be equal by chance.
     run = training.build("fsdp" if in_group else "none", seed=99, num_steps=1)
     state_dict = {name: part for name, part in run.state_dict(rank).items() if name in ("model", "optimizer")}
-    dcp.load(state_dict, checkpoint_id=args.checkpoint, no_dist=not in_group)
+    # torch 2.6 has no such argument, and loads alone where there is no group.
+    alone = {"no_dist": True} if not in_group and "no_dist" in inspect.signature(dcp.load).parameters else {}
+    dcp.load(state_dict, checkpoint_id=args.checkpoint, **alone)
     generator = torch.get_rng_state()
     run.load_state_dict({**run.state_dict(rank), **state_dict, "generator": {f"rank{rank}": generator}}, rank)
     whole = run.whole()
@@ -49,6 +55,18 @@ def main() -> int:
     if in_group:
         distributed.destroy_process_group()
     return status
+
+
+def read_s3_by_obstore() -> None:
+    """
+    DCP reads a URL through fsspec. Without s3fs, fsspec does not know s3://, so this function registers obstore for it.
+    """
+    from fsspec import get_filesystem_class  # type: ignore[import-untyped] # it has no types
+    from obstore.fsspec import register
+
+    register("s3")
+    # torch.load jumps about in each tensor's archive, and obstore's files ask anew at each jump: one request for an object is much faster.
+    get_filesystem_class("s3")._open = lambda self, path, *_, **__: io.BytesIO(self.cat_file(path))
 
 
 def differences(one: Any, other: Any, name: str = "state") -> Iterator[str]:

@@ -17,15 +17,15 @@ TWO_PODS_SHARE: Final = 0.1
 """Of the runs: they take three times as long, as their executors import torch."""
 EARLY_SHARE: Final = 0.2
 """Of the strikes: at a random time while the job starts, loads, or starts again."""
-EARLY_MOST_S: Final = 3.0
-LATE_MOST_S: Final = 0.05
+MAX_EARLY_S: Final = 3.0
+MAX_LATE_S: Final = 0.05
 """Of the others: a few steps at most behind a random step. Not by the clock alone, as a loaded machine would strike before the start."""
 LAST_STEP: Final = 98
 STUCK_SHARE: Final = 0.3
 ROLLED_BACK_SHARE: Final = 0.2
 ROLLED_BACK: Final = (25, 75)
 """Between these steps, so that something is committed before, and something comes behind."""
-PAUSE_MOST_S: Final = 1.5
+MAX_PAUSE_S: Final = 1.5
 
 
 class Strike(StrEnum):
@@ -102,10 +102,10 @@ def _act(strikes: list[Strike], dice: random.Random) -> Act:
     early = dice.random() < EARLY_SHARE
     return Act(
         at_step=0 if early else dice.randint(1, LAST_STEP),
-        delay_s=dice.uniform(0.0, EARLY_MOST_S if early else LATE_MOST_S),
+        delay_s=dice.uniform(0.0, MAX_EARLY_S if early else MAX_LATE_S),
         strike=dice.choice(strikes),
         rank=dice.randrange(2),
-        pause_s=dice.uniform(0.05, PAUSE_MOST_S),
+        pause_s=dice.uniform(0.05, MAX_PAUSE_S),
     )
 
 

@@ -64,7 +64,7 @@ def of_operator() -> list[Exported]:
 def of_sidecar() -> list[Exported]:
     """Those of one sidecar that has committed, and failed once."""
     numbers = sidecar.Metrics(last_committed_timestamp=1.0, failures_by_kind={"StorageFull": 1})
-    supervisor: Any = SimpleNamespace(sidecar_status=SimpleNamespace(metrics=numbers), pod=None)
+    supervisor: Any = SimpleNamespace(sidecar_status=SimpleNamespace(metrics=numbers, behind_s=0.0), pod=None)
     return sorted(_exported(prometheus.Exporter(supervisor).collect(), {}))
 
 

@@ -70,6 +70,9 @@ USES: Final = (
     _controller(PILLION, "checkpoints/status", ("patch",), "controller/reconcile.py", "what became of each"),
     _controller("", "pods", FOLLOWED, "controller/app.py", "injected pods: how many, and who asks for a save"),
     _controller("", "pods", ("get",), "home/injected.py", "a pod that reports before the cache knows it"),
+    _controller(
+        "", "persistentvolumeclaims", ("get",), "controller/claims.py", "whether a policy's claim is for one node"
+    ),
     _controller("batch", "jobs", FOLLOWED, "controller/app.py", "Jobs that ask for a save by annotation"),
     _controller("authentication.k8s.io", "tokenreviews", ("create",), "home/authenticate.py", "whose a token is"),
     _controller(*_EVENTS, ("create", "patch"), "cluster/events.py", "what happened, and how often"),

@@ -21,6 +21,7 @@ from cluster.harness.machine import HarnessError
 from support import jobs
 from support.deadlines import Deadline, eventually
 from support.kube import Json, Kube, undeclared
+from support.lost_nodes import OUT_OF_SERVICE
 from support.release import NAMESPACE, Release
 
 PREFIX: Final = "pillion-test-"
@@ -134,6 +135,16 @@ def api(cluster: clusters.Cluster, release: Release) -> Iterator[Api]:
     del release
     with _namespace(cluster) as found:
         yield Api(found.kubeconfig, found.namespace)
+
+
+@pytest.fixture
+def in_service(release: Release) -> Iterator[None]:
+    """Whatever the test does, every node is in service afterwards, and the operator runs."""
+    yield
+    for node in release.kube.all("nodes"):
+        if any(taint["key"] == OUT_OF_SERVICE for taint in node["spec"].get("taints", [])):
+            release.kube.run("taint", "node", node["metadata"]["name"], f"{OUT_OF_SERVICE}-")
+    release.install()
 
 
 @contextlib.contextmanager

@@ -193,22 +193,22 @@ def test_objects_of_checkpoints_come_and_go_with_them(api: Api) -> None:
             writer.mark_job(key)
 
         def there(*steps: int) -> bool:
-            ready = {each.status.step for each in watched.of(key) if each.status.ready == "True"}
-            return ready == {*steps} and len(watched.of(key)) == len(steps)
+            ready = {each.status.step for each in watched.for_job(key) if each.status.ready == "True"}
+            return ready == {*steps} and len(watched.for_job(key)) == len(steps)
 
         report(30, 20, 10)
         await until(lambda: there(10, 20, 30))
         job = jobs.get(key)
         assert job is not None
-        assert reconcile.operations(list(watched.of(key)), job, time.time() + 1) == []
-        (one,) = [each for each in watched.of(key) if each.status.step == 10]
+        assert reconcile.operations(list(watched.for_job(key)), job, time.time() + 1) == []
+        (one,) = [each for each in watched.for_job(key) if each.status.step == 10]
         assert one.is_ours
         assert one.name.endswith("-000000010")
         assert (one.status.size, one.status.started) == ("1Gi", "2027-01-15T07:00:00Z")
         report(40, 30)
         await until(lambda: there(30, 40))
         # An object of the same name that is another one is neither written to nor deleted.
-        stranger = dataclasses.replace(next(iter(watched.of(key))), uid="00000000-0000-4000-8000-000000000000")
+        stranger = dataclasses.replace(next(iter(watched.for_job(key))), uid="00000000-0000-4000-8000-000000000000")
         for operation in (
             mirror.SetStatus(checkpoint=stranger, status=dataclasses.replace(stranger.status, message="x")),
             mirror.Delete(checkpoint=stranger),

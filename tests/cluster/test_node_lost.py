@@ -6,7 +6,7 @@ Called from: pytest.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -14,48 +14,13 @@ from cluster.conftest import Training
 from cluster.harness.clusters import Cluster
 from support import jobs
 from support.deadlines import Deadline
-from support.kube import Json, Kube, condition
-from support.release import Release
+from support.kube import Json
+from support.lost_nodes import OUT_OF_SERVICE, POD, ready
 
-OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
-"""The taint by which a platform team says that nothing runs there any more. Source: Kubernetes documentation, "Node Shutdowns"."""
-LEAVES_AFTER_S = 5
-"""A pod's patience with a node that is gone: so short that the story is about us, and not about Kubernetes' five minutes."""
 RANKS = (0, 1) if os.environ.get("PILLION_CAMPAIGN_ROUNDS") else (0,)
 """Whose node it is. The coordinator's is the harder one, and enough for a run that is not a campaign: each takes a minute and a half."""
-GRACE_S = 5
-"""Of the trainer; injection adds the drain's time."""
 PERIOD = 20
 """Steps between commits."""
-
-POD: Json = {
-    "terminationGracePeriodSeconds": GRACE_S,
-    "tolerations": [
-        {"key": f"node.kubernetes.io/{key}", "effect": "NoExecute", "tolerationSeconds": LEAVES_AFTER_S}
-        | {"operator": "Exists"}
-        for key in ("not-ready", "unreachable")
-    ],
-    "topologySpreadConstraints": [
-        {
-            "maxSkew": 1,
-            "topologyKey": "kubernetes.io/hostname",
-            "whenUnsatisfiable": "DoNotSchedule",
-            # A node that is gone takes no pod, so it is no place to spread to.
-            "nodeTaintsPolicy": "Honor",
-            "labelSelector": {"matchLabels": {"job-name": "train"}},
-        }
-    ],
-}
-
-
-@pytest.fixture
-def in_service(release: Release) -> Iterator[None]:
-    """Whatever the test does, every node is in service afterwards, and the operator runs."""
-    yield
-    for node in release.kube.all("nodes"):
-        if any(taint["key"] == OUT_OF_SERVICE for taint in node["spec"].get("taints", [])):
-            release.kube.run("taint", "node", node["metadata"]["name"], f"{OUT_OF_SERVICE}-")
-    release.install()
 
 
 @pytest.mark.usefixtures("in_service")
@@ -102,8 +67,3 @@ def test_training_goes_on_without_a_node(
         record_property("committed_s", round(time.monotonic() - begun, 1))
     record_property("back_s", round(time.monotonic() - begun, 1))
     assert ready(kube, node)
-
-
-def ready(kube: Kube, node: str) -> bool:
-    """Whether the control plane takes the node for alive."""
-    return condition(kube.get("node", node), "Ready").get("status") == "True"

@@ -30,7 +30,7 @@ MIB: Final = 4
 KEPT: Final = 100000
 ROUNDS_A_JOB: Final = 3
 """The Job controller waits twice as long after each failure, from 10 s on, and it is not what is tested: then a new Job follows."""
-RESTARTS_MOST: Final = 2
+MAX_RESTARTS: Final = 2
 """Of one container: the kubelet makes the next one wait, longer each time, and it is not the kubelet that is tested."""
 
 
@@ -113,7 +113,7 @@ def end(kube: Kube) -> None:
 def allowed(pod: Json, fault: Fault) -> Fault:
     """The fault, or a new pod in its place where the kubelet's back-off would be what is measured."""
     restarts = max(container_status(pod, name)["restartCount"] for name in (jobs.CONTAINER, "pillion-sidecar"))
-    return fault if restarts < RESTARTS_MOST or fault in (Fault.VANISH, Fault.EVICT) else Fault.DELETE
+    return fault if restarts < MAX_RESTARTS or fault in (Fault.VANISH, Fault.EVICT) else Fault.DELETE
 
 
 def trained(kube: Kube) -> int:

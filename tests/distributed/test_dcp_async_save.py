@@ -327,7 +327,7 @@ def test_what_cannot_be_had_is_a_usage_error_that_says_what_to_do(tmp_path: Path
     writer = stock.FileSystemWriter(tmp_path)
     unusual: list[tuple[dict[str, Any], str]] = [
         ({}, "checkpoint_id must be given"),
-        ({"checkpoint_id": "s3://bucket/x"}, "pillion.dcp.Writer"),
+        ({"checkpoint_id": "gcs://bucket/x"}, "pillion.dcp.Writer"),
         ({"storage_writer": writers.Recorder(str(tmp_path))}, r'pillion.dcp.Writer\("support.writers:Recorder"'),
         (
             {"storage_writer": stock.FileSystemWriter(tmp_path, serialization_format=stock.filesystem.SerializationFormat.SAFETENSORS)},

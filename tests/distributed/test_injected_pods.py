@@ -99,7 +99,9 @@ def test_a_change_reaches_both_pods_at_one_step_and_only_the_coordinator_reports
     job[0].say()
     mine, others = job.finish()
     assert mine == others
-    assert [step for step in mine if step % 100] in ([], [heard.acknowledgements[0].step])
+    # A save by the period may come first and serve the demand; the one that the trainers had announced for it follows all the same.
+    assert heard.acknowledgements[0].step in mine
+    assert len([step for step in mine if step % 100]) <= 1
     assert {report.pod for report in controller.reports} == {"llm-0"}
 
 

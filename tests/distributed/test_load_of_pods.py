@@ -50,3 +50,26 @@ def test_pods_say_together_what_no_rank_asked_for_and_what_differs(ranks: Ranks,
 
     report = ((3, "arena"), (), ("rng",), ("lr", "optimizer", "rng"), ("new",))
     assert ranks.start(train, num_ranks=2, pods=PODS).finish(Deadline.LOADED) == [report, report]
+
+
+def test_pods_read_from_memory_what_each_of_them_has_whole_and_the_rest_from_storage(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Each pod's memory has its own layers only. What all have alike is read from the newest snapshot; all of it from storage, and the
+    snapshot that was passed over is named. The next load is what it would have been."""
+
+    def train(peer: Peer) -> list[Any]:
+        opened = checkpointer.Checkpointer(tmp_path)
+        opened.save(stage(peer), 1).result(Deadline.COMMITTED.s)
+        opened.save(stage(peer) | {"lr": 0.25}, 2, persist=False).result(Deadline.COMMITTED.s)
+        told = [opened.read(prefix="lr")["lr"]]
+        whole = opened.read()
+        told += [whole["lr"], sorted(whole["layers"]), [float(whole["layers"][str(rank)]["w"][0]) for rank in (0, 1)]]
+        state = stage(peer)
+        told += [opened.load(state), state["lr"]]
+        told += [opened.load(state, path=tmp_path / "step-1"), state["lr"]]
+        opened.close()
+        return told
+
+    told = [0.25, 0.5, ["0", "1"], [0.0, 1.0], 2, 0.25, 1, 0.5]
+    assert ranks.start(train, num_ranks=2, pods=PODS).finish(Deadline.LOADED) == [told, told]

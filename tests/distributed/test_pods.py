@@ -188,7 +188,7 @@ def test_an_executor_of_one_pod_that_dies_after_a_load_is_replaced_and_the_pods_
                 handle = opened.save(state_of(step, peer.rank), step)
                 if peer.rank == victim and step == 3:
                     deadlines.eventually(
-                        lambda: processes.phase_of(opened, 3) == "persisting", Deadline.STAGED, "step 3 is taken up"
+                        lambda: processes.state_of(opened, 3) == "persisting", Deadline.STAGED, "step 3 is taken up"
                     )
                     os.kill(executor, signal.SIGKILL)
                 handle.result(Deadline.COMMITTED.s)
@@ -229,7 +229,7 @@ def test_pods_whose_slots_are_all_whole_take_one_for_a_load_from_storage(ranks: 
         for step in (2, 3):
             opened.save(state_of(step, peer.rank), step, persist=False)
         deadlines.eventually(
-            lambda: processes.status(opened)["saves"][-1]["phase"] == "done", Deadline.COMMITTED, "both are whole"
+            lambda: processes.status(opened)["saves"][-1]["state"] == "done", Deadline.COMMITTED, "both are whole"
         )
         found = []
         for wanted in (3, 1):

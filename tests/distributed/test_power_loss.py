@@ -7,10 +7,7 @@ A copy of the device's image, taken while the save is held, has what the file sy
 had in memory: what a disk holds after a power cut, but for writes that the disk itself reorders. Mounting the copy replays its journal.
 """
 
-import contextlib
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +22,12 @@ from pillion.fault_points import FaultPoint
 from pillion.testing import faults
 from pillion.testing.faults import Kind
 from pillion_sidecar.checkpoint import catalog
+from pillion_sidecar.storage.local import LocalFolder
 from process import ranks as processes
 from process.ranks import Ranks
-from support import deadlines
+from support import deadlines, file_systems
 from support.deadlines import Deadline
+from support.file_systems import Kind as FileSystem
 from support.store_host import StoreHost
 
 SIZE_MIB: Final = 64
@@ -49,33 +48,12 @@ class Disk:
         return to
 
 
-def run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, timeout=Deadline.PROCESS_START.s, capture_output=True)
-
-
-@contextlib.contextmanager
-def mounted(image: Path, folder: Path, options: str = OPTIONS) -> Iterator[Path]:
-    folder.mkdir()
-    run("mount", "-t", "ext4", "-o", options, image, folder)
-    try:
-        yield folder
-    finally:
-        run("umount", folder)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0:
-        pytest.skip("a file system of its own needs root")
-    if shutil.which("mkfs.ext4") is None:
-        pytest.skip("a file system of its own needs mkfs.ext4 (e2fsprogs)")
-    if not Path("/dev/loop-control").exists() or subprocess.run(("losetup", "--find"), capture_output=True).returncode:
-        pytest.skip("a file system of its own needs a free loop device")
-    image = tmp_path / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(SIZE_MIB * 2**20)
-    run("mkfs.ext4", "-q", image)
-    with mounted(image, tmp_path / "disk") as folder:
+    if absence := file_systems.absent(FileSystem.EXT4):
+        pytest.skip(absence.reason)
+    image = file_systems.make_image(FileSystem.EXT4, tmp_path / "disk.img", SIZE_MIB)
+    with file_systems.mounted_image(FileSystem.EXT4, image, tmp_path / "disk", options=OPTIONS) as folder:
         yield Disk(image, folder)
 
 
@@ -121,11 +99,11 @@ def test_a_power_cut_leaves_the_newest_commit_or_the_one_before(
     finally:
         faults.release(folder)
         store.end()
-    with mounted(copy, tmp_path / "after") as after:
+    with file_systems.mounted_image(FileSystem.EXT4, copy, tmp_path / "after", options=OPTIONS) as after:
         found = after / "runs"
         named = processes.committed(found)
         assert named == ([1, 2] if committed else [1])
-        catalog.finish_interrupted(str(found))
+        catalog.finish_interrupted(LocalFolder(str(found)))
         finished = processes.committed(found)
         if committed or phase in (FaultPoint.COMMIT, FaultPoint.PUBLISH):
             assert finished == [1, 2], "every part of step 2 was durable"

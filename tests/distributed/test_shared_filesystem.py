@@ -4,9 +4,10 @@ The whole of: two pods on a real shared file system, each through a mount of its
 Called from: pytest; `make test-filesystem` installs what it needs, and where that is missing it says so.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch.distributed import checkpoint as stock
 from pillion import checkpointer
 from pillion.wire import names
 from process.ranks import Peer, Ranks
-from support import moosefs, mounts
+from support import moosefs, mounts, on_file_systems
 from support.deadlines import Deadline
+from support.file_systems import Kind
 
 STEPS = (1, 2, 3)
 NUMEL = 100_000
@@ -26,24 +28,27 @@ def values(step: int, rank: int) -> torch.Tensor:
     return torch.arange(NUMEL, dtype=torch.float32) + step * 3 + rank * 7
 
 
-@pytest.fixture
-def shared(tmp_path: Path, nothing_left: str) -> Iterator[list[Path]]:
+LATE: Final = "mfsnegentrycacheto=2,mfsentrycacheto=2,mfsdirentrycacheto=2,mfsattrcacheto=2"
+"""A mount that believes for 2 s what it has looked up, also that a name is not there."""
+
+
+@pytest.fixture(params=["", LATE], ids=["default", "late names"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nothing_left: str
+) -> Iterator[list[Path]]:
     """Two mounts of one file system."""
-    if absent := moosefs.missing():
-        pytest.skip(absent)
-    places = [tmp_path / "mount-0", tmp_path / "mount-1"]
-    (tmp_path / "moosefs").mkdir()
-    made = moosefs.MooseFs(tmp_path / "moosefs", places)
-    yield places
-    made.close()
+    on_file_systems.need(Kind.MOOSEFS, request.config)
+    folder = tmp_path_factory.mktemp("moosefs")
+    places = [folder / "mount-0", folder / "mount-1"]
+    with contextlib.closing(moosefs.MooseFs(folder, places, request.param)):
+        yield places
 
 
 def test_what_two_pods_save_through_mounts_of_their_own_is_loaded_by_stock_dcp_from_either(
-    ranks: Ranks, shared: list[Path], tmp_path: Path
+    ranks: Ranks, shared: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Commits look at files that another client of the file system has written; the next trainers load the newest, and go on."""
-    root = tmp_path / "checkpoints"
-    root.mkdir()
+    root = tmp_path_factory.mktemp("checkpoints")
 
     def train(peer: Peer) -> list[int | None]:
         mounts.lay_over(root, shared[peer.rank])

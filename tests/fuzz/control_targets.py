@@ -203,23 +203,23 @@ OPAQUE_BYTES: Final = (5, 100)
 
 def slot_bytes(
     *,
-    manifest: bytes = b"",
+    trailer: bytes = b"",
     layout_text: bytes = LAYOUT.encoded,
     digests_offset: int | None = None,
     image_bytes: int | None = None,
 ) -> bytes:
     """A sealed slot, as far as it is used, and with what a test wants otherwise."""
     has_bytes = LAYOUT.opaque_starts(OPAQUE_BYTES)[1]
-    text = manifest or json.dumps({"step": 5, "opaque": OPAQUE_BYTES}).encode()
+    text = trailer or json.dumps({"step": 5, "opaque": OPAQUE_BYTES}).encode()
     layout_offset = arena.PAGE_BYTES + has_bytes
-    manifest_offset = layout_offset + len(layout_text)
+    trailer_offset = layout_offset + len(layout_text)
     header = arena.SlotHeader(
         state=arena.SlotState.SEALED, sequence=1, step=5, world_size=1,
         image_bytes=has_bytes if image_bytes is None else image_bytes,
-        layout_offset=layout_offset, layout_bytes=len(layout_text), manifest_offset=manifest_offset, manifest_bytes=len(text),
+        layout_offset=layout_offset, layout_bytes=len(layout_text), trailer_offset=trailer_offset, trailer_bytes=len(text),
         layout_digest=hashlib.blake2b(layout_text, digest_size=16).digest(),
-        manifest_digest=hashlib.blake2b(text, digest_size=16).digest(),
-        digests_offset=manifest_offset + len(text) if digests_offset is None else digests_offset,
+        trailer_digest=hashlib.blake2b(text, digest_size=16).digest(),
+        digests_offset=trailer_offset + len(text) if digests_offset is None else digests_offset,
     )  # fmt: skip
     return header.pack().ljust(arena.PAGE_BYTES, b"\0") + bytes(has_bytes) + layout_text + text
 
@@ -229,10 +229,10 @@ def _slot_seeds() -> list[bytes]:
     return [
         slot_bytes(),
         slot_bytes() + b"\0",
-        slot_bytes(manifest=b'{"step":5,"opaque":[1e999]}'),
-        slot_bytes(manifest=b'{"step":5}'),
-        slot_bytes(manifest=b'{"step":5,"opaque":[-64,100]}'),
-        slot_bytes(manifest=b"\x80\x02}."),
+        slot_bytes(trailer=b'{"step":5,"opaque":[1e999]}'),
+        slot_bytes(trailer=b'{"step":5}'),
+        slot_bytes(trailer=b'{"step":5,"opaque":[-64,100]}'),
+        slot_bytes(trailer=b"\x80\x02}."),
         slot_bytes(layout_text=b"[" * 3000),
         slot_bytes(layout_text=b'{"items":[["a","float32",[1e999],[0],[1]]],"opaque":[],"paths":{}}'),
         slot_bytes(digests_offset=0),
@@ -283,17 +283,17 @@ def _sign(segment: Segment, begins: int) -> None:
     except ValueError:
         return
     if (
-        max(header.layout_offset + header.layout_bytes, header.manifest_offset + header.manifest_bytes)
+        max(header.layout_offset + header.layout_bytes, header.trailer_offset + header.trailer_bytes)
         > STRIDE_BYTES // 2
     ):
         return
     memory = segment.slot(0)
     of = bytes(memory[header.layout_offset : header.layout_offset + header.layout_bytes])
-    text = bytes(memory[header.manifest_offset : header.manifest_offset + header.manifest_bytes])
+    text = bytes(memory[header.trailer_offset : header.trailer_offset + header.trailer_bytes])
     signed = dataclasses.replace(
         header,
         layout_digest=hashlib.blake2b(of, digest_size=16).digest(),
-        manifest_digest=hashlib.blake2b(text, digest_size=16).digest(),
+        trailer_digest=hashlib.blake2b(text, digest_size=16).digest(),
     )
     segment.write_header(0, signed)
 

@@ -31,9 +31,9 @@ HUNG_S: Final = 30.0
 MEMORY_BYTES: Final = 512 << 20
 """Address space that a target may take beyond what it has when it begins: what asks for more gets a MemoryError, which no target
 may raise."""
-FINDINGS_MOST: Final = 12
+MAX_FINDINGS: Final = 12
 """Different findings after which a run ends: they have to be mended first."""
-POOL_MOST: Final = 256
+MAX_POOL: Final = 256
 """Inputs that others are made of, besides the corpus: those that were accepted, and not only refused."""
 POOLED_BYTES: Final = 4096
 POOLED_SHARE: Final = 0.02
@@ -131,7 +131,7 @@ def run(target: Target, corpus: Sequence[bytes], *, runs: int, seed: int, journa
         feed = target.make(stack)
         stack.enter_context(alarms())
         for data in inputs(target, corpus, draw, pool):
-            if outcome.inputs >= runs or len(outcome.findings) >= FINDINGS_MOST:
+            if outcome.inputs >= runs or len(outcome.findings) >= MAX_FINDINGS:
                 break
             if journal is not None:
                 journal.write(outcome.inputs, data)
@@ -142,8 +142,8 @@ def run(target: Target, corpus: Sequence[bytes], *, runs: int, seed: int, journa
             outcome.accepted += is_accepted
             if is_accepted and len(data) < POOLED_BYTES and draw.random() < POOLED_SHARE:
                 pool.append(data)
-                if len(pool) > POOL_MOST:
-                    del pool[draw.randrange(POOL_MOST)]
+                if len(pool) > MAX_POOL:
+                    del pool[draw.randrange(MAX_POOL)]
     outcome.elapsed_s = time.perf_counter() - begun
     return outcome
 

@@ -61,7 +61,7 @@ def run(
         if finding is not None and finding.kind not in seen:
             seen.add(finding.kind)
             outcome.findings.append(finding)
-        if outcome.inputs >= runs or len(outcome.findings) >= engine.FINDINGS_MOST:
+        if outcome.inputs >= runs or len(outcome.findings) >= engine.MAX_FINDINGS:
             outcome.elapsed_s = time.perf_counter() - begun
             done(outcome)
             stack.close()

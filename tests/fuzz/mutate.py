@@ -14,7 +14,7 @@ from typing import Any, Final
 
 LARGE_BYTES: Final = 1 << 20
 """Longest input. Larger ones are what the bounds of the product refuse by their length alone."""
-PLACES_MOST: Final = 4096
+MAX_PLACES: Final = 4096
 """Values of a tree that a change may be made at: a list that holds the same list many times has more than can be counted."""
 LARGE_ONE_IN: Final = 1500
 """How often a mutation may add a piece of up to LARGE_BYTES."""
@@ -251,15 +251,15 @@ def _bytes_of(word: str) -> bytes:
 
 
 def _places(tree: Any, into: list[tuple[Any, int]]) -> None:
-    """Every place of a value in a tree, as its list and its index in it, up to PLACES_MOST."""
-    if len(into) > PLACES_MOST:
+    """Every place of a value in a tree, as its list and its index in it, up to MAX_PLACES."""
+    if len(into) > MAX_PLACES:
         return
     if isinstance(tree, Pairs):
         for index, pair in enumerate(tree):
             into.append((tree, index))
             _places(pair[1], into)
     elif isinstance(tree, list):
-        for index, each in enumerate(tree[:PLACES_MOST]):
+        for index, each in enumerate(tree[:MAX_PLACES]):
             into.append((tree, index))
             _places(each, into)
 

@@ -51,6 +51,20 @@ SPEC: Final[dict[str, Any]] = {
     "suspend": False,
     "sidecar": {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "1.5Gi"}}},
 }
+BUCKET: Final[dict[str, Any]] = {
+    "url": "s3://bucket/prefix",
+    "endpoint": "https://minio:9000",
+    "region": "eu-central-1",
+    "requesterPays": True,
+    "caBundle": {"configMap": "ca", "key": "ca.crt"},
+    "credentials": {"awsRoleArn": "arn:aws:iam::123456789012:role/a"},
+    "encryption": {"kmsKeyId": "alias/a"},
+    "storageClass": "STANDARD",
+    "objectSize": "128Mi",
+    "parallelism": 4,
+    "bandwidthLimit": "2Gi",
+    "checksum": "Auto",
+}
 POLICY: Final[dict[str, Any]] = {
     "apiVersion": policy.API_VERSION, "kind": policy.KIND,
     "metadata": {"name": "llm", "namespace": "team-a", "uid": "u", "generation": 3, "resourceVersion": "9"},
@@ -107,7 +121,7 @@ WORDS: Final = (
     "cpu", "memory", "fieldRef", "value", "kubernetes.io/config.mirror", "Windows", "windows", "trainer", "logger", "100m", "1e3",
     "2Gi", "spec", "status", "metadata", annotations.INJECTED,
 )  # fmt: skip
-OPERATIONS_MOST: Final = 1000
+MAX_OPERATIONS: Final = 1000
 """Of a patch that is applied again here."""
 UNREADABLE: Final = (TypeError, AttributeError, KeyError, ValueError)
 """What `cluster.reflector` and the handlers take for an object that cannot be read, which is counted and logged. The API server gives
@@ -158,7 +172,7 @@ def _statuses(_: contextlib.ExitStack) -> Feed:
         pod = json.loads(json.dumps(whole))
         pod["metadata"]["annotations"][annotations.STATUS] = data.decode("utf-8", "replace")
         decision = _decide(pod, found)
-        if isinstance(decision, decide.Inject) and len(decision.patch) < OPERATIONS_MOST:
+        if isinstance(decision, decide.Inject) and len(decision.patch) < MAX_OPERATIONS:
             assert json_patch.apply(pod, decision.patch) == decision.pod
         injected.project(pod)
 
@@ -186,7 +200,7 @@ def _admission(_: contextlib.ExitStack) -> Feed:
         if question.pod is not None:
             decision = _decide(question.pod, found)
             # Our own application of a patch takes as many steps as there are operations, each.
-            if isinstance(decision, decide.Inject) and len(decision.patch) < OPERATIONS_MOST:
+            if isinstance(decision, decide.Inject) and len(decision.patch) < MAX_OPERATIONS:
                 assert json_patch.apply(question.pod, decision.patch) == decision.pod
             review.about(question)
             decide.message(decision)
@@ -194,6 +208,10 @@ def _admission(_: contextlib.ExitStack) -> Feed:
         assert answer["response"]["uid"] == question.uid
 
     return feed
+
+
+MAX_VARIABLE_BYTES: Final = 128 * 1024
+"""Longest variable of a process on Linux: MAX_ARG_STRLEN, execve(2)."""
 
 
 def _policies(_: contextlib.ExitStack) -> Feed:
@@ -207,7 +225,8 @@ def _policies(_: contextlib.ExitStack) -> Feed:
                 continue
             assert policy.parse(policy.dump(found), embedded=embedded) == found
         checkpoint_policy.from_object(document)
-        sidecar_settings.read_policy(data.decode())
+        # As a text a policy is the value of a variable. Reading more than that a second time is Python's time, not ours.
+        sidecar_settings.read_policy(data.decode() if len(data) <= MAX_VARIABLE_BYTES else document)
 
     return feed
 
@@ -353,7 +372,7 @@ TARGETS: Final = (
     ),
     Target(
         name="policies", make=_policies, allowed=(NoDocument, UnicodeDecodeError, SettingsError), words=WORDS,
-        weight=3, seeds=lambda: _encoded(POLICY, SPEC, {"storage": {"path": "/data"}}),
+        weight=3, seeds=lambda: _encoded(POLICY, SPEC, {"storage": {"path": "/data"}}, {"storage": {"objectStore": BUCKET}}),
     ),
     Target(
         name="reports", make=_reports, allowed=(home.BadReport,), words=(*WORDS, "version", "metrics", "listed", "step"),

@@ -17,6 +17,8 @@ from fuzz.targets import Feed, Target, temporary_folder
 from pillion.wire import manifest, names
 from pillion_sidecar.checkpoint import catalog, commit
 from pillion_sidecar.storage import archive, dcp_metadata, digest
+from pillion_sidecar.storage import generation as generation_module
+from pillion_sidecar.storage.local import LocalFolder
 
 FILE: Final = names.data_file(0, 0, "1")
 FILE_BYTES: Final = 4096
@@ -135,10 +137,10 @@ def _directories(stack: contextlib.ExitStack) -> Feed:
         for name in (names.MANIFEST, names.COMMIT_MARKER):
             (folder / name).unlink(missing_ok=True)
         (folder / PART).write_bytes(data)
-        catalog.finish_interrupted(str(root))
+        catalog.finish_interrupted(LocalFolder(str(root)))
         if not (folder / names.COMMIT_MARKER).exists():
             return
-        stored = catalog.read(str(folder), 5)
+        stored = catalog.read(LocalFolder(str(folder)), 5)
         for chunk in (each for chunks in stored.chunks.values() for each in chunks):
             _lies_inside(folder, chunk.file, chunk.offset, chunk.length)
         for leaf in stored.opaque.values():
@@ -158,7 +160,7 @@ def _committed(stack: contextlib.ExitStack) -> Feed:
         (folder / PART).write_bytes(part)
         (folder / names.COMMIT_MARKER).write_bytes(b"m")
         (folder / names.MANIFEST).write_bytes(data)
-        stored = catalog.read(str(folder), 5)
+        stored = catalog.read(LocalFolder(str(folder)), 5)
         assert stored.native
 
     return feed
@@ -203,7 +205,7 @@ def _names(_: contextlib.ExitStack) -> Feed:
             assert part is None or names.part_file(*part) == text
             file = names.parse_data_file(text)
             assert file is None or names.data_file(*file) == text
-            commit.generation_order(text)
+            generation_module.order(text)
 
     return feed
 

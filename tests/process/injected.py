@@ -78,6 +78,6 @@ class Injected:
 
     def saves(self) -> dict[int, str]:
         """
-        step -> phase of what it holds.
+        step -> state of its save.
         """
-        return {save["step"]: save["phase"] for save in self.ask("status")["saves"]}
+        return {save["step"]: save["state"] for save in self.ask("status")["saves"]}

@@ -129,14 +129,14 @@ class Trainer:
         os.kill(self.pid, number)
         self.wait()
 
-    def wait(self) -> int:
+    def wait(self, deadline: Deadline = Deadline.PROCESS_EXIT) -> int:
         """
-        The exit status, as in subprocess. Blocks: up to Deadline.PROCESS_EXIT.
+        The exit status, as in subprocess. Blocks: up to deadline.s.
         """
         if self.status is None:
             found = deadlines.eventually(
                 lambda: os.waitpid(self.pid, os.WNOHANG)[1:] if self._ended() else None,
-                Deadline.PROCESS_EXIT,
+                deadline,
                 f"rank {self.rank} ended",
             )
             assert found is not None
@@ -461,11 +461,11 @@ def status(of: checkpointer.Checkpointer) -> dict[str, Any]:
     return of._session.request(control.ReadStatus(), Deadline.REPLY.s).to_document()
 
 
-def phase_of(of: checkpointer.Checkpointer, step: int) -> str | None:
+def state_of(of: checkpointer.Checkpointer, step: int) -> str | None:
     """
-    Phase of the save of `step` in the sidecar; None when it holds none.
+    Return the state of the save of `step` in the sidecar. None if there is none.
     """
-    return next((save["phase"] for save in status(of)["saves"] if save["step"] == step), None)
+    return next((save["state"] for save in status(of)["saves"] if save["step"] == step), None)
 
 
 def executor_of(of: checkpointer.Checkpointer) -> int:

@@ -247,7 +247,7 @@ def test_another_protocol_version_is_refused_with_both_numbers(ranks: Ranks, tmp
         with pytest.raises((ProtocolMismatch, SidecarError), match="999") as caught:
             link.request(Raw(body={"type": "hello", "version": 999}), Deadline.REPLY.s)
         assert isinstance(caught.value, ProtocolMismatch)
-        assert {caught.value.ours, caught.value.theirs} == {1, 999}
+        assert {caught.value.own_version, caught.value.peer_version} == {1, 999}
     finally:
         link.close()
 

@@ -113,6 +113,48 @@ def test_a_report_says_who_it_is_from_and_what_is_on_storage(
     assert controllers.TOKEN not in sidecar.run.stderr
 
 
+def test_a_pin_of_the_cluster_keeps_a_step_from_retention_until_it_is_taken_back(
+    controller: Controller, processes: Processes, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The answer to a report sets it and removes it; the reports say so, and retention of the next commits acts on it."""
+    policy = {"retention": {"keepLast": 1}, "trigger": {"onTermination": "Skip"}}
+    sidecar = Injected(processes, tmp_path / "arena", tmp_path / "run", env=controller.env(), policy=policy)
+
+    def train(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer()
+        while (step := peer.hear()) is not None:
+            opened.save({"w": torch.ones(10)}, step).result(Deadline.COMMITTED.s)
+            peer.tell()
+        opened.close()
+
+    job = ranks.start(train, env=sidecar.trainer)
+    [trainer] = job.trainers
+
+    def save(step: int) -> None:
+        trainer.say(step)
+        trainer.hear()
+
+    def changes(kind: home.CommandKind) -> None:
+        made = (home.Command(id=f"{kind.value}-1", kind=kind.value, step=1),)
+        controller.answer = dataclasses.replace(controller.answer, commands=made)
+
+    save(1)
+    changes(home.CommandKind.PIN)
+    controller.hears("of the pin", lambda report: [each.pinned_by for each in report.checkpoints] == ["cluster"])
+    for step in (2, 3):
+        save(step)
+    root = tmp_path / "run"
+    deadlines.eventually(lambda: committed(root) == [1, 3], Deadline.SETTLE, "the pinned step and the newest stay")
+    changes(home.CommandKind.UNPIN)
+    controller.hears(
+        "of no pin", lambda report: report.checkpoints and not any(c.pinned_by for c in report.checkpoints)
+    )
+    save(4)
+    deadlines.eventually(lambda: committed(root) == [4], Deadline.SETTLE, "step 1 goes as any other")
+    job.say(None)
+    job.finish()
+
+
 def test_a_save_that_is_asked_for_is_made_once_and_acknowledged(
     controller: Controller, processes: Processes, ranks: Ranks, tmp_path: Path
 ) -> None:

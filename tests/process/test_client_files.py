@@ -145,7 +145,7 @@ def test_a_python_that_is_too_old_is_told_so(venv: Path, laid: Path, tmp_path: P
     folder = tmp_path / "client"
     shutil.copytree(laid, folder)
     shim = folder / "pillion" / "__init__.py"
-    shim.write_text(shim.read_text().replace("LEAST_PYTHON = (3, 11)", "LEAST_PYTHON = (9, 1)"))
+    shim.write_text(shim.read_text().replace("MIN_PYTHON = (3, 11)", "MIN_PYTHON = (9, 1)"))
     done = run(venv, folder)
     assert done.returncode == 1
     assert f"ImportError: pillion needs Python 9.1 or newer; {venv / 'bin' / 'python'} is Python 3." in done.stderr
@@ -164,7 +164,7 @@ def test_the_shim_is_read_by_older_pythons_and_knows_what_the_client_needs() -> 
         if isinstance(target, ast.Name)
     }
     project = tomllib.loads((repository.ROOT / "client" / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=" + ".".join(str(number) for number in values["LEAST_PYTHON"])
+    assert project["requires-python"] == ">=" + ".".join(str(number) for number in values["MIN_PYTHON"])
     assert values["BUNDLED"] == install_module.BUNDLED
 
 
@@ -213,4 +213,4 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Pat
         timeout=Deadline.PROCESS_START.s,
     )
     assert done.returncode == 69
-    assert f"cannot be laid out in {tmp_path / 'file'}" in done.stderr
+    assert f"cannot be installed in {tmp_path / 'file'}" in done.stderr

@@ -95,7 +95,7 @@ def test_latest_replaces_the_oldest_save_that_is_not_being_written(ranks: Ranks,
     executor = processes.executor_of(opened)
     processes.stop(executor)
     handles = [opened.save(state_of(1), 1)]
-    deadlines.eventually(lambda: processes.phase_of(opened, 1) == "persisting", Deadline.STAGED, "step 1 is written")
+    deadlines.eventually(lambda: processes.state_of(opened, 1) == "persisting", Deadline.STAGED, "step 1 is written")
     handles += [opened.save(state_of(step), step) for step in (2, 3, 4)]
     for replaced in (1, 2):
         with pytest.raises(SaveSkipped, match=f"replaced by step {replaced + 2}"):

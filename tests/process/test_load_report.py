@@ -4,9 +4,6 @@ The whole of: a load restores what was asked, or says what it did not.
 Called from: pytest.
 """
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,9 @@ import torch
 
 import pillion
 from pillion import checkpointer
+from pillion.wire.load_messages import Tier
 from process.ranks import Peer, Ranks
+from support import logs
 from support.deadlines import Deadline
 
 POLICY: dict[str, Any] = {"staging": {"slots": 3}, "trigger": {"periodSteps": 100, "onTermination": "Skip"}}
@@ -43,7 +42,7 @@ def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, 
 
     some: dict[str, Any] = {"step": 0, "model": {"b": torch.zeros(7, dtype=torch.int16), "w": torch.zeros(300)}}
     targets = some["model"]["b"], some["model"]["w"]
-    assert opened.find() == pillion.Found(step=15, tier="arena", path="")
+    assert opened.find() == pillion.Found(step=15, tier=Tier.ARENA, path="")
     assert opened.load(some) == 15
     assert some["step"] == 15
     assert torch.equal(targets[1], torch.full((300,), 15.0))
@@ -72,7 +71,7 @@ def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, 
     assert list(reported(opened).passed_over) == ["arena:15"]
     assert "'old'" in reported(opened).passed_over["arena:15"]
     assert opened.find(7) is None
-    assert opened.find(10) == pillion.Found(step=10, tier="arena", path="")
+    assert opened.find(10) == pillion.Found(step=10, tier=Tier.ARENA, path="")
 
 
 def test_what_shares_memory_or_keeps_a_state_below_the_top_level_is_restored_or_named(
@@ -115,13 +114,13 @@ def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_l
         return {"rng": torch.full((9,), peer.rank), "loader": f"rank {peer.rank}", "lr": 0.1, "w": torch.ones(50)}
 
     def train(peer: Peer) -> list[str]:
-        with checkpointer.Checkpointer(root, policy=POLICY) as opened, warnings_of_pillion() as warnings:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, logs.heard() as warnings:
             for step in (1, 2):
                 opened.save(states(peer), step).result(Deadline.COMMITTED.s)
         return warnings
 
     def load(peer: Peer) -> tuple[Any, ...]:
-        with checkpointer.Checkpointer(root, policy=POLICY) as opened, warnings_of_pillion() as warnings:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened, logs.heard() as warnings:
             state = states(peer)
             opened.load(state)
             assert opened.last_load is not None
@@ -139,16 +138,3 @@ def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_l
     ranks.alone()
     loaded = ("rank 0", 0, "storage", ("loader", "rng"))
     assert ranks.start(load, num_ranks=2).finish() == [(*loaded, 1), (*loaded, 0)]
-
-
-@contextlib.contextmanager
-def warnings_of_pillion() -> Iterator[list[str]]:
-    """Warnings of the client in this process."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]  # the shortest handler
-    logging.getLogger("pillion").addHandler(handler)
-    try:
-        yield found
-    finally:
-        logging.getLogger("pillion").removeHandler(handler)

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import pillion
-from pillion import checkpointer
+from pillion import checkpointer, connection
 from pillion.errors import CorruptCheckpoint, NoCheckpoint
-from pillion.wire import arena, layout
+from pillion.wire import arena, control, layout, names
+from pillion.wire.load_messages import Tier
 from process import ranks as processes
 from process.ranks import Peer, Ranks
+from support import deadlines
 from support.deadlines import Deadline
 
 POLICY = {"staging": {"slots": 3}}
@@ -54,11 +56,32 @@ def load(root: Path, peer: Peer) -> tuple[int | None, str, dict[str, str]]:
         return step, opened.last_load.tier, dict(opened.last_load.refused)
 
 
+def train_two_steps(root: Path, peer: Peer) -> None:
+    """Commit steps 1 and 2, say so, and live on until killed."""
+    opened = checkpointer.Checkpointer(root, policy=POLICY)
+    for step in (1, 2):
+        opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
+    peer.tell()
+    peer.hear()
+
+
 def segment_of(root: Path) -> Path:
     """The arena file of local rank 0."""
     from pillion import embedded
 
     return Path(embedded.runtime_directory(str(root), {})) / "segment-0.arena"
+
+
+def snapshots_verified(root: Path) -> int:
+    """How many snapshots the root's sidecar has verified while it had no trainer."""
+    return int(str(ask_status(segment_of(root).parent)["metrics"]["snapshots_verified"]))
+
+
+def ask_status(runtime_dir: Path) -> dict[str, Any]:
+    """What a sidecar answers to somebody who is no trainer of it."""
+    answer = connection.ask(str(runtime_dir / names.CONTROL_SOCKET), control.ReadStatus(), Deadline.REPLY.s)
+    assert isinstance(answer, control.Status)
+    return answer.to_document()
 
 
 def test_a_restarted_trainer_loads_the_newest_step_from_the_arena_without_reading_storage(
@@ -88,32 +111,54 @@ def test_a_restarted_trainer_loads_the_newest_step_from_the_arena_without_readin
 def test_a_bit_flipped_in_the_arena_is_found_and_the_files_are_loaded(ranks: Ranks, tmp_path: Path) -> None:
     """A tensor that changed in the arena since its seal is refused by name, and the same step comes from storage."""
 
-    def train(peer: Peer) -> None:
-        opened = checkpointer.Checkpointer(tmp_path, policy=POLICY)
-        for step in (1, 2):
-            opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
-        peer.tell()
-        peer.hear()
-
-    job = ranks.start(train)
+    job = ranks.start(lambda peer: train_two_steps(tmp_path, peer))
     job.hear()
-    job.kill()
     path = segment_of(tmp_path)
     with path.open("rb") as file:
         header = arena.SegmentHeader.unpack(file.read(arena.PAGE_BYTES))
         file.seek(header.slot_offset(1))
         assert arena.SlotHeader.unpack(file.read(arena.PAGE_BYTES), stride_bytes=header.stride_bytes).step == 2
     payload = header.slot_offset(1) + arena.PAGE_BYTES + layout.HEAD_BYTES
+    # While the trainer lives, which has the arena mapped: after its death the sidecar verifies the snapshot, and then nobody writes to it.
     processes.flip(path, payload + 100)
+    job.kill()
     [(step, tier, refused)] = ranks.start(lambda peer: load(tmp_path, peer)).finish()
     assert (step, tier) == (2, "storage")
     assert list(refused) == ["arena:2"]
     assert "'weight'" in refused["arena:2"]
 
 
-@pytest.mark.parametrize("where", ["layout", "manifest", "header"])
+def test_the_newest_snapshot_is_verified_while_no_trainer_lives(ranks: Ranks, tmp_path: Path) -> None:
+    """The sidecar compares it with its digests at the death of the trainers, and a bit that flips only after that is for the next restart to find."""
+
+    def load_and_tell(peer: Peer) -> tuple[object, ...]:
+        with checkpointer.Checkpointer(tmp_path, policy=POLICY) as opened:
+            verified = processes.status(opened)["metrics"]["snapshots_verified"]
+            state = state_of(0)
+            # Not `load` of this file: the flipped value is loaded as it is.
+            step = opened.load(state)
+            assert opened.last_load is not None
+            peer.tell((verified, step, opened.last_load.tier, torch.equal(state["weight"], state_of(2)["weight"])))
+            again = opened.load(state)
+            assert opened.last_load is not None
+            return (again, opened.last_load.tier, list(opened.last_load.refused))
+
+    job = ranks.start(lambda peer: train_two_steps(tmp_path, peer))
+    job.hear()
+    job.kill()
+    deadlines.eventually(lambda: snapshots_verified(tmp_path) == 1, Deadline.SETTLE, "the snapshot to be verified")
+    path = segment_of(tmp_path)
+    with path.open("rb") as file:
+        header = arena.SegmentHeader.unpack(file.read(arena.PAGE_BYTES))
+    processes.flip(path, header.slot_offset(1) + arena.PAGE_BYTES + layout.HEAD_BYTES + 100)
+    successor = ranks.start(load_and_tell)
+    assert successor.hear() == [(1, 2, "arena", False)]
+    assert successor.finish() == [(2, "storage", ["arena:2"])]
+
+
+@pytest.mark.parametrize("where", ["layout", "trailer", "header"])
 def test_a_damaged_description_of_a_slot_is_refused_like_damaged_data(ranks: Ranks, tmp_path: Path, where: str) -> None:
-    """A bit flipped in a slot's header, layout or manifest keeps the slot from being used; the step comes from storage."""
+    """A bit flipped in a slot's header, layout or trailer keeps the slot from being used; the step comes from storage."""
 
     def train(peer: Peer) -> None:
         opened = checkpointer.Checkpointer(tmp_path, policy=POLICY)
@@ -130,7 +175,7 @@ def test_a_damaged_description_of_a_slot_is_refused_like_damaged_data(ranks: Ran
         file.seek(header.slot_offset(0))
         slot = arena.SlotHeader.unpack(file.read(arena.PAGE_BYTES), stride_bytes=header.stride_bytes)
     # Of the header the step, which becomes 3: nothing else would tell that the data is of step 1.
-    offset = {"layout": slot.layout_offset + 20, "manifest": slot.manifest_offset + 12, "header": 24}[where]
+    offset = {"layout": slot.layout_offset + 20, "trailer": slot.trailer_offset + 12, "header": 24}[where]
     processes.flip(path, header.slot_offset(0) + offset, bit=1)
     [(step, tier, refused)] = ranks.start(lambda peer: load(tmp_path, peer)).finish()
     assert (step, tier) == (1, "storage")
@@ -301,7 +346,7 @@ def test_a_rollback_lasts(ranks: Ranks, tmp_path: Path) -> None:
     newest = opened.latest()
     assert newest is not None
     assert newest.step == 3
-    assert opened.find() == pillion.Found(step=3, tier="arena", path="")
+    assert opened.find() == pillion.Found(step=3, tier=Tier.ARENA, path="")
     assert opened.load(state) == 3
     assert ahead(opened) == [4, 5]
     assert state["note"] == ["the other", "branch"]

@@ -7,6 +7,8 @@ Must never: take less than the store's own bounds as proof; what is tested is th
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -34,10 +36,13 @@ def silent() -> Iterator[socket.socket]:
         yield listening
 
 
-def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: socket.socket, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["it leaves", "it is stopped"])
+def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(
+    silent: socket.socket, tmp_path: Path, stopped: bool
+) -> None:
     """
-    An executor that waits for a store which never answers is replaced as soon as the next session opens, well within the
-    store's bound; and what is asked for the session before afterwards is refused.
+    An executor that waits for a store which never answers leaves that wait as soon as the next session opens, well within the store's bound; one
+    that cannot leave is replaced. What is asked for the session before afterwards is refused.
     """
 
     async def scenario() -> None:
@@ -55,13 +60,16 @@ def test_the_next_session_does_not_wait_for_the_store_of_the_one_before(silent: 
             )
             with contextlib.closing(accepted):
                 first = executor_client.executor_pid
+                assert first is not None
+                if stopped:
+                    os.kill(first, signal.SIGSTOP)
                 begun = time.monotonic()
                 executor_client.session(lasting)
                 await soon(
                     lambda: executor_client.opened == "b" * 32, Deadline.PROCESS_START, "the next session is open"
                 )
                 assert time.monotonic() - begun < tcpstore.CONNECT_TIMEOUT_S / 2
-                assert executor_client.executor_pid != first
+                assert (executor_client.executor_pid != first) == stopped
             with pytest.raises(SessionOver):
                 await executor_client.open(over)
         finally:
@@ -93,7 +101,9 @@ def test_an_executor_leaves_the_pods_that_it_waits_for_and_serves_the_next_sessi
             await soon(lambda: executor_client.opened == "a" * 32, Deadline.TORCH_START, "the first session is open")
             first = executor_client.executor_pid
             rescue = asyncio.create_task(
-                executor_client.rescue(over, [Save(5, 0, 1, persist=True, destination=None)], ["call"])
+                executor_client.rescue(
+                    over, [Save(5, 0, 1, persist=True, destination=None)], ["call"], owed=lambda _: False
+                )
             )
             await soon(
                 lambda: executor_client._working_for == "a" * 32, Deadline.REPLY, "the executor waits for the other pod"

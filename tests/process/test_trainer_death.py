@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pillion import checkpointer, embedded, leaves
-from pillion.wire import arena
+from pillion.wire import arena, save_messages
 from process import ranks as processes
 from process.ranks import Peer, Ranks
 from support import deadlines
@@ -32,7 +32,7 @@ def test_a_trainer_killed_in_mid_stage_leaves_a_torn_slot_that_is_never_persiste
         opened = checkpointer.Checkpointer(tmp_path, policy=POLICY)
         opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
         collected = leaves.Collector().collect(state_of(2))
-        grant = opened._session.claim(2, room_bytes=32768, persist=True, destination=None)
+        grant = opened._session.claim(save_messages.Claim(step=2, room_bytes=32768, persist=True))
         mapping = opened._session.mapping
         assert mapping is not None
         mapping.copy_in(grant.slot, collected)
@@ -89,7 +89,7 @@ def test_a_snapshot_that_is_in_the_executors_hands_when_its_trainer_dies_is_pers
         processes.stop(executor)
         opened.save(state_of(2), 2, persist=False)
         deadlines.eventually(
-            lambda: processes.phase_of(opened, 2) == "persisting", Deadline.STAGED, "the executor was given step 2"
+            lambda: processes.state_of(opened, 2) == "persisting", Deadline.STAGED, "the executor was given step 2"
         )
         peer.tell((executor, processes.status(opened)["pid"], embedded.log_path(opened._session.runtime_dir)))
         peer.hear()

@@ -235,6 +235,26 @@ def test_a_certificate_changes_without_a_refused_connection(webhook: Webhook, cl
     assert webhook.health("/readyz")[0] == 200
 
 
+def test_a_claim_for_one_node_is_a_warning_for_several_pods(webhook: Webhook, cluster: FakeApi) -> None:
+    """What the controller has read of the policy's claim reaches the pods of a training; a claim of another name says nothing."""
+    gang = {"labels": {"kueue.x-k8s.io/pod-group-name": "gang"}}
+    notes = POD["metadata"]["annotations"] | {"kueue.x-k8s.io/pod-group-total-count": "2"}
+    pod = POD | {"metadata": {"name": "gang-0", "annotations": notes} | gang}
+
+    def is_warned() -> bool:
+        return any("the claim checkpoints is ReadWriteOnce" in each for each in webhook.admit(pod).get("warnings", []))
+
+    def read(claim: str) -> None:
+        status = {"claim": {"name": claim, "accessModes": ["ReadWriteOnce"]}}
+        cluster.put(f"{POLICIES}/llm", policy() | {"status": status})
+
+    assert not is_warned()
+    read("checkpoints")
+    eventually(is_warned, Deadline.API, "the warning")
+    read("another")
+    eventually(lambda: not is_warned(), Deadline.API, "no warning of a claim that the policy no longer names")
+
+
 def shown(webhook: Webhook) -> bytes | None:
     """The certificate that a new connection is shown."""
     connection = webhook.connect()
@@ -316,7 +336,7 @@ def test_what_is_no_review_is_refused_and_forgotten(webhook: Webhook) -> None:
     connection = webhook.connect()
     # An error: the answer came before the body had been sent.
     with contextlib.suppress(OSError), contextlib.closing(connection):
-        assert ask(connection, b" " * (webhook_server.BODY_MOST_BYTES + 1))[0] == 413
+        assert ask(connection, b" " * (webhook_server.MAX_BODY_BYTES + 1))[0] == 413
     assert webhook.admit(POD)["allowed"] is True
 
 
@@ -329,11 +349,11 @@ def test_a_stranger_costs_a_bounded_amount_and_leaves_nothing_behind(webhook: We
             connection = webhook.connect()
             slow.append(connection)
             connection.putrequest("POST", "/mutate")
-            connection.putheader("Content-Length", str(webhook_server.BODY_MOST_BYTES))
+            connection.putheader("Content-Length", str(webhook_server.MAX_BODY_BYTES))
             connection.endheaders()
             # An error: it had to make room.
             with contextlib.suppress(OSError):
-                connection.send(b"x" * (webhook_server.BODY_MOST_BYTES - 1))
+                connection.send(b"x" * (webhook_server.MAX_BODY_BYTES - 1))
             if number % 8 == 0:
                 assert webhook.admit(POD)["allowed"] is True
         held = resident_mib(webhook) - before

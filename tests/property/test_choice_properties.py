@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillion.errors import CorruptCheckpoint, NoCheckpoint
-from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar.checkpoint import commit, retention
+from pillion.wire.policy import Best, KeepBest, OnMissing, Retention
+from pillion_sidecar.checkpoint import retention
 from pillion_sidecar.executor.load import choose
+from pillion_sidecar.storage import generation as generation_module
 
 steps = st.sets(st.integers(0, 60), max_size=8)
 orders = st.tuples(st.integers(0, 2), st.integers(0, 2))
@@ -21,23 +22,41 @@ orders = st.tuples(st.integers(0, 2), st.integers(0, 2))
 orders = st.tuples(st.integers(1, 3), st.integers(0, 2))
 
 
+def is_better(one: int, other: int, values: dict[int, float], mode: Best) -> bool:
+    """Whether the checkpoint of a step is better than another: by its value, and where these are equal by its step."""
+    if values[one] == values[other]:
+        return one > other
+    return values[one] < values[other] if mode is Best.MIN else values[one] > values[other]
+
+
 @given(
     committed=st.dictionaries(st.integers(0, 60), orders, max_size=8),
     keep_last=st.none() | st.integers(1, 5),
     every=st.none() | st.integers(1, 9),
     keep=steps,
+    values=st.none() | st.dictionaries(st.integers(0, 60), st.floats() | st.integers(0, 3).map(float), max_size=8),
+    mode=st.sampled_from(list(Best)),
+    count=st.integers(1, 4),
     data=st.data(),
 )
 def test_retention_keeps_what_it_must(
-    committed: dict[int, tuple[int, int]], keep_last: int | None, every: int | None, keep: set[int], data: st.DataObject
+    committed: dict[int, tuple[int, int]],
+    keep_last: int | None,
+    every: int | None,
+    keep: set[int],
+    values: dict[int, float] | None,
+    mode: Best,
+    count: int,
+    data: st.DataObject,
 ) -> None:
     """
-    On the line: the newest keepLast and the multiples. Everywhere: the one just committed, the one committed last, all that lie ahead
+    On the line: the newest keepLast, the multiples, and the best by a metric, whatever values the script gave. Everywhere: the one just committed, the one committed last, all that lie ahead
     of the one just committed, and what a load has verified. The rest goes.
     """
     current = data.draw(st.sampled_from(sorted(committed))) if committed else 5
-    policy = Retention(keep_last=keep_last, keep_every_steps=every if keep_last else None)
-    removed = retention.choose(committed, policy, current=current, keep=keep)
+    best = KeepBest(metric="loss", mode=mode, count=count) if values is not None and keep_last else None
+    policy = Retention(keep_last=keep_last, keep_every_steps=every if keep_last else None, keep_best=best)
+    removed = retention.choose(committed, policy, current=current, keep=keep, values=values or {})
     assert removed == sorted(set(removed))
     assert set(removed) <= committed.keys()
     if keep_last is None or not committed:
@@ -50,6 +69,9 @@ def test_retention_keeps_what_it_must(
     must = set(on_line[-keep_last:]) | {step for step in committed if step >= current or step in keep}
     must |= {step for step in on_line if every and step % every == 0}
     must |= {step for step in committed if not later[step]}
+    if best is not None and values is not None:
+        judged = [step for step in on_line if step in values and values[step] == values[step]]
+        must |= {step for step in judged if sum(is_better(each, step, values, mode) for each in judged) < count}
     assert committed.keys() - set(removed) == must
 
 
@@ -61,8 +83,8 @@ def test_retention_keeps_what_it_must(
     on_missing=st.sampled_from(list(OnMissing)),
 )
 def test_a_load_takes_the_newest_that_is_not_refused_and_starts_fresh_only_where_nothing_ever_was(
-    arena_steps: dict[int, commit.Order],
-    committed: dict[int, commit.Order],
+    arena_steps: dict[int, generation_module.Order],
+    committed: dict[int, generation_module.Order],
     refused: set[tuple[str, int]],
     step: int | None,
     on_missing: OnMissing,

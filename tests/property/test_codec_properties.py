@@ -158,7 +158,7 @@ headers = st.builds(
     state=st.sampled_from(list(arena.SlotState)), flags=st.integers(0, 3).map(arena.Flag), sequence=numbers,
     step=st.integers(-1, 2**62), rank=st.integers(0, 2**32 - 1), world_size=st.integers(0, 2**32 - 1),
     image_bytes=st.integers(0, 2**20), layout_offset=st.integers(0, 2**20), layout_bytes=st.integers(0, 2**20),
-    manifest_offset=st.integers(0, 2**20), manifest_bytes=st.integers(0, 2**20), sealed_ns=numbers,
+    trailer_offset=st.integers(0, 2**20), trailer_bytes=st.integers(0, 2**20), sealed_ns=numbers,
     layout_digest=st.binary(min_size=16, max_size=16), session=st.binary(min_size=16, max_size=16),
     digests_offset=st.integers(0, 2**20), digests_count=st.integers(0, 2**10), digests_for=numbers,
 )  # fmt: skip
@@ -220,7 +220,7 @@ def test_errors_cross_a_process_as_what_they_are(
 
 def test_a_version_mismatch_swaps_its_sides_on_the_way() -> None:
     """What the sidecar calls its own version is the other one's for the client."""
-    told = errors.ErrorDocument.from_exception(errors.ProtocolMismatch(ours=1, theirs=2))
+    told = errors.ErrorDocument.from_exception(errors.ProtocolMismatch(own_version=1, peer_version=2))
     found = errors.ErrorDocument.from_document(json.loads(json.dumps(told.to_document()))).to_exception()
     assert isinstance(found, errors.ProtocolMismatch)
-    assert (found.ours, found.theirs) == (2, 1)
+    assert (found.own_version, found.peer_version) == (2, 1)

@@ -24,13 +24,14 @@ from pillion.wire import layout, manifest, names
 from pillion.wire.policy import Retention
 from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
 from pillion_sidecar.storage import archive, digest, durable
+from pillion_sidecar.storage.local import LocalFolder
 from support import file_operations
 from support.parts import begin_session
 
 WORLD: Final = 2
 ITEMS: Final = 64
 POLICY: Final = Retention(keep_last=2)
-OPERATIONS_MOST: Final = 96
+MAX_OPERATIONS: Final = 96
 """More file operations than fence, commit and retention of one save have."""
 IN_MEMORY: Final = "/dev/shm"
 """Where syncing costs nothing; what it does for durability no test can see without cutting the power."""
@@ -85,7 +86,7 @@ class Storage(RuleBasedStateMachine):
 
     def conclude(self, step: int, generation: int) -> None:
         """Fence, commit, remember, and retention."""
-        commit.fence(self.root, generation)
+        commit.fence(LocalFolder(self.root), generation)
         chunks: list[manifest.StoredChunk] = []
         parts: list[manifest.PartReference] = []
         files: dict[str, int] = {}
@@ -102,10 +103,10 @@ class Storage(RuleBasedStateMachine):
             metadata=metadata,
         )  # fmt: skip
         # A local folder shows every name at once.
-        commit.publish(str(self.folder(step)), made, metadata, files, late_s=0.0)
-        milestones.remember(self.root, step, str(generation))
-        retention.remove_older_files(str(self.folder(step)), str(generation))
-        retention.apply(self.root, POLICY, current=step, generation=generation)
+        commit.publish(LocalFolder(str(self.folder(step))), made, metadata, files, late_s=0.0)
+        milestones.remember(LocalFolder(self.root), step, str(generation))
+        retention.remove_older_files(LocalFolder(str(self.folder(step))), str(generation))
+        retention.apply(LocalFolder(self.root), POLICY, current=step, generation=generation)
 
     def has_marker(self, step: int) -> bool:
         return (self.folder(step) / names.COMMIT_MARKER).exists()
@@ -156,7 +157,7 @@ class Storage(RuleBasedStateMachine):
         """A new attempt: claims its generation, finishes what is complete, goes on from a step of the line, or from the start."""
         self.generation = begin_session(self.root)
         self.settle()
-        finished = catalog.finish_interrupted(self.root)
+        finished = catalog.finish_interrupted(LocalFolder(self.root))
         known = set(self.committed)
         self.model_finish()
         assert set(finished) == set(self.committed) - known
@@ -176,7 +177,7 @@ class Storage(RuleBasedStateMachine):
         self.complete[step] = {self.generation}
         self.model_retention(step, surely=True)
 
-    @rule(ranks=st.integers(0, WORLD - 1), before=st.integers(0, OPERATIONS_MOST))
+    @rule(ranks=st.integers(0, WORLD - 1), before=st.integers(0, MAX_OPERATIONS))
     def crash_while_writing(self, ranks: int, before: int) -> None:
         """Some ranks have written, the next one ends in the middle."""
         step = self.position + 1
@@ -190,7 +191,7 @@ class Storage(RuleBasedStateMachine):
         if ranks == WORLD - 1 and (not crashed or (self.folder(step) / part).exists()):
             self.complete.setdefault(step, set()).add(self.generation)
 
-    @rule(before=st.integers(0, OPERATIONS_MOST))
+    @rule(before=st.integers(0, MAX_OPERATIONS))
     def crash_while_committing(self, before: int) -> None:
         """Every rank has written; the coordinator ends between two file operations of fence, commit and retention."""
         step = self.position + 1
@@ -219,7 +220,7 @@ class Storage(RuleBasedStateMachine):
         with pytest.raises(CommitError):
             self.conclude(step, generation)
 
-    @rule(before=st.integers(0, OPERATIONS_MOST), successor_saves=st.integers(0, 3), back=st.integers(0, 4))
+    @rule(before=st.integers(0, MAX_OPERATIONS), successor_saves=st.integers(0, 3), back=st.integers(0, 4))
     def a_stopped_attempt_comes_back(self, before: int, successor_saves: int, back: int) -> None:
         """The coordinator is stopped anywhere in its commit; a successor begins, goes back, saves; then it goes on."""
         step, generation = self.position + 1, self.generation
@@ -271,7 +272,7 @@ class Storage(RuleBasedStateMachine):
 
     def read(self, step: int) -> int:
         """Read a committed checkpoint as the loader does; the attempt that its bytes are of."""
-        stored = catalog.read(str(self.folder(step)), step)
+        stored = catalog.read(LocalFolder(str(self.folder(step))), step)
         found = set()
         chunks = stored.chunks["w"]
         assert sorted(chunk.offsets for chunk in chunks) == [(ITEMS * rank,) for rank in range(WORLD)]
@@ -288,7 +289,7 @@ class Storage(RuleBasedStateMachine):
     @invariant()
     def every_committed_checkpoint_is_there_and_whole(self) -> None:
         """And of the attempt that committed it last; nothing else is committed."""
-        on_storage = {step for step, done in catalog.steps(self.root).items() if done}
+        on_storage = {step for step, done in catalog.steps(LocalFolder(self.root)).items() if done}
         assert on_storage - self.maybe == set(self.committed) - self.maybe
         assert not self.committed or self.newest() in on_storage, "the newest committed checkpoint is gone"
         for step in on_storage:
@@ -323,7 +324,7 @@ def test_an_older_attempt_stopped_before_any_file_operation_does_no_harm_when_it
     At every place once: the successor has meanwhile gone back and written the same steps again, or gone on with others. `rewind`: the
     older attempt itself writes a step again that one before it has committed.
     """
-    for before in range(OPERATIONS_MOST):
+    for before in range(MAX_OPERATIONS):
         job = Storage()
         try:
             for _ in range(3):
@@ -338,13 +339,13 @@ def test_an_older_attempt_stopped_before_any_file_operation_does_no_harm_when_it
             job.teardown()
         if not job.was_cut:
             return
-    pytest.fail(f"there are more than {OPERATIONS_MOST} operations: some places were not tried")
+    pytest.fail(f"there are more than {MAX_OPERATIONS} operations: some places were not tried")
 
 
 @pytest.mark.parametrize("rewind", [0, 1, 2])
 def test_a_crash_before_any_file_operation_leaves_the_one_before_and_the_next_run_finishes(rewind: int) -> None:
     """At every place of fence, commit and retention once, in a new folder and in one that is written again."""
-    for before in range(OPERATIONS_MOST):
+    for before in range(MAX_OPERATIONS):
         job = Storage()
         try:
             for _ in range(3):
@@ -361,4 +362,4 @@ def test_a_crash_before_any_file_operation_leaves_the_one_before_and_the_next_ru
             job.teardown()
         if not job.was_cut:
             return
-    pytest.fail(f"there are more than {OPERATIONS_MOST} operations: some places were not tried")
+    pytest.fail(f"there are more than {MAX_OPERATIONS} operations: some places were not tried")

@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: use a store that is no TCPStore, or a folder that is none: what they do with an order is what matters.
 """
 
+import contextlib
 import functools
 import itertools
 import shutil
@@ -13,14 +14,14 @@ from concurrent import futures
 from typing import Any, Final
 
 import pytest
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor.exchange import protocol, tcpstore
+from pillion_sidecar.executor.exchange import protocol, tcpstore, torch_store
 from pillion_sidecar.executor.exchange.storage import StorageExchange
+from pillion_sidecar.storage.local import LocalFolder
 from support.deadlines import Deadline
 
 SOON_S: Final = 0.02
@@ -33,7 +34,8 @@ _sessions: Final = itertools.count()
 @functools.cache
 def the_store() -> Any:
     """One store for all examples; each has a prefix of its own."""
-    keep, _ = tcpstore.host("127.0.0.1", "pillion/tests")
+    keep, view = tcpstore.host("127.0.0.1", "pillion/tests")
+    view.close()
     return keep
 
 
@@ -44,15 +46,15 @@ def local(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
 
 def over_a_store(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
     """Every pod's end over one real store."""
-    keep = the_store()
-    view = dist.PrefixStore(f"pillion/tests/{next(_sessions)}", keep)
-    return [tcpstore.StoreExchange(view, keep, pods, pod[0]) for pod in pods]
+    # In this process, as a store of torch looks up the name of each client that connects, which may take seconds.
+    view = torch_store.TorchStore(the_store(), f"pillion/tests/{next(_sessions)}")
+    return [tcpstore.StoreExchange(view, None, pods, pod[0]) for pod in pods]
 
 
 def over_storage(pods: list[list[int]], root: str) -> list[protocol.Exchange]:
     """Every pod's end over one folder."""
     session = f"{next(_sessions):032x}"
-    return [StorageExchange(root, session, pods, pod[0]) for pod in pods]
+    return [StorageExchange(LocalFolder(root), session, pods, pod[0]) for pod in pods]
 
 
 class Exchanges(RuleBasedStateMachine):
@@ -141,17 +143,17 @@ def test_pods_that_arrive_in_any_order_end_with_the_same_decision(order: list[in
     prefix, port = f"pillion/tests/{next(_sessions)}", the_store().port
 
     def one(first: int) -> protocol.Document:
-        store, view = tcpstore.connect("127.0.0.1", port, prefix)
-        end = tcpstore.StoreExchange(view, store, pods, first)
-        for phase in PHASES:
-            end.post(phase, {"from": first, "phase": phase})
-            if first == 0:
-                end.publish(
-                    phase, {str(pod): document for pod, document in end.collect(phase, Deadline.REPLY.s).items()}
-                )
-            decision = end.receive(phase, Deadline.REPLY.s)
-            assert decision == {str(pod[0]): {"from": pod[0], "phase": phase} for pod in pods}
-        return decision
+        with contextlib.closing(tcpstore.connect("127.0.0.1", port, prefix)) as client:
+            end = tcpstore.StoreExchange(client, None, pods, first)
+            for phase in PHASES:
+                end.post(phase, {"from": first, "phase": phase})
+                if first == 0:
+                    end.publish(
+                        phase, {str(pod): document for pod, document in end.collect(phase, Deadline.REPLY.s).items()}
+                    )
+                decision = end.receive(phase, Deadline.REPLY.s)
+                assert decision == {str(pod[0]): {"from": pod[0], "phase": phase} for pod in pods}
+            return decision
 
     with futures.ThreadPoolExecutor(len(order)) as pool:
         decisions = [future.result(Deadline.SETTLE.s) for future in [pool.submit(one, first) for first in order]]

@@ -15,7 +15,7 @@ from pillion.wire import layout
 from pillion_sidecar.checkpoint import commit
 from pillion_sidecar.executor import plan as plan_module
 from pillion_sidecar.executor.save.write import RankPlacement
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import stretches
 
 BEST_TIMES: int = 2
 """No rank writes more than so many times what the best plan would have its busiest rank write."""
@@ -99,30 +99,37 @@ def test_files_hold_every_chunk_once_where_metadata_says(
     layouts: dict[int, layout.Layout], data: st.DataObject
 ) -> None:
     """
-    Each pod places its own ranks, the coordinator all of them: chunk for chunk the same place. In a file nothing overlaps, everything
-    lies behind its run's page, and all of it within the file's length.
+    Each pod places its own ranks, the coordinator all of them: chunk for chunk the same place. In a file nothing overlaps, and all of it
+    lies within the file's length; a file system gets one file of whole pages a rank, a bucket files of exactly their items, each cut at the
+    agreed size unless one item alone is larger.
     """
     plan = plan_module.make_plan(layouts)
     lengths = {
         rank: tuple(data.draw(st.lists(st.integers(0, 9000), min_size=len(of.opaque), max_size=len(of.opaque))))
         for rank, of in layouts.items()
     }
+    object_bytes = data.draw(st.none() | st.integers(1, 20_000), "object_bytes")
     received = plan_module.Plan.from_document(plan.to_document())
     chunks, opaque = [], []
     for rank, of in layouts.items():
-        ours = RankPlacement(rank, of, lengths[rank], received, "7")
-        theirs = RankPlacement(rank, layout.decode(of.encoded), lengths[rank], plan, "7")
+        ours = RankPlacement(rank, of, lengths[rank], received, "7", object_bytes)
+        theirs = RankPlacement(rank, layout.decode(of.encoded), lengths[rank], plan, "7", object_bytes)
         assert ours.chunks() == theirs.chunks()
         assert ours.opaque() == theirs.opaque()
-        assert (ours.file, ours.file_bytes) == (theirs.file, theirs.file_bytes)
-        for run in ours.runs:
-            assert run.length >= 0
-        placed = [(each.offset, each.length) for _, each in ours.chunks()]
-        placed += [(each.offset, each.length) for _, each in ours.opaque()]
-        spans = sorted((offset, offset + length) for offset, length in placed if length)
-        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "two things overlap in a file"
-        assert all(start >= 0 and end <= ours.file_bytes for start, end in spans)
-        assert ours.file_bytes % directio.PAGE_BYTES == 0
+        assert ours.files == theirs.files
+        placed = [each for _, each in ours.chunks()] + [each for _, each in ours.opaque()]
+        assert {each.file for each in placed} == set(ours.files)
+        for name, file in ours.files.items():
+            within = [(each.offset, each.length) for each in placed if each.file == name]
+            spans = sorted((offset, offset + length) for offset, length in within if length)
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "two things overlap"
+            assert all(start >= 0 and end <= file.file_bytes for start, end in spans)
+            if object_bytes is None:
+                assert file.file_bytes % stretches.PAGE_BYTES == 0
+                assert len(ours.files) == 1
+            else:
+                assert file.file_bytes == sum(run.length for run in file.runs)
+                assert file.file_bytes <= object_bytes or len(spans) == 1
         chunks += [chunk for _, chunk in ours.chunks()]
         opaque += [leaf for _, leaf in ours.opaque()]
     held = holders(layouts)

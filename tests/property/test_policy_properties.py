@@ -63,7 +63,11 @@ claims = st.builds(
     policy.VolumeClaim, claim_name=words, sub_path=st.none() | st.lists(words, min_size=1, max_size=3).map("/".join)
 )
 retentions = st.just(policy.Retention()) | st.builds(
-    policy.Retention, keep_last=positive, keep_every_steps=st.none() | positive
+    policy.Retention,
+    keep_last=positive,
+    keep_every_steps=st.none() | positive,
+    max_age_seconds=st.none() | st.integers(1, 999_999).map(lambda days: days * 86_400),
+    max_bytes=st.none() | positive,
 )
 restores = st.builds(
     policy.Restore,

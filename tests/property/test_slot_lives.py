@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
 from pillion_sidecar.arena import slots
-from pillion_sidecar.arena.slots import Leftover, Phase, Save, SlotTable
+from pillion_sidecar.arena.slots import Leftover, Save, SaveState, SlotTable
 
 DIED = ErrorDocument("TrainerDied", "x")
 
@@ -285,7 +285,7 @@ class Lives(RuleBasedStateMachine):
             if self.writing is None:
                 break
             self.outcome(True)
-        assert all(save.phase is Phase.DONE for save in self.table.saves.values())
+        assert all(save.state is SaveState.DONE for save in self.table.saves.values())
         assert isinstance(self.table.claim(10**6, 0, persist=True), slots.Granted)
 
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
 from pillion_sidecar.arena import slots
-from pillion_sidecar.arena.slots import Phase, Save, SlotTable
+from pillion_sidecar.arena.slots import Save, SaveState, SlotTable
 
 
 class Slots(RuleBasedStateMachine):
@@ -210,7 +210,7 @@ class Slots(RuleBasedStateMachine):
         while (save := self.table.next_to_persist()) is not None:
             self.table.start_persist(save)
             self.table.finish(save, persisted=True)
-        assert not [save for save in self.table.saves.values() if save.phase is Phase.FILLING]
+        assert not [save for save in self.table.saves.values() if save.state is SaveState.FILLING]
         decision = self.table.claim(max(self.next_step) + 1, 0, persist=True)
         assert isinstance(decision, slots.Granted)
 

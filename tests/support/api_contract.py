@@ -123,7 +123,7 @@ class ApiContract:
         access.run(scenario)
 
     def test_a_write_to_another_version_is_a_conflict(self, access: Access) -> None:
-        """What was changed meanwhile is not overwritten, what exists is not made, what is another object is not removed."""
+        """A changed object is not overwritten, an existing one is not created again, and another object of the same name is not removed."""
 
         async def scenario(api: Client) -> None:
             path = f"{access.config_maps}/ours"
@@ -158,7 +158,7 @@ class ApiContract:
         access.run(scenario)
 
     def test_a_cache_follows_what_happens(self, access: Access) -> None:
-        """What is made, changed and removed is seen, each with what was there before; what is not kept is not seen."""
+        """The cache reports each created, changed and removed object, with the object before. It does not report objects that it does not keep."""
 
         async def scenario(api: Client) -> None:
             await api.create(access.config_maps, config_map("ours-1", a="1"))

@@ -17,7 +17,7 @@ from support.deadlines import Deadline, soon
 from support.proxy import Proxy
 
 IDLE_S = 1.5
-"""What these tests take for a dead connection, so that they need not wait for the real bound."""
+"""Silence after which a connection is dead in these tests, so that they need not wait for the real bound."""
 TIMING = lease.Timing(lifetime_s=4, renew_s=0.5, deadline_s=2.5, retry_s=0.3)
 
 
@@ -58,7 +58,7 @@ class ApiFaults:
         raise NotImplementedError
 
     def test_a_cache_goes_on_after_a_broken_connection(self, network: Network) -> None:
-        """What happened while the connection was broken is seen, and nothing is forgotten meanwhile."""
+        """The cache reports the changes during a broken connection, and forgets no object in that time."""
 
         async def scenario(api: Client) -> None:
             async with await Client.connect(str(network.direct.kubeconfig)) as other:

@@ -24,11 +24,11 @@ class ApiInMemory:
         self.calls: list[tuple[str, str]] = []
         """Verb and path of each request."""
         self.review: Callable[[str], Json] = lambda _: {"status": {"authenticated": False}}
-        """What a TokenReview of a token says."""
+        """Returns the TokenReview of a token."""
         self.fails: list[Exception] = []
-        """What the next requests raise."""
+        """Errors that the next requests raise, in order."""
         self.gate: asyncio.Event | None = None
-        """What requests wait for."""
+        """Event that requests wait for; None: they do not wait."""
         self._made = 0
 
     def writes(self) -> list[tuple[str, str]]:

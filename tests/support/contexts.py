@@ -11,6 +11,8 @@ from pillion.wire import policy
 from pillion_sidecar.executor.exchange import protocol
 from pillion_sidecar.executor.exchange.watchdog import Watchdog
 from pillion_sidecar.executor.session import Context
+from pillion_sidecar.storage import opening
+from pillion_sidecar.storage.local import LocalFolder
 from support.deadlines import Deadline
 
 SESSION = "a" * 32
@@ -34,12 +36,13 @@ def of_pod(
         world_size=sum(len(ranks) for ranks in pods),
         pods=tuple(pods),
         local_ranks=local_ranks,
-        root=str(root),
+        root=LocalFolder(str(root)) if str(root) else None,
         segments={},
         exchange=between,
         generation=1,
         retention=of.retention,
         restore=of.restore,
+        opener=opening.Opener(),
         peer_timeout_s=peer_timeout_s,
         persist_timeout_s=persist_timeout_s,
         write_threads=1,

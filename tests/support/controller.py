@@ -29,7 +29,7 @@ from support import deadlines
 from support.deadlines import Deadline
 
 INTERVAL_S: Final = 0.2
-"""What it asks for, unless a test says otherwise; the sidecar still leaves a second between two reports."""
+"""Interval that the answers ask for, unless a test sets another. The sidecar still leaves a second between two reports."""
 TOKEN: Final = "a-token.of-this_test"
 
 
@@ -60,7 +60,7 @@ class Controller:
         self.answer = home.Answer(interval_s=INTERVAL_S)
         self.status = 200
         self.location = ""
-        """Of a redirect, with a status of 3xx."""
+        """Location header of a redirect, sent with a status of 3xx."""
         self.reports: list[home.Report] = []
         self.tokens: list[str] = []
         self.requests: list[str] = []
@@ -119,7 +119,7 @@ class Controller:
             self._server = self._thread = None
 
     def env(self, **more: str) -> dict[str, str]:
-        """What injection sets for a sidecar that calls home here."""
+        """Return the variables that injection sets for a sidecar that calls home to this server."""
         return {
             names.ENV_HOME_URL: f"https://127.0.0.1:{self.port}",
             names.ENV_HOME_CA: self.ca,

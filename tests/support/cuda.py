@@ -116,7 +116,7 @@ class Cuda:
         self.current_stream(torch.device("cuda", index)).enqueue(kernel)
 
     def values(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a tensor of a device holds once its device's default stream is done; on the host."""
+        """Return the values of a device's tensor on the host, after the device's default stream has finished."""
         self.default_stream(tensor.device).synchronize()
         return torch.empty(0, dtype=tensor.dtype).set_(
             tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -20,7 +20,7 @@ from support.background import Background
 
 Json = dict[str, Any]
 SERVER_WATCH_S: Final = 1800
-"""What zero seconds stand for, as at the real one (its flag --min-request-timeout)."""
+"""Duration of a watch that asks for zero seconds, as in the real API server (its flag --min-request-timeout)."""
 _KEPT: Final = 10_000
 """Events of the past that a watch can begin from."""
 

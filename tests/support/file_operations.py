@@ -22,7 +22,7 @@ from support.deadlines import Deadline
 EVENTS: Final = frozenset(
     {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.listdir", "os.scandir", "shutil.rmtree"}
 )
-"""Of the interpreter's table of audit events; looking counts too, as a decision may be made between a look and a change."""
+"""Audit events of the interpreter that count as file operations. Reads of a folder count too: another process may change it after the read."""
 
 
 class Crashed(BaseException):

@@ -24,7 +24,7 @@ from support.release import CHART, NAME, NAMESPACE, HelmFailed
 VARIABLE: Final = "PILLION_HELM"
 """Names the helm to use."""
 KUBERNETES: Final = "1.34.0"
-"""What the chart is rendered and validated for."""
+"""Version of Kubernetes for which the chart is rendered and validated."""
 
 Json = dict[str, Any]
 

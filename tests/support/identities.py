@@ -6,6 +6,7 @@ Called from: tests.
 
 from pathlib import Path
 
+from pillion.wire.control import MeetingStore
 from pillion_sidecar.arena.pod_arena import Identity
 
 
@@ -20,6 +21,6 @@ def identity(session: str, folder: Path, store: tuple[str, int] | None) -> Ident
         pods=pods,
         local_ranks=(0,),
         root=str(folder / "runs"),
-        store_mode=None if store is None else "prefix",
+        store_mode=None if store is None else MeetingStore.PREFIX,
         store=store,
     )

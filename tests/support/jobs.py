@@ -166,7 +166,7 @@ def job(
 
 
 def said(kube: Kube, pod: str, event: str, *options: str, container: str = CONTAINER) -> list[Json]:
-    """What a trainer has said of that kind, in order; with '--previous', its container before the restart."""
+    """Return a trainer's messages of this kind, in order. With '--previous' they are those of its container before the restart."""
     return events(kube.logs(pod, container, *options), event)
 
 

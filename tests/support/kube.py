@@ -61,7 +61,7 @@ class Kube:
         self.run("create", "-f", "-", given=_list(documents))
 
     def warned(self, document: Json) -> str:
-        """What kubectl says on its standard error when an object is created, without making it."""
+        """Return kubectl's standard error for the creation of an object, without creating it."""
         command = [str(self.kubectl), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}"]
         asked = [*command, "create", "--dry-run=server", "-f", "-"]
         done = subprocess.run(
@@ -93,7 +93,7 @@ class Kube:
         self.run("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
 
     def logs(self, pod: str, container: str, *options: str) -> str:
-        """What a container has printed."""
+        """Return the output of a container."""
         return self.run("logs", pod, "-c", container, *options)
 
     def exec(self, pod: str, container: str, *command: str, deadline: Deadline = Deadline.API) -> str:
@@ -129,7 +129,7 @@ class Kube:
         return [event for event in found if not of or event["involvedObject"].get("name") == of]
 
     def warnings(self) -> list[str]:
-        """What Pillion has warned of in the namespace: reason and text. Kubernetes' own Warnings are not Pillion's to say."""
+        """Return Pillion's warnings in the namespace, reason and text each, without the Warnings of Kubernetes itself."""
         found = [
             each for each in self.events() if each["type"] == "Warning" and each.get("reportingComponent") == OPERATOR
         ]
@@ -143,7 +143,7 @@ class Kube:
             raise AssertionError(f"{err}\n{self.describe()}") from None
 
     def describe(self) -> str:
-        """What a person would look at: pods, their states, events, and the ends of their logs; more of those that failed."""
+        """Return a description for people: pods, their states, events, and the ends of their logs, with longer logs of failed containers."""
         lines = []
         for command in (("get", "pods,jobs,checkpoints,checkpointpolicies", "-o", "wide"), ("get", "events")):
             try:
@@ -167,9 +167,9 @@ class Kube:
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _LINES = 15
-"""Of a container's log in a description."""
+"""Maximum of log lines of a container in a description."""
 _FAILED_LINES = 120
-"""Of one that ended with an error: that is what is looked for."""
+"""Maximum of log lines of a container that ended with an error, whose cause a reader looks for."""
 
 
 def _list(documents: tuple[Json, ...]) -> str:

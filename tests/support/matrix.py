@@ -47,7 +47,7 @@ class Where(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What became of the save (or, of a load, of what it loaded)."""
+    """The outcome of a save, or of the checkpoint that a load took."""
 
     COMMITTED = "committed"
     """Loadable bit for bit by stock DCP."""
@@ -58,7 +58,7 @@ class Outcome(StrEnum):
 
 
 class Deed(StrEnum):
-    """What a test does while a process is held at a point."""
+    """The deed of a test while a process is held at a fault point."""
 
     NONE = ""
     KILL = "SIGKILL"
@@ -117,7 +117,7 @@ class Cell:
 
 
 class Story(StrEnum):
-    """What training or its machine does around a save; each has a letter, as a cell has."""
+    """The story of training or its machine around a save. Each has a letter, like a cell."""
 
     AGAIN_REFUSED = "again-executor-EIO-x4"
     """An older step is loaded, and a committed one saved again: storage refuses it each time."""
@@ -142,7 +142,7 @@ LETTERS: Final = {"C": Outcome.COMMITTED, "A": Outcome.ABSENT, "R": Outcome.REFU
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What may come of one cell."""
+    """The expected results of one cell."""
 
     outcomes: frozenset[Outcome]
     reason: str
@@ -201,6 +201,30 @@ def sample() -> Iterator[Cell]:
             phases.add(cell.phase)
             faults.add(fault)
             yield cell
+
+
+ON_FILE_SYSTEMS: Final = (
+    "write-peer-executor-torn",
+    "fsync-coordinator-executor-cut",
+    "fsync-peer-executor-flip",
+    "publish-coordinator-executor-SIGKILL",
+    "retain-coordinator-executor-SIGKILL",
+)
+"""Cells in which it matters what the file system does: a write that is cut short or lost, names that a death leaves half changed."""
+
+
+def selected(choice: str) -> list[Cell]:
+    """
+    Return the cells of a choice: `all`, `file-systems`; empty: the sample.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if choice == "file-systems":
+        return [cell for cell in cells() if cell.name in ON_FILE_SYSTEMS]
+    if choice not in ("", "all"):
+        raise ValueError(f"PILLION_MATRIX={choice!r}: all, file-systems, or empty for a sample")
+    return list(cells() if choice else sample())
 
 
 def _executor(phase: FaultPoint, where: Where) -> Iterator[Cell]:

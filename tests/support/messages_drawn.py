@@ -56,7 +56,7 @@ def of_class(kind: type[Any]) -> st.SearchStrategy[Any]:
 
 
 def bodies_for(kind: type[Message]) -> st.SearchStrategy[dict[str, Any]]:
-    """What a stranger might send as such a message: some of its fields are right, some are not, some are missing, some are unknown."""
+    """Draw a body that a stranger may send as such a message: some fields are right, some are wrong, missing or unknown."""
     hints = typing.get_type_hints(kind)
     fields = {each.name: of_type(hints[each.name]) | json_values for each in dataclasses.fields(kind)}
     known = st.fixed_dictionaries({}, optional=fields)

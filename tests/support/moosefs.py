@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, final
 
@@ -44,12 +45,13 @@ class MooseFs:
 
     Args:
         folder: where its data and settings lie.
-        mounts: empty directories.
+        mounts: empty directories, or ones to make.
+        options: of `mfsmount -o`, for each of them.
 
     Blocks: up to Deadline.PROCESS_START for each of its programs.
     """
 
-    def __init__(self, folder: Path, mounts: list[Path]) -> None:
+    def __init__(self, folder: Path, mounts: Sequence[Path], options: str = "") -> None:
         self._name = f"pillion-{uuid.uuid4().hex[:8]}"
         self._started: list[subprocess.Popen[bytes]] = []
         self._mounts: list[Path] = []
@@ -74,19 +76,30 @@ class MooseFs:
             self._start("mfsmaster", "-f", "-c", str(folder / "master.cfg"), "start")
             self.chunk_server = self._start("mfschunkserver", "-f", "-c", str(folder / "chunks.cfg"), "start")
             for mount in mounts:
-                mount.mkdir(exist_ok=True)
-                self._mount(mount)
+                self.mount(mount, options)
         except BaseException:
             self.close()
             raise
 
-    def _mount(self, path: Path) -> None:
+    def mount(self, path: Path, options: str = "") -> None:
+        """
+        Mount it once more, as another pod's node would.
+
+        Args:
+            path: an empty directory, or one to make.
+            options: of `mfsmount -o`.
+
+        Blocks: up to Deadline.PROCESS_START.
+        """
+        chosen = ["-o", options] if options else []
+        path.mkdir(exist_ok=True)
+
         def mounted() -> bool:
             if os.path.ismount(path):
                 return True
             # The master may not listen yet: then the mount ends at once.
             if not tries or tries[-1].poll() is not None:
-                tries.append(self._start("mfsmount", str(path), "-f", "-H", _ADDRESS))
+                tries.append(self._start("mfsmount", str(path), "-f", "-H", _ADDRESS, *chosen))
             return False
 
         tries: list[subprocess.Popen[bytes]] = []

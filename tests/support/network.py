@@ -19,7 +19,7 @@ from typing import Final, final
 from support.deadlines import Deadline
 
 _SUBNET: Final = "198.18.0"
-"""Of RFC 2544, for tests between networks: nobody routes it."""
+"""Subnet of RFC 2544 for tests between networks, which no router forwards."""
 _NAMESPACES: Final = Path("/run/netns")
 _CLONE_NEWNET: Final = 0x40000000
 INTERFACE: Final = "eth0"

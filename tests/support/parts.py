@@ -10,6 +10,7 @@ from pathlib import Path
 from pillion.wire import manifest, names
 from pillion_sidecar.checkpoint import ownership
 from pillion_sidecar.storage import archive, digest
+from pillion_sidecar.storage.local import LocalFolder
 
 
 def write_part(
@@ -33,4 +34,4 @@ def write_part(
 def begin_session(root: str) -> int:
     """Claim the root for a session that has ended when the next one claims it: its generation."""
     record = ownership.Record(session=uuid.uuid4().hex, name="a test", left=True)
-    return ownership.claim(root, record, silent_s=0.0)[0]
+    return ownership.claim(LocalFolder(root), record, silent_s=0.0)[0]

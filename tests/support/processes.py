@@ -135,7 +135,13 @@ class Processes:
 
         `env` is laid over the test's own environment.
         """
-        return self._start([sys.executable, *[os.fspath(argument) for argument in argv]], env)
+        return self.program(sys.executable, *argv, env=env)
+
+    def program(self, *argv: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Run:
+        """
+        Starts any program, such as the interpreter of another environment.
+        """
+        return self._start([os.fspath(argument) for argument in argv], env)
 
     def torchrun(
         self,

@@ -122,7 +122,7 @@ def token(
     uid: str = "pod-uid-0",
     namespace: str = NAMESPACE,
 ) -> str:
-    """What looks like a service account's token, bound to a pod. Tokens of another `name` differ."""
+    """Return a text in the form of a service account's token that is bound to a pod. Each `name` gives another token."""
     bound = {"namespace": namespace, "pod": {"name": pod, "uid": uid}}
     claims = json.dumps({"aud": [audience], "exp": end_s, "name": name, "kubernetes.io": bound}).encode()
     return f"e30.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.signature"

@@ -60,7 +60,7 @@ async def serve(application: web.Application, *, client_authority: str = "") -> 
 
 
 async def read_to_end(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the other side closes. Blocks: until it does, within a deadline."""
+    """Return the bytes that arrive until the other side closes. Blocks: until then, within a deadline."""
     found = b""
     async with asyncio.timeout(Deadline.REPLY.s):
         try:

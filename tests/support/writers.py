@@ -77,7 +77,7 @@ def rank_of_thread() -> int:
 
 
 def hooks_of(log: Path, rank: int) -> list[str]:
-    """What a rank noted down, in its order."""
+    """Return the hooks that a rank has noted, in their order."""
     return [line.split()[0] for line in (log / f"{rank}.hooks").read_text().splitlines()]
 
 

@@ -83,6 +83,8 @@ class Due(Enum):
     NOT_DUE = "not due"
     SNAPSHOT = "snapshot"
     """Stage it; it stays in memory."""
+    LOCAL = "local"
+    """Stage it; the sidecar writes it to the node's disk as well."""
     PERSIST = "persist"
     """Stage it; the sidecar persists and commits it."""
 
@@ -356,6 +358,8 @@ class Cadence:
             return Due.NOT_DUE
         if step > 0 and trigger.period_steps and step // trigger.period_steps > before // trigger.period_steps:
             return Due.PERSIST
+        if step > 0 and trigger.local_steps and step // trigger.local_steps > before // trigger.local_steps:
+            return Due.LOCAL
         if trigger.snapshot_steps and step // trigger.snapshot_steps > before // trigger.snapshot_steps:
             return Due.SNAPSHOT
         return Due.NOT_DUE

@@ -39,6 +39,8 @@ class Outcome(futures.Future[T]):
     def __init__(self, on_examined: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self._on_examined = on_examined
+        self.waiting = 0
+        """Number of threads that wait in `result` or `exception` now. For a log line, so that a lost update does no harm."""
         self.set_running_or_notify_cancel()
 
     def add_done_callback(self, fn: Callable[[futures.Future[T]], object]) -> None:
@@ -50,15 +52,19 @@ class Outcome(futures.Future[T]):
         super().add_done_callback(lambda done: caller.call(fn, done))
 
     def result(self, timeout: float | None = None) -> T:
+        self.waiting += 1
         try:
             return super().result(timeout)
         finally:
+            self.waiting -= 1
             self._note()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.waiting += 1
         try:
             return super().exception(timeout)
         finally:
+            self.waiting -= 1
             self._note()
 
     def _note(self) -> None:
@@ -138,6 +144,13 @@ def _promised() -> _Caller | None:
                 return None
         _caller.promised += 1
         return _caller
+
+
+def run(call: Callable[[], object]) -> None:
+    """Call `call` in the thread of callbacks, behind those that are due. Never, if the interpreter exits and no thread can start."""
+    caller = _promised()
+    if caller is not None:
+        caller.call(lambda _: call(), None)
 
 
 def _forget_in_child() -> None:

@@ -6,35 +6,43 @@ Called from: the training thread. No collective runs after the constructor. `sav
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
-import operator
 import os
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, SupportsIndex
 
 import torch.distributed as dist
 
-from pillion import cadence, exit_drain, group, loading, policy_source, rule_timeline, saving, store_mode
+from pillion import (
+    addresses,
+    callbacks,
+    exit_drain,
+    group,
+    loading,
+    policy_source,
+    reading,
+    remarking,
+    renaming,
+    saving,
+    schedule,
+    steps,
+    store_mode,
+    telling,
+)
 from pillion import leaves as leaves_module
-from pillion.errors import SidecarUnavailable, UsageError
+from pillion.cadence import Due
+from pillion.errors import SettingsError, SidecarUnavailable, UsageError
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
-from pillion.wire import control, events, names, policy, save_messages
+from pillion.wire import control, events, names, remarks
 from pillion.wire.message import Message
 
 _log = logging.getLogger(__name__)
 
 LATEST_TIMEOUT_S: Final = 60.0
 """Timeout for listing the storage. A shared file system under load takes seconds."""
-LEAD_LOCAL_S: Final = 0.25
-LEAD_PODS_S: Final = 2.0
-"""Lead of an announced save, within a pod and across pods. The announcement must reach every rank before the step."""
-
-
-MAX_STEP: Final = 2**63 - 1
-"""Largest step. The arena stores a step in 64 bits."""
 
 
 class Checkpointer:
@@ -42,9 +50,13 @@ class Checkpointer:
     Saves and loads a job's state through the sidecar of its pod.
 
     Args:
-        root: directory of the run's checkpoints. Leave it out in a pod, where the injected environment sets it.
+        root: directory of the run's checkpoints, or the URL of a bucket and a prefix, such as s3://bucket/run-1 (gs://, az://). Leave it
+            out in a pod, where the injected environment sets it.
         policy: a CheckpointPolicy for a run without a cluster: its `spec` as a mapping, or the path of a YAML or JSON file.
         process_group: the ranks that save together; None is the default group (or a single process).
+        on_commit: called with the `Checkpoint` of each commit on storage, also of one that was rescued after a trainer died.
+        on_failure: called with the step and the error of each save to storage that failed, or was dropped.
+            Both are called on rank 0, once for each save, one call after another in a thread of callbacks. They may block and raise.
 
     Ranks: all of the process group construct it together. They construct several Checkpointers in the same order.
 
@@ -61,6 +73,8 @@ class Checkpointer:
         *,
         policy: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        on_commit: telling.OnCommit | None = None,
+        on_failure: telling.OnFailure | None = None,
     ) -> None:
         environ = os.environ
         self._closed = False
@@ -79,6 +93,8 @@ class Checkpointer:
             root=where,
             read_policy=lambda environ: store_mode.policy_of_all(policy, environ),
         )
+        # Behind the collective: every rank has the same root by now, so that all of them raise.
+        addresses.check(where)
         self._session = store_mode.open_session(
             self._group,
             root=where,
@@ -88,24 +104,18 @@ class Checkpointer:
             process_group=process_group,
             environ=environ,
         )
-        self._policy = self._session.policy
         self._collector = leaves_module.Collector()
         self._saver = saving.Saver(self._session, overlaps=True)
-        self._cadence = cadence.Cadence(
-            rule_timeline.Rule(self._policy.trigger, self._policy.suspend),
-            decides=self._group.rank == 0,
-            lead_s=LEAD_LOCAL_S if len(self._group.pods) == 1 else LEAD_PODS_S,
-        )
-        self._events: Mapping[type[Message], Callable[[Any], None]] = {
-            events.Announced: self._announced,
-            events.Declined: self._declined,
-            events.SaveNow: lambda _: self._cadence.request_save(),
-            events.PolicyChanged: self._policy_changed,
-            events.ChangeAnnounced: self._change_announced,
-            events.ChangeDeclined: self._change_declined,
-        }
+        self._schedule = schedule.Schedule(self._session)
+        self._teller = telling.Teller(self._session, on_commit, on_failure)
         self._session.listen()
+        self._teller.look()
         exit_drain.drain_at_exit(self)
+
+    @property
+    def root(self) -> str:
+        """Absolute directory, or URL, of the run's checkpoints. In a pod it is the sidecar's, which the trainer need not have."""
+        return self._session.root
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -120,21 +130,17 @@ class Checkpointer:
             UsageError: `step` is not a whole number from 0 on (NumPy's and torch's integers are), or this process is a forked child.
         """
         self._session.check_process()
-        step, now_s = _whole(step), time.monotonic()
-        answer = self._cadence.due(step, now_s)
-        proposal = self._cadence.proposal(step, now_s)
-        if proposal is not None:
-            self._session.send(save_messages.Announce(step=proposal))
-        recalled = self._cadence.recalled(step)
-        if recalled is not None:
-            self._session.send(save_messages.Decline(step=recalled))
-        change = self._cadence.change_proposal(step, now_s)
-        if change is not None:
-            self._session.send(save_messages.AnnounceChange(step=change[0], policy=_rule_document(change[1])))
-        return answer is not cadence.Due.NOT_DUE
+        return self._schedule.due(steps.whole(step))
 
     def save(
-        self, state_dict: Mapping[str, Any], step: SupportsIndex, *, overlap: bool = False, persist: bool | None = None
+        self,
+        state_dict: Mapping[str, Any],
+        step: SupportsIndex,
+        *,
+        overlap: bool | None = None,
+        persist: bool | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> SaveHandle:
         """
         Copy the state into the arena, and return. The sidecar does the rest.
@@ -143,12 +149,17 @@ class Checkpointer:
             state_dict: nested mapping. Tensors, DTensors and ShardedTensors are copied; other values are pickled.
             step: the training step, anything with `__index__`. It may not decrease within a run, except after a load. Saving the
                 newest step again returns the first save's handle.
-            overlap: return at once, and copy beside the next forward and backward pass. The next optimizer step waits for the copy.
+            overlap: None copies weights and optimizer state beside the next forward and backward pass, once the script was seen to leave
+                them alone from a save to the next optimizer step; that step waits for the copy. False copies all before it returns.
+                True does not look first.
             persist: True saves to storage, False to the arena only. None decides by the policy's trigger for this step.
+            metrics: name -> number, such as an evaluation's loss. Rank 0's count. They are in the manifest, in `find` and `latest`, and
+                the policy's `retention.keepBest` judges by one of them.
+            metadata: name -> value of JSON, up to remarks.MAX_METADATA_BYTES together, in the manifest, `find` and `latest`.
 
         Ranks: all, at the same steps. No collective.
 
-        Blocks: for the copy (not with `overlap`), and for a free slot under the policy's `overlap: Wait`.
+        Blocks: for the copy of what does not wait (all, with `overlap=False`), and for a free slot under the policy's `overlap: Wait`.
 
         Raises:
             Nothing. The handle, the log and the sidecar's counters have a failure.
@@ -158,6 +169,8 @@ class Checkpointer:
         except UsageError as err:
             handle = SaveHandle(step)  # type: ignore[arg-type] # as the caller gave it
             _log.error("pillion: save of step %s refused: %s", step, err)
+            if persist is not False:
+                self._teller.watch(handle)
             handle.fail(err)
             if persist is not False:
                 self._at_stake = handle
@@ -166,14 +179,25 @@ class Checkpointer:
                     exit_drain.closed(self, [handle])
             return handle
         if again is not None:
+            if metrics or metadata:
+                _log.warning(
+                    "pillion: step %d is saved already, and keeps the metrics and metadata of its first save",
+                    again.step,
+                )
             return again
+        for_disk = False
         if persist is None:
-            persist = self._cadence.due(step, time.monotonic()) is not cadence.Due.SNAPSHOT
+            tier = self._schedule.tier(step)
+            persist, for_disk = tier is Due.PERSIST, tier is Due.LOCAL
         self._last_step = step
-        handle = self._last = self._saver.save(state_dict, step, persist=persist, overlap=overlap)
+        said = remarking.checked(step, metrics, metadata)
+        handle = self._last = self._saver.save(
+            state_dict, step, persist=persist, for_disk=for_disk, overlap=overlap, remarks=said
+        )
         if persist:
             self._last_stored = self._at_stake = handle
-            self._cadence.saved(step, time.monotonic())
+            self._teller.watch(handle)
+            self._schedule.saved(step)
         return handle
 
     def _check_save(self, step: SupportsIndex, *, persist: bool | None) -> tuple[int, SaveHandle | None]:
@@ -181,7 +205,7 @@ class Checkpointer:
         self._session.check_process()
         if self._closed:
             raise UsageError("the Checkpointer is closed")
-        step = _whole(step)
+        step = steps.whole(step)
         last = self._last
         if last is not None and step == last.step:
             if persist and last is not self._last_stored:
@@ -191,7 +215,7 @@ class Checkpointer:
             return step, last
         if step <= self._last_step:
             # There was no save since the load. The loaded step itself may be saved again.
-            raise UsageError(_too_old(step, self._last_step + (last is None), loaded=last is None))
+            raise UsageError(steps.too_old(step, self._last_step + (last is None), loaded=last is None))
         return step, None
 
     def wait(self, timeout_s: float) -> None:
@@ -211,12 +235,12 @@ class Checkpointer:
                 # Not 0 s: then `error` would not wait, and would return None for a save in flight.
                 handle.error(max(0.001, deadline - time.monotonic()))
             except TimeoutError:
-                steps = sorted(each.step for each in self._session.pending())
-                raise TimeoutError(f"saves of steps {steps} are still in flight after {timeout_s} s") from None
+                left = sorted(each.step for each in self._session.pending())
+                raise TimeoutError(f"saves of steps {left} are still in flight after {timeout_s} s") from None
 
     # --- loading ---------------------------------------------------------------------------------------------------
 
-    def find(self, step: SupportsIndex | None = None) -> Found | None:
+    def find(self, step: SupportsIndex | None = None, *, path: str | os.PathLike[str] | None = None) -> Found | None:
         """
         Return the checkpoint that `load` would take now, in memory or on storage. None if there is none. All ranks get the same answer.
 
@@ -225,6 +249,7 @@ class Checkpointer:
 
         Args:
             step: a committed step. None for the newest, or for what the policy's `restore` says.
+            path: as for `load`.
 
         Ranks: all.
 
@@ -234,12 +259,56 @@ class Checkpointer:
             LoadError: as `load`; `NoCheckpoint` if the policy demands a checkpoint. A missing `step` returns None instead.
             SidecarUnavailable: the sidecar went away and did not come back.
         """
-        if self._closed:
-            raise UsageError("the Checkpointer is closed")
-        self._saver.wait_staged()
-        return loading.find(self._session, None if step is None else _whole(step))
+        self._begin_load()
+        return loading.find(self._session, steps.wanted(step), path=_source(path))
 
-    def load(self, state_dict: dict[str, Any], step: SupportsIndex | None = None, *, strict: bool = True) -> int | None:
+    def read(
+        self,
+        step: SupportsIndex | None = None,
+        *,
+        prefix: str | Sequence[str] | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, Any]:
+        """
+        Return what a checkpoint holds, without a state dict to fill: whole tensors on the CPU, and all other values.
+
+        Every tensor is whole, whatever ranks have saved it in parts. Where the ranks had different values under one name, it is the lowest
+        rank's. The run does not change by a read: a later `load` takes what it would have taken before.
+
+        Memory: every rank has all that it reads, in its own process. In the arena there is one part of it for each rank, of at most
+        reading.PART_BYTES or the largest tensor. Name a `prefix` to read less.
+
+        Args:
+            step: a committed step. None for the newest, or for what the policy's `restore` says.
+            prefix: dotted name, or several: read only the values of these names, and those below them. None for all.
+            path: as for `load`.
+
+        Returns:
+            The values in nested dicts and lists, as they were saved. Keys of dicts are text. A list of which only a part was read is a dict
+            by index. An empty dict was not saved, so it is missing.
+
+        Ranks: all, with the same arguments.
+
+        Blocks: as `load`.
+
+        Raises:
+            LoadError: `NoCheckpoint` if there is nothing to read; `CorruptCheckpoint`; `IncompatibleCheckpoint` if nothing is below a
+                prefix, or a value's class cannot be imported here.
+            SidecarUnavailable: the sidecar went away and did not come back.
+        """
+        self._begin_load()
+        prefixes = () if prefix is None else (prefix,) if isinstance(prefix, str) else tuple(prefix)
+        return reading.read(self._session, steps.wanted(step), prefixes=prefixes, path=_source(path))
+
+    def load(
+        self,
+        state_dict: dict[str, Any],
+        step: SupportsIndex | None = None,
+        *,
+        strict: bool = True,
+        path: str | os.PathLike[str] | None = None,
+        rename: renaming.Rename | None = None,
+    ) -> int | None:
         """
         Fill `state_dict` in place from the newest checkpoint, from the fastest place where all ranks have it.
 
@@ -251,6 +320,12 @@ class Checkpointer:
             step: a committed step. None for the newest, or for what the policy's `restore` says.
             strict: True raises if the checkpoint lacks a value; False leaves that value unchanged. Extra values in the checkpoint only
                 cause a warning.
+            path: load from here, and not from this run: the root of another run (its newest checkpoint, or `step`), or the directory of
+                one checkpoint, of Pillion or of stock DCP; a directory or the URL of a bucket. This run goes on at its own step, and its
+                next `load()` without `path` takes its own checkpoints. In a pod only what is below the job's own directory, or below
+                that of the job in the policy's `restore.from`.
+            rename: names in the state dict -> names in the checkpoint, as a mapping or a function. A mapping may also have dotted
+                prefixes; the longest one counts.
 
         Returns:
             The step loaded. None if there has never been a checkpoint and the policy allows a fresh start.
@@ -263,23 +338,41 @@ class Checkpointer:
         Raises:
             LoadError: `NoCheckpoint`, `CorruptCheckpoint`, `IncompatibleCheckpoint`, or some ranks did not call `load`.
             SidecarUnavailable: the sidecar went away and did not come back.
+            UsageError: `rename` does not fit the state dict, or `path` is not allowed here.
         """
-        self._session.check_process()
-        if self._closed:
-            raise UsageError("the Checkpointer is closed")
         if not isinstance(state_dict, dict):
             raise UsageError(f"load fills a dict in place, not a {type(state_dict).__name__}")
-        self._saver.wait_staged()
-        wanted = None if step is None else _whole(step)
-        report, leaves = loading.load(self._session, self._collector, state_dict, wanted, path=None, strict=strict)
+        self._begin_load()
+        source = _source(path)
+        report, leaves = loading.load(
+            self._session,
+            self._collector,
+            state_dict,
+            steps.wanted(step),
+            path=source,
+            below=source is not None,
+            strict=strict,
+            rename=rename,
+        )
         self.last_load = report
+        if source is not None:
+            self._saver.prepare(leaves)
+            return report.step
         # The loaded step may be saved again, as a loop that starts at it does. An older step may not.
         self._last_step = -1 if report.step is None else report.step - 1
         self._last = self._last_stored = self._at_stake = None
+        self._teller.look()  # the load has finished commits that the run before has left
         if report.step is not None:
-            self._cadence.loaded(report.step, time.monotonic())
+            self._schedule.loaded(report.step)
         self._saver.prepare(leaves)
         return report.step
+
+    def _begin_load(self) -> None:
+        """Check that this process may load now, and wait for an overlapped save."""
+        self._session.check_process()
+        if self._closed:
+            raise UsageError("the Checkpointer is closed")
+        self._saver.before_load()
 
     def latest(self) -> Checkpoint | None:
         """
@@ -290,7 +383,14 @@ class Checkpointer:
         answer = self._session.request(control.FindLatest(), LATEST_TIMEOUT_S)
         if answer.step is None:
             return None
-        return Checkpoint(step=answer.step, path=answer.path, size_bytes=answer.size_bytes)
+        said = remarks.read(answer.remarks)
+        return Checkpoint(
+            step=answer.step,
+            path=answer.path,
+            size_bytes=answer.size_bytes,
+            metrics=said.metrics,
+            metadata=said.metadata,
+        )
 
     # --- ending ----------------------------------------------------------------------------------------------------
 
@@ -318,8 +418,15 @@ class Checkpointer:
         if self._at_stake is not None and self._at_stake not in owed:
             owed.append(self._at_stake)
         self._saver.close()
+        begun = time.monotonic()
         try:
-            drain_s = self._policy.drain.timeout_seconds if timeout_s is None else timeout_s
+            drain_s = self._schedule.drain_timeout_s if timeout_s is None else timeout_s
+            if self._teller.tells:
+                # While the sidecar is there: it notes what the script was told.
+                with contextlib.suppress(TimeoutError):
+                    self.wait(drain_s)
+                callbacks.drain()
+                drain_s = max(0.0, drain_s - (time.monotonic() - begun))
             self._session.close(drain_s=drain_s, clean=clean)
         except SidecarUnavailable as err:
             _log.error("pillion: %s", err)
@@ -336,86 +443,33 @@ class Checkpointer:
         self._close(None, clean=error is None or (isinstance(error, SystemExit) and exit_drain.is_success(error.code)))
 
     def _on_event(self, event: Message) -> None:
-        take = self._events.get(type(event))
+        if isinstance(event, events.Committed):
+            self._teller.look()  # no handle of this process waits for it
+            return
+        take = self._schedule.events.get(type(event))
         if take is not None:
             take(event)
 
-    def _announced(self, event: events.Announced) -> None:
-        if not self._cadence.announce(event.step):
-            self._session.send(save_messages.Decline(step=event.step))
 
-    def _declined(self, event: events.Declined) -> None:
-        if self._group.rank == 0:
-            self._cadence.declined(event.step)
-        else:
-            self._cadence.withdraw(event.step)
-
-    def _change_announced(self, event: events.ChangeAnnounced) -> None:
-        rule = _rule(event.policy)
-        # A rule that this release cannot read is declined, so that no rank follows it.
-        if rule is None or not self._cadence.announce_change(event.step, rule):
-            self._session.send(save_messages.DeclineChange(step=event.step))
-
-    def _change_declined(self, event: events.ChangeDeclined) -> None:
-        if self._group.rank == 0:
-            self._cadence.declined_change(event.step)
-        else:
-            self._cadence.withdraw_change(event.step)
-
-    def _policy_changed(self, event: events.PolicyChanged) -> None:
-        """Take over the sidecar's new policy. A new trigger holds from a step that rank 0 announces."""
-        now = _read(event.policy)
-        if now is None:
-            return
-        self._policy = dataclasses.replace(self._policy, drain=now.drain)
-        if self._group.rank == 0:
-            self._cadence.request_change(rule_timeline.Rule(now.trigger, now.suspend))
-
-
-def _whole(step: object) -> int:
+def _source(path: str | os.PathLike[str] | None) -> str | None:
     """
-    Return the step as a Python int. NumPy and torch have integers of their own.
+    Return where another run's checkpoint is, as the sidecar opens it.
 
     Raises:
-        UsageError: the step is not a whole number, or does not fit into a slot's header.
+        UsageError: it is neither a directory nor a bucket.
     """
-    try:
-        if not isinstance(step, bool) and 0 <= (whole := operator.index(step)) <= MAX_STEP:  # type: ignore[arg-type] # tried
-            return whole
-    except TypeError:
-        pass
-    raise UsageError(f"step must be a whole number from 0 to {MAX_STEP}, not {step!r}")
-
-
-def _too_old(step: int, newest: int, *, loaded: bool) -> str:
-    """Say why a step is refused. `loaded`: the newest step was loaded, not saved."""
-    why = (
-        f"is older than step {newest}, which was loaded"
-        if loaded
-        else f"comes after step {newest}: steps must increase"
-    )
-    return f"step {step} {why}; load() an older step to go back to it"
-
-
-def _read(document: Mapping[str, Any]) -> policy.Policy | None:
-    try:
-        return policy.parse(document, embedded=True)
-    except policy.PolicyError as err:
-        _log.warning("pillion: ignored a policy change that this release cannot use: %s", err)
+    if path is None:
         return None
-
-
-def _rule(document: Mapping[str, Any]) -> rule_timeline.Rule | None:
-    changed = _read(document)
-    return None if changed is None else rule_timeline.Rule(changed.trigger, changed.suspend)
-
-
-def _rule_document(rule: rule_timeline.Rule) -> dict[str, object]:
-    whole = policy.dump(policy.Policy(trigger=rule.trigger, suspend=rule.suspended))
-    return {name: whole[name] for name in ("trigger", "suspend")}
+    source = addresses.absolute(path)
+    try:
+        addresses.check(source)
+    except SettingsError as err:
+        raise UsageError(str(err)) from err
+    if not source:
+        raise UsageError("path is empty: leave it out to load this run's own checkpoint")
+    return source
 
 
 def _root(root: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str:
     """Return the absolute root. Empty if none is given: `group.join` then raises on every rank."""
-    given = os.fspath(root) if root is not None else environ.get(names.ENV_ROOT, "")
-    return os.path.abspath(given) if given else ""
+    return addresses.absolute(root if root is not None else environ.get(names.ENV_ROOT, ""))

@@ -27,36 +27,38 @@ _log = logging.getLogger(__name__)
 A = TypeVar("A")
 
 SEND_TIMEOUT_S: Final = 30.0
-"""Bound of one send. The supervisor's loop reads at once; this long means that it is stopped or gone."""
-SILENCE_TOLD_S: Final = 5.0
-"""A request that holds training up says so after this long: the sidecar answers it in milliseconds, and tells every few seconds that it waits."""
+"""Timeout for one send. The supervisor's loop reads at once; after this time it is stopped or gone."""
+SILENCE_WARNING_S: Final = 5.0
+"""Silence of the sidecar, seconds, after which a request that holds up training logs a warning. The sidecar answers in milliseconds. If the
+request must wait, the sidecar sends a notice every few seconds."""
 JOIN_TIMEOUT_S: Final = 5.0
-"""Bound for the reader thread to end once its socket is shut down."""
+"""Timeout for the reader thread's end, after its socket was shut down."""
 
 _LOST: Final[messages.Message] = {"type": "_lost"}
+"""Stands for the end of the connection in the queue of a waiting request."""
 
-_made: weakref.WeakSet[Connection] = weakref.WeakSet()
-"""All of this process, for its forked children to close."""
-
-
-def _let_go_in_child() -> None:
-    for link in list(_made):
-        link.let_go()
-    _made.clear()
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""All connections of this process. Its forked children close them."""
 
 
-# A data loader's worker that outlives its killed trainer would keep the connection open: the sidecar would not see the death.
-os.register_at_fork(after_in_child=_let_go_in_child)
+def _close_in_child() -> None:
+    for link in list(_connections):
+        link.close_in_child()
+    _connections.clear()
+
+
+# A data loader's worker may outlive its killed trainer. If it kept the connection open, the sidecar would not notice the trainer's death.
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def ask(path: str, request: Request[A], timeout_s: float) -> A | control.Failed:
     """
-    Ask the sidecar one of `control.OBSERVED`, without a session; the answer.
+    Send the sidecar one of the requests in `control.OBSERVED`, which need no session, and return the answer.
 
     Blocks: up to `timeout_s`, for the connection and the answer together.
 
     Raises:
-        SidecarUnavailable: nobody listens at `path`, or no answer came that can be read.
+        SidecarUnavailable: nobody listens at `path`, or no readable answer came.
     """
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
@@ -75,7 +77,7 @@ def ask(path: str, request: Request[A], timeout_s: float) -> A | control.Failed:
 
 
 def _answer(request: Request[A], answer: messages.Message) -> A | control.Failed | None:
-    """What an answer says; None: it is of a type that only a newer client knows."""
+    """Return the decoded answer. None if only a newer client knows its type."""
     if answer["type"] == control.Failed.type:
         return control.Failed.from_document(answer)
     kind: Any = request.answers().get(answer["type"])
@@ -89,13 +91,13 @@ class Connection:
 
     Args:
         path: the control socket.
-        connect_timeout_s: bound for the connect.
+        connect_timeout_s: timeout for the connect.
         on_event: called in the reader thread for every message of `events.EVENTS`. It must not block.
         on_lost: called once, in the reader thread, when the sidecar is gone.
-        peer_uid: the user that must listen there; None: anyone.
+        peer_uid: the user that must own the listening process. None allows any user.
 
     Raises:
-        SidecarUnavailable: nobody listens at `path`, or another user.
+        SidecarUnavailable: nobody listens at `path`, or a process of another user does.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Connection:
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         except OSError as err:
             raise SidecarUnavailable(f"no socket to reach the sidecar at {path} with: {err}") from err
-        _made.add(self)
+        _connections.add(self)
         self._sock.settimeout(connect_timeout_s)
         try:
             self._sock.connect(path)
@@ -126,7 +128,7 @@ class Connection:
                 f"user {uid} listens at {path}, and not user {peer_uid}: it is no sidecar of this run"
             )
         self._sock.settimeout(None)
-        # Only sends are bounded by the socket: the reader waits for as long as the connection lives, and EOF ends it.
+        # The socket bounds only sends. The reader waits until the connection ends, and sees EOF then.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
         self._on_event, self._on_lost = on_event, on_lost
         self._ids = itertools.count(1)
@@ -135,7 +137,7 @@ class Connection:
         self._lost: str | None = None
         self._closing = False
         self.silent = False
-        """A request had no answer within its bound, and nothing has come since: the sidecar is stopped, or hangs."""
+        """True after a request without an answer in time, until the next message. The sidecar is stopped, or hangs."""
         self._reader = threading.Thread(target=self._read, name="pillion-control", daemon=True)
         try:
             self._reader.start()
@@ -164,7 +166,7 @@ class Connection:
             try:
                 self._sock.sendall(frame)
             except OSError as err:
-                # Half a frame may be out. Whoever asks from here on is answered at once, also before the reader has seen the end.
+                # The socket may have sent half a frame, so the connection is useless. Later requests fail at once, without the reader's help.
                 self._lost = f"the sidecar does not take messages: {err}"
                 with contextlib.suppress(OSError):
                     self._sock.shutdown(socket.SHUT_RDWR)
@@ -172,21 +174,25 @@ class Connection:
 
     def request(self, request: Request[A], timeout_s: float) -> A:
         """
-        Send, and wait for the one answer.
+        Send a request, and wait for its one answer.
 
         Raises:
             SidecarUnavailable: the connection broke, or no answer came within `timeout_s`.
-            PillionError: the sidecar's answer is an error; raised as what it is.
+            PillionError: the sidecar answered with this error.
         """
         with contextlib.closing(self.stream(request, timeout_s)) as answers:
             return next(answers)
 
-    def stream(self, request: Request[A], timeout_s: float, *, tells_silence: bool = False) -> Generator[A]:
+    def stream(self, request: Request[A], timeout_s: float, *, warns: bool = False) -> Generator[A]:
         """
-        Like `request`, for an answer of several messages; `timeout_s` bounds the wait for each. Close it when done.
+        Send a request whose answer has several messages, and yield them. The caller closes the generator.
 
         Args:
-            tells_silence: warn once, after SILENCE_TOLD_S without a message, that training is held up.
+            request: the request.
+            timeout_s: timeout for each message.
+            warns: whether a silence of SILENCE_WARNING_S is logged once, because the request holds up training.
+
+        Raises: as `request`.
         """
         request_id = next(self._ids)
         answers: queue.SimpleQueue[messages.Message] = queue.SimpleQueue()
@@ -196,7 +202,7 @@ class Connection:
             self._send({**request.to_document(), "id": request_id})
             while True:
                 try:
-                    answer = self._next(answers, timeout_s, warn_of=request.type if tells_silence else None)
+                    answer = self._next(answers, timeout_s, warn_about=request.type if warns else None)
                 except queue.Empty:
                     waited = time.monotonic() - started
                     self.silent = True
@@ -215,36 +221,37 @@ class Connection:
 
     @staticmethod
     def _next(
-        answers: queue.SimpleQueue[messages.Message], timeout_s: float, *, warn_of: str | None
+        answers: queue.SimpleQueue[messages.Message], timeout_s: float, *, warn_about: str | None
     ) -> messages.Message:
-        if warn_of is not None and timeout_s > SILENCE_TOLD_S:
+        if warn_about is not None and timeout_s > SILENCE_WARNING_S:
             try:
-                return answers.get(timeout=SILENCE_TOLD_S)
+                return answers.get(timeout=SILENCE_WARNING_S)
             except queue.Empty:
-                timeout_s -= SILENCE_TOLD_S
+                timeout_s -= SILENCE_WARNING_S
                 _log.warning(
                     "pillion: the sidecar has not answered %r for %.0f s, and training waits for it, %.0f s more at most",
-                    warn_of,
-                    SILENCE_TOLD_S,
+                    warn_about,
+                    SILENCE_WARNING_S,
                     timeout_s,
                 )
         return answers.get(timeout=timeout_s)
 
-    def let_go(self) -> None:
+    def close_in_child(self) -> None:
         """
-        Close what a forked child has inherited, and nothing more: a shutdown would end the connection of its parent.
+        Close the inherited descriptor in a forked child, without a shutdown, which would end the parent's connection.
 
-        Called from: the child, which has no thread but its own; the lock may be held by one that exists in the parent alone.
+        Called from: the child, which has one thread. A thread that exists only in the parent may have held the lock at the fork, so the
+        child gets a new lock.
         """
         self._lock = threading.Lock()
         self._closing = True
-        self._lost = "the connection is that of this process's parent"
+        self._lost = "the connection belongs to this process's parent"
         self._sock.close()
 
     def close(self) -> None:
-        """Shut the connection; pending requests fail. Blocks: up to JOIN_TIMEOUT_S. Idempotent."""
+        """End the connection. Pending requests fail. Blocks: up to JOIN_TIMEOUT_S. Idempotent."""
         if os.getpid() != self._pid:
-            self.let_go()
+            self.close_in_child()
             return
         self._closing = True
         with contextlib.suppress(OSError):
@@ -269,11 +276,9 @@ class Connection:
             pass
         except (OSError, messages.BadFrame) as err:
             reason = f"the control channel broke: {err}"
-        except (
-            BaseException
-        ) as err:  # a boundary: a session that nobody listens to would never look for another sidecar
+        except BaseException as err:  # a boundary: if this thread died silently, the session would never reconnect
             reason = f"the control channel broke: {type(err).__name__}: {err}"
-            _log.exception("pillion: a message of the sidecar was not understood; the connection is made again")
+            _log.exception("pillion: could not handle a message from the sidecar; reconnecting")
         with self._lock:
             reason = self._lost = self._lost or reason
         with contextlib.suppress(OSError):

@@ -11,8 +11,8 @@ a session, which is a collective; later calls run none. This module never reads 
     any other StorageWriter                   | `Writer("package.module:Class", {...})`: the sidecar's executor makes it. `write_data` may return
                                               | anything, but only plain data reaches `finish` in another pod
     what the sidecar cannot do: objects of    | `async_save` raises a UsageError that says what to do. `save` and `load` call torch, which runs
-    your own, other planners, `s3://`,        | in this process, with its collectives and without the sidecar; the log has a line. For a load
-    use_collectives=False                     | this includes your own StorageReader and LoadPlanner
+    your own, other planners, a URL of an     | in this process, with its collectives and without the sidecar; the log has a line. For a load
+    FsspecWriter, use_collectives=False       | this includes your own StorageReader and LoadPlanner. A URL as checkpoint_id alone is the sidecar's
     Metadata that a save returns              | the `Checkpoint`: path and size. The metadata are on storage, which a trainer in a pod cannot
                                               | read. Elsewhere: `FileSystemReader(path).read_metadata()`
     async_stager                              | DefaultStager, BlockingAsyncStager: accepted and not called, as the state goes into the arena.
@@ -222,7 +222,7 @@ def save(
                 storage_writer=storage_writer,
                 planner=planner,
                 process_group=process_group,
-                no_dist=no_dist,
+                **_alone(no_dist),
                 **chosen,
             ),
         )
@@ -275,11 +275,16 @@ def load(
                 storage_reader=storage_reader,
                 planner=planner,
                 process_group=process_group,
-                no_dist=no_dist,
+                **_alone(no_dist),
             ),
         )
         return
     dcp_sessions.of_group(process_group, no_dist=no_dist).load(state_dict, path, strict=strict)
+
+
+def _alone(no_dist: bool) -> dict[str, bool]:
+    """Return `no_dist` for torch's own calls, if it says anything. torch 2.6 has no such argument, and is alone where there is no group."""
+    return {"no_dist": True} if no_dist else {}
 
 
 def close(timeout_s: float | None = None) -> None:

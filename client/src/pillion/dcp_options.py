@@ -49,9 +49,9 @@ except ImportError:  # torch 2.6 has no stager that needs it
         upload_completion: futures.Future[Any]
 
 
-from pillion import policy_source
+from pillion import addresses, policy_source
 from pillion.errors import UsageError
-from pillion.wire import names, policy
+from pillion.wire import names, policy, save_messages
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "Staging", "Unmapped", "Writer"]
 
@@ -89,9 +89,9 @@ class Writer:
 
 def destination(
     checkpoint_id: str | os.PathLike[str] | None, writer: StorageWriter | Writer | None
-) -> dict[str, object]:
+) -> save_messages.Destination:
     """
-    Return the destination document of a claim: path, and writer or overwrite.
+    Return the destination of a claim: path, and writer or overwrite.
 
     Raises:
         Unmapped: the writer is an object that cannot be sent, or the address is not a directory.
@@ -102,7 +102,8 @@ def destination(
         if names.ENV_RUNTIME_DIR not in os.environ:
             policy_source.require_module(writer.name)
         path = where if where is None or "://" in where else os.path.abspath(where)
-        return {"path": path, "writer": {"name": writer.name, "arguments": dict(writer.arguments)}}
+        named = save_messages.NamedWriter(name=writer.name, arguments=dict(writer.arguments))
+        return save_messages.Destination(path=path, writer=named)
     overwrite = True
     if writer is not None:
         _check_writer(writer)
@@ -110,12 +111,18 @@ def destination(
         where = where or os.fspath(getattr(writer, "path", ""))
     if not where:
         raise UsageError("checkpoint_id must be given when storage_writer is None")
-    return {"path": directory(where, instead="a pillion.dcp.Writer that writes to it"), "overwrite": overwrite}
+    path = directory(where, instead="a pillion.dcp.Writer that writes to it", buckets=writer is None)
+    return save_messages.Destination(path=path, overwrite=overwrite)
 
 
-def directory(where: str, *, instead: str) -> str:
+def directory(where: str, *, instead: str, buckets: bool) -> str:
     """
     Return the absolute path for a DCP id or path. fsspec's addresses of local files are understood.
+
+    Args:
+        where: the id or path.
+        instead: what to pass instead of another address, for the error.
+        buckets: whether the URL of a bucket is returned as it is: the sidecar opens it, with credentials of its own.
 
     Raises:
         Unmapped: `where` is not a directory. The text says what to pass `instead`.
@@ -123,6 +130,8 @@ def directory(where: str, *, instead: str) -> str:
     for scheme in LOCAL_SCHEMES:
         if where.startswith(f"{scheme}/"):
             return os.path.abspath(where.removeprefix(scheme))
+    if buckets and addresses.is_bucket(where):
+        return addresses.absolute(where)
     if "://" in where:
         raise Unmapped(f"{where} is not a directory: pass {instead}")
     return os.path.abspath(where)
@@ -233,4 +242,4 @@ def source(
     where = where or os.fspath(getattr(reader, "path", ""))
     if not where:
         raise UsageError("checkpoint_id must be given when storage_reader is None")
-    return directory(where, instead="a directory"), strict
+    return directory(where, instead="a directory", buckets=reader is None), strict

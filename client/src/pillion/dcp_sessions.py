@@ -25,7 +25,7 @@ from pillion import leaves as leaves_module
 from pillion import session as session_module
 from pillion.errors import ErrorDocument, LoadError, RemoteFailure, SidecarError, SidecarUnavailable
 from pillion.handle import Checkpoint, SaveHandle
-from pillion.wire import events, names
+from pillion.wire import events, names, save_messages
 from pillion.wire.message import Message
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Saves:
     def save(
         self,
         stage: Callable[[], Mapping[str, Any]],
-        destination: Mapping[str, Any],
+        destination: save_messages.Destination,
         *,
         overlap: bool = False,
     ) -> tuple[futures.Future[None], futures.Future[Checkpoint]]:

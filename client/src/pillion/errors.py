@@ -9,7 +9,7 @@ Called from: the client, the sidecar and the operator. This module imports no ot
     |   +-- UnsupportedLeaf        fqn, type_name, why
     +-- SidecarError               the pod's other half
     |   +-- SidecarUnavailable     not up, or gone; the save is lost, training goes on
-    |   +-- ProtocolMismatch       ours (this process's version), theirs (the other side's)
+    |   +-- ProtocolMismatch       own_version, peer_version
     |   +-- ArenaExhausted         needed_bytes, available_bytes
     +-- SaveError                  this checkpoint does not exist; .failures says which ranks and why
     |   +-- SaveSkipped            the policy's overlap dropped it (Skip, Latest)
@@ -32,6 +32,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,17 @@ class SidecarUnavailable(SidecarError):
 
 
 class ProtocolMismatch(SidecarError):
-    """Client and sidecar speak different versions of the control protocol."""
+    """
+    Client and sidecar speak different versions of the control protocol.
 
-    def __init__(self, *, ours: int, theirs: int) -> None:
-        self.ours, self.theirs = ours, theirs
+    `own_version` is this process's, `peer_version` that of the process on the other side.
+    """
+
+    def __init__(self, *, own_version: int, peer_version: int) -> None:
+        self.own_version, self.peer_version = own_version, peer_version
         super().__init__(
-            f"protocol version {ours} here, {theirs} on the other side of the control socket: install the same release of pillion"
-            " and pillion-sidecar"
+            f"protocol version {own_version} here, {peer_version} on the other side of the control socket: install the same release"
+            " of pillion and pillion-sidecar"
         )
 
 
@@ -122,6 +127,33 @@ class ArenaExhausted(SidecarError):
         )
 
 
+SHOWN_RANKS: Final = 16
+"""Maximum ranks that a text names. A job of thousands would otherwise write a hundred kilobytes into each of its logs."""
+SHOWN_CAUSES: Final = 8
+"""Maximum causes that the text of a failed save names. `SaveError.failures` has all."""
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Return ranks for a text: the first SHOWN_RANKS, and how many more there are."""
+    more = len(ranks) - SHOWN_RANKS
+    return f"{list(ranks[:SHOWN_RANKS])}" + (f" and {more:,} more" if more > 0 else "")
+
+
+def _causes(failures: Mapping[int, RemoteFailure]) -> str:
+    """Return the causes of a failed save for its text. Ranks with one cause are named together. Empty if there are none."""
+    ranks: dict[str, list[int]] = {}
+    for rank, failure in sorted(failures.items()):
+        ranks.setdefault(f"{failure.type_name}: {failure.message}", []).append(rank)
+    shown = [
+        f"rank {of_cause[0]}: {cause}" if len(of_cause) == 1 else f"ranks {named(of_cause)}: {cause}"
+        for cause, of_cause in list(ranks.items())[:SHOWN_CAUSES]
+    ]
+    more = len(ranks) - SHOWN_CAUSES
+    if more > 0:
+        shown.append(f"and {more:,} more causes")
+    return f" [{'; '.join(shown)}]" if shown else ""
+
+
 class SaveError(PillionError):
     """
     The save failed. Its checkpoint does not exist; the previous checkpoint is untouched.
@@ -132,8 +164,7 @@ class SaveError(PillionError):
     def __init__(self, message: str, *, step: int = -1, failures: Mapping[int, RemoteFailure] | None = None) -> None:
         self.step = step
         self.failures: Mapping[int, RemoteFailure] = dict(failures or {})
-        details = [f"rank {rank}: {f.type_name}: {f.message}" for rank, f in sorted(self.failures.items())]
-        super().__init__(message + (f" [{'; '.join(details)}]" if details else ""))
+        super().__init__(message + _causes(self.failures))
 
 
 class SaveSkipped(SaveError):
@@ -166,7 +197,7 @@ class BarrierTimeout(SaveError):
     ) -> None:
         self.phase, self.missing, self.waited_s = phase, tuple(missing), waited_s
         super().__init__(
-            f"ranks {list(self.missing)} did not arrive at {phase!r} within {waited_s:.1f} s",
+            f"ranks {named(self.missing)} did not arrive at {phase!r} within {waited_s:.1f} s",
             step=step,
             failures=failures,
         )
@@ -251,8 +282,8 @@ class ErrorDocument:
             "fqns",
             "reasons",
             "problems",
-            "ours",
-            "theirs",
+            "own_version",
+            "peer_version",
         ):
             if hasattr(error, name):
                 value = getattr(error, name)
@@ -261,7 +292,7 @@ class ErrorDocument:
         message = str(error)
         failures = getattr(error, "failures", {})
         if failures:
-            message = message.rsplit(" [rank ", 1)[0]
+            message = message.rsplit(" [rank", 1)[0]
         return cls(type(error).__name__, message, failures, detail)
 
     def to_exception(self, *, step: int = -1) -> PillionError:
@@ -286,8 +317,8 @@ class ErrorDocument:
                 failures=self.failures,
             )
         if self.kind == "ProtocolMismatch":
-            # The other side raised this error, so its `ours` is `theirs` here.
-            return ProtocolMismatch(ours=number("theirs"), theirs=number("ours"))
+            # The other side raised this error, so its own version is the peer's here.
+            return ProtocolMismatch(own_version=number("peer_version"), peer_version=number("own_version"))
         if self.kind == "ArenaExhausted":
             texts = {name: str(detail[name]) for name in ("cause", "remedy") if name in detail}
             return ArenaExhausted(

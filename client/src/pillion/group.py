@@ -8,6 +8,7 @@ caller's process group. Afterwards the sidecars communicate through the job's st
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import socket
@@ -114,7 +115,7 @@ def join(
 
     Raises:
         UsageError: this process is not in the process group.
-        SettingsError: a rank has no root, or the roots differ; on every rank.
+        SettingsError: a rank has no root, or the roots differ; on every rank. NumPy is not installed, which torch needs for several ranks.
     """
     environ = os.environ if environ is None else environ
     distributed = dist.is_available() and dist.is_initialized()
@@ -140,12 +141,29 @@ def join(
         raise UsageError(
             f"rank {dist.get_rank()} is not in the process group: call this on the members of the group only"
         )
+    require_numpy()
     if dist.get_rank(process_group) == 0 and dist.get_world_size(process_group) > 1:
         mine["policy"] = read_policy(environ)
     entries: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(process_group))]
     dist.all_gather_object(entries, mine, group=process_group)
     _check_roots([entry.get("root") for entry in entries])
     return _group(dist.get_rank(process_group), entries)
+
+
+def require_numpy() -> None:
+    """
+    Ranks exchange Python objects through torch, which needs NumPy for it and installs without. Its own error names no remedy, and comes in
+    the middle of a collective.
+
+    Raises:
+        SettingsError: NumPy is not installed.
+    """
+    if importlib.util.find_spec("numpy") is None:
+        raise SettingsError(
+            [
+                "NumPy is not installed: torch needs it to exchange objects between several ranks; run `pip install numpy`"
+            ]
+        )
 
 
 ROOTS_SHOWN: Final = 4

@@ -7,14 +7,18 @@ Called from: the trainer. A handle never raises by itself. Its `result` raises w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import Any
 
 from pillion.callbacks import Outcome
 from pillion.errors import PillionError, SaveSkipped, UsageError
+from pillion.wire.load_messages import Tier
+from pillion.wire.remarks import NO_REMARKS
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,10 @@ class Checkpoint:
     """Seconds from the seal of the last local rank until all bytes were durable."""
     commit_s: float = 0.0
     """Seconds from the last durable byte until the checkpoint was visible."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The metrics of its save."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The metadata of its save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +48,7 @@ class LoadReport:
 
     step: int | None
     """The loaded step. None if there was no checkpoint and the policy allows a fresh start."""
-    tier: str
+    tier: Tier
     """``arena``, ``storage`` or ``fresh``."""
     path: str
     elapsed_s: float
@@ -60,7 +68,8 @@ class LoadReport:
     passed_over: Mapping[str, str] = field(default_factory=dict)
     """Newer snapshots in memory that lack a requested value: ``arena:15`` -> why."""
     set_aside: tuple[int, ...] = ()
-    """Committed steps ahead of the loaded one. They stay on storage, and only a load by number takes them."""
+    """Committed steps ahead of the loaded one. They stay on storage, and only a load by number takes them. For a load with ``path``: the
+    steps that this run has itself."""
     conflicting: tuple[str, ...] = ()
     """Names whose tensors share memory here and have different values in the checkpoint. One value overwrote the others."""
 
@@ -70,10 +79,14 @@ class Found:
     """The checkpoint that a load would take."""
 
     step: int
-    tier: str
+    tier: Tier
     """``arena`` or ``storage``."""
     path: str
     """Its directory on storage; empty for a snapshot in the arena."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The metrics of its save, as rank 0 gave them."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The metadata of its save, as rank 0 gave it."""
 
 
 class SaveHandle:
@@ -83,17 +96,26 @@ class SaveHandle:
     Attributes:
         step: the training step.
         staged: resolves with None when the state is in the arena. From then on the trainer may change its tensors.
+        held: resolves with None when every pod has the state on its node's disk (the policy's `storage.local`), and at the commit if it
+            does not go there. From then on the save outlives the trainers. Its error is that of `committed`.
         committed: resolves with the `Checkpoint` on every rank, or with the error that names the failed ranks.
             Callbacks of both futures run one after another in a thread of their own. They may block, save, load and raise.
         stall_s: seconds that `save` held up the training loop. For an overlapped save it includes the optimizer hook.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, *, for_disk: bool = False) -> None:
         self._pid = os.getpid()
         self.step = step
+        self.for_disk = for_disk
+        """Whether a save that stays in memory goes to the nodes' disks as well."""
         self.staged: Future[None] = Outcome()
-        self.committed: Future[Checkpoint] = Outcome(self.note_examined)
+        self.held: Future[None] = Outcome()
+        self.committed: Outcome[Checkpoint] = Outcome(self.note_examined)
         self.stall_s = 0.0
+        self.claiming = False
+        """Whether the save waits for a slot."""
+        self.remarks = NO_REMARKS
+        """The metrics and the metadata of this save on this rank."""
         self.examined = False
         """True once the script has looked at the outcome. Then the end of the process does not report a loss again."""
         self.incomplete = False
@@ -117,6 +139,11 @@ class SaveHandle:
                 f" step {self.step}"
             )
         return self.committed.result(timeout_s)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a thread of the script waits now: for the commit, or for a slot, which earlier saves take."""
+        return self.claiming or self.committed.waiting > 0
 
     @property
     def inherited(self) -> bool:
@@ -146,8 +173,16 @@ class SaveHandle:
         with contextlib.suppress(InvalidStateError):
             self.staged.set_result(None)
 
-    def resolve(self, checkpoint: Checkpoint) -> None:
+    def resolve_held(self) -> None:
         self.resolve_staged()
+        with contextlib.suppress(InvalidStateError):
+            self.held.set_result(None)
+
+    def resolve(self, checkpoint: Checkpoint) -> None:
+        self.resolve_held()
+        if self.remarks != NO_REMARKS:
+            said = self.remarks
+            checkpoint = dataclasses.replace(checkpoint, metrics=said.metrics, metadata=said.metadata)
         with contextlib.suppress(InvalidStateError):
             self.committed.set_result(checkpoint)
 
@@ -155,6 +190,8 @@ class SaveHandle:
         """End the handle with an error, in whatever phase the save is."""
         with contextlib.suppress(InvalidStateError):
             self.staged.set_exception(error)
+        with contextlib.suppress(InvalidStateError):
+            self.held.set_exception(error)
         with contextlib.suppress(InvalidStateError):
             self.committed.set_exception(error)
 

@@ -7,6 +7,9 @@ The tensors are cut into stretches of equal bytes. Each thread copies one stretc
 once a tensor. Each reacquisition takes up to 5 ms (sys.getswitchinterval) in a busy trainer. torch's own threads are not used: they
 synchronize after each tensor, and on busy cores each synchronization waits for the scheduler (measured: 64 tensors beside a spinning
 thread, 0.10 s against 0.18 s).
+
+Large contiguous pieces are copied by memmove(3), which has stores for large copies that torch has not (docs/performance.md has the numbers).
+It reacquires the GIL once a piece, so small pieces stay with torch.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ from pillion.wire import layout as layout_module
 SPLIT_BYTES: Final = 4 * 1024**2
 """Maximum excess of a stretch over its share. A stretch ends at the end of a tensor, unless it would exceed its share by more."""
 
+MIN_MOVED_BYTES: Final = 4 * 1024**2
+"""Minimum bytes of a piece that memmove copies. Reacquiring the GIL takes up to 0.1 ms within a save (`saving.HURRIED_SWITCH_S`): a tenth of the
+time that so many bytes take."""
+
 MAX_KEPT_DIVISIONS: Final = 1024
 """Maximum divisions of a copy that are remembered: one for saves, and one for each part of a load."""
 
@@ -47,6 +54,8 @@ class Stretch:
     first: int
     last: int
     parts: tuple[tuple[int, int, int], ...]
+    large: tuple[int, ...] = ()
+    """The whole items that have MIN_MOVED_BYTES or more."""
 
 
 class HostCopies:
@@ -107,7 +116,7 @@ class HostCopies:
                 self._copiers = _copiers(num_threads)
             copiers = self._copiers
         if num_threads == 1 or copiers is None:
-            return None, (Stretch(first, last, ()),)
+            return None, (Stretch(first, last, (), _large(layout, first, last)),)
         key = (layout.digest, first, last, num_threads)
         stretches = self._stretches.get(key)
         if stretches is None:
@@ -192,8 +201,12 @@ def shared_out(layout: layout_module.Layout, first: int, last: int, num_threads:
                 parts.append((index, 0, offset))
                 goal -= offset * itemsize
         left += goal
-        stretches.append(Stretch(begin, index, tuple(parts)))
+        stretches.append(Stretch(begin, index, tuple(parts), _large(layout, begin, index)))
     return tuple(stretch for stretch in stretches if stretch.first < stretch.last or stretch.parts)
+
+
+def _large(layout: layout_module.Layout, first: int, last: int) -> tuple[int, ...]:
+    return tuple(index for index in range(first, last) if layout.items[index].payload_bytes >= MIN_MOVED_BYTES)
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stretch: Stretch) -> None:
@@ -203,19 +216,37 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stre
     Raises:
         CopyFailed: torch cannot copy a tensor.
     """
-    indexes = range(stretch.first, stretch.last)
+    moved = {index for index in stretch.large if move(targets[index], sources[index])}
+    indexes = [index for index in range(stretch.first, stretch.last) if index not in moved]
     if indexes:
-        copy_each(list(targets[stretch.first : stretch.last]), list(sources[stretch.first : stretch.last]), indexes)
+        copy_each([targets[index] for index in indexes], [sources[index] for index in indexes], indexes)
     for index, start, stop in stretch.parts:
         target, source = targets[index], sources[index]
         if target.is_contiguous() and source.is_contiguous():
             # Inference mode belongs to a thread. Inference tensors can be changed, and viewed for a change, only in inference mode.
             with torch.inference_mode():
                 target, source = target.view(-1)[start:stop], source.view(-1)[start:stop]
-            copy_one(target, source, index)
+            if source.nbytes < MIN_MOVED_BYTES or not move(target, source):
+                copy_one(target, source, index)
         elif start == 0:
             # A tensor of another memory order cannot be split cheaply: the thread of its first part copies all of it.
             copy_one(target, source, index)
+
+
+def move(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """
+    Copy one tensor in host memory by memmove, if both have their elements in the same order. Both have the same sizes. Releases the GIL.
+
+    Returns:
+        Whether it was copied. If not, the tensors differ by more than their addresses, and torch has to copy.
+    """
+    alike = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+    if not alike or source.is_conj() != target.is_conj() or source.is_neg() != target.is_neg():
+        return False
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    if not target.is_inference():  # which has no version
+        torch.autograd.graph.increment_version(target)
+    return True
 
 
 @torch.inference_mode()

@@ -61,6 +61,22 @@ def materialize(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.state_dict() if stateful.is_stateful(value) else value for key, value in state_dict.items()}
 
 
+@modes.off()
+def empty(item: layout_module.Item) -> torch.Tensor:
+    """
+    Return a new tensor on the CPU that an item of a checkpoint fills. Its values are undefined.
+
+    Raises:
+        IncompatibleCheckpoint: this torch does not have the dtype.
+    """
+    dtype = DTYPES.get(item.dtype)
+    if dtype is None:
+        raise IncompatibleCheckpoint(
+            f"{item.fqn!r} has the dtype {item.dtype}, which torch {torch.__version__} does not have", fqns=[item.fqn]
+        )
+    return torch.empty(item.sizes, dtype=dtype, device="cpu")
+
+
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Return torch's counters of in-place changes. Inference tensors have none and count as 0."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

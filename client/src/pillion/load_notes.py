@@ -92,10 +92,13 @@ def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, 
         empty: names of the empty mappings in the state dict.
         first: whether this is rank 0, which logs for all ranks.
         alike: whether all ranks have the same differences in their own leaves.
-        what: name of the loaded checkpoint. Empty: the step and its tier.
+        what: name of a checkpoint that was loaded by its place. Empty: it is one of this run.
     """
-    what = what or f"step {report.step} from {report.tier}"
-    notes = [*(_of_all(report, empty) if first else ()), *(_of_own(report) if first or not alike else ())]
+    elsewhere, what = bool(what), what or f"step {report.step} from {report.tier}"
+    notes = [
+        *(_of_all(report, empty, elsewhere=elsewhere) if first else ()),
+        *(_of_own(report) if first or not alike else ()),
+    ]
     if notes:
         _log.warning("pillion: loaded %s, with these differences:%s", what, "".join(f"\n  - {n}" for n in notes))
 
@@ -115,7 +118,7 @@ def _of_own(report: LoadReport) -> Iterator[str]:
         yield f"could not be filled in place; the state dict holds new objects for: {_list(report.replaced)}"
 
 
-def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:
+def _of_all(report: LoadReport, empty: Sequence[str], *, elsewhere: bool) -> Iterator[str]:
     """Yield the notes that are the same on every rank."""
     if report.unexpected:
         yield f"in the checkpoint, but not in the state dict of any rank: {_list(report.unexpected)}"
@@ -133,7 +136,13 @@ def _of_all(report: LoadReport, empty: Sequence[str]) -> Iterator[str]:
         )
     for where, why in report.passed_over.items():
         yield f"the newer snapshot {where} in memory was not used: {why}"
-    if report.set_aside:
+    if report.set_aside and elsewhere:
+        yield (
+            f"this run has checkpoints of its own, the newest step is {report.set_aside[-1]}: they were not loaded, and after the next"
+            " save they are not what a restart takes; to resume from them call load() without path first, and load from elsewhere"
+            " only if it returns None"
+        )
+    elif report.set_aside:
         steps = ", ".join(map(str, report.set_aside[:SHOWN]))
         yield (
             f"the committed steps {steps} are newer and set aside: they stay on storage until retention deletes them;"

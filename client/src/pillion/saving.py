@@ -8,7 +8,7 @@ own. Nothing here raises into the training loop: the handle has every error.
                           |<------- overlapped: beside the next forward and backward ------->|
                                                   the optimizer's pre-hook waits for the end ^
 
-An overlapped save copies tensors that no optimizer steps before it returns (`pillion.overlap`), because no hook delays their changes.
+An overlapped save copies tensors that no optimizer steps before it returns (`pillion.late`), because no hook delays their changes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # torch.optim hides the module
 
-from pillion import devices, fault_points, modes, preparing, stateful
+from pillion import beside, devices, fault_points, habits, late, modes, preparing, stateful
 from pillion import leaves as leaves_module
 from pillion import opaque as opaque_module
 from pillion import overlap as overlap_module
 from pillion.errors import ErrorDocument, PillionError, StagingError
 from pillion.handle import SaveHandle, log_lost
-from pillion.session import Grant, Session
-from pillion.wire import arena
+from pillion.session import Session
+from pillion.staging import Grant
+from pillion.wire import arena, save_messages
 from pillion.wire import layout as layout_module
+from pillion.wire.remarks import NO_REMARKS, Remarks
 
 _log = logging.getLogger(__name__)
 
 OPAQUE_SLACK_BYTES: Final = 256 * 1024
-"""Extra room in a slot, for the manifest and for opaque leaves that grow a little from save to save."""
+"""Extra room in a slot, for the trailer and for opaque leaves that grow a little from save to save."""
 
 
 HURRIED_SWITCH_S: Final = 50e-6
@@ -128,12 +130,11 @@ class Saver:
         self._warned = False
         self._within: set[int] = set()
         """Idents of the threads that are within a save."""
-        self._staging: threading.Thread | None = None
+        self._beside = beside.Beside()
         self._staging_handle: SaveHandle | None = None
+        """The save that `_beside` finishes."""
         self._ahead = preparing.Preparer(session)
-        self._steppers = overlap_module.Steppers()
-        self._changing: set[str] = set()
-        """FQNs of tensors that changed during an overlapped copy by something other than an optimizer's step."""
+        self._habits = habits.Habits()
         self._hook: Any = register_optimizer_step_pre_hook(self._before_optimizer_step) if overlaps else None
 
     def save(
@@ -142,16 +143,21 @@ class Saver:
         step: int,
         *,
         persist: bool,
-        overlap: bool,
-        destination: Mapping[str, Any] | None = None,
+        overlap: bool | None,
+        for_disk: bool = False,
+        destination: save_messages.Destination | None = None,
+        remarks: Remarks = NO_REMARKS,
     ) -> SaveHandle:
         """
         Stage `state_dict`. The returned handle has the outcome.
 
-        Blocks: for the copy, and for a free slot under `overlap: Wait`. With `overlap`, only if there is a large tensor that no
-        optimizer steps.
+        Args:
+            overlap: True copies late what an optimizer holds; None does so for what the script was seen to leave alone (`pillion.habits`).
+
+        Blocks: for the copy, and for a free slot under `overlap: Wait`. An overlapped save only for a large tensor that does not wait.
         """
-        handle = SaveHandle(step)
+        handle = SaveHandle(step, for_disk=for_disk)
+        handle.remarks = remarks
         thread = threading.get_ident()
         if thread in self._within:
             # The interrupted save holds what this one would wait for, and continues only after this one returns.
@@ -181,8 +187,8 @@ class Saver:
         *,
         started: float,
         persist: bool,
-        overlap: bool,
-        destination: Mapping[str, Any] | None,
+        overlap: bool | None,
+        destination: save_messages.Destination | None,
     ) -> None:
         try:
             self.wait_staged()
@@ -190,10 +196,15 @@ class Saver:
             leaves = self._collector.collect(state_dict)
             self._look(leaves)
             opaque = self._pickler.pickled(dict(zip(leaves.layout.opaque, leaves.opaque, strict=True)))
-            if overlap:
-                self._stage_beside(handle, leaves, opaque, persist=persist, destination=destination, started=started)
+            choice = None if overlap is False else self._habits.choose(leaves, forced=overlap is True)
+            if choice is not None and (choice.late or (overlap and not choice.early)):
+                self._stage_beside(
+                    handle, leaves, opaque, choice, persist=persist, destination=destination, started=started
+                )
             else:
                 self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
+            if choice is not None:
+                self._habits.watch(leaves, choice.untried)
         except Exception as err:  # a boundary: no save raises into the training loop
             self._failed(handle, err, persist=persist)
         except BaseException as err:
@@ -226,7 +237,7 @@ class Saver:
         opaque: list[bytes],
         *,
         persist: bool,
-        destination: Mapping[str, Any] | None,
+        destination: save_messages.Destination | None,
         started: float,
     ) -> None:
         grant = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
@@ -240,24 +251,33 @@ class Saver:
         opaque: list[bytes],
         *,
         persist: bool,
-        destination: Mapping[str, Any] | None,
+        destination: save_messages.Destination | None,
         hurried: bool,
     ) -> Grant:
         session = self._session
         _, image_bytes = leaves.layout.opaque_starts([len(data) for data in opaque])
         num_leaves = len(leaves.tensors) + len(opaque)
-        room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), OPAQUE_SLACK_BYTES, num_leaves)
+        slack_bytes = OPAQUE_SLACK_BYTES + handle.remarks.encoded_bytes()
+        room = arena.room_bytes(image_bytes, len(leaves.layout.encoded), slack_bytes, num_leaves)
         # Tracked first: another rank's failure may arrive while this rank still waits for its slot.
         session.track(handle)
         with contextlib.ExitStack() as waiting:
-            grant = session.claim(
-                handle.step,
+            claim = save_messages.Claim(
+                step=handle.step,
                 room_bytes=room,
                 persist=persist,
+                local=handle.for_disk,
                 destination=destination,
-                # An overlapped claim does not hurry, so it has nothing to pause.
-                on_wait=lambda: waiting.enter_context(_hurry.paused()) if hurried else None,
+                notices=True,
             )
+
+            def on_wait() -> None:
+                handle.claiming = True
+                waiting.callback(setattr, handle, "claiming", False)
+                if hurried:  # an overlapped claim does not hurry, so it has nothing to pause
+                    waiting.enter_context(_hurry.paused())
+
+            grant = session.claim(claim, on_wait)
         fault_points.reach(fault_points.FaultPoint.STAGE, rank=session.group.rank, step=handle.step)
         return grant
 
@@ -274,6 +294,7 @@ class Saver:
             rank=session.group.rank,
             world_size=session.group.world_size,
             session=bytes.fromhex(session.group.session),
+            remarks=handle.remarks,
         )
         session.sealed(handle.step, stall_s=stall_s)
         handle.resolve_staged()
@@ -288,31 +309,23 @@ class Saver:
         handle: SaveHandle,
         leaves: leaves_module.Leaves,
         opaque: list[bytes],
+        choice: late.Choice,
         *,
         persist: bool,
-        destination: Mapping[str, Any] | None,
+        destination: save_messages.Destination | None,
         started: float,
     ) -> None:
-        stepped, names = self._steppers.storages(), [item.fqn for item in leaves.layout.items]
-        large = [index for index, tensor in enumerate(leaves.tensors) if not overlap_module.is_small(tensor)]
-        late = [
-            index
-            for index in large
-            if overlap_module.may_wait(leaves.tensors[index], stepped) and names[index] not in self._changing
-        ]
-        early = sorted(set(large).difference(late))
-        if early and not late:
-            self._stage(handle, leaves, opaque, persist=persist, destination=destination, started=started)
-            return
+        early = choice.early
         grant = None
         if early:
             grant = self._claim(handle, leaves, opaque, persist=persist, destination=destination, hurried=True)
             grant.mapping.copy_in(grant.slot, leaves, only=early, capacity_bytes=grant.capacity_bytes)
         with modes.off():
-            tensors = [tensor.clone() if overlap_module.is_small(tensor) else tensor for tensor in leaves.tensors]
+            # `detach`: what `p.data = other` puts in place of a weight is not what is saved.
+            tensors = [tensor.clone() if late.is_small(tensor.nbytes) else tensor.detach() for tensor in leaves.tensors]
         frozen = leaves_module.Leaves(leaves.layout, tensors, leaves.opaque)
-        waiting = [tensors[index] for index in late]
-        watched = _Watched(late, leaves_module.versions(waiting), overlap_module.Sample(waiting))
+        waiting = [tensors[index] for index in choice.late]
+        watched = _Watched(choice.late, leaves_module.versions(waiting), overlap_module.Sample(waiting))
         rest = sorted(set(range(len(tensors))).difference(early)) if early else None
         used = devices.used_by(tensors)
         ready = devices.marks(used)
@@ -331,12 +344,11 @@ class Saver:
                 self._failed(handle, err, persist=persist)
 
         self._staging_handle = handle
-        self._staging = threading.Thread(target=stage, name="pillion-staging", daemon=True)
-        self._staging.start()
+        self._beside.begin(stage)
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._steppers.add(optimizer)
         self.wait_staged()
+        self._habits.stepping(optimizer)
 
     def wait_staged(self) -> None:
         """
@@ -344,14 +356,19 @@ class Saver:
 
         Blocks: for the rest of the copy. The claim within it is bounded by session.OVERLAP_WAIT_S.
         """
-        staging, handle = self._staging, self._staging_handle
-        if staging is None or handle is None:
+        handle = self._staging_handle
+        if handle is None:
             return
         started = time.perf_counter()
         with _hurry():
-            staging.join()
+            self._beside.wait()
         handle.stall_s += time.perf_counter() - started
-        self._staging = self._staging_handle = None
+        self._staging_handle = None
+
+    def before_load(self) -> None:
+        """Finish an overlapped save, and do not take the load for a habit of the script. Blocks: see `wait_staged`."""
+        self.wait_staged()
+        self._habits.forget()
 
     def _check_unchanged(
         self, leaves: leaves_module.Leaves, watched: _Watched, ready: Mapping[torch.device, Any]
@@ -371,7 +388,7 @@ class Saver:
             changed = [] if first is None else [watched.indexes[first]]
         if changed:
             names = [leaves.layout.items[index].fqn for index in changed]
-            self._changing.update(names)
+            self._habits.changed(names)
             raise StagingError(
                 f"{names[0]!r} was changed while an overlapped save copied it, by something other than an optimizer's step();"
                 " from the next save on it is copied before save() returns"
@@ -421,6 +438,8 @@ class Saver:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._habits.forget()
+        self._beside.close()
 
     def join(self, timeout_s: float = preparing.END_TIMEOUT_S) -> None:
         """Wait for the current preparation. Called from: callers that have closed the session, and benchmarks. Blocks: up to `timeout_s`."""

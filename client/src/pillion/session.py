@@ -1,16 +1,17 @@
 """
-This rank's standing with its sidecar: found or started, greeted, and found again when it went away.
+This rank's session with its sidecar: finds or starts the sidecar, says hello, and reconnects if the sidecar went away.
 
 Called from: `Checkpointer`, `pillion.dcp`. Owns: the connection, the mapping of the segment, and the handles of saves in flight.
 
     start --> connect --> hello/welcome --> map the segment --> saves and loads ...
                  ^                                                   | EOF
-                 +------------ reconnect, in the background <--------+   (handles in flight fail; training goes on)
+                 +------------ reconnect, in the background <--------+   (handles in flight fail; training continues)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -18,10 +19,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from pillion import callbacks, connection, embedded, staging, stopping
+from pillion import callbacks, connection, embedded, progress, staging, stopping
 from pillion.errors import ErrorDocument, PillionError, SidecarUnavailable, StagingError, UsageError
 from pillion.group import Group
 from pillion.handle import Checkpoint, SaveHandle, log_lost
@@ -32,45 +32,35 @@ _log = logging.getLogger(__name__)
 A = TypeVar("A")
 
 CONNECT_TIMEOUT_S: Final = 60.0
-"""Bound for the sidecar to be there. Other local ranks wait this long for local rank 0 to start it."""
+"""Timeout for a sidecar that accepts connections. Other local ranks wait this long for local rank 0 to start it."""
 HELLO_TIMEOUT_S: Final = 1830.0
-"""Bound for the answer to the hello: the sidecar first finishes the saves that the trainers before left in its arena, within its
-own persist_timeout_s (1800 s). A shorter one would end a restart whose last save is large."""
+"""Timeout for the answer to the hello. The sidecar first finishes the saves that the previous trainers left in its arena, which may take its
+persist_timeout_s (1800 s). A shorter timeout would end a restart whose last save is large."""
 REQUEST_TIMEOUT_S: Final = 30.0
-"""Bound for answers that take no I/O on storage (reserve: it allocates and touches memory, about 1 s a GiB)."""
+"""Timeout for answers that need no I/O on storage."""
 SILENT_TIMEOUT_S: Final = 1.0
-"""Bound for the answer to a claim of a sidecar that was silent at the one before and has said nothing since: it costs training this much a
-save, and not REQUEST_TIMEOUT_S each time."""
+"""Timeout for the answer to a claim, if the sidecar did not answer the previous claim and has sent nothing since. So a hung sidecar holds
+up training for 1 s a save, instead of REQUEST_TIMEOUT_S."""
 RESERVE_TIMEOUT_S: Final = 600.0
-"""Bound for the arena to be allocated and touched: 600 s are 600 GiB on the slowest machine measured."""
+"""Timeout for allocating and touching the arena: 600 s are 600 GiB on the slowest machine measured."""
 HELLO_PAUSE_S: Final = 0.1
-HELLO_PAUSE_MOST_S: Final = 2.0
-"""Pause before another hello where the sidecar went away instead of an answer, doubled from the first to the second: a run before that has
-just closed is gone in 0.1 s, and one that dies of each hello is not to be started hundreds of times."""
+"""Pause before the second hello, if the sidecar went away without an answer. Each further pause is twice as long. A sidecar whose previous
+run has just closed is gone after 0.1 s."""
+MAX_HELLO_PAUSE_S: Final = 2.0
+"""Maximum pause between two hellos. A sidecar that dies at each hello must not be started hundreds of times."""
 OVERLAP_WAIT_S: Final = 1800.0
-"""Bound for `overlap: Wait`: a save that storage did not take in half an hour is reported, not waited for."""
-OWED_MOST: Final = 64
-"""Steps given up while no sidecar was there, to be told to its successor; more than are on their way at once."""
+"""Timeout for a free slot under `overlap: Wait`. A storage that has not freed a slot in half an hour is reported as the save's failure."""
+MAX_OWED: Final = 64
+"""Maximum abandoned steps that are kept for the sidecar's successor. Fewer saves are in flight at once."""
 RECONNECT_PAUSE_S: Final = 0.05
-"""Pause before the first reconnect, doubled from then on: until the sidecar is back nothing is saved."""
-RECONNECT_PAUSE_MOST_S: Final = 8.0
-"""A restarted container is back in seconds, one that crashes again and again later."""
+"""Pause before the first reconnect. Each further pause is twice as long. Nothing is saved until the sidecar is back."""
+MAX_RECONNECT_PAUSE_S: Final = 8.0
+"""Maximum pause of the first RECONNECT_SLOW_AFTER attempts. A restarted container is back in seconds, unless it crashes repeatedly."""
 RECONNECT_SLOW_AFTER: Final = 20
+"""Number of attempts, about two minutes, after which the pause is RECONNECT_PAUSE_SLOW_S."""
 RECONNECT_PAUSE_SLOW_S: Final = 30.0
-"""After that many attempts, two minutes, the pause is this long, for as long as the session is open: a job of weeks whose sidecar comes
-back after an hour must not go on without checkpoints."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A slot that this rank may fill for one step."""
-
-    slot: int
-    capacity_bytes: int
-    room_bytes: int
-    """How much of it was asked for."""
-    mapping: staging.SegmentMapping
-    """What the slot is one of; a sidecar that is replaced may have another."""
+"""Pause of later attempts, until the session is closed. A job of weeks must get its checkpoints back, even if its sidecar returns only
+after an hour."""
 
 
 class Session:
@@ -78,17 +68,20 @@ class Session:
     One rank's session.
 
     Args:
-        group: who the ranks are.
-        root: where checkpoints go; absolute.
-        policy_document: the policy of an embedded run (a document, or a file's path); None in a pod.
-        key: what names the runtime directory of an embedded run (the root, or a nonce).
-        store_mode: ``prefix`` or ``own``; which store the sidecars of several pods meet in.
-        on_event: called in the reader thread for events that concern no handle (announced, declined, draining).
+        group: this rank and its peers.
+        root: absolute path of the checkpoints' directory.
+        policy_document: policy of an embedded run, as a document or the path of a file. None in a pod.
+        key: text from which the runtime directory of an embedded run is derived (the root, or a random id).
+        store_mode: the store that the sidecars of several pods use. None in a single pod.
+        on_event: called in the reader thread for events that concern no handle (announced, declined, policy changed).
+        environ: the environment.
 
-    Blocks: up to CONNECT_TIMEOUT_S, and HELLO_TIMEOUT_S after a crash.
+    Blocks: up to CONNECT_TIMEOUT_S, and after a crash up to HELLO_TIMEOUT_S.
 
     Raises:
-        SidecarUnavailable, ProtocolMismatch, SettingsError.
+        SidecarUnavailable: there is no sidecar, and none could be started.
+        ProtocolMismatch: the sidecar speaks another version of the protocol.
+        SettingsError: the sidecar refuses the root or the policy.
     """
 
     def __init__(
@@ -98,7 +91,7 @@ class Session:
         root: str,
         policy_document: Mapping[str, object] | str | None,
         key: str,
-        store_mode: str | None,
+        store_mode: control.MeetingStore | None,
         on_event: Callable[[Message], None],
         environ: Mapping[str, str],
     ) -> None:
@@ -113,24 +106,29 @@ class Session:
         self.runtime_dir = embedded.runtime_directory(key, environ)
         self.handles: dict[int, SaveHandle] = {}
         self._lock = threading.Lock()
-        self._owed: deque[save_messages.Abandon] = deque(maxlen=OWED_MOST)
+        self._owed: deque[save_messages.Abandon] = deque(maxlen=MAX_OWED)
+        """Messages that could not be sent. The sidecar's successor gets them."""
         self._closed = threading.Event()
         self._greeted = False
         self._held_back: list[Message] | None = []
-        """Events that came before `listen`; None from then on."""
+        """Events that came before `listen`. None after it."""
         self.mapping: staging.SegmentMapping | None = None
         self.welcome: control.Welcome
         self._events: Mapping[type[Message], Callable[[Any], None]] = {
             events.Committed: self._committed,
+            events.Held: self._held,
+            events.Persisting: self._persisting,
             events.SaveFailed: self._save_failed,
-            events.Notice: lambda notice: _log.warning("pillion sidecar: %s", notice.text),
+            events.Notice: lambda notice: _log.log(
+                logging.INFO if notice.routine else logging.WARNING, "pillion sidecar: %s", notice.text
+            ),
             events.End: self._end,
         }
         self._connection = self._used = self._greet(CONNECT_TIMEOUT_S)
-        """`_used`: the one that the newest request of several answers went to."""
+        """`_used`: the connection of the newest `stream`."""
         self.policy = policy.parse(group.policy or self.welcome.policy, embedded=True)
 
-    # --- being connected -------------------------------------------------------------------------------------------
+    # --- connecting ------------------------------------------------------------------------------------------------
 
     def _greet(self, timeout_s: float) -> connection.Connection:
         deadline, pause_s = time.monotonic() + timeout_s, HELLO_PAUSE_S
@@ -141,11 +139,11 @@ class Session:
                 self._hello(link)
                 with self._lock:
                     if not link.lost:
-                        # Both at once: a loss from here on starts a search, which begins by closing this one.
+                        # Set together under the lock. A loss from now on starts `_reconnect`, which begins by closing this connection.
                         self._greeted, self._connection = True, link
                         return link
             except SidecarUnavailable as err:
-                # One that was at its end (the run before has just closed) took the connection with it: its successor answers.
+                # A sidecar that was ending (the previous run has just closed) broke the connection. Its successor will answer.
                 if not link.lost:
                     link.close()
                     raise
@@ -154,16 +152,16 @@ class Session:
                 link.close()
                 raise
             link.close()
-            why = f"{why}, and did not answer the hello ({attempt} so far){self._its_log}"
+            why = f"{why}, and did not answer the hello ({attempt} so far){self._log_hint}"
             if attempt > 1:
                 _log.warning("pillion: %s", why)
             if time.monotonic() > deadline or self._closed.wait(pause_s):
                 raise SidecarUnavailable(why)
-            pause_s = min(pause_s * 2, HELLO_PAUSE_MOST_S)
+            pause_s = min(pause_s * 2, MAX_HELLO_PAUSE_S)
         raise AssertionError("the count never ends")
 
     @property
-    def _its_log(self) -> str:
+    def _log_hint(self) -> str:
         return "" if self.injected else f" (its log: {embedded.log_path(self.runtime_dir)})"
 
     def _connect(self, deadline: float) -> connection.Connection:
@@ -178,7 +176,7 @@ class Session:
                     connect_timeout_s=REQUEST_TIMEOUT_S,
                     on_event=self._on_event,
                     on_lost=self._on_lost,
-                    # In a pod trainer and sidecar may be different users; the volume is the pod's alone.
+                    # In a pod, trainer and sidecar may be different users. No other pod has the volume.
                     peer_uid=None if self.injected else os.getuid(),
                 )
             except SidecarUnavailable:
@@ -209,19 +207,19 @@ class Session:
             ),
             HELLO_TIMEOUT_S,
         )
-        theirs = self.welcome.segment
-        # A sidecar that could not adopt the segment made a new file: the old mapping would be of nobody's memory.
-        if self.mapping is None or self.mapping.inode != os.stat(theirs).st_ino:
-            before, self.mapping = self.mapping, staging.SegmentMapping(theirs)
+        segment_path = self.welcome.segment
+        # A sidecar that could not adopt the segment has created a new file. Nobody would read the old mapping.
+        if self.mapping is None or self.mapping.inode != os.stat(segment_path).st_ino:
+            before, self.mapping = self.mapping, staging.SegmentMapping(segment_path)
             if before is not None:
                 before.close()
 
     def _on_lost(self, reason: str) -> None:
         with self._lock:
             if not self._greeted:
-                return  # whoever greets sees it, and tries again
+                return  # `_greet` sees the loss, and tries again
         error = SidecarUnavailable(
-            f"{reason}{self._its_log}; what was sealed stays in the arena, and the sidecar's successor persists it"
+            f"{reason}{self._log_hint}; sealed saves stay in the arena, and the sidecar's successor persists them"
         )
         _log.warning("pillion: %s", error)
         self._fail_all(error)
@@ -229,17 +227,17 @@ class Session:
             return
         try:
             threading.Thread(target=self._reconnect, name="pillion-reconnect", daemon=True).start()
-        except RuntimeError:  # no more threads: the one that listened has nothing else to do any more
+        except RuntimeError:  # no thread can start; the reader thread, which runs this, has nothing else to do
             self._reconnect()
 
     def _reconnect(self) -> None:
-        """Look for the sidecar's successor, for as long as the session is open: without one nothing is saved."""
+        """Connect to the sidecar's successor. Try until the session is closed, because nothing is saved without a sidecar."""
         pause_s = RECONNECT_PAUSE_S
         for attempt in itertools.count(1):
             if self._closed.wait(pause_s):
                 return
             pause_s = (
-                min(pause_s * 2, RECONNECT_PAUSE_MOST_S) if attempt < RECONNECT_SLOW_AFTER else RECONNECT_PAUSE_SLOW_S
+                min(pause_s * 2, MAX_RECONNECT_PAUSE_S) if attempt < RECONNECT_SLOW_AFTER else RECONNECT_PAUSE_SLOW_S
             )
             try:
                 self._connection.close()
@@ -253,7 +251,7 @@ class Session:
                 return
             except (
                 Exception
-            ) as err:  # a boundary: of descriptors, processes or memory there may be enough again in a moment
+            ) as err:  # a boundary: a lack of descriptors, processes or memory may be over at the next attempt
                 self._log_absence(attempt, err)
 
     @staticmethod
@@ -262,7 +260,7 @@ class Session:
             _log.warning("pillion: no sidecar yet (attempt %d): %s", attempt, err)
         elif attempt == RECONNECT_SLOW_AFTER:
             _log.error(
-                "pillion: no sidecar after %d attempts: %s; saves fail until one is back, which is looked for every %.0f s from here on",
+                "pillion: no sidecar after %d attempts: %s; saves fail until one is back; trying again every %.0f s",
                 attempt,
                 err,
                 RECONNECT_PAUSE_SLOW_S,
@@ -270,7 +268,9 @@ class Session:
 
     def returned(self, timeout_s: float) -> bool:
         """
-        Whether the sidecar that was asked last was lost and another is there. Blocks: up to `timeout_s`; not at all when it was not lost.
+        Return whether the connection of the last `stream` was lost and a new one exists.
+
+        Blocks: up to `timeout_s` for the new connection. Not at all if no connection is lost.
         """
         deadline = time.monotonic() + timeout_s
         was_lost = self._used.lost
@@ -299,20 +299,28 @@ class Session:
 
     def _committed(self, event: events.Committed) -> None:
         handle = self._take(event.step)
-        if handle is not None:
-            handle.resolve(
-                Checkpoint(
-                    step=event.step,
-                    path=event.path,
-                    size_bytes=event.size_bytes,
-                    persist_s=event.persist_s,
-                    commit_s=event.commit_s,
-                )
-            )
+        if handle is None:
+            self._on_other_event(event)
+            return
+        found = Checkpoint(step=event.step, path=event.path, size_bytes=event.size_bytes)
+        handle.resolve(dataclasses.replace(found, persist_s=event.persist_s, commit_s=event.commit_s))
 
     def _end(self, _: events.End) -> None:
         if self.injected:
             stopping.stop()
+
+    def _held(self, event: events.Held) -> None:
+        with self._lock:
+            handle = self.handles.get(event.step)
+        if handle is not None:
+            handle.resolve_held()
+
+    def _persisting(self, event: events.Persisting) -> None:
+        """Log how far a save is, if the script waits for it: in `result`, at the end, or for a slot. Otherwise the sidecar's log has it."""
+        waits = self._closed.is_set() or any(handle.awaited for handle in self.pending())
+        if waits and self.group.local_rank == 0:
+            how_far = progress.text(event.written_bytes, event.size_bytes, event.elapsed_s)
+            _log.warning("pillion: waiting for the save of step %d: %s", event.step, how_far)
 
     def _save_failed(self, event: events.SaveFailed) -> None:
         error = ErrorDocument.from_document(event.error).to_exception(step=event.step)
@@ -324,9 +332,9 @@ class Session:
 
     def listen(self) -> None:
         """
-        Take events from here on; first those that came meanwhile, in their order.
+        Deliver events to `on_event` from now on, beginning with those that came before this call.
 
-        Called from: whoever opened the session, once it can take them.
+        Called from: the opener of the session, once it can handle events.
         """
         while True:
             with self._lock:
@@ -342,7 +350,7 @@ class Session:
             return self.handles.pop(step, None)
 
     def track(self, handle: SaveHandle) -> None:
-        """Let events of the handle's step resolve it."""
+        """Resolve the handle by later events of its step."""
         with self._lock:
             self.handles[handle.step] = handle
 
@@ -359,15 +367,15 @@ class Session:
 
     @property
     def inherited(self) -> bool:
-        """Whether this process is a forked child of the one whose session it is."""
+        """Whether this process is a forked child of the process that opened the session."""
         return os.getpid() != self._pid
 
     def check_process(self) -> None:
         """
-        Every use of a session begins here.
+        Check that this process opened the session. Every use of a session begins with this check.
 
         Raises:
-            UsageError: it is that of this process's parent.
+            UsageError: the parent of this process opened it.
         """
         if self.inherited:
             raise UsageError(
@@ -382,66 +390,64 @@ class Session:
 
     def reserve(self, room_bytes: int) -> list[int]:
         """
-        Have every slot of this rank hold at least `room_bytes`, allocated and touched; the capacities.
+        Allocate and touch at least `room_bytes` for every slot of this rank. Return the capacity of each slot, bytes.
+
+        Blocks: up to RESERVE_TIMEOUT_S.
 
         Raises:
-            ArenaExhausted: the policy's limit, or the tmpfs, has no room.
+            ArenaExhausted: the policy's limit is reached, or the tmpfs is full.
+            SidecarUnavailable: no answer.
         """
         return list(self._link.request(save_messages.Reserve(room_bytes=room_bytes), RESERVE_TIMEOUT_S).capacities)
 
-    def claim(
-        self,
-        step: int,
-        *,
-        room_bytes: int,
-        persist: bool,
-        destination: Mapping[str, Any] | None,
-        on_wait: Callable[[], object] = lambda: None,
-    ) -> Grant:
+    def claim(self, claim: save_messages.Claim, on_wait: Callable[[], object] = lambda: None) -> staging.Grant:
         """
-        A slot for a save of this step. `on_wait` is called once, when none has become free for some seconds.
+        Return a slot for a save.
 
-        Blocks: under `overlap: Wait` until one is free, up to OVERLAP_WAIT_S; else for one round trip. REQUEST_TIMEOUT_S for a
-        sidecar that hangs, with a warning after connection.SILENCE_TOLD_S; SILENT_TIMEOUT_S as long as it stays silent.
+        Args:
+            claim: what is to be saved.
+            on_wait: called once, if the sidecar reports that no slot is free yet.
+
+        Blocks: for one round trip. Under `overlap: Wait` for a free slot, up to OVERLAP_WAIT_S. If the sidecar hangs, up to
+            REQUEST_TIMEOUT_S with a warning after connection.SILENCE_WARNING_S, and up to SILENT_TIMEOUT_S in later calls.
 
         Raises:
-            SaveSkipped: the policy's `overlap` dropped it.
-            StagingError: under `overlap: Wait` no slot was free within the bound.
-            ArenaExhausted, SidecarUnavailable.
+            SaveSkipped: the policy's `overlap` dropped the save.
+            StagingError: under `overlap: Wait` no slot became free in time.
+            ArenaExhausted: the slot cannot grow to this size.
+            SidecarUnavailable: no answer.
         """
-        # In this order: as long as the connection lives, the mapping is that of its sidecar.
+        # Read in this order. While the connection lives, the mapping belongs to the same sidecar.
         link, mapping = self._link, self.mapping
         if mapping is None:
             raise StagingError("the session has no arena")
-        claim = save_messages.Claim(
-            step=step, room_bytes=room_bytes, persist=persist, destination=destination or None, notices=True
-        )
-        # One that waits is told so every few seconds: a sidecar that is silent hangs, and training does not wait for it.
-        each_s = REQUEST_TIMEOUT_S if self.welcome.notices else OVERLAP_WAIT_S
+        # A waiting claim gets a notice every few seconds. A sidecar without notices hangs, and training does not wait for it.
+        message_timeout_s = REQUEST_TIMEOUT_S if self.welcome.notices else OVERLAP_WAIT_S
         if link.silent:
-            each_s = min(each_s, SILENT_TIMEOUT_S)
+            message_timeout_s = min(message_timeout_s, SILENT_TIMEOUT_S)
         deadline = time.monotonic() + OVERLAP_WAIT_S
         waited = False
-        with contextlib.closing(link.stream(claim, each_s, tells_silence=True)) as answers:
+        with contextlib.closing(link.stream(claim, message_timeout_s, warns=True)) as answers:
             for answer in answers:
                 if isinstance(answer, save_messages.Claimed):
-                    return Grant(answer.slot, answer.capacity_bytes, room_bytes, mapping)
+                    return staging.Grant(answer.slot, answer.capacity_bytes, claim.room_bytes, mapping)
                 if not waited:
                     waited = True
                     on_wait()
                 if time.monotonic() > deadline:
-                    raise StagingError(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=step)
+                    raise StagingError(f"no slot was free within {OVERLAP_WAIT_S:.0f} s", step=claim.step)
         raise AssertionError("the stream of answers never ends")
 
     def sealed(self, step: int, *, stall_s: float) -> None:
-        """Tell the sidecar that this rank's slot is whole; `stall_s`: how long that held training up, 0 beside it."""
+        """Report to the sidecar that this rank has sealed its slot, which held up training for `stall_s` (0 for an overlapped save)."""
         self._link.send(save_messages.Sealed(step=step, stall_s=stall_s))
 
     def abandon(self, step: int, error: ErrorDocument, *, persist: bool, gathers: bool = False) -> None:
         """
-        Tell the sidecar that this rank will not seal `step`; its successor, when it is gone: the other pods wait for this one's part.
+        Report to the sidecar that this rank will not seal `step`, because the other pods wait for this pod's part of the checkpoint.
 
-        Never raises: it is called where a save failed already.
+        If the sidecar is gone, its successor gets the message. `persist` and `gathers`: see `wire.save_messages.Abandon`. Never raises,
+        because the save has already failed.
         """
         if self.inherited:
             return
@@ -452,7 +458,7 @@ class Session:
             self._owed.append(message)
 
     def send(self, message: Message) -> None:
-        """Tell the sidecar something that needs no answer; lost when it is gone."""
+        """Send a message that needs no answer. It is lost if the sidecar is gone."""
         with contextlib.suppress(SidecarUnavailable):
             self._link.send(message)
 
@@ -465,17 +471,18 @@ class Session:
 
     def close(self, *, drain_s: float, clean: bool) -> None:
         """
-        Say goodbye; the sidecar finishes what is in flight.
+        End the session, after the sidecar has finished the saves in flight. Handles that are still pending fail.
+
+        In a forked child this does nothing, because the session belongs to the parent.
 
         Args:
-            drain_s: how long it may take.
-            clean: False when an exception ends the trainer: an embedded sidecar then keeps the arena for a restart.
+            drain_s: timeout for the saves in flight, seconds.
+            clean: False if an exception ends the trainer. Then an embedded sidecar keeps the arena for a restart.
 
-        Blocks: up to `drain_s` plus the connection's own bounds, and callbacks.DRAIN_S. Handles that are still pending afterwards fail. In a forked child it
-            does nothing: the child has no part in its parent's session.
+        Blocks: up to `drain_s`, the connection's own timeouts, and callbacks.DRAIN_S.
 
         Raises:
-            SidecarUnavailable: the sidecar did not finish within the bound.
+            SidecarUnavailable: the sidecar did not finish in time.
         """
         if self.inherited or self._closed.is_set():
             return

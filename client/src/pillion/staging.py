@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,7 @@ from pillion import leaves as leaves_module
 from pillion.errors import IncompatibleCheckpoint, SidecarUnavailable, StagingError
 from pillion.wire import arena
 from pillion.wire import layout as layout_module
+from pillion.wire.remarks import NO_REMARKS, Remarks
 
 POPULATE_STEP_BYTES: Final = 64 * 1024**2
 """Bytes mapped by one madvise call. The call holds the GIL, and this size bounds the pause to about 5 ms."""
@@ -249,9 +251,10 @@ class SegmentMapping:
         rank: int,
         world_size: int,
         session: bytes,
+        remarks: Remarks = NO_REMARKS,
     ) -> None:
         """
-        Write opaque leaves, layout, manifest and header, and the state word last.
+        Write opaque leaves, layout, trailer and header, and the state word last.
 
         Afterwards the sidecar and its successors may read the slot.
 
@@ -259,13 +262,18 @@ class SegmentMapping:
             SidecarUnavailable: see `close`.
         """
         with self._in_use():
-            self._seal(slot, leaves.layout, opaque, step=step, rank=rank, world_size=world_size, session=session)
+            trailer = {"version": 1, "step": step, "opaque": [len(data) for data in opaque], **remarks.to_document()}
+            encoded = json.dumps(trailer, separators=(",", ":")).encode()
+            self._seal(
+                slot, leaves.layout, opaque, encoded, step=step, rank=rank, world_size=world_size, session=session
+            )
 
     def _seal(
         self,
         slot: int,
         layout: layout_module.Layout,
         opaque: Sequence[bytes],
+        trailer: bytes,
         *,
         step: int,
         rank: int,
@@ -283,11 +291,8 @@ class SegmentMapping:
         layout_offset = arena.PAGE_BYTES + image_bytes
         if before.layout_digest != bytes.fromhex(layout.digest) or before.layout_offset != layout_offset:
             self._map[base + layout_offset : base + layout_offset + len(layout.encoded)] = layout.encoded
-        manifest = json.dumps(
-            {"version": 1, "step": step, "opaque": [len(data) for data in opaque]}, separators=(",", ":")
-        ).encode()
-        manifest_offset = layout_module.aligned(layout_offset + len(layout.encoded))
-        self._map[base + manifest_offset : base + manifest_offset + len(manifest)] = manifest
+        trailer_offset = layout_module.aligned(layout_offset + len(layout.encoded))
+        self._map[base + trailer_offset : base + trailer_offset + len(trailer)] = trailer
         header = arena.SlotHeader(
             state=arena.SlotState.FILLING,
             flags=before.flags,
@@ -298,15 +303,15 @@ class SegmentMapping:
             image_bytes=image_bytes,
             layout_offset=layout_offset,
             layout_bytes=len(layout.encoded),
-            manifest_offset=manifest_offset,
-            manifest_bytes=len(manifest),
+            trailer_offset=trailer_offset,
+            trailer_bytes=len(trailer),
             sealed_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             layout_digest=bytes.fromhex(layout.digest),
-            manifest_digest=hashlib.blake2b(manifest, digest_size=16).digest(),
+            trailer_digest=hashlib.blake2b(trailer, digest_size=16).digest(),
             session=session,
             # A new layout has overwritten the archive heads of the previous one.
             framed_digest=before.framed_digest if before.layout_digest == bytes.fromhex(layout.digest) else bytes(16),
-            digests_offset=layout_module.aligned(manifest_offset + len(manifest)),
+            digests_offset=layout_module.aligned(trailer_offset + len(trailer)),
             generation=before.generation,
             epoch=before.epoch,
         )
@@ -339,3 +344,15 @@ class SegmentMapping:
         # A view may still exist after an interrupted copy. Then the mapping ends with that view.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A slot that this rank may fill for one step."""
+
+    slot: int
+    capacity_bytes: int
+    room_bytes: int
+    """Bytes that the claim requested. At most `capacity_bytes`."""
+    mapping: SegmentMapping
+    """The segment with this slot. A replaced sidecar may have another segment."""

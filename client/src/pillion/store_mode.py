@@ -26,13 +26,15 @@ import torch.distributed as dist
 from pillion import connection, embedded, group, policy_source
 from pillion import session as session_module
 from pillion.errors import PillionError, SettingsError, SidecarUnavailable
-from pillion.wire import control, names
+from pillion.wire import control, names, policy
 from pillion.wire.message import Message
 
 
-def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: str = "Prefix") -> str | None:
+def choose(
+    members: group.Group, environ: Mapping[str, str], *, policy_store: str = policy.StoreMode.PREFIX
+) -> control.MeetingStore | None:
     """
-    Return ``prefix``, ``own`` or None (no store). All ranks decide on the same facts: those of rank 0.
+    Return the store to meet in; None for no store. All ranks decide on the same facts: those of rank 0.
 
     Raises:
         SettingsError: the environment requires prefix mode, and gives no address of the job's store.
@@ -43,8 +45,9 @@ def choose(members: group.Group, environ: Mapping[str, str], *, policy_store: st
     if len(members.pods) == 1:
         return None
     if switch is not None:
-        return "prefix" if switch == "1" else "own"
-    return "prefix" if policy_store == "Prefix" and members.store is not None else "own"
+        return control.MeetingStore.PREFIX if switch == "1" else control.MeetingStore.OWN
+    is_prefix = policy_store == policy.StoreMode.PREFIX and members.store is not None
+    return control.MeetingStore.PREFIX if is_prefix else control.MeetingStore.OWN
 
 
 def policy_of_all(
@@ -105,7 +108,7 @@ def open_session(
         SettingsError: the store's address is needed and missing or malformed (on every rank).
         SidecarUnavailable, ProtocolMismatch.
     """
-    mode = choose(members, environ, policy_store=str((members.policy or {}).get("store", "Prefix")))
+    mode = choose(members, environ, policy_store=str((members.policy or {}).get("store", policy.StoreMode.PREFIX)))
 
     def opened(ranks: group.Group) -> session_module.Session:
         return session_module.Session(
@@ -118,7 +121,7 @@ def open_session(
             environ=environ,
         )
 
-    if mode != "own":
+    if mode is not control.MeetingStore.OWN:
         return opened(members)
     # Rank 0 opens first: its sidecar hosts the store, and its welcome has the address. The others get that address, or the error.
     shared: list[Any] = [None]

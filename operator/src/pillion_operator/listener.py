@@ -18,12 +18,12 @@ from typing import Final, Self, cast
 
 from aiohttp import web
 
-CONNECTIONS_MOST: Final = 640
+MAX_CONNECTIONS: Final = 640
 """
 Maximum number of connections that speak HTTP; an idle one takes some 60 KiB. An API server keeps 25 idle ones, and opens one for
 each pod that comes at once.
 """
-HANDSHAKES_MOST: Final = 384
+MAX_HANDSHAKES: Final = 384
 """Maximum number of handshakes at one time. Each takes a millisecond of the processor, so further ones would be late anyway."""
 HANDSHAKE_S: Final = 5.0
 """Timeout for one handshake. The API server allows as much for a whole call."""
@@ -118,7 +118,7 @@ class Listener:
         await self._runner.cleanup()
 
     def _accept(self, guest: "_Guest", transport: asyncio.Transport) -> None:
-        if len(self._shaking) >= HANDSHAKES_MOST:
+        if len(self._shaking) >= MAX_HANDSHAKES:
             transport.abort()
             return
         # Nothing may be read before TLS reads it.
@@ -139,7 +139,7 @@ class Listener:
         server = self._runner.server
         if secured is None or server is None or guest.is_lost:
             transport.abort()
-        elif len(server.connections) >= CONNECTIONS_MOST and not self._make_room(server.connections):
+        elif len(server.connections) >= MAX_CONNECTIONS and not self._make_room(server.connections):
             secured.abort()
         else:
             guest.hand_over(secured, server())
@@ -150,10 +150,10 @@ class Listener:
             for each in connections
             if each not in self._busy and (transport := each.transport) is not None and not transport.is_closing()
         ]
-        goes = next((each for each in idle if each not in self._answered), idle[0] if idle else None)
-        if goes is None:
+        least_used = next((each for each in idle if each not in self._answered), idle[0] if idle else None)
+        if least_used is None:
             return False
-        goes.abort()
+        least_used.abort()
         return True
 
     @web.middleware

@@ -152,7 +152,7 @@ RECONCILE_ERRORS: Final = Counter(
     "pillion_reconcile_errors", "Jobs and policies whose processing failed with an internal error.", registry=REGISTRY
 )
 
-JOBS_MOST: Final = 2000
+MAX_JOBS: Final = 2000
 """Maximum number of jobs with series of their own. Each job has some twenty, which end with the job."""
 _JOB_LABELS: Final = ("namespace", "job", "policy")
 _JOB_GAUGES: Final = {
@@ -225,7 +225,7 @@ class Fleet(Collector):
         pods = GaugeMetricFamily(
             "pillion_policy_injected_pods", "Injected pods that run under the policy.", labels=("namespace", "policy")
         )
-        for labels, number in islice(self.pods(), JOBS_MOST):
+        for labels, number in islice(self.pods(), MAX_JOBS):
             pods.add_metric(labels, number)
         yield pods
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
@@ -234,7 +234,7 @@ class Fleet(Collector):
         for name, text, label in _JOB_COUNTERS.values():
             names = _JOB_LABELS + ((label[0],) if label else ())
             families.setdefault(name, CounterMetricFamily(f"pillion_job_{name}", text, labels=names))
-        for row in rows[:JOBS_MOST]:
+        for row in rows[:MAX_JOBS]:
             own = (row.namespace, row.job, row.policy)
             for name in _JOB_GAUGES.keys() & row.gauges.keys():
                 families[name].add_metric(own, row.gauges[name])

@@ -7,6 +7,7 @@ Must never: read a file, or change its arguments.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -60,9 +61,11 @@ def inject(
         for where, pod, job in _pods(document):
             wanted = pods.metadata_map(pod, "annotations").get(annotations.POLICY, "")
             policy_object = next((each for each in policies if each.name in ("", wanted)), None)
-            decision = decide.inject(
-                pod, policy_object, settings, made_by=job, claim=_claim(documents, document, policy_object)
-            )
+            if policy_object and (modes := _claim_modes(documents, document, policy_object)):
+                policy_object = dataclasses.replace(policy_object, claim_modes=modes)
+            # A template has no namespace of its own: its pods are where the document is.
+            namespace = pods.namespace(document)
+            decision = decide.inject(pod, policy_object, settings, made_by=job, namespace=namespace)
             if isinstance(decision, decide.Inject):
                 _replace(pod, decision.pod)
             outcomes.append(Outcome(where=where, decision=decision))
@@ -89,11 +92,11 @@ def made_elsewhere(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{each['kind']}/{(each.get('metadata') or {}).get('name') or ''}" for each in kinds]
 
 
-def _claim(
-    documents: Sequence[Json], document: Json, policy_object: checkpoint_policy.CheckpointPolicy | None
-) -> Json | None:
-    """The claim that a policy names, where one of the documents is it."""
-    wanted = policy_object.spec.storage.persistent_volume_claim if policy_object and policy_object.spec else None
+def _claim_modes(
+    documents: Sequence[Json], document: Json, policy_object: checkpoint_policy.CheckpointPolicy
+) -> tuple[str, ...]:
+    """Access modes of the claim that a policy names, where one of the documents is it; else empty."""
+    wanted = policy_object.spec.storage.persistent_volume_claim if policy_object.spec else None
     namespace = (document.get("metadata") or {}).get("namespace")
     for each in documents if wanted else ():
         metadata = each.get("metadata") or {}
@@ -101,8 +104,8 @@ def _claim(
             wanted and wanted.claim_name
         )
         if is_claim and metadata.get("namespace") == namespace:
-            return each
-    return None
+            return tuple((each.get("spec") or {}).get("accessModes") or ())
+    return ()
 
 
 def _pods(document: Json) -> Iterator[tuple[str, Json, identity.Job | identity.Unclear | None]]:

@@ -1,7 +1,7 @@
 """
-`pillion-sidecar` and `python -m pillion_sidecar`: the command line.
+The command line: `pillion-sidecar` and `python -m pillion_sidecar`.
 
-Subcommands: run, client, notify, ping, policy. Each imports what it needs, when it is chosen: the kubelet starts an interpreter for
+Subcommands: run, client, notify, ping, policy. Each subcommand imports only its own modules, because the kubelet starts an interpreter for each
 `notify` and `ping`.
 """
 
@@ -24,23 +24,23 @@ USAGE = """usage: pillion-sidecar COMMAND [options]
 
 commands:
   run      run the sidecar of one pod; `pillion-sidecar run --help` lists every setting, each a flag and an environment variable
-  client   lay the client library out for trainers: client --to DIR
-  notify   tell the sidecar in PILLION_RUNTIME_DIR that its pod is terminating, and return at once
-  ping     whether the sidecar in PILLION_RUNTIME_DIR answers (exit status 0)
-  policy   check a policy for a run without a cluster, and print it whole, as JSON: policy FILE
+  client   install the client library for trainers: client --to DIR
+  notify   report to the sidecar in PILLION_RUNTIME_DIR that its pod is terminating, and return at once
+  ping     check that the sidecar in PILLION_RUNTIME_DIR answers (exit status 0)
+  policy   check a policy for a run without a cluster, and print all of it as JSON: policy FILE
 
-`pillion-sidecar --version` prints which release this is.
+`pillion-sidecar --version` prints the release.
 """
 EX_USAGE: Final = 2
 EX_UNAVAILABLE: Final = 69
 EX_CONFIG: Final = 78
 ANSWER_TIMEOUT_S: Final = 5.0
-"""Bound of `ping` and `notify`. The supervisor's loop answers in milliseconds; one that is late by this much hangs, or its node
-does. Below the probe's own timeout (30 s), so that the text says what was wrong."""
+"""Timeout for the answer to `ping` and `notify`. The supervisor's loop answers in milliseconds, unless it or its node hangs. Shorter than the
+probe's own timeout (30 s), so that the output names the cause."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status."""
+    """Run a subcommand. Return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str]) -> int:
     log.configure(own_settings.log_level)
     try:
         return asyncio.run(app.run(own_settings))
-    except Exception:  # a boundary: whoever started this process reads its status, and its log
+    except Exception:  # a boundary: the starter of this process gets an exit status, and the log has the error
         logging.getLogger("pillion_sidecar").exception("the sidecar ends by an internal error")
         return app.Exit.INTERNAL
 
@@ -78,24 +78,24 @@ def _run(arguments: Sequence[str]) -> int:
 def _client(arguments: Sequence[str]) -> int:
     from pillion_sidecar.client_bundle import install
 
-    parser = argparse.ArgumentParser(prog="pillion-sidecar client", description="Lay the client library out.")
-    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a folder of the trainer's PYTHONPATH")
+    parser = argparse.ArgumentParser(prog="pillion-sidecar client", description="Install the client library.")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a directory of the trainer's PYTHONPATH")
     folder = parser.parse_args(arguments).to
     try:
         made = install.lay_out(folder)
     except OSError as err:
-        print(f"pillion-sidecar: the client cannot be laid out in {folder}: {err}", file=sys.stderr)
+        print(f"pillion-sidecar: the client cannot be installed in {folder}: {err}", file=sys.stderr)
         return EX_UNAVAILABLE
     print(f"pillion-sidecar: the client is in {made}", file=sys.stderr)
     return 0
 
 
 def _notify(arguments: Sequence[str]) -> int:
-    """Exit status 0 even where nobody listens: a preStop hook that fails is an event on the pod, and changes nothing."""
+    """Return 0 even if no sidecar listens. A failed preStop hook would only add an event to the pod."""
     from pillion.wire import control
 
     try:
-        _ask(arguments, control.Notify(), "Tell the sidecar that its pod is terminating.")
+        _ask(arguments, control.Notify(), "Report to the sidecar that its pod is terminating.")
     except SidecarUnavailable as err:
         print(f"pillion-sidecar: {err}", file=sys.stderr)
     return 0
@@ -105,7 +105,7 @@ def _ping(arguments: Sequence[str]) -> int:
     from pillion.wire import control
 
     try:
-        _ask(arguments, control.Ping(), "Exit with status 0 when the sidecar answers.")
+        _ask(arguments, control.Ping(), "Exit with status 0 if the sidecar answers.")
     except SidecarUnavailable as err:
         print(f"pillion-sidecar: {err}", file=sys.stderr)
         return EX_UNAVAILABLE
@@ -120,7 +120,7 @@ def _policy(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="pillion-sidecar policy",
-        description="Check a policy for a run without a cluster, and print it whole, as JSON.",
+        description="Check a policy for a run without a cluster, and print all of it as JSON.",
     )
     parser.add_argument("file", metavar="FILE", help="a CheckpointPolicy or its spec, YAML or JSON")
     try:

@@ -1,10 +1,10 @@
 """
-Which processors, and which memory of a machine with several nodes, a sidecar works with: those of its trainers.
+Gives the sidecar the processors of its trainers, and takes each rank's memory from that trainer's NUMA node.
 
-Called from: the supervisor, and whoever grows an arena. An embedded sidecar is a child of the first rank, and inherits what that one was bound to
-(`numactl`, `taskset`, a launcher): all arenas would lie in that rank's memory, and its processors would do everybody's writing. It gets the
-processors of all ranks that have joined, never more, and a rank's memory is taken by a thread on that rank's processors.
-Nothing here is needed to be right: whatever the kernel refuses stays as it is. Sources: sched_setaffinity(2), set_mempolicy(2).
+Called from: the supervisor, and the modules that grow an arena. An embedded sidecar is a child of the first rank, and inherits that rank's
+binding (`numactl`, `taskset`, a launcher). Without this module, all arenas would lie in that rank's memory, and its processors would write all
+checkpoints. The sidecar gets the processors of all ranks that have joined, and no others. A thread on a rank's processors takes that rank's
+memory. Errors of the kernel are ignored, because only speed depends on them. Sources: sched_setaffinity(2), set_mempolicy(2).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
-"""Number of the system call, by machine; glibc has no function for it."""
+"""Machine -> number of the system call set_mempolicy. glibc has no function for it."""
 MPOL_DEFAULT: Final = 0
-"""Memory of the node that the thread runs on."""
+"""Memory policy that takes pages from the node on which the thread runs."""
 
 
-def of(pid: int) -> frozenset[int]:
-    """The processors that a process, or a thread, may use; empty: not known from here."""
+def processors(pid: int) -> frozenset[int]:
+    """Return the processors that a process or thread may use. Empty if this process cannot see it."""
     if pid <= 0:
         return frozenset()
     try:
@@ -35,8 +35,8 @@ def of(pid: int) -> frozenset[int]:
 def widen(pids: Iterable[int], more: Iterable[int]) -> None:
     """Let every thread of these processes use `more` processors as well."""
     for pid in pids:
-        cpus = of(pid) | frozenset(more)
-        if pid <= 0 or cpus == of(pid):
+        cpus = processors(pid) | frozenset(more)
+        if pid <= 0 or cpus == processors(pid):
             continue
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{pid}/task"):
@@ -46,8 +46,8 @@ def widen(pids: Iterable[int], more: Iterable[int]) -> None:
 
 @contextlib.contextmanager
 def beside(pid: int) -> Iterator[None]:
-    """Have this thread run on the processors of a trainer's process: memory that it takes now is near to them."""
-    near, before = of(pid), os.sched_getaffinity(0)
+    """Run this thread on the processors of a trainer's process within the block, so that its new memory is on their node."""
+    near, before = processors(pid), os.sched_getaffinity(0)
     moved = False
     if near and near != before:
         with contextlib.suppress(OSError):
@@ -62,7 +62,11 @@ def beside(pid: int) -> Iterator[None]:
 
 
 def forget_memory_policy() -> None:
-    """Take memory from where a thread runs, whatever this process was started with. Called from: the main thread, before any other is there."""
+    """
+    Set this process's memory policy to the default: each thread takes memory from the node on which it runs.
+
+    Called from: the main thread, before other threads exist.
+    """
     number = SET_MEMPOLICY.get(platform.machine())
     if number is not None:
         ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_long(MPOL_DEFAULT), None, ctypes.c_ulong(0))

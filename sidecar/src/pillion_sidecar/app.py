@@ -1,15 +1,15 @@
 """
-One sidecar process: lock, server, supervisor, signals, and the order in which they end.
+One sidecar process: starts and ends its lock, server, supervisor and signal handlers, in this order.
 
-Called from: `__main__`. The only place where the parts meet.
+Called from: `__main__`. No other module connects these parts.
 
     SIGUSR1              save now: the trainers save at the next step that all of them have ahead of them
-    SIGTERM, SIGINT      save now, then drain: the newest snapshot and all that is queued, within the policy's
-                         drain.timeoutSeconds; then exit. In a pod the kubelet's grace period is shared with the trainers,
-                         which end first: injection raises it by the drain's time, and what is left of it when SIGTERM comes
-                         bounds the drain as well (SIGKILL; the arena goes with the pod)
+    SIGTERM, SIGINT      save now, then drain: the newest snapshot and all queued saves, within the policy's
+                         drain.timeoutSeconds; then exit. In a pod, the trainers end first, within the same grace period of
+                         the kubelet. Injection extends the period by the drain's time. The rest of it bounds the drain as
+                         well: then comes SIGKILL, and the arena is lost with the pod
     last goodbye         an embedded sidecar exits and removes its arena
-    trainers gone        an embedded sidecar keeps the arena for `linger_s`, then exits likewise
+    trainers gone        an embedded sidecar keeps the arena for `linger_s`, then exits in the same way
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from pillion_sidecar import affinity, log
 from pillion_sidecar.arena import leftovers
 from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.settings import Settings
+from pillion_sidecar.storage.folder import Folder
 from pillion_sidecar.supervisor import server as server_module
 from pillion_sidecar.supervisor.dispatcher import Supervisor
-from pillion_sidecar.supervisor.pod_end import LAST_SAVE_S
+from pillion_sidecar.supervisor.pod_end import LAST_SAVE_TIMEOUT_S
 
 if TYPE_CHECKING:
     from pillion_sidecar.reporting import reporter
@@ -43,32 +44,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 IDLE_CHECK_S: Final = 0.1
-"""How often an embedded sidecar looks whether it is needed: a torchrun job's end waits for nothing here."""
+"""Interval at which an embedded sidecar checks whether it is still needed. Nothing waits for its end."""
 PRIVATE_DIRECTORY: Final = 0o700
+"""Mode of the runtime directory without a cluster."""
 SHARED_DIRECTORY: Final = 0o777
-"""Mode of a runtime directory that this process makes in a pod, as the kubelet makes an emptyDir: trainer and sidecar may be
-different users."""
+"""Mode of a runtime directory that this process creates in a pod, as the kubelet creates an emptyDir. Trainer and sidecar may be different
+users."""
 NICE: Final = 5
-"""Above the executor's, below the trainer's."""
+"""Nice value of the supervisor, between the trainer's and the executor's."""
 
 
 class Exit(IntEnum):
     """Exit statuses of the sidecar."""
 
     CLEAN = 0
-    """Everything sealed is on storage, or there was nothing."""
+    """All sealed saves are on storage, or there were none."""
     INTERNAL = 70
-    """An internal error; see the log."""
+    """An internal error occurred; see the log."""
     LOST = 74
-    """The drain's bound came first: the newest snapshot is not on storage."""
+    """The drain's timeout came first. The newest snapshot is not on storage."""
     ALREADY_RUNNING = 75
     """Another sidecar owns the runtime directory."""
     BAD_SETTINGS = 78
-    """A setting is wrong; the text says which."""
+    """A setting is wrong. The text names it."""
 
 
 async def run(settings: Settings) -> Exit:
-    """Run until it is told to end, or not needed any more. Blocks: for the sidecar's life."""
+    """Run the sidecar until a signal ends it, or until no trainer needs it. Blocks: for the sidecar's life."""
     lock = _lock(settings)
     if lock is None:
         _log.info("another sidecar has the runtime directory %s: this one ends", settings.runtime_dir)
@@ -92,7 +94,7 @@ async def run(settings: Settings) -> Exit:
         await supervisor.start()
         await server.start()
         if settings.metrics_port:
-            # prometheus_client: memory that a pod without the endpoint has no use for.
+            # Imported late, because prometheus_client takes memory that a pod without the endpoint saves.
             from pillion_sidecar.reporting import prometheus
 
             prometheus.start(supervisor, settings.metrics_port)
@@ -121,7 +123,7 @@ async def run(settings: Settings) -> Exit:
 
 
 def _leave(supervisor: Supervisor, *, removable: bool) -> None:
-    """Close the arena; `removable`: nobody needs it any more, and it goes with the runtime directory."""
+    """Close the arena. `removable`: nobody needs the arena any more, so remove it and the runtime directory."""
     pod, runtime_dir = supervisor.pod, supervisor.settings.runtime_dir
     if pod is not None:
         if removable:
@@ -130,13 +132,34 @@ def _leave(supervisor: Supervisor, *, removable: bool) -> None:
             pod.close()
     if removable:
         if pod is not None and pod.identity.root:
-            log.keep(runtime_dir, pod.identity.root, pod.identity.local_ranks[0])
-        # The lock file goes last, with the folder: the next sidecar makes both again.
+            _keep_log(supervisor.open_root(pod.identity.root), runtime_dir, pod.identity.local_ranks[0])
+        # The lock file is removed with the directory. The next sidecar creates both again.
         shutil.rmtree(runtime_dir, ignore_errors=True)
 
 
+def _keep_log(root: Folder, runtime_dir: str, first_rank: int) -> None:
+    """Append the log of an embedded sidecar to the one on its root. Blocks: up to log.KEEP_TIMEOUT_S."""
+    if root.path is not None:
+        log.keep(runtime_dir, root.path, first_rank)
+        return
+    internal, name = root.below(names.INTERNAL_DIR), log.kept_name(first_rank)
+
+    def append(data: bytes) -> None:
+        try:
+            before = internal.read(name)
+        except FileNotFoundError:
+            before = b""
+        internal.put(name, (before + data)[-log.MAX_BYTES :])
+
+    log.hand_over(runtime_dir, append)
+
+
 def _remove_leftovers(runtime_dir: str) -> None:
-    """Free what sidecars before this one have left in memory, beside everything else. A folder that somebody has named has no others beside it."""
+    """
+    Remove abandoned arenas of earlier sidecars, in a thread.
+
+    Only if this runtime directory has a derived name. Beside a directory that the user has named there are none.
+    """
     base, name = os.path.split(runtime_dir)
     if name.startswith(names.RUNTIME_PREFIX):
         remove = functools.partial(leftovers.remove, base, but=runtime_dir)
@@ -144,8 +167,8 @@ def _remove_leftovers(runtime_dir: str) -> None:
 
 
 def _calling(supervisor: Supervisor) -> reporter.Reporter | None:
-    """Whoever calls home; None when the settings do not allow it: checkpoints are made all the same."""
-    # TLS: memory that a sidecar without a cluster has no use for.
+    """Return the reporter. None if the settings for calling home are invalid; saves work without it."""
+    # Imported late, because TLS takes memory that a sidecar without a cluster saves.
     from pillion_sidecar.reporting import reporter
 
     try:
@@ -156,7 +179,7 @@ def _calling(supervisor: Supervisor) -> reporter.Reporter | None:
 
 
 def _lock(settings: Settings) -> int | None:
-    """The runtime directory's lock, held until this process ends; None when another sidecar has it."""
+    """Take the runtime directory's lock, until this process ends. Return None if another sidecar has it."""
     path = os.path.join(settings.runtime_dir, names.SIDECAR_LOCK)
     if not os.path.isdir(settings.runtime_dir):
         mode = PRIVATE_DIRECTORY if settings.embedded else SHARED_DIRECTORY
@@ -165,7 +188,7 @@ def _lock(settings: Settings) -> int | None:
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The one before may have removed the folder between our open and our lock: a lock on a removed file guards nothing.
+        # The previous sidecar may have removed the directory between the open and the lock. A lock on a removed file guards nothing.
         if os.stat(path).st_ino == os.fstat(lock).st_ino:
             return lock
     except FileNotFoundError:
@@ -181,11 +204,11 @@ def _lock(settings: Settings) -> int | None:
 async def _serve_until_unneeded(
     supervisor: Supervisor, server: server_module.ControlServer, stop: asyncio.Event
 ) -> None:
-    """(embedded) Serve until no trainer needs this sidecar; one that comes in the last moment is served."""
+    """(embedded) Serve until no trainer needs this sidecar. A trainer that connects at the last moment is still served."""
     await _until_unneeded(supervisor, stop)
     server.stop_listening()
     while server.num_connections and not stop.is_set():
-        # No await lies between the look and the close of the door.
+        # There is no await between this check and `stop_listening`, so no connection comes in between.
         await server.start()
         await _until_unneeded(supervisor, stop)
         server.stop_listening()
@@ -210,7 +233,7 @@ async def _drain(supervisor: Supervisor) -> bool:
     deadline = time.monotonic() + pod.policy.drain.timeout_seconds
     before = supervisor.sidecar_status.metrics.last_committed_step
     if supervisor.terminating(signalled=True):
-        grace = min(deadline, time.monotonic() + LAST_SAVE_S)
+        grace = min(deadline, time.monotonic() + LAST_SAVE_TIMEOUT_S)
         while supervisor.trainers.clients and time.monotonic() < grace:
             if supervisor.sidecar_status.metrics.last_committed_step != before:
                 break

@@ -1,8 +1,8 @@
 """
-The sidecar's settings: one frozen value, read from flags and environment in one place.
+The sidecar's settings: one frozen value, read from flags and environment variables in one place.
 
-Called from: `__main__`. A flag wins over its environment variable, which wins over the default. The bounds that a
-deployment may have to change are here, each with its unit and its reason; all problems are reported together.
+Called from: `__main__`. A flag takes precedence over its environment variable, and the variable over the default. The timeouts that a
+deployment may have to change are here, each with its unit and its reason. All problems are reported together.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ from pillion.wire import names, policy
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """
-    What one sidecar runs with.
+    The settings of one sidecar.
 
-    Each field's metadata: ``env``, its variable; ``text``, what it means, for `run --help` and docs/reference/settings.md; ``unit``
-    where it is a quantity; ``least`` where 1 is not the least.
+    Metadata of a field: ``env``, its variable; ``text``, its meaning, for `run --help` and docs/reference/settings.md; ``unit`` of a
+    quantity; ``least``, the minimum of a whole number, if it is not 1.
     """
 
     runtime_dir: str = field(
         metadata={
             "env": names.ENV_RUNTIME_DIR,
-            "text": "Folder of the arena and of the control socket: on a tmpfs that is shared with the trainer. Must be given.",
+            "text": "Directory of the arena and of the control socket, on a tmpfs that is shared with the trainer. Required.",
         }
     )
     root: str = field(
         default="",
         metadata={
             "env": names.ENV_ROOT,
-            "text": "Where checkpoints go. Empty: the trainer says it (a run without a cluster).",
+            "text": "Directory of the checkpoints, or URL in a bucket. Empty: the trainer names it (a run without a cluster).",
         },
     )
     policy: str = field(
         default="",
         metadata={
             "env": names.ENV_POLICY,
-            "text": "The CheckpointPolicy: a JSON document, or the path of a YAML or JSON file. Empty: the trainer's, or the defaults.",
+            "text": "The CheckpointPolicy: a JSON document, or the path of a YAML or JSON file. Empty: the trainer's policy, or the defaults.",
         },
     )
     embedded: bool = field(
         default=False,
         metadata={
             "env": "PILLION_EMBEDDED",
-            "text": "Started by a trainer: ends by itself, and removes its arena, when the trainers have parted or are gone for linger_s.",
+            "text": "True for a sidecar that a trainer has started. It ends and removes its arena when all trainers have closed their"
+            " sessions, or have been gone for linger_s.",
         },
     )
     peer_timeout_s: float = field(
@@ -61,8 +62,8 @@ class Settings:
         metadata={
             "env": names.ENV_PEER_TIMEOUT_S,
             "unit": "s",
-            "text": "Bound for every rank to arrive at a phase (seal, plan, outcome). Ranks of one step are seconds apart; a pod that is"
-            " gone is noticed by the job itself within its own collective timeout.",
+            "text": "Timeout for all ranks to arrive at the same phase (seal, plan, outcome). Ranks of one step are seconds apart. The"
+            " job itself notices a lost pod by the timeout of its collectives.",
         },
     )
     persist_timeout_s: float = field(
@@ -70,7 +71,7 @@ class Settings:
         metadata={
             "env": "PILLION_PERSIST_TIMEOUT_S",
             "unit": "s",
-            "text": "Bound for one pod to write its part: 96 GiB at 50 MB/s.",
+            "text": "Timeout for one pod to write its part of a checkpoint: 96 GiB at 50 MB/s.",
         },
     )
     store_timeout_s: float = field(
@@ -78,8 +79,9 @@ class Settings:
         metadata={
             "env": "PILLION_STORE_TIMEOUT_S",
             "unit": "s",
-            "text": "Bound for the job's store to answer one question, beyond any wait that the question asks for; it does in less than"
-            " a millisecond while its process runs. Then the pods meet on storage.",
+            "text": "Timeout for the job's store to answer one request. If the request itself waits for a key, that wait is added. A"
+            " running store answers within a millisecond. After the timeout the store counts as lost, and the pods exchange their"
+            " messages on storage.",
         },
     )
     storage_timeout_s: float = field(
@@ -87,8 +89,8 @@ class Settings:
         metadata={
             "env": "PILLION_STORAGE_TIMEOUT_S",
             "unit": "s",
-            "text": "Bound for storage to take one block, or to answer one call: the executor that waits longer is replaced, and the save"
-            " fails. Network file systems come back from a failover within two or three minutes.",
+            "text": "Timeout for storage to take one block, or to answer one call. After the timeout the save fails, and the executor"
+            " is replaced. Network file systems return from a failover within two or three minutes.",
         },
     )
     ping_timeout_s: float = field(
@@ -96,8 +98,8 @@ class Settings:
         metadata={
             "env": "PILLION_PING_TIMEOUT_S",
             "unit": "s",
-            "text": "An executor that answers no ping for this long hangs, and is replaced. It answers from a thread of its own, so that"
-            " only a stopped or thrashing process is late.",
+            "text": "Timeout for the executor's answer to a ping. After the timeout the executor is replaced. It answers from a separate"
+            " thread, so only a stopped or thrashing process is late.",
         },
     )
     linger_s: float = field(
@@ -105,7 +107,8 @@ class Settings:
         metadata={
             "env": names.ENV_LINGER_S,
             "unit": "s",
-            "text": "How long an embedded sidecar keeps the arena for trainers that died: torchrun restarts its workers in seconds.",
+            "text": "Time for which an embedded sidecar keeps the arena after its trainers have died. torchrun restarts its workers"
+            " within seconds.",
         },
     )
     owner_silent_s: float = field(
@@ -113,15 +116,16 @@ class Settings:
         metadata={
             "env": "PILLION_OWNER_SILENT_S",
             "unit": "s",
-            "text": "How long the training that owns a root may show no sign of life before another one may have the root. It shows one five"
-            " times as often. The same in every job that may use the root.",
+            "text": "Time without a sign of life after which a training loses its root to another training. The owner of a root writes"
+            " a sign of life five times in this period. For a bucket the time is nine times as long, with three signs of life. Set the"
+            " same value in all jobs that may use the root.",
         },
     )
     write_threads: int = field(
         default=2,
         metadata={
             "env": "PILLION_WRITE_THREADS",
-            "text": "Direct writes in flight for each file; two keep an NVMe disk busy.",
+            "text": "Number of direct writes in flight for each file. Two keep an NVMe disk busy.",
         },
     )
     log_level: str = field(
@@ -132,40 +136,55 @@ class Settings:
         metadata={
             "env": names.ENV_METRICS_PORT,
             "least": 0,
-            "text": "Port of the Prometheus endpoint; 0: none.",
+            "text": "Port of the Prometheus endpoint. 0: no endpoint.",
         },
     )
     home_url: str = field(
         default="",
         metadata={
             "env": names.ENV_HOME_URL,
-            "text": "Where the sidecar calls home, https://...; empty: it does not.",
+            "text": "URL of the controller, https://..., to which the sidecar sends its reports. Empty: it sends none.",
         },
     )
     home_ca: str = field(
         default="",
         metadata={
             "env": names.ENV_HOME_CA,
-            "text": "Certificates, PEM, that the server there is trusted by. Empty: those of the system.",
+            "text": "Certificates (PEM) that verify the controller's server. Empty: the system's certificates.",
         },
     )
     token_file: str = field(
         default="",
         metadata={
             "env": names.ENV_TOKEN_FILE,
-            "text": "File of the token to call home with; read for each call, as the kubelet renews it.",
+            "text": "File with the token for the reports. It is read for each report, because the kubelet renews it.",
         },
     )
-    pod_name: str = field(default="", metadata={"env": names.ENV_POD_NAME, "text": "Who reports: the pod's name."})
-    pod_namespace: str = field(
-        default="", metadata={"env": names.ENV_POD_NAMESPACE, "text": "Who reports: the pod's namespace."}
+    storage_ca: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_STORAGE_CA,
+            "text": "File with certificates, PEM, that are trusted for an object store, beside those of the system.",
+        },
     )
-    pod_uid: str = field(default="", metadata={"env": names.ENV_POD, "text": "Who reports: the pod's UID."})
+    local_dir: str = field(
+        default="",
+        metadata={
+            "env": names.ENV_LOCAL_DIR,
+            "text": "Directory on a disk of the node, for copies of saves until they are on storage. Empty: that of the policy's"
+            " `storage.local.path`, if it has one.",
+        },
+    )
+    pod_name: str = field(default="", metadata={"env": names.ENV_POD_NAME, "text": "Name of the pod, for reports."})
+    pod_namespace: str = field(
+        default="", metadata={"env": names.ENV_POD_NAMESPACE, "text": "Namespace of the pod, for reports."}
+    )
+    pod_uid: str = field(default="", metadata={"env": names.ENV_POD, "text": "UID of the pod, for reports."})
     completion_index: str = field(
         default="",
         metadata={
             "env": names.ENV_COMPLETION_INDEX,
-            "text": "Index of the pod in an Indexed Job; empty: it has none.",
+            "text": "Index of the pod in an Indexed Job. Empty: the pod has none.",
         },
     )
     policy_name: str = field(
@@ -176,23 +195,26 @@ class Settings:
         },
     )
     job_kind: str = field(
-        default="", metadata={"env": names.ENV_JOB_KIND, "text": "Kind of what the user made, a Job say."}
+        default="", metadata={"env": names.ENV_JOB_KIND, "text": "Kind of the object that owns the pod, such as Job."}
     )
-    job_name: str = field(default="", metadata={"env": names.ENV_JOB_NAME, "text": "Its name."})
+    job_name: str = field(
+        default="", metadata={"env": names.ENV_JOB_NAME, "text": "Name of the object that owns the pod."}
+    )
     owner_uid: str = field(
         default="",
         metadata={
             "env": names.ENV_OWNER_UID,
-            "text": "Its UID, which tells it from another of that name. Empty: not known.",
+            "text": "UID of the object that owns the pod, which tells it from another one with the same name. Empty: not known.",
         },
     )
     job_id: str = field(
-        default="", metadata={"env": names.ENV_RUN_ID, "text": "The id that names the job's checkpoints."}
+        default="",
+        metadata={"env": names.ENV_RUN_ID, "text": "Id of the job, which names the directory of its checkpoints."},
     )
 
 
 def default_text(setting: Field[Any]) -> str:
-    """A setting's default as help and documentation show it: empty where there is none."""
+    """Return a setting's default as help and documentation show it. Empty if there is none."""
     if setting.default is MISSING or setting.default == "":
         return ""
     unit = f" {setting.metadata['unit']}" if "unit" in setting.metadata else ""
@@ -201,41 +223,40 @@ def default_text(setting: Field[Any]) -> str:
 
 def from_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """
-    Read flags and environment.
+    Read flags and environment variables.
 
     Raises:
-        SettingsError: everything that is wrong, at once.
-        SystemExit: a flag that does not exist, or --help (argparse's own words).
+        SettingsError: one or more settings are wrong. Names all of them.
+        SystemExit: an unknown flag, or --help. argparse prints the text.
     """
     parser = argparse.ArgumentParser(
         prog="pillion-sidecar run",
-        description="Run the sidecar of one pod. A flag wins over its environment variable, which wins over the default.",
+        description="Run the sidecar of one pod. A flag takes precedence over its environment variable, and the variable over the default.",
     )
-    for each in fields(Settings):
-        flag = "--" + each.name.replace("_", "-")
-        default = default_text(each)
-        meaning = (
-            f"{each.metadata['text']}{f' Default: {default}.' if default else ''} Environment: {each.metadata['env']}"
-        )
+    for setting in fields(Settings):
+        flag = "--" + setting.name.replace("_", "-")
+        default = default_text(setting)
+        default_sentence = f" Default: {default}." if default else ""
+        meaning = f"{setting.metadata['text']}{default_sentence} Environment: {setting.metadata['env']}"
         help_text = meaning.replace("%", "%%")
-        if each.type == "bool":
+        if setting.type == "bool":
             parser.add_argument(flag, action="store_const", const="true", help=help_text)
         else:
-            parser.add_argument(flag, metavar=each.name.upper(), help=help_text)
-    given = vars(parser.parse_args(arguments))
+            parser.add_argument(flag, metavar=setting.name.upper(), help=help_text)
+    flags = vars(parser.parse_args(arguments))
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for each in fields(Settings):
-        text = given[each.name] if given[each.name] is not None else environ.get(each.metadata["env"])
+    for setting in fields(Settings):
+        text = flags[setting.name] if flags[setting.name] is not None else environ.get(setting.metadata["env"])
         if text is None or text == "":
-            if each.name == "runtime_dir":
-                problems.append(f"--runtime-dir ({each.metadata['env']}) is missing: a folder on a tmpfs is needed")
+            if setting.name == "runtime_dir":
+                problems.append(f"--runtime-dir ({setting.metadata['env']}) is missing: a folder on a tmpfs is needed")
             continue
         try:
-            values[each.name] = _convert(str(each.type), text, each.metadata.get("least", 1))
+            values[setting.name] = _convert(str(setting.type), text, setting.metadata.get("least", 1))
         except ValueError:
-            allowed = _ALLOWED[str(each.type)].format(least=each.metadata.get("least", 1))
-            problems.append(f"{each.metadata['env']}={text!r}: {allowed} is allowed")
+            allowed = _ALLOWED[str(setting.type)].format(least=setting.metadata.get("least", 1))
+            problems.append(f"{setting.metadata['env']}={text!r}: {allowed} is allowed")
     level = values.get("log_level", "INFO")
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         problems.append(f"{names.ENV_LOG_LEVEL}={level!r}: DEBUG, INFO, WARNING or ERROR is allowed")
@@ -272,16 +293,16 @@ def _convert(kind: str, text: str, least: int) -> object:
 
 
 def is_policy_file(source: str) -> bool:
-    """Whether a policy is given as the path of a file, and not as its text."""
+    """Whether a policy's source is the path of a file instead of a JSON text."""
     return bool(source) and not source.lstrip().startswith("{")
 
 
 def read_policy(source: Mapping[str, object] | str | None) -> policy.Policy:
     """
-    A policy from a document, a JSON text or a file's path.
+    Return the policy of a document, a JSON text or a file's path. None or empty: the default policy.
 
     Raises:
-        SettingsError: the file cannot be read, or the policy is wrong; every problem at once.
+        SettingsError: the file cannot be read, or the policy is invalid. Names all problems.
     """
     document: object = source or {}
     if isinstance(source, str) and source:

@@ -1,8 +1,8 @@
 """
-Files that this process makes in the runtime directory, where in a pod the trainers may write too, as another user.
+Creates files in the runtime directory. In a pod the trainers may write there as well, as another user.
 
-Called from: whoever lays a file there. What stands at the name already, a link of a trainer's among it, is replaced and never followed:
-it would lead the sidecar to write, or to open for everybody, a file that only the sidecar reaches.
+Called from: the modules that create such files. An existing file of that name is replaced. A link is never followed, because a trainer's link
+could make the sidecar write to, or open for everybody, a file that only the sidecar can reach.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 
 def create(path: str, mode: int) -> int:
     """
-    Make a new file in the place of what was at `path`; its descriptor, for reading and writing.
+    Create a new file at `path`, in place of an existing one. Return its descriptor, for reading and writing.
 
     Args:
-        path: in the runtime directory.
-        mode: its permissions, whatever the umask.
+        path: path in the runtime directory.
+        mode: permissions of the file, whatever the umask.
 
     Raises:
-        FileExistsError: somebody else made a file of that name at the same moment.
-        OSError: the folder cannot be written, or there is a folder at `path`.
+        FileExistsError: another process has created a file of that name at the same moment.
+        OSError: the directory cannot be written, or `path` is a directory.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

@@ -1,14 +1,28 @@
 """
-What a wait of the executor is for: the watchdog says it, and so do those who judge a wait that is too long.
+The executor's waits, and their kinds. The watchdog names the kind, and the supervisor decides by it what a too long wait means.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
 class WaitKind(StrEnum):
-    """What the executor waits for when it reports that it stands still."""
+    """Kind of a wait of the executor."""
 
     STORAGE = "storage"
-    """A call of the file system."""
+    """The executor waits for a call of the file system."""
     PEERS = "peers"
-    """Other pods, or the job's store."""
+    """The executor waits for other pods, or for the job's store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """A wait that the executor is in."""
+
+    kind: WaitKind
+    what: str
+    """What the executor waits for, as a text for people."""
+    for_s: float
+    """How long the wait has lasted without progress."""
+    bound_s: float
+    """Timeout of the wait. Then the executor is replaced; see `executor.exchange.watchdog`."""

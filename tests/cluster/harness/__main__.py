@@ -1,5 +1,5 @@
 """
-`python -m cluster.harness up|down|images`: a cluster for people. `make cluster-up` and `make cluster-down` call it.
+`python -m cluster.harness up|down|images|prepare`: a cluster for people. `make cluster-up`, `cluster-down` and `cluster-programs` call it.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from cluster.harness.machine import HarnessError
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="cluster.harness", description="A real Kubernetes of two nodes, for tests.")
-    parser.add_argument("command", choices=("up", "down", "images"))
+    parser.add_argument("command", choices=("up", "down", "images", "prepare"))
     parser.add_argument("--cluster", choices=clusters.PROVIDERS, default="auto")
     given = parser.parse_args()
     begun = time.monotonic()
@@ -20,6 +20,8 @@ def main() -> int:
         cluster = clusters.choose(given.cluster)
         if given.command == "down":
             cluster.down()
+        elif given.command == "prepare":
+            cluster.prepare()
         elif given.command == "up":
             cluster.up()
             print(f"export KUBECONFIG={cluster.kubeconfig}")

@@ -1,7 +1,7 @@
 """
-The whole of: the programs of the cluster, built from their Go modules and kept in a cache.
+The whole of: the programs of the cluster, and others that tests need, built from their Go modules and kept in a cache.
 
-Called from: `built`, `images`, and the chart's tests (helm). The key of the cache is the hash of a module's folder, so that a new
+Called from: `built`, `images`, the chart's tests (helm), and those of object stores (versitygw). The key of the cache is the hash of a module's folder, so that a new
 version is a new folder. Programs are built one by one, each within a bound of its own, and each is kept as soon as it is there; a
 build that its bound has ended goes on at the next try where it was, as Go keeps each package that it has compiled (`go env GOCACHE`).
 Must never: write a binary in place; a build that was cut off leaves nothing there.
@@ -33,6 +33,7 @@ PROGRAMS: Final = {
     "kueue": ("kueue",),
     "kuberay": ("ray-operator",),
     "cert-manager": ("cert-manager",),
+    "versitygw": ("versitygw",),
 }
 """By folder under modules/: the programs that are built there."""
 CLUSTER: Final = tuple(name for each in ("kubernetes", "etcd", "coredns", "helm", "pause") for name in PROGRAMS[each])
@@ -79,7 +80,7 @@ def build(names: Iterable[str]) -> None:
     """
     missing = [name for name in names if not place(name).exists()]
     if missing and shutil.which("go") is None:
-        raise HarnessError("go is not on this machine: the programs of the cluster are built with it (1.26 or newer)")
+        raise HarnessError(f"go is not on this machine: {missing[0]} is built with it (1.26 or newer)")
     for number, name in enumerate(missing, start=1):
         with progress.step(f"building {name} from its Go module ({number} of {len(missing)})"):
             _build(name)

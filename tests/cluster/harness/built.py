@@ -73,13 +73,21 @@ class Built:
 
     def up(self) -> None:
         """Make the cluster: control plane, two nodes, DNS. Blocks: minutes, or an hour with an empty cache; says where it is."""
-        packages.require()
-        self._check()
+        self._programs()
         self.down()
-        binaries.build(binaries.CLUSTER)
-        images.of_a_node()
         with progress.step("starting the control plane and two nodes"):
             self._start()
+
+    def prepare(self) -> None:
+        """Compile, install and build what `up` and `build_and_load` need, without a cluster. Blocks: minutes, or an hour with an empty cache."""
+        self._programs()
+        images.ours()
+
+    def _programs(self) -> None:
+        packages.require()
+        self._check()
+        binaries.build(binaries.CLUSTER)
+        images.of_a_node()
 
     def _start(self) -> None:
         """Start machines, network and programs, until DNS answers."""
@@ -112,7 +120,12 @@ class Built:
         )
 
     def down(self) -> None:
-        """Take the cluster down. What is not there is no error. Blocks: up to Limit.STOP a machine."""
+        """Take the cluster down. What is not there is no error. Blocks: up to Limit.STOP a machine, and while its disks are removed."""
+        # The nodes' images are gigabytes, which a file system that discards what it frees removes in minutes.
+        with progress.step("taking the cluster down") if self.folder.exists() else contextlib.nullcontext():
+            self._down()
+
+    def _down(self) -> None:
         for each in reversed(self.machines.values()):
             each.stop()
         remove_network([CONTROL, *NODES])

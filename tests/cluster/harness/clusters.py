@@ -48,6 +48,9 @@ class Cluster(Protocol):
     def down(self) -> None:
         """Take it down, with all that `up` made."""
 
+    def prepare(self) -> None:
+        """Make all that can be made before the cluster is up, and keep it in a cache. Raises HarnessError."""
+
     def build_and_load(self) -> None:
         """Build the product's images, and bring them to every node."""
 

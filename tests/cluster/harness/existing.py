@@ -51,6 +51,9 @@ class Existing:
     def down(self) -> None:
         """Nothing: it is not ours."""
 
+    def prepare(self) -> None:
+        """Nothing is made for a cluster that is there."""
+
     def build_and_load(self) -> None:
         """Nothing: whoever names an existing cluster has brought the images to it."""
 

@@ -72,6 +72,9 @@ class Kind:
         if CLUSTER in run("kind", "get", "clusters").split():
             run("kind", "delete", "cluster", "--name", CLUSTER, limit=Limit.NODE)
 
+    def prepare(self) -> None:
+        """Nothing: Docker has its own cache, which `build_and_load` fills."""
+
     def build_and_load(self) -> None:
         for number, (tag, target) in enumerate(((OPERATOR_IMAGE, "operator"), (SIDECAR_IMAGE, "sidecar")), start=1):
             with progress.step(f"building the image of the {target}, and bringing it to the nodes ({number} of 2)"):

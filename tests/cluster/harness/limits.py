@@ -32,9 +32,11 @@ class Limit(enum.Enum):
 
     BUILD = (
         1800.0,
-        "one binary, from empty caches, on a machine that others use too; the slowest takes 270 s on two quiet cores",
+        "one binary, from empty caches, on a machine that others use too; the slowest takes 270 s on two quiet cores; the next try goes on where this one was",
     )
     PACKAGES = (900.0, "Debian packages downloaded and installed")
+    NODE_PACKAGES = (900.0, "a program for node and what it needs, downloaded and installed")
+    PYTHON_PACKAGES = (300.0, "wheels of some 30 MB downloaded and unpacked")
     BOOTSTRAP = (900.0, "a Debian root file system with torch in it")
     IMAGE = (1200.0, "an image built, exported or imported")
     MACHINE = (20.0, "namespaces made, process 1 answering")

@@ -114,7 +114,7 @@ def test_a_silent_sidecar_that_holds_training_up_is_told_of_before_the_bound_and
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One warning has the longest wait of the training. The next claim need not wait as long again."""
-    monkeypatch.setattr(connection, "SILENCE_TOLD_S", 0.05)
+    monkeypatch.setattr(connection, "SILENCE_WARNING_S", 0.05)
     speak = threading.Event()
 
     def serve(peer: socket.socket) -> None:
@@ -125,7 +125,7 @@ def test_a_silent_sidecar_that_holds_training_up_is_told_of_before_the_bound_and
     with connected(tmp_path, serve, []) as (link, told):
         assert not link.silent
         with pytest.raises(SidecarUnavailable, match="gave no answer to 'claim'"):
-            next(link.stream(CLAIM, 0.1, tells_silence=True))
+            next(link.stream(CLAIM, 0.1, warns=True))
         assert "has not answered 'claim'" in caplog.text
         assert link.silent
         speak.set()

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import staging
 import pillion
 from pillion import dcp
 from pillion import dcp_options as options
+from pillion.wire.save_messages import Destination
 
 PLAIN = staging.StagingOptions(False, False, False, False)
 BESIDE = staging.StagingOptions(False, False, True, False)
@@ -30,16 +31,25 @@ def test_a_local_path_is_a_directory_whoever_writes_to_it(tmp_path: Path) -> Non
     """A path, an address of a local file, and torch's two writers with either name the same directory; `overwrite` is kept."""
     path = str(tmp_path / "one")
     for where in (path, f"file://{path}", f"local://{path}", os.path.relpath(path)):
-        assert options.destination(where, None) == {"path": path, "overwrite": True}
-        assert options.destination(None, stock.FsspecWriter(where)) == {"path": path, "overwrite": True}
+        assert options.destination(where, None) == Destination(path=path)
+        assert options.destination(None, stock.FsspecWriter(where)) == Destination(path=path)
         assert options.source(where, None, None) == (path, True)
         assert options.source(None, stock.FsspecReader(where), None) == (path, True)
-    assert options.destination(None, stock.FsspecWriter(f"file://{path}", overwrite=False))["overwrite"] is False
-    assert options.destination(path, stock.FileSystemWriter("other", overwrite=False))["overwrite"] is False
+    kept = Destination(path=path, overwrite=False)
+    assert options.destination(None, stock.FsspecWriter(f"file://{path}", overwrite=False)) == kept
+    assert options.destination(path, stock.FileSystemWriter("other", overwrite=False)) == kept
     assert options.source(path, stock.FileSystemReader("other"), None) == (path, True)
 
 
-@pytest.mark.parametrize("where", ["s3://bucket/one", "file://host/one", "memory://one", "simplecache::file:///one"])
+def test_the_url_of_a_bucket_goes_to_the_sidecar_unless_a_writer_or_reader_of_torch_names_it() -> None:
+    """The sidecar opens it with credentials of its own, and would not know those of an object of torch."""
+    assert options.destination("s3://bucket/one", None).path == "s3://bucket/one"
+    assert options.source("s3://bucket/one", None, None) == ("s3://bucket/one", True)
+    with pytest.raises(options.Unmapped, match="is not a directory"):
+        options.destination("s3://bucket/one", stock.FileSystemWriter("other"))
+
+
+@pytest.mark.parametrize("where", ["gcs://bucket/one", "file://host/one", "memory://one", "simplecache::file:///one"])
 def test_an_address_that_is_no_directory_is_not_the_sidecars(where: str) -> None:
     """It is another error than a wrong call: torch itself may write to it, and read from it."""
     with pytest.raises(options.Unmapped, match="is not a directory"):

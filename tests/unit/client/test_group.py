@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: open a process group; every rank computes the same from the same entries.
 """
 
+import importlib.util
 import itertools
 
 import pytest
@@ -59,7 +60,7 @@ def test_an_address_is_taken_as_it_stands() -> None:
 
 def test_the_mode_of_the_store_is_what_the_table_says() -> None:
     """Every row of the table in `pillion.store_mode`."""
-    modes = {}
+    modes: dict[tuple[str | None, str, bool, str], str | None] = {}
     for asked, pods, has_store, policy in itertools.product(
         (None, "1", "0", "true"), ("aa", "ab"), (True, False), ("Prefix", "Own")
     ):
@@ -112,3 +113,11 @@ def test_one_root_on_all_ranks_is_well_and_so_is_none_to_agree_on() -> None:
     """pillion.dcp has a path for each save instead."""
     group._check_roots(["/a"] * 3)
     group._check_roots([None] * 3)
+
+
+def test_several_ranks_without_numpy_are_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pip install torch` does not bring it, and torch's own error ("Numpy is not available") comes from within the first collective."""
+    group.require_numpy()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numpy" else object())
+    with pytest.raises(SettingsError, match="pip install numpy"):
+        group.require_numpy()

@@ -12,8 +12,9 @@ import pytest
 from pillion import load_notes
 from pillion.handle import LoadReport
 from pillion.wire import layout
+from pillion.wire.load_messages import Tier
 
-REPORT = LoadReport(step=2, tier="storage", path="/r/step-2", elapsed_s=0.0, size_bytes=0, refused={})
+REPORT = LoadReport(step=2, tier=Tier.STORAGE, path="/r/step-2", elapsed_s=0.0, size_bytes=0, refused={})
 WHOLE = dataclasses.replace(
     REPORT,
     missing=("model.new",),

@@ -1,5 +1,5 @@
 """
-The whole of: which tensors an overlapped copy may leave for later, and which changes of theirs are seen.
+The whole of: what optimizers hold in memory, and which changes of a tensor an overlapped save sees.
 
 Called from: pytest.
 """
@@ -9,34 +9,49 @@ import math
 import pytest
 import torch
 
-from pillion import overlap
+from pillion import late, overlap
 
 ELEMENTS = 200_000
 PER_SAMPLE = overlap.SAMPLE_BYTES // 4
 
 
-def stepped(*tensors: torch.Tensor) -> tuple[torch.optim.Optimizer, set[int]]:
+def stepped(*tensors: torch.Tensor) -> tuple[torch.optim.Optimizer, overlap.Steppers]:
     optimizer = torch.optim.Adam(tensors, lr=0.1)
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()
     steppers = overlap.Steppers()
     steppers.add(optimizer)
-    return optimizer, steppers.storages()
+    return optimizer, steppers
 
 
-def test_parameters_and_state_of_an_optimizer_may_wait_and_nothing_else() -> None:
-    """What an optimizer holds, under whatever tensor object, is copied later; averages, slices with gaps and conjugates are not."""
+def holds(stretches: late.Stretches, tensor: torch.Tensor) -> bool:
+    start = overlap.start_of(tensor)
+    return start > 0 and stretches.covers(start, start + tensor.nbytes)
+
+
+def test_an_optimizer_holds_its_parameters_and_its_state_and_nothing_else() -> None:
+    """What an optimizer holds counts under whatever tensor object; averages, slices with gaps and conjugates do not."""
     weight = torch.nn.Parameter(torch.zeros(500, 400))
-    optimizer, stored = stepped(weight)
-    later = [weight, weight.detach(), weight.t(), *(v for v in optimizer.state[weight].values() if v.dim())]
-    assert all(overlap.may_wait(tensor, stored) for tensor in later)
+    optimizer, steppers = stepped(weight)
+    held = steppers.stretches()
+    later = [weight, weight.detach(), weight.t(), weight[3:], *(v for v in optimizer.state[weight].values() if v.dim())]
+    assert all(holds(held, tensor) for tensor in later)
     at_once = [weight.detach().clone(), weight[:, 1:], weight.detach()[::2], torch.zeros(3)]
-    assert not any(overlap.may_wait(tensor, stored) for tensor in at_once)
+    assert not any(holds(held, tensor) for tensor in at_once)
     waves = torch.zeros(ELEMENTS, dtype=torch.complex64)
-    _, stored = stepped(waves)
-    assert overlap.may_wait(waves, stored)
-    assert not overlap.may_wait(waves.conj(), stored)
+    _optimizer, steppers = stepped(waves)
+    assert holds(steppers.stretches(), waves)
+    assert not holds(steppers.stretches(), waves.conj())
+
+
+def test_a_buffer_beside_a_weight_in_one_allocation_is_not_the_optimizers() -> None:
+    """Only the weight's own bytes of a flat buffer wait: a step changes no others, and something else may change those."""
+    flat = torch.zeros(2 * ELEMENTS)
+    _optimizer, steppers = stepped(flat[:ELEMENTS])
+    assert holds(steppers.stretches(), flat[10:ELEMENTS])
+    assert not holds(steppers.stretches(), flat[ELEMENTS:])
+    assert not holds(steppers.stretches(), flat)
 
 
 def test_an_optimizer_that_is_gone_protects_nothing() -> None:
@@ -44,7 +59,27 @@ def test_an_optimizer_that_is_gone_protects_nothing() -> None:
     steppers = overlap.Steppers()
     weight = torch.zeros(ELEMENTS)
     steppers.add(torch.optim.SGD([weight], lr=0.1))
-    assert steppers.storages() == set()
+    assert not steppers.stretches()
+
+
+def test_an_optimizer_in_a_cuda_graph_protects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph repeats the captured step without a hook, so nothing that such an optimizer holds waits, also after a step outside."""
+    weight = torch.zeros(ELEMENTS)
+    optimizer, steppers = stepped(weight)
+    monkeypatch.setattr(overlap, "capturing", lambda: True)
+    steppers.add(optimizer)
+    monkeypatch.setattr(overlap, "capturing", lambda: False)
+    steppers.add(optimizer)
+    assert not steppers.stretches()
+
+
+def test_recent_optimizers_are_those_that_stepped_since_the_last_question() -> None:
+    """An optimizer that steps no more is not recent: something else may have taken its weights over."""
+    optimizer, steppers = stepped(torch.zeros(ELEMENTS))
+    assert steppers.recent() == [optimizer]
+    assert steppers.recent() == []
+    steppers.add(optimizer)
+    assert steppers.recent() == [optimizer]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +119,16 @@ def test_a_numpy_alias_is_seen_and_nan_is_equal_to_itself() -> None:
 def test_a_change_between_the_sampled_elements_is_not_seen() -> None:
     """The documented limit of detection: a change of less than SAMPLE_BYTES in one place."""
     tensor = torch.zeros(ELEMENTS)
-    sample = overlap.Sample([tensor])
+    sample = overlap.Sample([tensor], offset_bytes=0)
     tensor.data[1 : PER_SAMPLE - 1] = 1.0
     assert sample.changed() is None
     tensor.data[1 : PER_SAMPLE + 1] = 1.0
     assert sample.changed() == 0
+
+
+def test_each_sample_takes_other_elements() -> None:
+    """One changed element, which most samples miss, is found by one that begins at it: recurring small changes are found some day."""
+    tensor = torch.zeros(ELEMENTS)
+    samples = [overlap.Sample([tensor], offset_bytes=offset) for offset in range(0, overlap.SAMPLE_BYTES, 4096)]
+    tensor.data[2048] = 1.0
+    assert [sample.changed() for sample in samples].count(0) == 1

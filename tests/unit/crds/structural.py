@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from pillion.wire import names
+from pillion.wire import names, object_store
 
 CRDS: Final = Path(__file__).parents[3] / "crds"
 Schema = dict[str, Any]
@@ -56,10 +56,50 @@ def _between(most: str) -> str:
     )
 
 
+_AWS: Final = "['" + "', '".join(object_store.AWS_CREDENTIALS) + "']"
+_ROLE: Final = (
+    "!has(self.storage.objectStore) || !has(self.storage.objectStore.credentials) || "
+    "!has(self.storage.objectStore.credentials.awsRoleArn) || !has(self.sidecar.env) || "
+    f"!self.sidecar.env.exists(each, each.name in {_AWS})"
+)
+_S3_ALONE: Final = (
+    "self.url.startsWith('s3://') || !(has(self.region) || has(self.encryption) || self.requesterPays || "
+    "has(self.credentials) && has(self.credentials.awsRoleArn) || self.checksum in ['CRC64NVME', 'SHA256'])"
+)
+
+
+def _selects_once(self: Any) -> bool:
+    role = self["storage"].get("objectStore", {}).get("credentials", {}).get("awsRoleArn")
+    return role is None or all(
+        each["name"] not in object_store.AWS_CREDENTIALS for each in self["sidecar"].get("env", [])
+    )
+
+
+def _fits_the_scheme(self: Any) -> bool:
+    of_s3 = (
+        {"region", "encryption"} & self.keys() or self["requesterPays"] or "awsRoleArn" in self.get("credentials", {})
+    )
+    return self["url"].startswith("s3://") or not (of_s3 or self["checksum"] in ("CRC64NVME", "SHA256"))
+
+
 RULES: Final[dict[str, Callable[[Any], bool]]] = {
-    "has(self.periodSteps) || has(self.periodSeconds)": lambda self: bool(
-        {"periodSteps", "periodSeconds"} & self.keys()
+    "has(self.periodSteps) || has(self.periodSeconds) || has(self.auto)": lambda self: bool(
+        {"periodSteps", "periodSeconds", "auto"} & self.keys()
     ),
+    "!has(self.auto) || !(has(self.periodSteps) || has(self.periodSeconds))": lambda self: (
+        "auto" not in self or not {"periodSteps", "periodSeconds"} & self.keys()
+    ),
+    "!has(self.periodSteps) || !has(self.localSteps) || self.localSteps < self.periodSteps": lambda self: (
+        not {"periodSteps", "localSteps"} <= self.keys() or self["localSteps"] < self["periodSteps"]
+    ),
+    "!has(self.localSteps) || !has(self.snapshotSteps) || self.snapshotSteps < self.localSteps": lambda self: (
+        not {"localSteps", "snapshotSteps"} <= self.keys() or self["snapshotSteps"] < self["localSteps"]
+    ),
+    "!has(self.trigger.localSteps) || has(self.storage.local)": lambda self: (
+        "localSteps" not in self["trigger"] or "local" in self["storage"]
+    ),
+    "has(self.emptyDir) != has(self.hostPath)": lambda self: ("emptyDir" in self) != ("hostPath" in self),
+    "!has(self.local) || !has(self.writer)": lambda self: not {"local", "writer"} <= self.keys(),
     "!has(self.periodSteps) || !has(self.snapshotSteps) || self.snapshotSteps < self.periodSteps": lambda self: (
         not {"periodSteps", "snapshotSteps"} <= self.keys() or self["snapshotSteps"] < self["periodSteps"]
     ),
@@ -70,6 +110,8 @@ RULES: Final[dict[str, Callable[[Any], bool]]] = {
     _between("1M"): lambda self: 0 < quantity(self) < 10**6,
     "!self.matches('(^|/)[.][.](/|$)')": lambda self: re.search("(^|/)[.][.](/|$)", self) is None,
     "!has(self.keepEverySteps) || has(self.keepLast)": lambda self: "keepEverySteps" not in self or "keepLast" in self,
+    "!has(self.from) || self.mode == 'Latest'": lambda self: "from" not in self or self["mode"] == "Latest",
+    "!has(self.keepBest) || has(self.keepLast)": lambda self: "keepBest" not in self or "keepLast" in self,
     "(self.mode == 'Step') == has(self.step)": lambda self: (self["mode"] == "Step") == ("step" in self),
     _fits_text("cpu"): _fits("cpu"),
     _fits_text("memory"): _fits("memory"),
@@ -77,6 +119,25 @@ RULES: Final[dict[str, Callable[[Any], bool]]] = {
     "!(self in [" + ", ".join(f"'{each}'" for each in names.SET_BY_INJECTION) + "])": (
         lambda self: self not in names.SET_BY_INJECTION
     ),
+    "has(self.persistentVolumeClaim) != has(self.objectStore)": lambda self: (
+        ("persistentVolumeClaim" in self) != ("objectStore" in self)
+    ),
+    "!has(self.objectStore) || !has(self.writer)": lambda self: not {"objectStore", "writer"} <= self.keys(),
+    "has(self.secret) != has(self.awsRoleArn)": lambda self: ("secret" in self) != ("awsRoleArn" in self),
+    _S3_ALONE: _fits_the_scheme,
+    "!self.url.startsWith('az://') || !has(self.storageClass)": lambda self: (
+        not self["url"].startswith("az://") or "storageClass" not in self
+    ),
+    "!self.matches('/[.][.]?(/|$)')": lambda self: re.search("/[.][.]?(/|$)", self) is None,
+    "!(self in ['.', '..'])": lambda self: self not in (".", ".."),
+    "!(self in ['GLACIER', 'DEEP_ARCHIVE'])": lambda self: self not in object_store.UNREADABLE_CLASSES,
+    "quantity(string(self)).compareTo(quantity('8Mi')) >= 0 && quantity(string(self)).compareTo(quantity('1Gi')) <= 0": (
+        lambda self: 2**23 <= quantity(self) <= 2**30
+    ),
+    "quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && quantity(string(self)).isLessThan(quantity('1Ei'))": (
+        lambda self: 2**20 <= quantity(self) < 2**60
+    ),
+    _ROLE: _selects_once,
     # A transition rule: there is no old object where one is made.
     "self == oldSelf": lambda self: True,
 }

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pillion.wire import policy
+from pillion.wire import policy, quantities
 from pillion_operator.injection import annotations, identity
 from unit.crds import structural
 from unit.crds.documents import BAD, GOOD
 
 NAMES: Final = ("checkpointpolicies", "checkpoints")
 SPEC: Final = structural.schema_of(structural.read("checkpointpolicies"))["properties"]["spec"]
-NOT_IN_A_CLUSTER: Final = {"storage.path"}
+NOT_IN_A_CLUSTER: Final = {"storage.path", "storage.local.path"}
 INT64_MAX: Final = 2**63 - 1
 
 
@@ -55,9 +55,11 @@ def agree(kind: Any, schema: structural.Schema, path: str = "") -> None:
         assert part.get("default", dataclasses.MISSING) == expected_default(field), at
         if isinstance(wanted, type) and issubclass(wanted, StrEnum):
             assert (part["type"], part["enum"]) == ("string", [each.value for each in wanted]), at
+        elif field.metadata.get("unit") is quantities.DURATION:
+            assert (part["type"], part["pattern"]) == ("string", "^[1-9][0-9]{0,5}[smhd]$"), at
         elif "unit" in field.metadata:
             assert part["x-kubernetes-int-or-string"] is True, at
-            assert "isGreaterThan(quantity('0'))" in part["x-kubernetes-validations"][0]["rule"], at
+            assert_spans(field.metadata, part["x-kubernetes-validations"][0]["rule"], at)
         elif wanted is bool:
             assert part["type"] == "boolean", at
         elif wanted is int:
@@ -75,7 +77,21 @@ def agree(kind: Any, schema: structural.Schema, path: str = "") -> None:
             assert part["x-kubernetes-preserve-unknown-fields"] is True, at
 
 
+def assert_spans(rule: Mapping[str, Any], text: str, at: str) -> None:
+    """The rule of a quantity's schema allows what the model's field allows; 1Ei is the most where the model has none."""
+    show = rule["unit"].format
+    least = (
+        f".compareTo(quantity('{show(rule['least'])}')) >= 0" if "least" in rule else ".isGreaterThan(quantity('0'))"
+    )
+    assert least in text, at
+    assert f".compareTo(quantity('{show(rule['most'])}')) <= 0" in text if "most" in rule else ".isLessThan(" in text, (
+        at
+    )
+
+
 def expected_default(field: "dataclasses.Field[Any]") -> object:
+    if "unit" in field.metadata and field.default is not None:
+        return field.metadata["unit"].format(field.default)
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     absent = field.default in (None, ()) or field.default is dataclasses.MISSING
@@ -132,7 +148,7 @@ secrets = st.fixed_dictionaries({}, optional={"name": st.sampled_from(["s3", "S3
 variables = st.fixed_dictionaries(
     {},
     optional={
-        "name": st.sampled_from(["REGION", "a.b-c", "1A", "PILLION_ROOT", "A\n", None]),
+        "name": st.sampled_from(["REGION", "AWS_ROLE_ARN", "a.b-c", "1A", "PILLION_ROOT", "A\n", None]),
         "value": st.sampled_from(["", "$(X)", "a\0", 1, None]),
         "valueFrom": st.fixed_dictionaries(
             {},
@@ -141,6 +157,36 @@ variables = st.fixed_dictionaries(
     },
 )
 sources = st.fixed_dictionaries({}, optional={"secretRef": secrets})
+roles = st.sampled_from([None, "arn:aws:iam::123456789012:role/a", "arn:aws:iam::1:user/a"])
+OBJECT_STORE: Final = {
+    "url": st.sampled_from(
+        ["s3://b-1/a", "gs://b_1.c", "az://b-1/", "az://b_1", "s3://b1", "s3://b.1/../a", "s3://B", None]
+    ),
+    "endpoint": st.sampled_from(["https://h:9000", "http://[::1]:1/a", "h", "https://u:p@h", "https://h?a", None]),
+    "region": st.sampled_from(["eu-central-1", "", "a b", None]),
+    "caBundle": st.fixed_dictionaries(
+        {},
+        optional={"configMap": st.sampled_from(["ca", "CA", None]), "key": st.sampled_from(["a.pem", "..", "/", None])},
+    ),
+    "credentials": st.fixed_dictionaries(
+        {}, optional={"secret": st.sampled_from(["s3", "S3", None]), "awsRoleArn": roles}
+    ),
+    "encryption": st.fixed_dictionaries({}, optional={"kmsKeyId": st.sampled_from(["alias/a", "a b", None])}),
+    "requesterPays": st.sampled_from([True, False, None, 1]),
+    "storageClass": st.sampled_from(["STANDARD", "GLACIER", "GLACIER_IR", "standard", None]),
+    "objectSize": st.sampled_from(["8Mi", "1Gi", 2**23, 2**23 - 1, 2**30 + 1, "1025Mi", "128", "0.5Gi", None]),
+    "parallelism": st.sampled_from([1, 64, 65, 0, None]),
+    "bandwidthLimit": st.sampled_from(["1Mi", "2Gi", "100m", 2**20 - 1, "1Ei", None]),
+    "checksum": st.sampled_from(["Auto", "CRC64NVME", "SHA256", "None", "CRC32C", None]),
+}
+best = st.fixed_dictionaries(
+    {},
+    optional={
+        "metric": st.sampled_from(["loss", "a b", "", "a\n", "a" * 129, 1, None]),
+        "mode": st.sampled_from(["Min", "Max", "min", "", None]),
+        "count": counts,
+    },
+)
 specs = st.fixed_dictionaries(
     {},
     optional={
@@ -169,10 +215,22 @@ specs = st.fixed_dictionaries(
                         "arguments": st.sampled_from([{}, {"a": [None, {"b": 1.5}]}, [], None]),
                     },
                 ),
+                "objectStore": st.fixed_dictionaries({}, optional=OBJECT_STORE),
                 "path": st.none(),
             },
         ),
-        "retention": st.fixed_dictionaries({}, optional={"keepLast": counts, "keepEverySteps": counts}),
+        "retention": st.fixed_dictionaries(
+            {},
+            optional={
+                "keepLast": counts,
+                "keepEverySteps": counts,
+                "keepBest": best,
+                "maxAge": st.sampled_from(
+                    ["30d", "36h", "1s", "0d", "07d", "7", "1w", "1h30m", "1000000s", "7d\n", 60, None]
+                ),
+                "maxBytes": amounts,
+            },
+        ),
         "restore": st.fixed_dictionaries({}, optional={"mode": words, "step": counts, "onMissing": words}),
         "drain": st.fixed_dictionaries({}, optional={"timeoutSeconds": counts}),
         "failurePolicy": words,
@@ -235,7 +293,7 @@ def test_a_crd_is_what_its_tools_expect(name: str) -> None:
     schema = structural.schema_of(crd)
     paths = dict(structural.walk(schema))
     for column in version["additionalPrinterColumns"]:
-        path = re.sub(r"\[\?.*\]", "[]", column["jsonPath"]).lstrip(".")
+        path = re.sub(r"\[(\?.*|0)\]", "[]", column["jsonPath"]).lstrip(".")
         assert path in paths or path.startswith("metadata."), column
     conditions = paths["status.conditions"]
     assert (conditions["x-kubernetes-list-type"], conditions["x-kubernetes-list-map-keys"]) == ("map", ["type"])
@@ -251,6 +309,15 @@ def test_every_field_is_explained_in_a_sentence(name: str) -> None:
         assert description.endswith("."), path
         assert description[0].isupper(), path
         assert description.isascii(), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pattern_is_one_for_the_engine_of_the_api_server(name: str) -> None:
+    """That engine (RE2) refuses a repetition of more than 1,000, and has no lookahead; a CRD with either is not accepted."""
+    for path, schema in structural.walk(structural.schema_of(structural.read(name))):
+        pattern = schema.get("pattern", "")
+        assert all(int(each) <= 1000 for each in re.findall(r"\d+(?=[,}])", pattern)), path
+        assert not re.search(r"\(\?[=!<]", pattern), path
 
 
 def test_each_rule_has_its_mirror_and_each_mirror_its_rule() -> None:

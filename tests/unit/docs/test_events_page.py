@@ -42,7 +42,15 @@ def test_the_page_has_each_reason_of_a_jobs_event() -> None:
 def test_the_page_has_each_condition_of_a_policy_and_its_reasons() -> None:
     """The conditions that turn into events, with all reasons that they can have."""
     text = section("Conditions of a CheckpointPolicy")
-    kinds = (conditions.READY, conditions.STORAGE, conditions.DEGRADED, conditions.DRAIN, conditions.MEMORY)
+    kinds = (
+        conditions.READY,
+        conditions.STORAGE,
+        conditions.DEGRADED,
+        conditions.DRAIN,
+        conditions.MEMORY,
+        conditions.LOCAL,
+        conditions.QUOTA,
+    )
     assert re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE) == list(kinds)
     assert linked(text) == {each.value for each in conditions.Reason}
 

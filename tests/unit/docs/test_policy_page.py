@@ -38,5 +38,5 @@ def test_the_page_says_of_each_field_when_a_change_takes_effect() -> None:
     rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)]
     live, at_restart, later, injection = rows
     assert live | at_restart == set(effective_policy.LIVE)
-    assert later == set(effective_policy.LATER)
+    assert later == set(effective_policy.DEFERRED)
     assert injection == {"failurePolicy"}

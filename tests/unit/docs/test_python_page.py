@@ -15,24 +15,43 @@ from typing import Any, Final
 import pytest
 
 import pillion
-from pillion import dcp
+from pillion import dcp, state
 from pillion.errors import PillionError, RemoteFailure
 from pillion.handle import Checkpoint, Found, LoadReport, SaveHandle
 
 PAGE: Final = (Path(__file__).parents[3] / "docs" / "reference" / "python.md").read_text()
-SIGNATURES: Final = dict(re.findall(r"^#+ ([\w.]+)\n\n```python\n(.+)\n```", PAGE, flags=re.MULTILINE))
+FRAMEWORKS: Final = ("transformers.", "accelerate.", "lightning.", "torchtitan.")
+"""Headings of test_python_page_frameworks.py."""
+SIGNATURES: Final = {
+    name: signature
+    for name, signature in re.findall(r"^#+ ([\w.]+)\n\n```python\n(.+)\n```", PAGE, flags=re.MULTILINE)
+    if not name.startswith(FRAMEWORKS)
+}
 """Heading -> the signature below it."""
-INTERNAL: Final = {"inherited", "examined", "incomplete", "note_examined", "resolve", "resolve_staged", "fail"}
+INTERNAL: Final = {
+    "inherited",
+    "examined",
+    "incomplete",
+    "note_examined",
+    "resolve",
+    "resolve_staged",
+    "fail",
+    "for_disk",
+    "claiming",
+    "awaited",
+    "resolve_held",
+}
 """Names of a handle that only the library uses."""
 
 
 def called(name: str) -> Callable[..., Any]:
-    """What a heading names: a function of `pillion.dcp`, a class, or a method of one."""
+    """What a heading names: a function of `pillion.dcp` or `pillion.state`, a class, or a method of one."""
     if name.startswith("dcp."):
         found: Callable[..., Any] = getattr(dcp, name.removeprefix("dcp."))
         return found
-    holder, _, method = name.partition(".")
-    kind: type[Any] = getattr(pillion, holder)
+    module = state if name.startswith("state.") else pillion
+    holder, _, method = name.removeprefix("state.").partition(".")
+    kind: type[Any] = getattr(module, holder)
     of: Callable[..., Any] = getattr(kind, method) if method else kind
     return of
 
@@ -71,10 +90,11 @@ def test_every_public_method_has_a_signature_on_the_page() -> None:
 
 
 def test_every_public_name_is_on_the_page() -> None:
-    """Each name of `pillion.__all__` and of `pillion.dcp.__all__`, and of the errors no other."""
+    """Each name of `pillion.__all__`, `pillion.dcp.__all__` and `pillion.state.__all__`, and of the errors no other."""
     named = {*re.findall(r"^#+ (\w+)$", PAGE, flags=re.MULTILINE), *attributes("Errors")}
     assert set(pillion.__all__) <= named
     assert all(f"dcp.{name}" in PAGE for name in dcp.__all__)
+    assert all(f"state.{name}" in PAGE for name in state.__all__)
 
 
 def test_each_error_has_its_base() -> None:

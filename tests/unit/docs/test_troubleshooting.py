@@ -19,6 +19,8 @@ from pillion_operator.controller import commands, conditions, mirror, news
 from pillion_operator.home.refusal import Result
 from pillion_operator.home.registry import Job, JobKey
 from pillion_operator.injection import checkpoint_policy, reasons
+from pillion_sidecar.checkpoint import quota
+from pillion_sidecar.copies.disk import LocalCopyLost
 from pillion_sidecar.supervisor import preflight
 from support import reports
 
@@ -55,7 +57,7 @@ def codes() -> set[str]:
     enums = (reasons.Reason, conditions.Reason, commands.Reason, commands.NoticeReason)
     said = {each.value for enum in enums for each in enum} | {mirror.COMMITTED, mirror.REMOVED}
     failed = family(errors.SaveError) | family(errors.LoadError) | {errors.InternalError.__name__}
-    return said | failed | remote_failures()
+    return said | failed | remote_failures() | {LocalCopyLost.__name__}
 
 
 def page(code: str) -> str:
@@ -98,7 +100,17 @@ def sentences() -> Iterator[tuple[str, str]]:
     yield from status(job(storage_error=denied, failures=(failure,))).items()
     small = preflight.too_small({0: 200 * 2**20}, num_ranks=1, slots=2, bounds={"staging.sizeLimit": 256 * 2**20})
     yield from status(job(memory_error=small, drain_s=411.2)).items()
+    large = quota.problem(
+        {400, 200}, {400: 3 * 2**40, 200: 2**40}, {400: "the newest", 200: "pinned or verified by a load"}, 2**41
+    )
+    yield from status(job(quota_error=large), retention={"maxBytes": "2Ti"}).items()
     yield from status(suspend=True).items()
+    disks = {"storage": {"persistentVolumeClaim": {"claimName": "c"}, "local": {"emptyDir": {}}}}
+    full = "ranks [8, 9]: No space left on device (/pillion/local/...)"
+    late = home.HeldSave(step=400, held=reports.at(-600))
+    for changes in ({}, {"local_error": full}, {"held": (late,)}):
+        yield from status(job(**changes), **disks).items()
+    yield mirror.HELD, mirror.HELD_TEXT
     yield from status(trigger={"periodSteps": 50, "snapshotSteps": 60}).items()
     yield from (answer(None), answer(None, late=True), answer(job()), answer(job(), late=True))
     yield answer(job(), trigger="Periodic")
@@ -185,6 +197,6 @@ def test_the_pages_of_conditions_and_events_quote_what_the_controller_says() -> 
     said = [*sentences(), *words()]
     assert {code for code, _ in said} >= {
         *(each.value for enum in (conditions.Reason, commands.Reason, commands.NoticeReason) for each in enum),
-        *(mirror.COMMITTED, mirror.REMOVED),
+        *(mirror.COMMITTED, mirror.REMOVED, mirror.HELD),
     }
     assert [(code, text) for code, text in said if text not in page(code)] == []

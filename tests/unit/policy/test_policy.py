@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 
-from pillion.wire import policy
+from pillion.wire import policy, policy_document, quantities
 
 IN_A_CLUSTER: dict[str, object] = {
     "trigger": {"periodSteps": 200, "periodSeconds": 600, "snapshotSteps": 10, "onTermination": "Save"},
@@ -57,8 +57,8 @@ def test_an_empty_document_is_a_policy_without_a_cluster() -> None:
 
 
 def test_an_empty_document_is_no_policy_in_a_cluster() -> None:
-    """A cluster requires a period, a claim and the arena's size. All three are reported at once."""
-    assert set(problems({}, embedded=False)) == {"trigger", "staging.sizeLimit", "storage.persistentVolumeClaim"}
+    """A cluster requires a period, a storage and the arena's size. All three are reported at once."""
+    assert set(problems({}, embedded=False)) == {"trigger", "staging.sizeLimit", "storage"}
 
 
 def test_the_workload_may_pay_for_an_arena_without_a_limit() -> None:
@@ -198,6 +198,15 @@ def test_arguments_that_are_no_json_are_refused_where_they_stand() -> None:
     assert set(refused) == {f"{at}.a", f"{at}.b[1]", f"{at}.c"}
 
 
+def test_arguments_of_a_writer_are_bounded_and_the_bound_is_told_once() -> None:
+    """Each pod carries them; a document of half a megabyte of brackets took seconds to read."""
+    allowed = policy_document.MAX_VALUES - 2
+    most: dict[str, object] = {"storage": {"path": "a", "writer": {"name": "m:C", "arguments": {"a": [0] * allowed}}}}
+    assert policy.parse(most, embedded=True).storage.writer is not None
+    (refused,) = problems({"storage": {"writer": {"name": "m:C", "arguments": {"a": [0] * (allowed + 9)}}}}).values()
+    assert refused.allowed == f"at most {policy_document.MAX_VALUES} values"
+
+
 def test_what_stays_for_good_needs_a_limit_on_what_stays_else() -> None:
     """Without keepLast nothing is removed, so keepEverySteps alone has no meaning."""
     assert set(problems({"retention": {"keepEverySteps": 100}})) == {"retention.keepLast"}
@@ -302,3 +311,18 @@ def test_a_size_of_nothing_is_no_size() -> None:
 def test_bytes_are_written_with_the_largest_suffix_that_divides(num_bytes: int, quantity: str) -> None:
     """What is written is short where it can be, and exact always."""
     assert policy.format_bytes(num_bytes) == quantity
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1s", 1), ("90m", 5400), ("36h", 129_600), ("30d", 2_592_000)])
+def test_a_duration_is_a_whole_number_with_a_unit(text: str, seconds: int) -> None:
+    """It is written back with the largest unit that divides it."""
+    assert policy.duration_seconds(text) == seconds
+    assert policy.duration_seconds(quantities.format_duration(seconds)) == seconds
+    assert quantities.format_duration(86_400) == "1d"
+
+
+@pytest.mark.parametrize("value", ["0d", "07d", "1w", "1h30m", "30", 30, "-1d", "1000000s", "1d\n", "", None, True])
+def test_anything_else_is_no_duration(value: object) -> None:
+    """No number without a unit, which somebody could take for days."""
+    with pytest.raises(ValueError, match="is not a whole number from 1 to 999999 with the unit s, m, h or d"):
+        policy.duration_seconds(value)

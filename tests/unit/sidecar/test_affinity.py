@@ -42,7 +42,7 @@ def bound_to(cpu: int) -> Iterator[subprocess.Popen[str]]:
 def test_a_process_gets_the_processors_of_those_it_works_for_and_no_others() -> None:
     """The sidecar was started by a rank that is bound to one; with the next rank that joins it may use that one's as well."""
     with bound_to(CPUS[0]) as sidecar, bound_to(CPUS[1]) as rank:
-        affinity.widen([sidecar.pid, 0], affinity.of(rank.pid))
+        affinity.widen([sidecar.pid, 0], affinity.processors(rank.pid))
         told, _ = sidecar.communicate("\n")
     assert told == f"[{CPUS[0]}, {CPUS[1]}]\n"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from pillion_sidecar import log
+from support import deadlines
+from support.deadlines import Deadline
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_log_that_grows_is_turned_over_where_it_lies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files of the bound at most; whoever has it open goes on writing to the new one."""
-    monkeypatch.setattr(log, "MOST_BYTES", 1000)
+    monkeypatch.setattr(log, "MAX_BYTES", 1000)
     fd = os.open(folder / "sidecar.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         for number in range(100):
@@ -60,6 +62,27 @@ def test_at_a_clean_end_the_log_is_appended_to_the_one_on_the_root(folder: Path,
     log.keep(str(folder), str(root), 4)
     log.keep(str(folder), str(root), 4)
     assert (root / ".pillion" / "sidecar-4.log").read_text() == "run\nrun\n"
+
+
+def test_the_log_is_handed_over_for_a_root_that_is_no_directory_and_a_store_that_hangs_is_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket has no append, so that whoever knows it does it; the end waits for its bound alone, also where the store refuses."""
+    (folder / "sidecar.log").write_text("run\n")
+    taken: list[bytes] = []
+    log.hand_over(str(folder), taken.append)
+    assert taken == [b"run\n"]
+
+    def refuses(_: bytes) -> None:
+        raise PermissionError("the credentials have expired")
+
+    log.hand_over(str(folder), refuses)
+    monkeypatch.setattr(log, "KEEP_TIMEOUT_S", 0.05)
+    goes_on = threading.Event()
+    log.hand_over(str(folder), lambda _: taken.append(b"late" if goes_on.wait(10.0) else b"never"))
+    assert taken == [b"run\n"], "it is still in the store's hands"
+    goes_on.set()
+    deadlines.eventually(lambda: taken[1:] == [b"late"], Deadline.SETTLE, "the thread ends by itself")
 
 
 def test_a_storage_that_hangs_does_not_hold_the_end_up(

@@ -9,15 +9,17 @@ import ast
 import functools
 import importlib
 import inspect
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from pillion.wire import control, events, load_messages
+from pillion.wire import control, events
 from pillion.wire.message import Message, Request
-from pillion_sidecar import settings
+from pillion_sidecar import channel, settings
+from pillion_sidecar.executor.worker import Worker
 from pillion_sidecar.supervisor.dispatcher import Supervisor
 from pillion_sidecar.supervisor.signals import SIGNALS
 
@@ -29,16 +31,16 @@ MODULES: Final = (
     "pillion.wire.load_messages",
     "pillion.wire.events",
     "pillion_sidecar.supervisor.signals",
+    "pillion_sidecar.channel",
 )
 ASKED_BY_HAND: Final = {control.ReadStatus}
 """Whoever looks after a sidecar asks it over the socket; no program of ours does."""
-PASSED_ON: Final = {load_messages.LoadBegin, load_messages.LoadProgress}
-"""The executor says them, and `supervisor.loader` passes them on by their type."""
 
 
 def messages_of(module: str) -> Iterator[type[Message]]:
     for each in vars(importlib.import_module(module)).values():
-        if isinstance(each, type) and issubclass(each, Message) and each.__module__ == module:
+        # A class without a type is what others are derived from.
+        if isinstance(each, type) and issubclass(each, Message) and each.__module__ == module and hasattr(each, "type"):
             yield each
 
 
@@ -81,7 +83,7 @@ def test_each_message_is_described_sent_and_taken(kind: type[Message]) -> None:
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
     assert ast.get_docstring(node)
-    assert name in called or kind in ASKED_BY_HAND | PASSED_ON, f"nobody sends {name}"
+    assert name in called or kind in ASKED_BY_HAND, f"nobody sends {name}"
     answers = {each for asked in KINDS if issubclass(asked, Request) for each in asked.answers().values()}
     assert name in named or kind in answers, f"nobody takes {name}"
 
@@ -89,12 +91,18 @@ def test_each_message_is_described_sent_and_taken(kind: type[Message]) -> None:
 def test_each_receiver_has_a_handler_for_each_message_that_it_reads(tmp_path: Path) -> None:
     """The types that are read and the handlers that are called are two tables, and a message in one of them alone would be a failure."""
     supervisor = Supervisor(settings.from_arguments(["--runtime-dir", str(tmp_path)], {}))
-    assert set(supervisor._trainer_says) == set(control.TRAINERS.values())
-    assert set(supervisor._observer_asks) == set(control.OBSERVED.values())
+    assert set(supervisor._on_trainer_message) == set(control.TRAINERS.values())
+    assert set(supervisor._on_observer_message) == set(control.OBSERVED.values())
+    assert set(supervisor._on_executor_event) == set(channel.EVENTS.values())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        executor = Worker(theirs)
+    assert not executor._at_once.keys() & executor._operations.keys()
+    assert executor._at_once.keys() | executor._operations.keys() == set(channel.REQUESTS.values())
 
 
 def test_what_trainers_hear_from_other_pods_are_their_events() -> None:
     """Whatever of the job's signals a sidecar does not take itself goes on to its trainers as it came."""
     supervisor = Supervisor(settings.from_arguments(["--runtime-dir", "/nowhere"], {}))
-    passed_on = set(SIGNALS.values()) - set(supervisor.trainers._heard)
+    passed_on = set(SIGNALS.values()) - set(supervisor.trainers._on_signal)
     assert passed_on <= set(events.EVENTS.values())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pillion.wire import arena, layout, manifest, messages
+from pillion.wire import arena, home, layout, manifest, messages
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=20),
@@ -80,7 +80,7 @@ def test_garbage_in_a_header_page_is_a_value_error_or_within_the_slot(body: byte
     except ValueError:
         return
     assert header.layout_offset + header.layout_bytes <= 1 << 20
-    assert header.manifest_offset + header.manifest_bytes <= 1 << 20
+    assert header.trailer_offset + header.trailer_bytes <= 1 << 20
 
 
 def test_the_byte_tables_of_the_module_are_what_the_codec_does() -> None:
@@ -148,3 +148,12 @@ def test_a_part_and_a_manifest_come_back_as_they_were() -> None:
         metadata_digest="ef", parts=(manifest.PartReference("part-0.3.json", (0, 1), "aa", 5),),
     )  # fmt: skip
     assert manifest.decode_manifest(made.encode()) == made
+
+
+@pytest.mark.parametrize("number", ["1e999", "Infinity", "NaN"])
+def test_a_report_with_a_number_that_is_not_finite_is_refused_by_its_field(number: str) -> None:
+    """Python's reader takes what JSON does not have, and the seconds of a status are rounded later."""
+    report = home.Report(namespace="a", pod="b", pod_uid="c", policy="d", job_kind="Job", job_name="e", job_id="f")
+    body = home.encode(report).replace(b'"drain_s":0.0', f'"drain_s":{number}'.encode())
+    with pytest.raises(home.BadReport, match="drain_s must be a finite number"):
+        home.decode_report(body)

@@ -1,5 +1,5 @@
 """
-The arena's byte layout: what lies where in a segment file, and what each side may write.
+The arena's byte layout: the offsets in a segment file, and which side writes which bytes.
 
 Producer: the sidecar creates segments and grants slots; the trainer fills and seals them. Consumer: both, and a restarted sidecar or
 trainer, which finds out from these bytes alone which slots are complete.
@@ -8,7 +8,9 @@ A segment is one file per local rank on a tmpfs. It is sparse: every slot has th
 the sidecar has allocated with `posix_fallocate` take memory. So a slot grows in place, no slot moves, and both sides keep one mapping.
 
     segment: [segment header, one page][slot 0][slot 1]...          slot i begins at PAGE_BYTES + i * stride_bytes
-    slot:    [slot header, one page][image][layout][manifest][digests]   all offsets below are from the slot's beginning
+    slot:    [slot header, one page][image][layout][trailer][digests]   all offsets below are from the slot's beginning
+
+The trailer is a JSON object: the step, the lengths of the opaque leaves, which change from save to save, and the remarks (`wire.remarks`).
 
 Segment header (little-endian):
 
@@ -33,11 +35,11 @@ Slot header (little-endian):
     | 40     | 8    | image_bytes     | u64  | length of the image, tensors and opaque leaves          | trainer    |
     | 48     | 8    | layout_offset   | u64  |                                                         | trainer    |
     | 56     | 8    | layout_bytes    | u64  |                                                         | trainer    |
-    | 64     | 8    | manifest_offset | u64  |                                                         | trainer    |
-    | 72     | 8    | manifest_bytes  | u64  |                                                         | trainer    |
-    | 80     | 8    | sealed_ns       | u64  | since the boot; orders the snapshots of an arena       | trainer    |
+    | 64     | 8    | trailer_offset  | u64  |                                                         | trainer    |
+    | 72     | 8    | trailer_bytes   | u64  |                                                         | trainer    |
+    | 80     | 8    | sealed_ns       | u64  | since the boot; orders the snapshots of an arena        | trainer    |
     | 88     | 16   | layout_digest   | 16s  | blake2b-128 of the layout bytes                         | trainer    |
-    | 104    | 16   | manifest_digest | 16s  | blake2b-128 of the manifest bytes                       | trainer    |
+    | 104    | 16   | trailer_digest  | 16s  | blake2b-128 of the trailer bytes                        | trainer    |
     | 120    | 16   | session         | 16s  | the session that sealed it                              | trainer    |
     | 136    | 16   | framed_digest   | 16s  | layout whose archive heads and tails are in the image   | sidecar    |
     | 152    | 8    | digests_offset  | u64  |                                                         | sidecar    |
@@ -46,12 +48,12 @@ Slot header (little-endian):
     | 176    | 8    | generation      | u64  | of the session that filled it; 0: not known yet         | sidecar    |
     | 184    | 4    | epoch           | u32  | loads of that session before it; orders with the above  | sidecar    |
 
-State words: the sidecar writes FREE and FILLING (at a claim), the trainer SEALED, the sidecar PERSISTING and SEALED again
-(with Flag.PERSISTED). The trainer writes the header fields first and the state word last (one aligned 4-byte store, which
-x86 and arm64 do whole; the seal message through the socket orders it for the sidecar). A slot found FILLING by a restarted
-side is torn and freed.
+State words: the sidecar writes FREE and FILLING (at a claim), the trainer SEALED, the sidecar PERSISTING and SEALED again (with
+Flag.PERSISTED). The trainer writes the header fields first, and the state word last. It is one aligned 4-byte store, which is atomic on x86
+and arm64. The seal message through the socket orders it for the sidecar. If a restarted side finds a slot FILLING, the slot is torn, and is
+freed.
 
-Breaking: any change of an offset. Not breaking: a field in the unused rest of a header page, a new flag bit.
+Breaking: changing an offset. Not breaking: a field in the unused rest of a header page, a new flag bit.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class Flag(IntFlag):
     CONCLUDED = 4
     """The pods of the job have agreed on the save's outcome. Without this flag, peers of the session wait for this pod's part."""
     SET_ASIDE = 8
-    """A load of an older step set it aside. Only a load by number takes it, and it is persisted only if that had begun."""
+    """A load of an older step has set it aside. Only a load by number takes it. It is persisted only if the write had begun before."""
 
 
 KNOWN_FLAGS = Flag.PERSISTED | Flag.SNAPSHOT | Flag.CONCLUDED | Flag.SET_ASIDE
@@ -148,11 +150,11 @@ class SlotHeader:
     image_bytes: int = 0
     layout_offset: int = 0
     layout_bytes: int = 0
-    manifest_offset: int = 0
-    manifest_bytes: int = 0
+    trailer_offset: int = 0
+    trailer_bytes: int = 0
     sealed_ns: int = 0
     layout_digest: bytes = bytes(16)
-    manifest_digest: bytes = bytes(16)
+    trailer_digest: bytes = bytes(16)
     session: bytes = bytes(16)
     framed_digest: bytes = bytes(16)
     digests_offset: int = 0
@@ -173,11 +175,11 @@ class SlotHeader:
             self.image_bytes,
             self.layout_offset,
             self.layout_bytes,
-            self.manifest_offset,
-            self.manifest_bytes,
+            self.trailer_offset,
+            self.trailer_bytes,
             self.sealed_ns,
             self.layout_digest,
-            self.manifest_digest,
+            self.trailer_digest,
             self.session,
             self.framed_digest,
             self.digests_offset,
@@ -201,15 +203,15 @@ class SlotHeader:
         if magic != SLOT_MAGIC:
             raise ValueError(f"not a slot: magic {magic!r}")
         names = (
-            "sequence", "step", "rank", "world_size", "image_bytes", "layout_offset", "layout_bytes", "manifest_offset",
-            "manifest_bytes", "sealed_ns", "layout_digest", "manifest_digest", "session", "framed_digest",
+            "sequence", "step", "rank", "world_size", "image_bytes", "layout_offset", "layout_bytes", "trailer_offset",
+            "trailer_bytes", "sealed_ns", "layout_digest", "trailer_digest", "session", "framed_digest",
             "digests_offset", "digests_count", "digests_for", "generation", "epoch",
         )  # fmt: skip
         header = cls(state=SlotState(state), flags=Flag(flags & KNOWN_FLAGS), **dict(zip(names, fields, strict=True)))
         for what, offset, length in (
             ("image", PAGE_BYTES, header.image_bytes),
             ("layout", header.layout_offset, header.layout_bytes),
-            ("manifest", header.manifest_offset, header.manifest_bytes),
+            ("trailer", header.trailer_offset, header.trailer_bytes),
             ("digests", header.digests_offset, header.digests_count * DIGEST_BYTES),
         ):
             if offset + length > stride_bytes:
@@ -222,7 +224,7 @@ def pack_state(state: SlotState) -> bytes:
     return _STATE.pack(state)
 
 
-def room_bytes(image_bytes: int, layout_bytes: int, manifest_bytes: int, num_leaves: int) -> int:
-    """Return the bytes that a slot needs for a snapshot: header, image, layout, manifest and digests, in whole pages."""
-    total = PAGE_BYTES + image_bytes + layout_bytes + manifest_bytes + num_leaves * DIGEST_BYTES + 4 * 64
+def room_bytes(image_bytes: int, layout_bytes: int, trailer_bytes: int, num_leaves: int) -> int:
+    """Return the bytes that a slot needs for a snapshot: header, image, layout, trailer and digests, in whole pages."""
+    total = PAGE_BYTES + image_bytes + layout_bytes + trailer_bytes + num_leaves * DIGEST_BYTES + 4 * 64
     return -(-total // PAGE_BYTES) * PAGE_BYTES

@@ -1,9 +1,9 @@
 """
-How a dataclass becomes JSON and JSON becomes the dataclass: one reader and one writer for each, made once of its fields.
+Converts dataclasses to JSON values and back. Each class has one reader and one writer, which are built once from its fields.
 
-Called from: `wire.message`. Fields have plain types: `int`, `str`, `bool`, `float`, a StrEnum, `Mapping` (by text or number), `tuple`,
-another such dataclass, a union of these, `Any`. A value of another type, or a missing one that has no default, is `Wrong`; a field that the
-class does not know is passed over.
+Called from: `wire.message`. A field's type may be `int`, `str`, `bool`, `float`, a StrEnum, `Mapping` (keys are text or numbers), `tuple`,
+another such dataclass, a union of these, or `Any`. A value of another type is `Wrong`, and so is a missing value without a default. Unknown
+fields of the JSON object are ignored.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ class Wrong(Exception):
     A value that a field does not allow.
 
     Args:
-        why: what is wrong.
-        allowed: the type that is allowed, where another came.
+        why: the problem, as the end of a sentence that begins with the field's name.
+        allowed: the allowed type. Empty if the type is not the problem.
     """
 
     def __init__(self, why: str, allowed: str = "") -> None:
         super().__init__(why)
         self.why, self.allowed = why, allowed
-        self.where: list[str] = []
-        """From the value outwards: indexes and names, the field's name last."""
+        self.keys: list[str] = []
+        """Indexes and names that lead to the value, innermost first. The last one is the name of the field."""
 
     def __str__(self) -> str:
-        if not self.where:
+        if not self.keys:
             return self.why
-        name, *inwards = reversed(self.where)
-        return f"the field {name!r}{''.join(f'[{each}]' for each in inwards)} {self.why}"
+        name, *inner_keys = reversed(self.keys)
+        return f"the field {name!r}{''.join(f'[{key}]' for key in inner_keys)} {self.why}"
 
 
 def read(kind: type[Any], body: object) -> Any:
     """
-    A dataclass of this class, from what JSON had.
+    Return an instance of the dataclass `kind` with the values of a JSON object.
 
     Raises:
-        Wrong: a field is missing, or of another type.
+        Wrong: a field is missing or has another type.
     """
     return _fields(kind).read(body)
 
 
 def write(value: Any) -> dict[str, object]:
-    """A dataclass as JSON has it, without what it is."""
+    """Return the fields of a dataclass instance as a JSON object. The object does not name the class."""
     return {name: field.write(getattr(value, name)) for name, field in _fields(type(value)).by_name.items()}
 
 
@@ -68,7 +68,7 @@ class _Field:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Of one dataclass."""
+    """The readers and writers of one dataclass's fields."""
 
     kind: type[Any]
     by_name: Mapping[str, _Field]
@@ -82,41 +82,42 @@ class _Fields:
                 values[name] = _at(name, field.read, body[name])
             elif field.required:
                 wrong = Wrong("is missing")
-                wrong.where.append(name)
+                wrong.keys.append(name)
                 raise wrong
         return self.kind(**values)
 
 
 def _fields(kind: Any) -> _Fields:
-    # Any: mypy does not take every type for hashable, as the cache below wants it.
-    return _made(kind)
+    # Any instead of type[Any]: the cache below needs hashable arguments, and mypy does not consider every type hashable.
+    return _build_fields(kind)
 
 
 @functools.cache
-def _made(kind: type[Any]) -> _Fields:
+def _build_fields(kind: type[Any]) -> _Fields:
     hints = typing.get_type_hints(kind)
     return _Fields(
         kind,
         {
-            each.name: _Field(
-                *_both(hints[each.name]),
-                required=each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING,
+            field.name: _Field(
+                *_reader_and_writer(hints[field.name]),
+                required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
             )
-            for each in dataclasses.fields(kind)
+            for field in dataclasses.fields(kind)
         },
     )
 
 
-def _at(where: object, read: Read, value: object) -> Any:
+def _at(key: object, read: Read, value: object) -> Any:
+    """Read the value under `key`. An error gets the key, cut to 80 characters."""
     try:
         return read(value)
     except Wrong as wrong:
-        wrong.where.append(str(where)[:80])
+        wrong.keys.append(str(key)[:80])
         raise
 
 
 def _not(allowed: str, value: object) -> Wrong:
-    # reprlib: what came may be nested as deep as the reader of JSON goes.
+    # reprlib shortens the value, which may be nested as deeply as the JSON parser allows.
     return Wrong(f"must be {allowed}, not {reprlib.repr(value)}", allowed)
 
 
@@ -124,8 +125,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _both(hint: Any) -> tuple[Read, Write]:
-    """How a value of this type is read, and written."""
+def _reader_and_writer(hint: Any) -> tuple[Read, Write]:
+    """Return the functions that read and write a value of this type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _same, _same
@@ -136,13 +137,13 @@ def _both(hint: Any) -> tuple[Read, Write]:
     if origin is tuple and arguments[1:] == (...,):
         return _sequence(arguments[0])
     if origin is tuple:
-        return _exactly(arguments)
+        return _fixed_tuple(arguments)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(*arguments)
     if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
         return _enum(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return lambda value: read(hint, value), write  # not before it is needed: it may name itself
+        return lambda value: read(hint, value), write  # resolved at the first use, because a class may refer to itself
     raise TypeError(f"a message cannot have a field of the type {hint}")
 
 
@@ -185,64 +186,65 @@ _PLAIN: Final[Mapping[Any, Read]] = {
 
 
 def _union(kinds: tuple[Any, ...]) -> tuple[Read, Write]:
-    ways = [(typing.get_origin(kind) or kind, *_both(kind)) for kind in kinds]
+    members = [(typing.get_origin(kind) or kind, *_reader_and_writer(kind)) for kind in kinds]
 
     def read(value: object) -> Any:
         failed: list[Wrong] = []
-        for _, each, _ in ways:
+        for _, read_member, _ in members:
             try:
-                return each(value)
+                return read_member(value)
             except Wrong as wrong:
                 failed.append(wrong)
-        if len(inner := [wrong for wrong in failed if wrong.where]) == 1:
+        if len(inner := [wrong for wrong in failed if wrong.keys]) == 1:
             raise inner[0]
         raise _not(" or ".join(wrong.allowed for wrong in failed if wrong.allowed), value)
 
     def write(value: Any) -> object:
-        return next((each(value) for kind, _, each in ways if isinstance(value, kind)), value)
+        return next((write_member(value) for kind, _, write_member in members if isinstance(value, kind)), value)
 
     return read, write
 
 
 def _sequence(kind: Any) -> tuple[Read, Write]:
-    read_one, write_one = _both(kind)
+    read_entry, write_entry = _reader_and_writer(kind)
 
     def read(value: object) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)):
             raise _not("list", value)
-        return tuple([_at(index, read_one, each) for index, each in enumerate(value)])
+        return tuple([_at(index, read_entry, entry) for index, entry in enumerate(value)])
 
-    return read, lambda value: [write_one(each) for each in value]
+    return read, lambda value: [write_entry(entry) for entry in value]
 
 
-def _exactly(kinds: tuple[Any, ...]) -> tuple[Read, Write]:
-    each_way = [_both(kind) for kind in kinds]
+def _fixed_tuple(kinds: tuple[Any, ...]) -> tuple[Read, Write]:
+    readers, writers = zip(*map(_reader_and_writer, kinds), strict=True)
 
     def read(value: object) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
             raise _not(f"list of {len(kinds)}", value)
-        return tuple([_at(index, way[0], each) for index, (way, each) in enumerate(zip(each_way, value, strict=True))])
+        entries = enumerate(zip(readers, value, strict=True))
+        return tuple([_at(index, read_entry, entry) for index, (read_entry, entry) in entries])
 
-    return read, lambda value: [way[1](each) for way, each in zip(each_way, value, strict=True)]
+    return read, lambda value: [write_entry(entry) for write_entry, entry in zip(writers, value, strict=True)]
 
 
 def _mapping(key: Any, kind: Any) -> tuple[Read, Write]:
-    read_one, write_one = _both(kind)
-    read_key, write_key = (_number, str) if key is int else (_both(key)[0], _same)
-    plain = read_one is _same and key is not int
+    read_entry, write_entry = _reader_and_writer(kind)
+    read_key, write_key = (_number, str) if key is int else (_reader_and_writer(key)[0], _same)
+    plain = read_entry is _same and key is not int
 
     def read(value: object) -> Mapping[Any, Any]:
         if not isinstance(value, Mapping):
             raise _not("object", value)
         if plain:
             return value
-        return {_at(each, read_key, each): _at(each, read_one, value[each]) for each in value}
+        return {_at(name, read_key, name): _at(name, read_entry, value[name]) for name in value}
 
-    return read, _same if plain else lambda value: {write_key(each): write_one(value[each]) for each in value}
+    return read, _same if plain else lambda value: {write_key(name): write_entry(value[name]) for name in value}
 
 
 def _number(key: object) -> int:
-    """A number as JSON has it where it is the name of a field."""
+    """Read a number that is the key of a JSON object, where it is text."""
     try:
         if str(number := int(str(key))) == str(key):
             return number

@@ -1,8 +1,8 @@
 """
-The events of the control channel: what a sidecar says to its trainers unasked.
+The events of the control channel: messages from a sidecar to its trainers that answer no request.
 
-Producer: the sidecar. Consumer: `pillion.session`, and what opened it. Framing and compatibility: `wire.messages`. An event of a type that
-the client does not know is passed over.
+Producer: the sidecar. Consumer: `pillion.session`, and the opener of the session. Framing and compatibility: `wire.messages`. The client ignores
+events of an unknown type.
 
 When a rank cannot stage a save, the sidecar sends `SaveFailed` to the other ranks at once. If that rank's `Abandon` has `gathers`, the event has
 `more`, and `SaveFailures` follows within seconds: to all ranks, with the failures of all.
@@ -19,7 +19,7 @@ from pillion.wire.message import Message, by_type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed(Message):
-    """A save is on storage, or, for memory only, sealed on every rank."""
+    """Reports that a save is committed on storage. For a snapshot: that every rank has sealed it."""
 
     type: ClassVar[str] = "committed"
     step: int
@@ -30,20 +30,41 @@ class Committed(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held(Message):
+    """Reports that every pod has a save on its node's disk. Its commit follows."""
+
+    type: ClassVar[str] = "held"
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persisting(Message):
+    """Reports how far a long save is. At most one in `pillion.progress.AGAIN_S` for each save."""
+
+    type: ClassVar[str] = "persisting"
+    step: int
+    written_bytes: int
+    """Bytes of this pod that are on their way to storage or there."""
+    size_bytes: int
+    """Bytes of this pod's share."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFailed(Message):
-    """A save made no checkpoint."""
+    """Reports that a save failed: it made no checkpoint."""
 
     type: ClassVar[str] = "save_failed"
     step: int
     error: Mapping[str, Any]
     """`pillion.errors.ErrorDocument`."""
     more: bool = False
-    """Other ranks may have failed, too: `SaveFailures` tells."""
+    """True: other ranks may have failed as well. `SaveFailures` names them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFailures(Message):
-    """The failures of all ranks that could not stage a step."""
+    """Has the failures of all ranks that could not stage a step."""
 
     type: ClassVar[str] = "save_failures"
     step: int
@@ -53,14 +74,14 @@ class SaveFailures(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveNow(Message):
-    """To rank 0: somebody wants a save, at a step that all ranks have ahead of them."""
+    """Requests a save from rank 0, which chooses a step that all ranks have ahead of them."""
 
     type: ClassVar[str] = "save_now"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announced(Message):
-    """Rank 0 has named a step for a save."""
+    """Reports that rank 0 has announced a save at a step."""
 
     type: ClassVar[str] = "announced"
     step: int
@@ -68,7 +89,7 @@ class Announced(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declined(Message):
-    """A rank is past an announced step: no rank saves at it."""
+    """Reports that a rank is past an announced step. No rank saves at it."""
 
     type: ClassVar[str] = "declined"
     step: int
@@ -76,7 +97,7 @@ class Declined(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyChanged(Message):
-    """The policy has changed: trigger, retention, drain and suspend as they are now."""
+    """Has the new trigger, retention, drain and suspend of a changed policy."""
 
     type: ClassVar[str] = "policy"
     policy: Mapping[str, Any]
@@ -84,17 +105,17 @@ class PolicyChanged(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeAnnounced(Message):
-    """Rank 0 has named the step from which on saves are due by another rule."""
+    """Reports that rank 0 has announced another rule for saves, and the step from which it holds."""
 
     type: ClassVar[str] = "change_announced"
     step: int
     policy: Mapping[str, Any]
-    """Trigger and suspend."""
+    """The rule: `trigger` and `suspend` of a policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeDeclined(Message):
-    """A rank is past the step of a change, or does not know the rule: it holds on no rank."""
+    """Reports that a rank declined a change, because it is past the step or cannot read the rule. No rank follows the change."""
 
     type: ClassVar[str] = "change_declined"
     step: int
@@ -102,23 +123,29 @@ class ChangeDeclined(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice(Message):
-    """A text for the trainer's log."""
+    """Has a text for the trainer's log."""
 
     type: ClassVar[str] = "notice"
     text: str
+    routine: bool = False
+    """True: information. False: a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End(Message):
-    """The pod ends and the last save is on storage: a trainer without a SIGTERM handler of its own ends (`pillion.stopping`)."""
+    """
+    Reports that the pod ends and the last save is on storage.
+
+    A trainer without its own SIGTERM handler then ends (`pillion.stopping`).
+    """
 
     type: ClassVar[str] = "end"
 
 
 EVENTS: Final = by_type(
     (
-        *(Committed, SaveFailed, SaveFailures, SaveNow, Announced, Declined),
+        *(Committed, Held, Persisting, SaveFailed, SaveFailures, SaveNow, Announced, Declined),
         *(PolicyChanged, ChangeAnnounced, ChangeDeclined, Notice, End),
     )
 )
-"""All of them, by type."""
+"""All events, by type."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -27,9 +28,17 @@ T = TypeVar("T")
 VERSION: Final = 1
 REPORT_PATH: Final = "/v1/report"
 MAX_REPORT_BYTES: Final = 1024 * 1024
-"""Maximum length of a report: `MAX_CHECKPOINTS` of some 300 bytes each, and as much again."""
+"""Maximum length of a report: `MAX_CHECKPOINTS` of some 300 bytes each, with MAX_METRICS of at most 90 bytes each, and as much again."""
 MAX_CHECKPOINTS: Final = 1000
 """Maximum checkpoints in a report, the newest ones. Older ones stay on storage, and their objects stay unchanged."""
+MAX_METRICS: Final = 4
+"""Maximum metrics of a checkpoint in a report, so that MAX_CHECKPOINTS of them fit."""
+MAX_METRIC_NAME_BYTES: Final = 64
+"""Maximum length of the name of such a metric as JSON, where a letter outside ASCII takes six bytes. Others stay in the manifest."""
+CLUSTER: Final = "cluster"
+"""Holder of the pins that people set with the annotation of a Checkpoint object."""
+MAX_PINNED_BY: Final = 128
+"""Maximum length of the holders of a checkpoint's pins in a report, characters. CLUSTER stands first."""
 MAX_FAILURES: Final = 16
 """Maximum failures in a report, the newest ones."""
 TEXT_LIMIT: Final = 2000
@@ -57,6 +66,10 @@ class CommandKind(StrEnum):
     """Kind of a command that the controller sends to a job."""
 
     SAVE_NOW = "SaveNow"
+    PIN = "Pin"
+    """Pin `step` with the holder CLUSTER. Repeated until a report has the pin."""
+    UNPIN = "Unpin"
+    """Remove that pin. Repeated until a report does not have it."""
 
 
 class Progress(StrEnum):
@@ -76,13 +89,31 @@ class CommittedCheckpoint:
 
     step: int
     path: str
-    """Directory, relative to the root of the job's volume mount."""
+    """Directory, relative to the root of the job's volume mount; or the URL, in an object store."""
     size_bytes: int
     world_size: int = 0
     """Number of ranks that saved it. 0: not known (stock DCP wrote it)."""
     started: str = ""
     completed: str = ""
     cause: str = Cause.PERIODIC.value
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Metric -> number, as `wire.remarks` writes it; the first MAX_METRICS of the save, with names of at most MAX_METRIC_NAME_BYTES."""
+    pinned_by: str = ""
+    """Holders of its pins, separated by commas. Empty: it is not pinned, or nobody has looked yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldSave:
+    """A save that is on the disks of all nodes, and waits for storage."""
+
+    step: int
+    held: str
+    """Time since which every node has it."""
+    cause: str = Cause.PERIODIC.value
+
+
+MAX_HELD: Final = 16
+"""Maximum held saves in a report, the newest ones. A node keeps two or three."""
 
 
 LOAD_FAILED: Final = "LoadFailed"
@@ -142,12 +173,26 @@ class Report:
     """Why the storage is unusable now. Empty: it is usable."""
     memory_error: str = ""
     """Why the arena is too small for the state that the trainers will stage, before a save is lost. Empty: it is large enough."""
+    quota_error: str = ""
+    """Why the checkpoints that must stay have more bytes than `retention.maxBytes`. Empty: they have not, or there is no quota."""
+    local_error: str = ""
+    """Why the last save went on without the disks of the nodes. Empty: it did not, or the policy has none."""
+    held: tuple[HeldSave, ...] = ()
+    """Saves that wait for storage on the disks of the nodes, newest first."""
+    interval_steps: int = 0
+    """Period of the automatic interval, steps. 0: the policy has none, or nothing is measured yet."""
+    interval_bound: str = ""
+    """What decided it: a `pillion_sidecar.interval.Bound`."""
+    interval_reason: str = ""
+    """Why, for people."""
+    interval_inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Its numbers: period_s, stall_s, persist_s, step_s, mtbf_s, failures."""
     drain_s: float = 0.0
     """Seconds from the seal of the slowest recent save until its commit, which the end of the pod must wait for. 0: none yet."""
     loaded_step: int = -1
     """Step of the last load. -1: none since this sidecar started, or there was nothing to load."""
     loaded_from: str = ""
-    """``arena`` or ``storage``."""
+    """``arena``, ``local`` or ``storage``."""
     loaded_time: str = ""
     draining: bool = False
     checkpoints: tuple[CommittedCheckpoint, ...] = ()
@@ -166,6 +211,8 @@ class Command:
 
     id: str
     kind: str = CommandKind.SAVE_NOW.value
+    step: int = -1
+    """(PIN, UNPIN) The step. -1: any other kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,24 +229,29 @@ class Answer:
 
 
 def encode(message: Report | Answer) -> bytes:
-    """UTF-8 JSON."""
+    """Return the message as UTF-8 JSON."""
     return json.dumps(dataclasses.asdict(message), separators=(",", ":")).encode()
 
 
 def decode_report(body: bytes) -> Report:
     """
+    Read a report.
+
     Raises:
         BadReport: too long, not a JSON object, another version, or a missing or mistyped field.
     """
     document = _document(body, "report")
     document["checkpoints"] = _list(document, "checkpoints", CommittedCheckpoint, MAX_CHECKPOINTS)
     document["failures"] = _list(document, "failures", Failure, MAX_FAILURES)
+    document["held"] = _list(document, "held", HeldSave, MAX_HELD)
     document["acknowledgements"] = _list(document, "acknowledgements", Acknowledgement, MAX_CHECKPOINTS)
     return _build(Report, document, "report")
 
 
 def decode_answer(body: bytes) -> Answer:
     """
+    Read an answer.
+
     Raises:
         BadReport: see `decode_report`.
     """
@@ -264,5 +316,8 @@ def _build(kind: type[T], document: Mapping[str, Any], where: str) -> T:
         # In Python a bool is an int. The protocol keeps them apart.
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise BadReport(f"{where}: {spec.name} must be of the type {spec.type}, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            # Python's reader takes 1e999 and Infinity.
+            raise BadReport(f"{where}: {spec.name} must be a finite number, not {value}")
         values[spec.name] = value
     return kind(**values)

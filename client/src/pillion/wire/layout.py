@@ -1,9 +1,9 @@
 """
-Where each leaf of a rank's state lies in a slot's image. Pure; the same answer in the trainer and in the sidecar.
+The layout: where each leaf of a rank's state lies in a slot's image. Pure; trainer and sidecar compute the same result.
 
 Producer: the client (from the state dict). Consumer: the sidecar's executor, the loader.
-The image of a slot is the image of the file: around the payload of each tensor there is room for the head and the tail of
-a `torch.save` archive, so that the sidecar writes arena memory to the disk without a copy and stock DCP reads it.
+A slot's image has the same bytes as the file on storage. Around the payload of each tensor there is room for the head and the tail of a
+`torch.save` archive. So the sidecar writes arena memory to the disk without a copy, and stock DCP can read the file.
 
     | what                      | bytes                         | written by |
     |---------------------------|-------------------------------|------------|
@@ -14,7 +14,7 @@ a `torch.save` archive, so that the sidecar writes arena memory to the disk with
     | ... next item ...         |                               |            |
     | opaque leaf j             | its length, padded to 64      | trainer, each save       |
 
-Breaking: any change of the three constants or of the order. Not breaking: a new key in the document.
+Breaking: changing one of the three constants, or the order. Not breaking: a new key in the document.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Producer: the executor (parts: every pod; manifest: the coordinator). Consumer: 
                                           commit does not depend on the number of tensors
     .metadata                             the commit marker
 
-Breaking (bump FORMAT_VERSION; readers keep reading the older ones): removing a field, another meaning of one.
+Breaking (increase FORMAT_VERSION; readers keep reading older formats): removing a field, or changing its meaning.
 Not breaking: a new field.
 """
 
@@ -18,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pillion.wire import names
+from pillion.wire import names, remarks
+from pillion.wire.remarks import Remarks
 
 FORMAT_VERSION: Final = 1
 
@@ -83,6 +84,8 @@ class Part:
     chunks: tuple[StoredChunk, ...]
     opaque: tuple[StoredBytes, ...]
     paths: Mapping[str, tuple[str | int, ...]]
+    remarks: Remarks = field(default_factory=Remarks)
+    """What rank 0's script said about the save. Optional; only in the part of rank 0's pod."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -101,6 +104,7 @@ class Part:
                 ],
                 "opaque": [[b.fqn, b.file, b.offset, b.length, b.digest] for b in self.opaque],
                 "paths": self.paths,
+                **self.remarks.to_document(),
             },
             separators=(",", ":"),
         ).encode()
@@ -108,6 +112,8 @@ class Part:
 
 def decode_part(data: bytes) -> Part:
     """
+    Read a part file.
+
     Raises:
         ManifestError: damaged, or of another format.
     """
@@ -136,6 +142,7 @@ def decode_part(data: bytes) -> Part:
                 _text(fqn): tuple(key if isinstance(key, int) else _text(key) for key in path)
                 for fqn, path in document["paths"].items()
             },
+            remarks=remarks.read(document),
         )  # fmt: skip
     except _DAMAGE as err:
         raise ManifestError(f"a part file is damaged: {type(err).__name__}: {err!s:.200}") from err
@@ -205,6 +212,8 @@ class Manifest:
     """Names whose values differed from rank to rank. The checkpoint has the lowest rank's value. Optional; at most 256."""
     owner: str = ""
     """In a cluster: kind, name and UID of the object whose pods saved it. Optional, for people."""
+    remarks: Remarks = field(default_factory=Remarks)
+    """What rank 0's script said about the save. Optional."""
 
     def encode(self) -> bytes:
         return json.dumps(
@@ -226,6 +235,7 @@ class Manifest:
                 ],
                 **({"differing": self.differing} if self.differing else {}),
                 **({"owner": self.owner} if self.owner else {}),
+                **self.remarks.to_document(),
             },
             separators=(",", ":"),
         ).encode()
@@ -242,6 +252,8 @@ def is_manifest(data: bytes) -> bool:
 
 def decode_manifest(data: bytes) -> Manifest:
     """
+    Read a manifest.
+
     Raises:
         ManifestError: damaged, or of another format.
     """
@@ -258,6 +270,7 @@ def decode_manifest(data: bytes) -> Manifest:
             cause=_text(document.get("cause", "")),
             differing=tuple(_text(fqn) for fqn in document.get("differing", ())),
             owner=_text(document.get("owner", "")),
+            remarks=remarks.read(document),
             size_bytes=int(document["size_bytes"]),
             digest_algorithm=_text(document["digest_algorithm"]),
             metadata_digest=_text(document["metadata_digest"]),

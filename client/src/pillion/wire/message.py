@@ -1,7 +1,7 @@
 """
-Messages as frozen dataclasses: one class for each. What a peer sends is read strictly, and what it sends besides is passed over.
+Messages as frozen dataclasses, one class for each message. Known fields are checked strictly; unknown fields are ignored.
 
-Called from: `wire.control`, `wire.save_messages`, `wire.load_messages`, `wire.events`; the supervisor and its executor have some of their own.
+Called from: `wire.control`, `wire.save_messages`, `wire.load_messages`, `wire.events`, and the supervisor's messages to its executor.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ A_co = TypeVar("A_co", covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What travels in one frame."""
+    """Base class of the messages. One message is the body of one frame."""
 
     type: ClassVar[str]
-    """Of the frame: it says which class the other side reads."""
+    """Name of the message on the wire. It tells the receiver which class to read."""
 
     def to_document(self) -> dict[str, object]:
-        """The frame's body: what `messages.encode` takes."""
+        """Return the body of the frame, for `messages.encode`."""
         return {"type": self.type, **codec.write(self)}
 
     @classmethod
     def from_document(cls, body: Mapping[str, object]) -> Self:
         """
+        Read the body of a frame.
+
         Raises:
-            BadFrame: a field is missing, or of another type; the text names message and field.
+            BadFrame: a field is missing or has another type. The text names the message and the field.
         """
         try:
             return cls._read(body)
@@ -49,36 +51,36 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Message, Generic[A_co]):
-    """A message that is answered, with one of the messages `A_co`, or with a failure."""
+    """A message with an answer: one of the message classes `A_co`, or `control.Failed`."""
 
     id: int = 0
-    """What the answers repeat; the sender's connection counts them."""
+    """Number that the answers repeat. The sender's connection counts its requests."""
 
     @classmethod
     def answers(cls) -> Mapping[str, type[Message]]:
-        """The classes of its answers, by type."""
+        """Return the classes of the answers, by type."""
         return _answers(cls)
 
 
 def _answers(kind: Any) -> Mapping[str, type[Message]]:
-    # Any: as in `codec`, for mypy.
-    return _made(kind)
+    # Any instead of type[Any]: mypy does not consider every type hashable. See `codec`.
+    return _find_answers(kind)
 
 
 @functools.cache
-def _made(kind: type[Any]) -> Mapping[str, type[Message]]:
+def _find_answers(kind: type[Any]) -> Mapping[str, type[Message]]:
     (answer,) = (
-        typing.get_args(each)[0] for each in kind.__dict__["__orig_bases__"] if typing.get_origin(each) is Request
+        typing.get_args(base)[0] for base in kind.__dict__["__orig_bases__"] if typing.get_origin(base) is Request
     )
     return by_type(typing.get_args(answer) if isinstance(answer, types.UnionType) else (answer,))
 
 
 def by_type(kinds: Iterable[type[Message]]) -> Mapping[str, type[Message]]:
     """
-    The classes by the type of their frames.
+    Return the message classes by their `type`.
 
     Raises:
-        ValueError: two have the same.
+        ValueError: two classes have the same `type`.
     """
     table: dict[str, type[Message]] = {}
     for kind in kinds:

@@ -1,15 +1,15 @@
 """
-The control channel: length-framed JSON over a unix socket, and its messages.
+The framing of the control channel: length-framed JSON over a unix socket.
 
-Producer and consumer: client and sidecar; the supervisor and its executor use the same framing.
-A frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON, an object with a `type`. A request carries an `id`
-that its answers repeat; an event carries none.
+Producer and consumer: client and sidecar. The supervisor and its executor use the same framing.
+A frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON: an object with a `type`. A request has an `id`, which its answers
+repeat. An event has none.
 
-What the messages are: `wire.control`, `wire.save_messages`, `wire.load_messages` (client -> sidecar, and the answers), `wire.events` (sidecar ->
-client). This module knows a message as the object that JSON has; `wire.message` makes a class's instance of it.
+The messages are defined in `wire.control`, `wire.save_messages`, `wire.load_messages` (client -> sidecar, and the answers) and `wire.events`
+(sidecar -> client). This module reads a message as a JSON object. `wire.message` turns the object into an instance of a class.
 
-Breaking: removing a message or a field, another meaning. Not breaking: a new message, a new optional field
-(both sides ignore what they do not know).
+Breaking: removing a message or a field, or changing a meaning. Not breaking: a new message or a new optional field, as both sides ignore
+unknown ones.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
-"""Longest frame. A load request names every chunk (about 120 bytes each): this is room for two million of them."""
+"""Maximum length of a frame. A load request names every chunk in about 120 bytes, so two million chunks fit."""
 _LENGTH: Final = struct.Struct(">I")
 RECV_BYTES: Final = 1 << 20
+"""Maximum bytes of one read from the socket."""
 
 Message = dict[str, Any]
 
 
 class BadFrame(ValueError):
-    """The peer sent something that is not a frame of this protocol; the connection is closed."""
+    """The peer sent bytes that are not a frame of this protocol. The receiver closes the connection."""
 
 
 def encode(message: Mapping[str, object]) -> bytes:
     """
-    One frame.
+    Return the message as one frame.
 
     Raises:
         BadFrame: the message is longer than MAX_FRAME_BYTES.
@@ -46,7 +47,7 @@ def encode(message: Mapping[str, object]) -> bytes:
 
 
 class Decoder:
-    """Cuts a byte stream into messages, however the stream was split."""
+    """Cuts a byte stream into messages. A chunk of the stream may end anywhere within a frame."""
 
     def __init__(self, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._buffer = bytearray()
@@ -54,10 +55,10 @@ class Decoder:
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """
-        Yield every message that is whole now.
+        Yield every message that is complete with these bytes.
 
         Raises:
-            BadFrame: a length over the limit, no UTF-8, no JSON, no object, no `type`.
+            BadFrame: a length over the limit, or a body that is not a UTF-8 JSON object with a `type`.
         """
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
@@ -90,7 +91,7 @@ def parse(body: bytes) -> Message:
 
 def receive(sock: socket.socket, decoder: Decoder) -> list[Message]:
     """
-    Read what is there.
+    Read the bytes that have arrived, and return the complete messages.
 
     Blocks: until at least one byte arrives, within the socket's timeout.
 

@@ -15,7 +15,7 @@ from typing import Final
 ENV_RUNTIME_DIR: Final = "PILLION_RUNTIME_DIR"
 """Folder of the arena and the control socket (a tmpfs). Set by the injector; without it the client starts a sidecar."""
 ENV_ROOT: Final = "PILLION_ROOT"
-"""Directory of the checkpoints, if `Checkpointer()` is called without an argument."""
+"""Directory of the checkpoints, or URL in a bucket, if `Checkpointer()` is called without an argument."""
 ENV_POD: Final = "PILLION_POD"
 """Identity of the pod: its UID. Ranks with the same value share one sidecar. Unset: this host."""
 ENV_POLICY: Final = "PILLION_POLICY"
@@ -52,6 +52,10 @@ ENV_HOME_CA: Final = "PILLION_HOME_CA"
 """Certificates (PEM) for verifying the server at `PILLION_HOME_URL`."""
 ENV_TOKEN_FILE: Final = "PILLION_TOKEN_FILE"
 """File with the service account token for calling home. The kubelet renews it."""
+ENV_STORAGE_CA: Final = "PILLION_STORAGE_CA"
+"""File with certificates (PEM) that are trusted for an object store, beside those of the system."""
+ENV_LOCAL_DIR: Final = "PILLION_LOCAL_DIR"
+"""Directory on a disk of the node, for copies of saves. Unset: the policy's `storage.local.path`, which only a run without a cluster has."""
 ENV_METRICS_PORT: Final = "PILLION_METRICS_PORT"
 """Port of the sidecar's Prometheus endpoint. Unset or 0: no endpoint."""
 
@@ -59,7 +63,7 @@ SET_BY_INJECTION: Final = (
     *(ENV_RUNTIME_DIR, ENV_ROOT, ENV_POD, ENV_POLICY, ENV_RUN_ID, ENV_LOG_LEVEL),
     *(ENV_POD_NAME, ENV_POD_NAMESPACE, ENV_POD_IP, ENV_NODE_NAME, ENV_COMPLETION_INDEX),
     *(ENV_POLICY_NAME, ENV_JOB_KIND, ENV_JOB_NAME, ENV_OWNER_UID),
-    *(ENV_HOME_URL, ENV_HOME_CA, ENV_TOKEN_FILE, ENV_METRICS_PORT),
+    *(ENV_HOME_URL, ENV_HOME_CA, ENV_TOKEN_FILE, ENV_METRICS_PORT, ENV_STORAGE_CA, ENV_LOCAL_DIR),
     *("HOME", "NVIDIA_VISIBLE_DEVICES"),
 )
 """Variables of the sidecar's container that injection sets, and a policy cannot set."""
@@ -74,7 +78,7 @@ RUNTIME_PREFIX: Final = "pillion-"
 
 
 def segment_file(local_rank: int) -> str:
-    """The arena's segment of one local rank."""
+    """Return the name of one local rank's segment file."""
     return f"segment-{local_rank}.arena"
 
 
@@ -93,6 +97,11 @@ _NUMBER: Final = r"(0|[1-9][0-9]{0,18})"
 _STEP: Final = re.compile(rf"step-{_NUMBER}")
 _DATA_FILE: Final = re.compile(rf"__{_NUMBER}_{_NUMBER}\.([0-9a-z-]+)\.distcp")
 _PART_FILE: Final = re.compile(rf"part-{_NUMBER}\.([0-9a-z-]+)\.json")
+
+
+def beside(root: str, job: str) -> str:
+    """Return the root of another job in the same storage: roots of one policy are directories side by side."""
+    return f"{root.rpartition('/')[0]}/{job}"
 
 
 def step_directory(step: int) -> str:

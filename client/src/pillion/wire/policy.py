@@ -14,27 +14,33 @@ Must never: read a clock, a file or the environment, or import anything outside 
 or look up what a policy names.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, cast
 
 from pillion.wire import names
-from pillion.wire.policy_document import MAX_PROBLEMS, Broken, Reading, Section, nearest, plain
+from pillion.wire.object_store import AWS_CREDENTIALS
+from pillion.wire.object_store import CaBundle as CaBundle
+from pillion.wire.object_store import Checksum as Checksum
+from pillion.wire.object_store import Credentials as Credentials
+from pillion.wire.object_store import Encryption as Encryption
+from pillion.wire.object_store import ObjectStore as ObjectStore
+from pillion.wire.policy_document import MAX_PROBLEMS, Broken, Reading, Section, nearest, plain, text_rule
 from pillion.wire.policy_document import PolicyError as PolicyError
 from pillion.wire.policy_document import PolicyProblem as PolicyProblem
 from pillion.wire.quantities import BYTES, CPU
+from pillion.wire.quantities import duration_seconds as duration_seconds
 from pillion.wire.quantities import format_bytes as format_bytes
 from pillion.wire.quantities import quantity_bytes as quantity_bytes
+from pillion.wire.retention import KEEP_ALL
+from pillion.wire.retention import Best as Best
+from pillion.wire.retention import KeepBest as KeepBest
+from pillion.wire.retention import Retention as Retention
 
 API_VERSION: Final = "pillion.dev/v1alpha1"
 KIND: Final = "CheckpointPolicy"
 _ENVELOPE: Final = ("apiVersion", "kind", "metadata", "spec", "status")
-
-
-def _text(allowed: str, pattern: str) -> dict[str, object]:
-    return {"allowed": allowed, "pattern": re.compile(pattern)}
 
 
 # The enums: each name with its spelling in a document.
@@ -55,6 +61,17 @@ FailurePolicy = StrEnum("FailurePolicy", {"FAIL": "Fail", "IGNORE": "Ignore"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Auto(Section):
+    """Saves at a period that the sidecar chooses from what it measures: `pillion_sidecar.interval`."""
+
+    overhead_percent: int = field(default=1, metadata={"most": 50})
+    """Maximum share of the training time that saves may hold up, in percent. A period that is too short for it is lengthened."""
+    max_seconds: int = field(default=3600, metadata={"most": 604_800})
+    """Maximum seconds between persisted saves, which bounds the work that a failure costs. An hour by default; a week is the most.
+    It takes precedence over ``overhead_percent``; the time of a persist takes precedence over both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trigger(Section):
     """When a save is due. A cluster requires at least one period. Without a cluster the script may decide each save itself."""
 
@@ -62,17 +79,40 @@ class Trigger(Section):
     """Training steps between persisted saves. None: no period in steps."""
     period_seconds: int | None = None
     """Seconds from a persisted save until the next is due. None: no period in seconds."""
+    auto: Auto | None = field(default=None, metadata={"unsaid": True})
+    """The sidecar chooses the period, in place of both others. None: it does not."""
     snapshot_steps: int | None = None
     """Training steps between snapshots, which stay in memory. Less than ``period_steps``. None: no snapshots."""
+    local_steps: int | None = field(default=None, metadata={"unsaid": True})
+    """Training steps between saves to the nodes' disks, which need not go to storage. More than ``snapshot_steps``, less than
+    ``period_steps``. None: only persisted saves go there, on their way to storage."""
     on_termination: OnTermination = OnTermination.SAVE
     """Save by default: otherwise the newest snapshot in memory is lost with the pod. The drain is bounded in any case."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
-        if not embedded and self.period_steps is None and self.period_seconds is None:
-            yield Broken(("period_steps", "period_seconds"), "", None, "at least one of periodSteps and periodSeconds")
+        fixed = self.period_steps if self.period_steps is not None else self.period_seconds
+        if not embedded and fixed is None and self.auto is None:
+            about = ("period_steps", "period_seconds", "auto")
+            yield Broken(about, "", None, "at least one of periodSteps, periodSeconds and auto")
+        if self.auto is not None and fixed is not None:
+            about, name = (
+                ("period_steps", "period_seconds", "auto"),
+                "periodSteps" if self.period_steps else "periodSeconds",
+            )
+            yield Broken(about, name, fixed, "nothing with auto, which chooses the period")
         if self.period_steps and self.snapshot_steps and self.snapshot_steps >= self.period_steps:
             allowed = f"less than periodSteps, which is {self.period_steps}: a persisted save is in memory as well"
             yield Broken(("period_steps", "snapshot_steps"), "snapshotSteps", self.snapshot_steps, allowed)
+        if self.period_steps and self.local_steps and self.local_steps >= self.period_steps:
+            allowed = (
+                f"less than periodSteps, which is {self.period_steps}: a persisted save is on the local disk as well"
+            )
+            yield Broken(("period_steps", "local_steps"), "localSteps", self.local_steps, allowed)
+        if self.snapshot_steps and self.local_steps and self.snapshot_steps >= self.local_steps:
+            allowed = (
+                f"less than localSteps, which is {self.local_steps}: a save on the local disk is in memory as well"
+            )
+            yield Broken(("snapshot_steps", "local_steps"), "snapshotSteps", self.snapshot_steps, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,22 +139,66 @@ class Staging(Section):
 class VolumeClaim(Section):
     """A volume of the cluster, which the injector mounts into the sidecar."""
 
-    claim_name: str = field(metadata=_text("the name of a claim", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"))
+    claim_name: str = field(metadata=text_rule("the name of a claim", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"))
     """The claim, in the namespace of the pod."""
     sub_path: str | None = field(
-        default=None, metadata=_text("a relative directory without '..'", r"(?!/)(?!(.*/)?\.\.(/|$))[^\0\n]{1,4096}")
+        default=None,
+        metadata=text_rule("a relative directory without '..'", r"(?!/)(?!(.*/)?\.\.(/|$))[^\0\n]{1,4096}"),
     )
     """Directory in the volume. None: its root. Kubernetes refuses a bad one too, but only when the container starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmptyDir(Section):
+    """A directory that Kubernetes makes on the node for the pod, and that ends with the pod."""
+
+    size_limit_bytes: int | None = field(default=None, metadata={"name": "sizeLimit", "unit": BYTES})
+    """Bytes above which the kubelet evicts the pod. Three saves of all ranks of a pod, at least. None: what the node allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPath(Section):
+    """A directory of the node, which outlives the pod."""
+
+    path: str = field(metadata=text_rule("an absolute directory without '..'", r"/(?!(.*/)?\.\.(/|$))[^\0\n]{1,4095}"))
+    """It must exist on each node, and the sidecar's user must be able to write there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local(Section):
+    """
+    A disk of the node, where saves are before they are on storage: exactly one of the three. A cluster takes ``emptyDir`` or ``hostPath``, a run
+    without one ``path``.
+    """
+
+    path: str | None = field(default=None, metadata=text_rule("a directory", r"(?!\w+://)(?=[^\0\n]*[^\0\s])[^\0\n]*"))
+    """Directory of a run without a cluster. None: the volume that injection mounts."""
+    empty_dir: EmptyDir | None = None
+    """Copies serve a crash of the trainer or of the sidecar."""
+    host_path: HostPath | None = None
+    """Copies also serve a new pod on the same node."""
+
+    def broken(self, embedded: bool) -> Iterator[Broken]:
+        given = [name for name in ("path", "empty_dir", "host_path") if getattr(self, name) is not None]
+        about = ("path", "empty_dir", "host_path")
+        if len(given) != 1:
+            yield Broken(about, "", None, "exactly one of emptyDir and hostPath; without a cluster path")
+        elif not embedded and self.path is not None:
+            yield Broken(about, "path", self.path, "emptyDir or hostPath in a cluster")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer(Section):
     """A third-party DCP ``StorageWriter``. The executor makes it as ``Class(**arguments)``."""
 
-    name: str = field(metadata=_text('"module:Class"', r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"))
+    name: str = field(metadata=text_rule('"module:Class"', r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"))
     """``module:Class``. Only the executor imports it, and reports if it does not exist."""
     arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
     """Keyword arguments, JSON values. Never credentials: a policy is readable by all who may list policies."""
+
+
+_BACKENDS: Final = ("path", "persistent_volume_claim", "object_store")
+"""Fields of a storage that each hold a backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,45 +206,63 @@ class Storage(Section):
     """
     The storage of the checkpoints: one backend, and the writer.
 
-    The backends are ``path`` and ``persistent_volume_claim``, never both. A cluster requires a claim, because a path in a sidecar ends with
-    its pod. A run without a cluster takes a path, or neither if the code gives the root. It also accepts a claim, so that one document
-    serves both, but nothing mounts it: such a run needs the root as well. ``writer`` is not a backend. It replaces Pillion's writer and has
-    its own format, without manifest, parts and digests.
+    The backends are ``path``, ``persistent_volume_claim`` and ``object_store``, never two of them. A cluster requires a claim or an object
+    store, because a path in a sidecar ends with its pod. A run without a cluster takes a path, an object store, or neither if the code gives
+    the root. It also accepts a claim, so that one document serves both, but nothing mounts it: such a run needs the root as well.
+    ``writer`` is not a backend. It replaces Pillion's writer on a claim or a path and has its own format, without manifest, parts and
+    digests.
     """
 
     path: str | None = field(
         default=None,
-        metadata=_text("a directory (an object store: see storage.writer)", r"(?!\w+://)(?=[^\0\n]*[^\0\s])[^\0\n]*"),
+        metadata=text_rule(
+            "a directory (an object store: see storage.objectStore)", r"(?!\w+://)(?=[^\0\n]*[^\0\s])[^\0\n]*"
+        ),
     )
     """Directory in the file system of the writing process. Nothing in it is expanded. None: the claim, or the root from code."""
     persistent_volume_claim: VolumeClaim | None = None
-    """The backend in a cluster. None: ``path``, or the root from code."""
+    """A volume as the backend. None: another one, or the root from code."""
+    object_store: ObjectStore | None = None
+    """A bucket as the backend. None: another one, or the root from code."""
+    local: Local | None = field(default=None, metadata={"unsaid": True})
+    """A disk of the node in front of the backend: a save is safe after the time of a local disk. None: saves go to the backend at once."""
     writer: Writer | None = None
     """The third-party writer. None, the default: Pillion's own writer, which writes stock DCP files."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
-        backends = ("path", "persistent_volume_claim")
-        if self.path is not None and self.persistent_volume_claim is not None:
-            yield Broken(backends, "", ("path", "persistentVolumeClaim"), "exactly one of the two")
+        backends = {
+            "path": self.path,
+            "persistentVolumeClaim": self.persistent_volume_claim,
+            "objectStore": self.object_store,
+        }
+        given, about = [each for each, value in backends.items() if value is not None], _BACKENDS
+        if len(given) > 1:
+            yield Broken(about, "", tuple(given), "exactly one of " + ", ".join(backends))
         elif not embedded and self.path is not None:
-            yield Broken(backends, "path", self.path, "persistentVolumeClaim in a cluster: a path ends with its pod")
-        elif not embedded and self.persistent_volume_claim is None:
-            yield Broken(backends, "persistentVolumeClaim", None, "a claim: {claimName: ..., subPath: ...}")
+            yield Broken(
+                about, "path", self.path, "persistentVolumeClaim or objectStore in a cluster: a path ends with its pod"
+            )
+        elif not embedded and not given:
+            allowed = "persistentVolumeClaim: {claimName: ...}, or objectStore: {url: ...}"
+            yield Broken(about, "", None, allowed)
+        if self.object_store is not None and self.writer is not None:
+            allowed = "nothing with objectStore: a writer takes the place of Pillion's own, which alone writes to an object store"
+            yield Broken(("object_store", "writer"), "writer", self.writer.name, allowed)
+        if self.local is not None and self.writer is not None:
+            allowed = "nothing with local: a writer takes the place of Pillion's own, which alone writes local copies"
+            yield Broken(("local", "writer"), "writer", self.writer.name, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Retention(Section):
-    """Which checkpoints stay. Always kept: the newest one, the last one that a load verified, and one that a load of the job is reading."""
+class RestoreFrom(Section):
+    """Another job, from whose checkpoint a job begins that has none of its own."""
 
-    keep_last: int | None = None
-    """Number of newest checkpoints that stay. None, the default: all. Nothing is removed unless the policy requests it."""
-    keep_every_steps: int | None = None
-    """Checkpoints at multiples of this step stay forever, besides the last ones. None: no such step."""
-
-    def broken(self, embedded: bool) -> Iterator[Broken]:
-        if self.keep_every_steps is not None and self.keep_last is None:
-            allowed = "keepLast together with keepEverySteps: without keepLast every checkpoint stays"
-            yield Broken(("keep_last", "keep_every_steps"), "keepLast", None, allowed)
+    job: str = field(
+        metadata=text_rule("the id of a job of the namespace", r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
+    )
+    """Its id. Its directory lies beside this job's own, in the same storage and the same namespace."""
+    step: int | None = field(default=None, metadata={"least": 0})
+    """A committed step. None: its newest checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +275,13 @@ class Restore(Section):
     """The step to load with mode ``Step``; None with any other mode."""
     on_missing: OnMissing = OnMissing.FRESH
     """Fresh by default: the first run of a job has nothing to load."""
+    source: RestoreFrom | None = field(default=None, metadata={"name": "from"})
+    """Where a job begins that has no checkpoint of its own; ``from`` in the document. None: as ``on_missing`` says. A missing one is an error."""
 
     def broken(self, embedded: bool) -> Iterator[Broken]:
+        if self.source is not None and self.mode is not RestoreMode.LATEST:
+            allowed = "nothing with from, which is for mode: Latest: it takes the job's own newest checkpoint first"
+            yield Broken(("mode", "source"), "mode", self.mode.value, allowed)
         if (self.mode is RestoreMode.STEP) != (self.step is not None):
             allowed = "the step to load with mode: Step, nothing with any other mode"
             yield Broken(("mode", "step"), "step", self.step, allowed)
@@ -221,7 +328,7 @@ class Resources(Section):
                 yield Broken(("requests", "limits"), f"requests.{name}", unit.format(wanted), allowed)
 
 
-_OBJECT_NAME: Final = _text("the name of an object of the namespace", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_OBJECT_NAME: Final = text_rule("the name of an object of the namespace", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _MAX_ENTRIES: Final = 64
 """Maximum variables, and maximum sources of variables, of a sidecar. Each pod contains the policy with all of them."""
 _MAX_USER_ID: Final = 2**31 - 1
@@ -234,7 +341,7 @@ class SecretKey(Section):
 
     name: str = field(metadata=_OBJECT_NAME)
     """The Secret, in the namespace of the pod."""
-    key: str = field(metadata=_text("a key of a Secret", r"[-._a-zA-Z0-9]{1,253}"))
+    key: str = field(metadata=text_rule("a key of a Secret", r"[-._a-zA-Z0-9]{1,253}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +356,8 @@ class EnvSource(Section):
 class EnvVar(Section):
     """A variable of the sidecar, as a pod has it."""
 
-    name: str = field(metadata=_text("the name of a variable", r"[-._a-zA-Z][-._a-zA-Z0-9]{0,252}"))
-    value: str | None = field(default=None, metadata=_text("a text without a zero byte", r"[^\0]*"))
+    name: str = field(metadata=text_rule("the name of a variable", r"[-._a-zA-Z][-._a-zA-Z0-9]{0,252}"))
+    value: str | None = field(default=None, metadata=text_rule("a text without a zero byte", r"[^\0]*"))
     """The kubelet expands $(NAME) in it."""
     value_from: EnvSource | None = None
 
@@ -310,7 +417,7 @@ class Policy(Section):
     store: StoreMode = StoreMode.PREFIX
     """Prefix by default: it opens no port and starts nothing."""
     storage: Storage = Storage()
-    retention: Retention = Retention()
+    retention: Retention = KEEP_ALL
     restore: Restore = Restore()
     drain: Drain = Drain()
     failure_policy: FailurePolicy = FailurePolicy.FAIL
@@ -318,6 +425,19 @@ class Policy(Section):
     suspend: bool = False
     """True: new pods are not injected, and running sidecars make no save of their own accord."""
     sidecar: Sidecar = Sidecar()
+
+    def broken(self, embedded: bool) -> Iterator[Broken]:
+        if self.trigger.local_steps is not None and self.storage.local is None:
+            allowed = "nothing without storage.local, which is the disk that such saves go to"
+            yield Broken(("trigger", "storage"), "trigger.localSteps", self.trigger.local_steps, allowed)
+        store = self.storage.object_store
+        if store is not None and store.credentials is not None and store.credentials.aws_role_arn is not None:
+            for index, variable in enumerate(self.sidecar.env):
+                if variable.name in AWS_CREDENTIALS:
+                    allowed = (
+                        "a name that selects no credentials, as storage.objectStore.credentials.awsRoleArn selects them"
+                    )
+                    yield Broken(("storage", "sidecar"), f"sidecar.env[{index}].name", variable.name, allowed)
 
 
 def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:

@@ -22,6 +22,8 @@ from pillion.wire.quantities import INT64_MAX
 
 _MAX_DEPTH: Final = 32
 """Maximum nesting of objects and lists in a writer's arguments. Reading and writing recurse into all of them."""
+MAX_VALUES: Final = 10_000
+"""Maximum values in a writer's arguments, keys not counted. Every pod carries the policy, and every reader copies all of them."""
 MAX_PROBLEMS: Final = 100
 """Maximum problems before unknown fields and arguments are no longer reported. A document may have a hundred thousand."""
 
@@ -39,7 +41,7 @@ class PolicyProblem:
 
     def __str__(self) -> str:
         # reprlib shortens the value, which could flood a log. The path identifies the field.
-        shown = "nothing" if self.value is None else reprlib.repr(self.value)
+        shown = "nothing" if self.value is None else reprlib.repr(_without_credentials(self.value))
         return f"{self.path}: got {shown}; allowed: {self.allowed}"
 
 
@@ -49,6 +51,20 @@ class PolicyError(ValueError):
     def __init__(self, problems: tuple[PolicyProblem, ...]) -> None:
         self.problems = problems
         super().__init__("\n".join(["this checkpoint policy cannot be used:", *(f"  {each}" for each in problems)]))
+
+
+def _without_credentials(value: object) -> object:
+    """A value as messages show it: what stands between the scheme and the host of a URL may be a password."""
+    if isinstance(value, str) and "@" in value:
+        before, _, after = value.rpartition("@")
+        scheme, slashes, _ = before.partition("://")
+        return f"{scheme}://...@{after}" if slashes else value
+    return value
+
+
+def text_rule(allowed: str, pattern: str) -> dict[str, object]:
+    """Metadata of a field that is a text: the description of the allowed values, and the regular expression that they match as a whole."""
+    return {"allowed": allowed, "pattern": re.compile(pattern)}
 
 
 class Broken(NamedTuple):
@@ -75,6 +91,8 @@ class Reading:
     def __init__(self, embedded: bool) -> None:
         self.embedded = embedded
         self.problems: list[PolicyProblem] = []
+        self._values = 0
+        """Number of values of the arguments that are being read."""
 
     def refuse(self, path: str, value: object, allowed: str) -> None:
         self.problems.append(PolicyProblem(path=path or "document", value=value, allowed=allowed))
@@ -125,12 +143,15 @@ class Reading:
                 return kind(value)
             self.refuse(path, value, "one of " + ", ".join(kind))
         elif "unit" in rule:
+            unit, least, most = rule["unit"], rule.get("least", 1), rule.get("most", INT64_MAX)
             try:
-                if amount := rule["unit"].parse(value):
+                if least <= (amount := unit.parse(value)) <= most:
                     return amount
             except ValueError:
                 pass  # The unit describes what is allowed, for this case and for zero.
-            self.refuse(path, value, rule["unit"].allowed)
+            span = f", of at least {unit.format(least)}" if least > 1 else ""
+            span += f", of at most {unit.format(most)}" if most < INT64_MAX else ""
+            self.refuse(path, value, unit.allowed + span)
         elif kind is str:
             if not isinstance(value, str) or rule["pattern"].fullmatch(value) is None:
                 self.refuse(path, value, rule["allowed"])
@@ -144,6 +165,7 @@ class Reading:
                 span = f"of at least {least}" if most == INT64_MAX else f"from {least} to {most}"
                 self.refuse(path, value, f"a whole number {span}")
         elif isinstance(value, Mapping):
+            self._values = 0
             return self.json(path, value)
         else:
             self.refuse(path, value, "an object of named values")
@@ -158,6 +180,11 @@ class Reading:
 
     def json(self, path: str, value: object, depth: int = 0) -> object:
         """Return a deep copy of a JSON value, so that a later change of the document does not reach the frozen policy."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            if self._values == MAX_VALUES + 1:
+                self.refuse(path, None, f"at most {MAX_VALUES} values")
+            return None
         if depth > _MAX_DEPTH:
             self.refuse(path, None, f"at most {_MAX_DEPTH} objects and lists within each other")
             return None
@@ -199,7 +226,10 @@ def plain(value: object) -> object:
 def field_names(kind: type[Section]) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of a section by their names in the document: camelCase, or the name in the metadata."""
     fields = dataclasses.fields(cast("Any", kind))
-    return {each.metadata.get("name", re.sub("_(.)", lambda it: it[1].upper(), each.name)): each for each in fields}
+    return {
+        field.metadata.get("name", re.sub("_(.)", lambda match: match[1].upper(), field.name)): field
+        for field in fields
+    }
 
 
 def nearest(name: object, allowed: Collection[str]) -> tuple[str, str | None]:

@@ -1,5 +1,5 @@
 """
-Quantities in the notation of Kubernetes: bytes and thousandths of a CPU, read and written exactly.
+Quantities: bytes and thousandths of a CPU in the notation of Kubernetes, and durations; read and written exactly.
 
 Producer: the author of a policy or a pod. Consumer: `policy`, which has such fields, and the operator.
 Breaking changes: refusing a notation that was accepted; another number for a notation.
@@ -52,6 +52,28 @@ def format_bytes(num_bytes: int) -> str:
     return next(whole, str(num_bytes)) if num_bytes else "0"
 
 
+_DURATION: Final = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+
+
+def duration_seconds(duration: object) -> int:
+    """
+    Return the seconds of a duration such as ``"30d"``, ``"36h"``, ``"90m"`` or ``"45s"``.
+
+    Raises:
+        ValueError: not a text of a whole number from 1 to 999999 and one of these units.
+    """
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is None:
+        raise ValueError(f"{duration!r} is not a whole number from 1 to 999999 with the unit s, m, h or d")
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def format_duration(seconds: int) -> str:
+    """Return the duration of exactly this many seconds, with the largest unit that divides it."""
+    return next(f"{seconds // size}{name}" for name, size in _SECONDS.items() if seconds % size == 0)
+
+
 class Unit(NamedTuple):
     """Unit of a quantity: how to read and write it, and what is allowed."""
 
@@ -65,4 +87,9 @@ CPU: Final = Unit(
     parse=lambda quantity: _quantity(quantity, 1000),
     format=lambda millicores: f"{millicores}m" if millicores % 1000 else str(millicores // 1000),
     allowed='a positive number of CPUs, in steps of a thousandth, such as "500m", "0.5" or 2',
+)
+DURATION: Final = Unit(
+    duration_seconds,
+    format_duration,
+    'a whole number from 1 to 999999 with a unit of s, m, h or d, such as "30d" or "36h"',
 )

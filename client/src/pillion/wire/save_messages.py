@@ -1,23 +1,44 @@
 """
-The messages of a save on the control channel, and of what is to hold on all ranks from a step on.
+The messages of a save on the control channel; and the announcements of rank 0, which all ranks follow from a step on.
 
-Producer and consumer: client and sidecar. Framing and compatibility: `wire.messages`. A `Request` names its answers.
+Producer and consumer: client and sidecar. Framing and compatibility: `wire.messages`. A `Request` names the classes of its answers.
 
-    Reserve (ahead of the first) -> Claim -> Sealed | Abandon; the outcome is an event: `wire.events`
+    Reserve (before the first save) -> Claim -> Sealed | Abandon; the outcome is an event: `wire.events`
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pillion.wire.message import Message, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedWriter:
+    """A third-party DCP `StorageWriter`, which the executor makes as ``Class(**arguments)``."""
+
+    name: str
+    """``module:Class``."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Destination of a save that does not go to the root."""
+
+    path: str | None = None
+    """Directory, or an address that the writer understands. None: the writer's arguments have it."""
+    writer: NamedWriter | None = None
+    """None: Pillion's own writer."""
+    overwrite: bool = True
+    """False: the save fails if `path` has a checkpoint already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved(Message):
-    """The slots of the rank are large enough."""
+    """Reports that the rank's slots are large enough."""
 
     type: ClassVar[str] = "reserved"
     capacities: tuple[int, ...]
@@ -26,22 +47,23 @@ class Reserved(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve(Request[Reserved]):
-    """Have every slot of the rank hold a state of this size, ahead of its first save."""
+    """Requests that every slot of the rank has room for a state of this size, before its first save."""
 
     type: ClassVar[str] = "reserve"
     room_bytes: int
+    """Bytes of each slot, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting(Message):
-    """No slot is free yet; the answer comes later."""
+    """Reports that no slot is free yet. Another answer follows."""
 
     type: ClassVar[str] = "waiting"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimed(Message):
-    """The slot that the rank may fill."""
+    """Grants a slot, which the rank may fill."""
 
     type: ClassVar[str] = "claimed"
     slot: int
@@ -50,32 +72,35 @@ class Claimed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim(Request[Waiting | Claimed]):
-    """The rank wants to stage its state."""
+    """Requests a slot for the rank's state."""
 
     type: ClassVar[str] = "claim"
     step: int
     room_bytes: int
+    """Bytes that the state needs in the slot."""
     persist: bool
-    """False: a snapshot, for memory only."""
-    destination: Mapping[str, Any] | None = None
-    """Of a save that names its own: path, writer, and what DCP's call says besides."""
+    """False: a snapshot, which stays in memory."""
+    local: bool = False
+    """True: also to the nodes' disks, for a snapshot. A save that is persisted goes there anyway, if the policy has a local disk."""
+    destination: Destination | None = None
+    """Destination of a save by `pillion.dcp`. None: the root."""
     notices: bool = False
-    """The client knows `Waiting`."""
+    """Whether the client understands `Waiting`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed(Message):
-    """The rank's slot is whole."""
+    """Reports that the rank has sealed its slot."""
 
     type: ClassVar[str] = "sealed"
     step: int
     stall_s: float = 0.0
-    """How long that held training up."""
+    """Seconds that the save held up training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon(Message):
-    """The rank will not seal this step."""
+    """Reports that the rank will not seal this step."""
 
     type: ClassVar[str] = "abandon"
     step: int
@@ -83,12 +108,12 @@ class Abandon(Message):
     error: Mapping[str, Any]
     """`pillion.errors.ErrorDocument`."""
     gathers: bool = False
-    """The trainers wait for the failures of all ranks: `wire.events.SaveFailures`."""
+    """Whether the trainers wait for the failures of all ranks (`wire.events.SaveFailures`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announce(Message):
-    """Rank 0 names a step that all ranks have ahead of them, for a save."""
+    """Announces a save at a step that all ranks have ahead of them. Rank 0 sends it."""
 
     type: ClassVar[str] = "announce"
     step: int
@@ -96,7 +121,7 @@ class Announce(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decline(Message):
-    """The rank is past an announced step; or rank 0 takes the step back."""
+    """Declines an announced save, because the rank is past its step. Rank 0 sends it to recall the announcement."""
 
     type: ClassVar[str] = "decline"
     step: int
@@ -104,17 +129,17 @@ class Decline(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnounceChange(Message):
-    """Rank 0 names the step from which on saves are due by another rule: `pillion.cadence`."""
+    """Announces another rule for saves, and the step from which it holds (`pillion.cadence`). Rank 0 sends it."""
 
     type: ClassVar[str] = "announce_change"
     step: int
     policy: Mapping[str, Any]
-    """Trigger and suspend."""
+    """The rule: `trigger` and `suspend` of a policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclineChange(Message):
-    """The rank is past the step of a change, or does not know the rule."""
+    """Declines an announced rule, because the rank is past its step or cannot read the rule."""
 
     type: ClassVar[str] = "decline_change"
     step: int

@@ -31,7 +31,7 @@ RENEW_AT: Final = 2 / 3
 """Fraction of a lifetime after which the next certificate is made. Of 90 days, 30 are left for repairs."""
 BACKDATED: Final = timedelta(hours=1)
 """Time by which a certificate is backdated, because the clocks of nodes differ."""
-PREVIOUS_MOST: Final = 3
+MAX_PREVIOUS: Final = 3
 """
 Maximum number of previous authorities that stay trusted, newest first. Without a limit the bundle would outgrow the
 configuration.
@@ -110,7 +110,7 @@ def make_authority(now: datetime, *, before: Authority | None = None, trusted: s
     return Authority(
         certificate=_pem(certificate),
         key=_key_pem(key),
-        previous=tuple(_valid([previous, trusted], now))[:PREVIOUS_MOST],
+        previous=tuple(_valid([previous, trusted], now))[:MAX_PREVIOUS],
         cross=cross,
     )
 
@@ -159,7 +159,7 @@ def bundle(authority: Authority, now: datetime, *, trusted: str = "") -> str:
         trusted: what a leaf that is still served is trusted by; PEM.
     """
     certificates = _valid([authority.certificate, *authority.previous, trusted], now)
-    return "".join(list(certificates)[: 1 + PREVIOUS_MOST])
+    return "".join(list(certificates)[: 1 + MAX_PREVIOUS])
 
 
 def split(text: str) -> list[str]:

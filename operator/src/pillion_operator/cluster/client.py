@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 PAGE_SIZE: Final = 500
 """Maximum number of objects in one page of a list, as in client-go, so that no page holds up the loop."""
 MOST_RETRIES: Final = 3
-RETRY_AFTER_MOST_S: Final = 5.0
+MAX_RETRY_AFTER_S: Final = 5.0
 """
 Maximum wait that the server may request with a 429 (API priority and fairness). The server has done nothing by then, so the
 request is repeated.
@@ -347,7 +347,7 @@ class Client:
                         if response.status != 429 or not wait_s.isdecimal() or attempt == MOST_RETRIES:
                             await _raise_for_status(response, verb)
                             return _object(await response.read())
-                    await asyncio.sleep(min(float(wait_s), RETRY_AFTER_MOST_S))
+                    await asyncio.sleep(min(float(wait_s), MAX_RETRY_AFTER_S))
         raise AssertionError("the last attempt returns or raises")
 
     async def _headers(self, accept: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
 from pillion_operator.log import Field
 
-QUEUE_MOST: Final = 256
+MAX_QUEUE: Final = 256
 """Maximum number of Events that wait to be written. Further Events are dropped and counted."""
 RATE: Final = 10.0
 """Average writes a second. Events are for people, and must not load the API server."""
@@ -31,14 +31,14 @@ QUIET_S: Final = 20.0
 """Minimum time between two writes of one Event's count."""
 SWEEP_S: Final = 5.0
 """Interval between two looks for counts that are not written yet."""
-REMEMBERED_MOST: Final = 1024
+MAX_REMEMBERED: Final = 1024
 """Maximum number of Events whose repetitions are counted."""
 FLUSH_S: Final = 3.0
 """Timeout for writing the queued Events at the end of the process."""
 CONTROLLER: Final = "pillion.dev/operator"
-_MESSAGE_MOST: Final = 1024
+_MAX_MESSAGE: Final = 1024
 """Maximum characters of a message; the API server refuses a longer note."""
-_NAME_MOST: Final = 200
+_MAX_NAME: Final = 200
 
 _log = logging.getLogger(__name__)
 Key = tuple[str, str, str, str, str, str]
@@ -79,7 +79,7 @@ class Events:
         """
         self._client = api
         self._instance = instance[:128]
-        self._queue: asyncio.Queue[_Write] = asyncio.Queue(QUEUE_MOST)
+        self._queue: asyncio.Queue[_Write] = asyncio.Queue(MAX_QUEUE)
         self._posted: OrderedDict[Key, _Posted] = OrderedDict()
         self._tokens = BURST
         self._filled_s = time.monotonic()
@@ -96,14 +96,14 @@ class Events:
             action: the action behind it, a code in CamelCase.
         """
         now_s = time.monotonic()
-        message = message if len(message) <= _MESSAGE_MOST else message[: _MESSAGE_MOST - 3] + "..."
+        message = message if len(message) <= _MAX_MESSAGE else message[: _MAX_MESSAGE - 3] + "..."
         namespace, uid = str(about.get("namespace") or ""), str(about.get("uid") or "")
         key = (namespace, str(about.get("kind")), str(about.get("name")), uid, reason, message)
         record = self._posted.get(key)
         if record is None or now_s - record.begun_s > SAME_S:
-            name = f"{str(about.get('name'))[:_NAME_MOST].rstrip('-.')}.{uuid.uuid4().hex[:16]}"
+            name = f"{str(about.get('name'))[:_MAX_NAME].rstrip('-.')}.{uuid.uuid4().hex[:16]}"
             record = self._posted[key] = _Posted(name, now_s)
-            while len(self._posted) > REMEMBERED_MOST:
+            while len(self._posted) > MAX_REMEMBERED:
                 self._posted.popitem(last=False)
         else:
             record.count += 1

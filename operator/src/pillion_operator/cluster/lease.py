@@ -58,17 +58,17 @@ class Record:
     """The time as text; it is only compared with earlier texts."""
 
 
-def is_free(record: Record, *, mine: str, seen_s: float, now_s: float) -> bool:
+def is_free(record: Record, *, identity: str, seen_s: float, now_s: float) -> bool:
     """
     Whether the lease may be taken.
 
     Args:
-        record: as it was read.
-        mine: this process's identity. An earlier process with the same identity has ended.
-        seen_s: when exactly this record was seen first; monotonic, and so is the next.
-        now_s: now.
+        record: the record of the lease.
+        identity: this process's identity. An earlier process with the same identity has ended.
+        seen_s: monotonic time at which exactly this record was first read.
+        now_s: current monotonic time.
     """
-    return record.holder in ("", mine) or now_s - seen_s > record.lifetime_s
+    return record.holder in ("", identity) or now_s - seen_s > record.lifetime_s
 
 
 class Lease:
@@ -190,7 +190,7 @@ class Lease:
             self._seen = record, time.monotonic()
         if self._held is not None and record.holder != self.identity:
             return False
-        if not is_free(record, mine=self.identity, seen_s=self._seen[1], now_s=time.monotonic()):
+        if not is_free(record, identity=self.identity, seen_s=self._seen[1], now_s=time.monotonic()):
             return False
         current["spec"] = self._spec(spec)
         self._took(await self._client.replace(self._path, current, timeout_s=REQUEST_TIMEOUT_S), begun_s)

@@ -41,6 +41,7 @@ class Resource:
 
 
 PODS: Final = Resource("v1", "pods")
+VOLUME_CLAIMS: Final = Resource("v1", "persistentvolumeclaims")
 SECRETS: Final = Resource("v1", "secrets")
 JOBS: Final = Resource("batch/v1", "jobs")
 POLICIES: Final = Resource(policy.API_VERSION, "checkpointpolicies")

@@ -28,7 +28,7 @@ WATCH_S: Final = 300.0
 IDLE_S: Final = 90.0
 """Maximum silence of a stream. Bookmarks come every minute, so a longer silence means a dead connection."""
 BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_MOST_S: Final = 15.0
+MAX_BACKOFF_S: Final = 15.0
 """
 Maximum pause between two attempts. client-go waits up to 30 s, but a policy that was just created should not wait that long.
 """
@@ -207,7 +207,7 @@ class Reflector(Generic[T]):
         _log.log(level, "restarting the watch of %s: %s", self._resource, text, extra={Field.PATH: self._path})
 
     def _backoff_s(self) -> float:
-        bound: float = min(BACKOFF_FIRST_S * 2**self._failures, BACKOFF_MOST_S)
+        bound: float = min(BACKOFF_FIRST_S * 2**self._failures, MAX_BACKOFF_S)
         self._failures = min(self._failures + 1, 16)
         return bound * random.uniform(0.5, 1.0)
 

@@ -32,6 +32,8 @@ def arrived(pod: injected.Pod, post: Callable[..., None], now_s: float) -> None:
     if made_s is None or abs(now_s - made_s) > NEW_S:
         return
     message = f"{Reason.INJECTED.sentence} (policy {pod.policy}, job {pod.job_id})"
+    # A Job's controller makes the pod, so its author sees no warning of the API request.
+    message += "".join(f" Warning: {each}." for each in pod.warnings)
     post(about(pod), Reason.INJECTED.value, message)
 
 

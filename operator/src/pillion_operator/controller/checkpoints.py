@@ -23,6 +23,8 @@ MIRROR_LABEL: Final = "pillion.dev/mirror"
 """
 Label of objects that the controller created; its value is `mark`. `kubectl get checkpoints -l pillion.dev/mirror` lists them.
 """
+PIN: Final = "pillion.dev/pin"
+"""Annotation of a Checkpoint object: "true" pins its step on storage; "false", or its removal, lets it go."""
 READY: Final = "Ready"
 TRUE: Final = "True"
 FALSE: Final = "False"
@@ -40,6 +42,10 @@ class Status:
     world_size: int = 0
     started: str = ""
     completed: str = ""
+    metrics: tuple[tuple[str, str], ...] = ()
+    """Name and value of each metric that the script gave with the save."""
+    pinned_by: str = ""
+    """Holders of its pins on storage, separated by commas."""
     ready: str = ""
     """Status of the condition Ready."""
     reason: str = ""
@@ -64,6 +70,8 @@ class Status:
             "worldSize": self.world_size or None,
             "startTime": self.started or None,
             "completionTime": self.completed or None,
+            "metrics": [{"name": name, "value": value} for name, value in self.metrics] or None,
+            "pinnedBy": self.pinned_by or None,
             "conditions": [condition] if self.ready else None,
         }
 
@@ -80,6 +88,8 @@ class Checkpoint:
     trigger: str
     is_ours: bool
     status: Status
+    pin: bool | None = False
+    """Whether somebody wants its step pinned. None: the annotation has a value that says neither."""
 
     @property
     def key(self) -> JobKey:
@@ -126,7 +136,11 @@ def project(document: Json) -> Checkpoint:
         trigger=sys.intern(str(spec.get("trigger") or ON_DEMAND)),
         is_ours=marked == mark(namespace, name, job_id),
         status=_status(document.get("status") or {}),
+        pin=_PINS.get((metadata.get("annotations") or {}).get(PIN, "false")),
     )
+
+
+_PINS: Final = {"true": True, "false": False}
 
 
 def _status(document: Json) -> Status:
@@ -140,6 +154,8 @@ def _status(document: Json) -> Status:
         world_size=document.get("worldSize") or 0,
         started=str(document.get("startTime") or ""),
         completed=str(document.get("completionTime") or ""),
+        metrics=tuple((str(each.get("name")), str(each.get("value"))) for each in document.get("metrics") or []),
+        pinned_by=sys.intern(str(document.get("pinnedBy") or "")),
         ready=sys.intern(str(ready.get("status") or "")),
         reason=sys.intern(str(ready.get("reason") or "")),
         message=sys.intern(str(ready.get("message") or "")),
@@ -192,7 +208,7 @@ class Checkpoints:
         self._close(checkpoint)
         self._on_change(checkpoint.key)
 
-    def of(self, key: JobKey) -> Collection[Checkpoint]:
+    def for_job(self, key: JobKey) -> Collection[Checkpoint]:
         """The objects of a job."""
         return self._by_job.get(key, {}).values()
 

@@ -41,9 +41,9 @@ LIFETIME_S: Final = 600.0
 Maximum time that a request waits for a job. Jobs report every few seconds; a save ten minutes later would be a surprise, perhaps
 in another run of the same name.
 """
-COMMANDS_MOST: Final = 16
+MAX_COMMANDS: Final = 16
 """Maximum number of commands in one answer, oldest first. All commands that a job receives at one time become one save."""
-FINISHED_MOST: Final = 4096
+MAX_FINISHED: Final = 4096
 """Maximum number of finished annotation requests that are remembered; one takes some hundred bytes."""
 
 
@@ -239,10 +239,10 @@ class SaveAnnotations:
 
 
 def commands(requests: Collection[Checkpoint], save_annotations: Sequence[SaveAnnotation]) -> tuple[home.Command, ...]:
-    """The commands for a job: all open requests, within `COMMANDS_MOST`."""
+    """The commands for a job: all open requests, within `MAX_COMMANDS`."""
     oldest_first = sorted(requests, key=lambda each: (each.created, each.name))
     ids = [*map(command_id, oldest_first), *(annotation.id for annotation in save_annotations)]
-    return tuple(home.Command(id=each) for each in ids[:COMMANDS_MOST])
+    return tuple(home.Command(id=each) for each in ids[:MAX_COMMANDS])
 
 
 def _has_since(stored: Iterable[home.CommittedCheckpoint], asked_s: float) -> bool:
@@ -254,5 +254,5 @@ def _has_since(stored: Iterable[home.CommittedCheckpoint], asked_s: float) -> bo
 def _remember(entries: OrderedDict[str, T], command: str, value: T) -> None:
     entries[command] = value
     entries.move_to_end(command)
-    while len(entries) > FINISHED_MOST:
+    while len(entries) > MAX_FINISHED:
         entries.popitem(last=False)

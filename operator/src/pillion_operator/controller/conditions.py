@@ -6,7 +6,7 @@ Must never: change when nothing happened: a value that grows every second (the a
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
@@ -22,12 +22,22 @@ STORAGE: Final = "StorageReachable"
 DEGRADED: Final = "Degraded"
 DRAIN: Final = "DrainTooShort"
 MEMORY: Final = "ArenaTooSmall"
+LOCAL: Final = "LocalDisks"
+QUOTA: Final = "QuotaExceeded"
+UPLOAD_LATE_S: Final = 300.0
+"""Age of a save on the disks of the nodes above which its upload is reported as late. A large save takes minutes to a bucket."""
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
-_NAMED_MOST: Final = 3
+_MAX_NAMED: Final = 3
 """Maximum number of jobs that a message names."""
-_TEXT_MOST: Final = 400
+_MAX_TEXT: Final = 400
 """Maximum characters of one job's text in a message."""
-_STEP_MOST: Final = 2**63 - 1
+_MAX_STEP: Final = 2**63 - 1
+_MAX_INTERVALS: Final = 16
+"""Maximum number of jobs whose automatic intervals a status has, the first ones by id. Each takes some 500 bytes."""
+_MAX_NUMBER: Final = 1e15
+"""Maximum of a number that a sidecar sends: in thousandths it is below the largest int64."""
+_MAX_REASON: Final = 1024
+"""Maximum characters of an automatic interval's reason."""
 
 
 class Reason(StrEnum):
@@ -44,6 +54,10 @@ class Reason(StrEnum):
     FITS = "Fits"
     DRAIN_TOO_SHORT = "DrainTooShort"
     ARENA_TOO_SMALL = "ArenaTooSmall"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    HELD = "Held"
+    LOCAL_DISK_UNUSABLE = "LocalDiskUnusable"
+    UPLOAD_BEHIND = "UploadBehind"
 
 
 def status(
@@ -53,6 +67,7 @@ def status(
     num_pods: int,
     checkpoint_name: Callable[[Job], str],
     now_s: float,
+    claim: Json | None = None,
 ) -> Json:
     """
     The status that a policy shall have. What is not in it is not to be there.
@@ -64,14 +79,17 @@ def status(
         num_pods: injected pods that run under it.
         checkpoint_name: the object that stands for a job's newest commit.
         now_s: seconds since 1970.
+        claim: name and access modes of the claim of its storage. None: not known.
     """
     last, gap_s = _last_checkpoint(before, jobs, checkpoint_name)
     drafts = (
         (READY, *_ready(policy)),
-        (STORAGE, *_storage(jobs)),
+        (STORAGE, *_storage(policy, jobs)),
         (DEGRADED, *_degraded(jobs)),
         (DRAIN, *_drain(policy, jobs)),
         (MEMORY, *_memory(jobs)),
+        *_quota(policy, jobs),
+        *_local(policy, jobs, now_s),
     )
     by_type = {each.get("type"): each for each in before.get("conditions") or []}
     result: Json = {
@@ -82,11 +100,39 @@ def status(
             for kind, state, reason, message in drafts
         ],
     }
+    if claim:
+        result["claim"] = claim
     if last:
         result["lastCheckpoint"] = last
     if gap_s is not None:
         result["recoveryPointSeconds"] = gap_s
+    intervals = [_interval(job.report) for job in _paced(jobs)]
+    if intervals:
+        result["intervals"] = intervals
     return result
+
+
+def _paced(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The jobs that have an automatic interval, as many as a status names."""
+    paced = [job for job in jobs if 0 < job.report.interval_steps <= _MAX_STEP]
+    return sorted(paced, key=lambda job: job.report.job_id)[:_MAX_INTERVALS]
+
+
+def _interval(report: home.Report) -> Json:
+    """A job's automatic interval: the period, why, and the numbers that it comes from. A sidecar changes it only with the period."""
+    numbers = {name: max(0.0, min(float(value), _MAX_NUMBER)) for name, value in report.interval_inputs.items()}
+    return {
+        "jobID": report.job_id,
+        "steps": report.interval_steps,
+        "seconds": round(numbers.get("period_s", 0.0)),
+        "reason": report.interval_bound,
+        "message": report.interval_reason[:_MAX_REASON],
+        "stallMilliseconds": round(numbers.get("stall_s", 0.0) * 1000),
+        "persistMilliseconds": round(numbers.get("persist_s", 0.0) * 1000),
+        "stepMilliseconds": round(numbers.get("step_s", 0.0) * 1000),
+        "meanTimeBetweenFailuresSeconds": round(numbers.get("mtbf_s", 0.0)),
+        "failures": round(numbers.get("failures", 0.0)),
+    }
 
 
 def patch(before: Json, after: Json) -> Json | None:
@@ -123,14 +169,25 @@ def _ready(policy: CheckpointPolicy) -> tuple[str, Reason, str]:
     return TRUE, Reason.VALID, "The policy is valid."
 
 
-def _storage(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
+def _storage(policy: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     if not jobs:
-        return UNKNOWN, Reason.NO_JOB, "No job under the policy reports, so the state of the storage is unknown."
+        text = "No job under the policy reports, so the state of the storage is unknown."
+        return UNKNOWN, Reason.NO_JOB, " ".join([text, *_needs(policy)])
     failing = [job for job in jobs if job.report.storage_error]
     if failing:
-        said = ((job.report.job_id, job.report.storage_error) for job in failing)
-        return FALSE, Reason.STORAGE_ERROR, "The storage cannot be used: " + _named(said, len(failing))
+        details = ((job.report.job_id, job.report.storage_error) for job in failing)
+        return FALSE, Reason.STORAGE_ERROR, "The storage cannot be used: " + _named(details, len(failing))
     return TRUE, Reason.WRITABLE, "Every job under the policy can use its storage."
+
+
+def _needs(policy: CheckpointPolicy) -> Iterator[str]:
+    """What keeps a pod under the policy from starting while it is missing. The controller may not read it, so it cannot say whether it is."""
+    store = policy.spec.storage.object_store if policy.spec else None
+    secret = store.credentials.secret if store and store.credentials else None
+    config_map = store.ca_bundle.config_map if store and store.ca_bundle else None
+    objects = [f"the {kind} {name}" for kind, name in (("Secret", secret), ("ConfigMap", config_map)) if name]
+    if objects:
+        yield f"A pod starts only once its namespace has {' and '.join(objects)}."
 
 
 def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
@@ -139,8 +196,8 @@ def _degraded(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
     failing = [job for job in jobs if is_failing(job.report)]
     if failing:
         newest = [max(job.report.failures, key=lambda each: times.parse(each.time) or 0.0) for job in failing]
-        said = ((job.report.job_id, describe(each)) for job, each in zip(failing, newest, strict=True))
-        return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(said, len(failing))
+        details = ((job.report.job_id, describe(each)) for job, each in zip(failing, newest, strict=True))
+        return TRUE, Reason.SAVE_FAILED, "Saves or loads fail: " + _named(details, len(failing))
     return FALSE, Reason.SAVING, "No job under the policy fails to save."
 
 
@@ -151,8 +208,8 @@ def _drain(policy: CheckpointPolicy, jobs: Sequence[Job]) -> tuple[str, Reason, 
     given_s = policy.spec.drain.timeout_seconds
     slow = [job for job in jobs if job.report.drain_s > given_s]
     if slow:
-        said = ((job.report.job_id, f"a save took {math.ceil(job.report.drain_s)} s") for job in slow)
-        text = f"drain.timeoutSeconds is {given_s} s, but saves take longer: {_named(said, len(slow))}"
+        details = ((job.report.job_id, f"a save took {math.ceil(job.report.drain_s)} s") for job in slow)
+        text = f"drain.timeoutSeconds is {given_s} s, but saves take longer: {_named(details, len(slow))}"
         return TRUE, Reason.DRAIN_TOO_SHORT, text
     return FALSE, Reason.FITS, f"The last saves fit into drain.timeoutSeconds ({given_s} s)."
 
@@ -162,9 +219,54 @@ def _memory(jobs: Sequence[Job]) -> tuple[str, Reason, str]:
         return FALSE, Reason.NO_JOB, "No job under the policy reports."
     small = [job for job in jobs if job.report.memory_error]
     if small:
-        said = ((job.report.job_id, job.report.memory_error) for job in small)
-        return TRUE, Reason.ARENA_TOO_SMALL, "The arena is too small: " + _named(said, len(small))
+        details = ((job.report.job_id, job.report.memory_error) for job in small)
+        return TRUE, Reason.ARENA_TOO_SMALL, "The arena is too small: " + _named(details, len(small))
     return FALSE, Reason.FITS, "The arena is large enough for every job that has reported its size."
+
+
+def _quota(policy: CheckpointPolicy, jobs: Sequence[Job]) -> Iterator[tuple[str, str, Reason, str]]:
+    """Whether the checkpoints of each job have more bytes than the policy allows. Nothing for a policy without a quota."""
+    if policy.spec is None or policy.spec.retention.max_bytes is None:
+        return
+    over = [job for job in jobs if job.report.quota_error]
+    if not jobs:
+        yield QUOTA, FALSE, Reason.NO_JOB, "No job under the policy reports."
+    elif over:
+        details = ((job.report.job_id, job.report.quota_error) for job in over)
+        yield QUOTA, TRUE, Reason.QUOTA_EXCEEDED, "Checkpoints exceed their quota: " + _named(details, len(over))
+    else:
+        yield QUOTA, FALSE, Reason.FITS, "The checkpoints of every job have at most retention.maxBytes."
+
+
+def _local(policy: CheckpointPolicy, jobs: Sequence[Job], now_s: float) -> Iterator[tuple[str, str, Reason, str]]:
+    """Whether saves are on the disks of the nodes, and soon on storage. Nothing for a policy without such disks."""
+    if policy.spec is None or policy.spec.storage.local is None:
+        return
+    if not jobs:
+        yield LOCAL, UNKNOWN, Reason.NO_JOB, "No job under the policy reports."
+        return
+    unusable = [job for job in jobs if job.report.local_error]
+    late = [(job, oldest) for job in jobs if (oldest := _oldest_late(job.report, now_s)) is not None]
+    if unusable:
+        details = ((job.report.job_id, job.report.local_error) for job in unusable)
+        text = "Saves go to storage at once, because a disk of a node cannot be used: "
+        yield LOCAL, FALSE, Reason.LOCAL_DISK_UNUSABLE, text + _named(details, len(unusable))
+    elif late:
+        details = (
+            (job.report.job_id, f"step {oldest.step} has waited since {times.canonical(oldest.held)}")
+            for job, oldest in late
+        )
+        text = "Saves on the disks of the nodes are late on storage: "
+        yield LOCAL, FALSE, Reason.UPLOAD_BEHIND, text + _named(details, len(late))
+    else:
+        yield LOCAL, TRUE, Reason.HELD, "Saves are on the disks of the nodes first, and on storage within minutes."
+
+
+def _oldest_late(report: home.Report, now_s: float) -> home.HeldSave | None:
+    """The save that waits longest for storage, if it is late."""
+    oldest = min(report.held, key=lambda each: each.step, default=None)
+    since_s = None if oldest is None else times.parse(oldest.held)
+    return oldest if since_s is not None and now_s - since_s > UPLOAD_LATE_S else None
 
 
 def describe(failure: home.Failure) -> str:
@@ -173,9 +275,9 @@ def describe(failure: home.Failure) -> str:
     return f"{step}{failure.reason}: {failure.message}"
 
 
-def _named(said: Iterable[tuple[str, str]], total: int) -> str:
-    shown = [f"job {job_id}: {text[:_TEXT_MOST]}" for job_id, text in list(said)[:_NAMED_MOST]]
-    return "; ".join(shown) + (f"; and {total - _NAMED_MOST} more" if total > _NAMED_MOST else "")
+def _named(details: Iterable[tuple[str, str]], total: int) -> str:
+    shown = [f"job {job_id}: {text[:_MAX_TEXT]}" for job_id, text in list(details)[:_MAX_NAMED]]
+    return "; ".join(shown) + (f"; and {total - _MAX_NAMED} more" if total > _MAX_NAMED else "")
 
 
 def _condition(
@@ -199,7 +301,7 @@ def _last_checkpoint(
     committed = []
     for job in jobs:
         done_s = times.parse(job.report.committed_time)
-        if done_s is not None and 0 <= job.report.committed_step <= _STEP_MOST:
+        if done_s is not None and 0 <= job.report.committed_step <= _MAX_STEP:
             committed.append((done_s, job))
     newest_s, newest = max(committed, key=lambda each: each[0], default=(0.0, None))
     kept: Json = before.get("lastCheckpoint") or {}

@@ -20,7 +20,8 @@ FOLD_S: Final = 600.0
 RECENT_S: Final = 60.0
 """Maximum age of news in the first report of a job. The controller before this one has announced what is older."""
 _FROM: Final = {"arena": "memory", "storage": "storage"}
-Said = tuple[NoticeReason, str]
+Announcement = tuple[NoticeReason, str]
+"""Reason and text of an event."""
 
 
 @dataclass(slots=True)
@@ -41,14 +42,14 @@ class News:
     def __init__(self) -> None:
         self._announced: dict[JobKey, _Announced] = {}
 
-    def notices(self, key: JobKey, report: home.Report, now_s: float) -> list[Said]:
+    def notices(self, key: JobKey, report: home.Report, now_s: float) -> list[Announcement]:
         """
-        The events that are due.
+        Return the events to write now.
 
         Args:
             key: the job.
-            report: its newest.
-            now_s: seconds since 1970.
+            report: the job's newest report.
+            now_s: time in seconds since 1970.
         """
         committed, dropped = _count(report, "saves_committed"), _count(report, "saves_skipped", "saves_replaced")
         announced = self._announced.get(key)
@@ -57,24 +58,24 @@ class News:
             announced.committed -= committed > 0 and _is_recent(report.committed_time, now_s)
             announced.loaded = "" if _is_recent(report.loaded_time, now_s) else report.loaded_time
         if announced.pod != report.pod_uid or committed < announced.committed or dropped < announced.dropped:
-            # Another sidecar, which counts from nothing.
+            # Another sidecar reports, whose counters begin at 0.
             announced.pod, announced.committed, announced.dropped = report.pod_uid, 0, 0
-        said: list[Said] = []
+        news: list[Announcement] = []
         if announced.loaded != report.loaded_time:
             announced.loaded = report.loaded_time
             where = _FROM.get(report.loaded_from, report.loaded_from)
-            said.append((NoticeReason.LOADED, f"Training resumed from step {report.loaded_step}, from {where}."))
+            news.append((NoticeReason.LOADED, f"Training resumed from step {report.loaded_step}, from {where}."))
         if committed > announced.committed and (report.draining or now_s - announced.committed_s >= FOLD_S):
             number, announced.committed, announced.committed_s = committed - announced.committed, committed, now_s
-            said.append((NoticeReason.COMMITTED, _commits(number, report.committed_step)))
+            news.append((NoticeReason.COMMITTED, _commits(number, report.committed_step)))
         if dropped > announced.dropped and (report.draining or now_s - announced.dropped_s >= FOLD_S):
             number, announced.dropped, announced.dropped_s = dropped - announced.dropped, dropped, now_s
             what = "1 save was" if number == 1 else f"{number} saves were"
-            said.append((NoticeReason.SKIPPED, f"{what} dropped because no slot was free (staging.overlap)."))
-        return said
+            news.append((NoticeReason.SKIPPED, f"{what} dropped because no slot was free (staging.overlap)."))
+        return news
 
     def keep(self, jobs: Collection[JobKey]) -> None:
-        """Forget those that do not report any more."""
+        """Forget the jobs that no longer report."""
         for key in self._announced.keys() - set(jobs):
             del self._announced[key]
 

@@ -18,7 +18,7 @@ from pillion_operator.home.registry import JobKey
 Json = dict[str, Any]
 PolicyKey = tuple[str, str]
 
-SAVE_ANNOTATIONS_MOST: Final = 64
+MAX_SAVE_ANNOTATIONS: Final = 64
 """Maximum number of annotations that are read for one job."""
 
 
@@ -77,7 +77,7 @@ class PodIndex:
             return []
         on_jobs = (self._on_jobs.get(uid) for uid in self._owners.get(key, ()))
         annotated = [*(each.annotation for each in on_jobs if each), *(on_pods or {}).values()]
-        return annotated[:SAVE_ANNOTATIONS_MOST]
+        return annotated[:MAX_SAVE_ANNOTATIONS]
 
     def jobs_with_save_annotations(self) -> list[JobKey]:
         """The jobs with a save request by annotation."""

@@ -93,8 +93,8 @@ class Policies:
 
     def replace_all(self, entries: Iterable[Policy]) -> None:
         """Replace all policies, which also drops those that were deleted while the watch was interrupted."""
-        there: Collection[Policy] = list(entries)
-        for key in self._policies.keys() - {each.key for each in there}:
+        policies: Collection[Policy] = list(entries)
+        for key in self._policies.keys() - {each.key for each in policies}:
             self.remove(key)
-        for each in there:
+        for each in policies:
             self.put(each)

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 from pillion_operator import metrics
 from pillion_operator.cluster import client, paths
 from pillion_operator.cluster.client import Json
-from pillion_operator.controller import checkpoints, commands, conditions, mirror, policies, work_queue
+from pillion_operator.controller import checkpoints, claims, commands, conditions, mirror, policies, work_queue
 from pillion_operator.controller.checkpoints import Checkpoint, Checkpoints
 from pillion_operator.home.registry import Job, JobKey, Registry
 from pillion_operator.log import Field
@@ -108,6 +108,7 @@ class Reconciler:
         self._count_pods = count_pods
         self._post = post
         self._clock = clock
+        self._claims = claims.Claims(api)
         self._pace = Pace(WRITES_PER_S, BURST)
         self._due_policies = work_queue.WorkQueue[PolicyKey]()
         self._due_requests = work_queue.WorkQueue[JobKey]()
@@ -185,11 +186,11 @@ class Reconciler:
     # --- Checkpoint objects
 
     async def _write_job(self, key: JobKey) -> None:
-        wanted = operations(list(self.checkpoints.of(key)), self._registry.get(key), self._clock())
-        for operation in wanted[:BATCH]:
+        planned = operations(list(self.checkpoints.for_job(key)), self._registry.get(key), self._clock())
+        for operation in planned[:BATCH]:
             self.last_turn_s = time.monotonic()
             await self._write(operation)
-        if len(wanted) > BATCH:
+        if len(planned) > BATCH:
             self.mark_job(key)
 
     async def _write(self, operation: mirror.Operation) -> None:
@@ -250,9 +251,10 @@ class Reconciler:
         entry = self.policies.get(*key)
         if entry is None:
             return
+        claim = await self._claims.of_policy(entry)
         jobs = self._registry.under(*key)
         after = conditions.status(
-            entry.parsed, entry.status, jobs, self._count_pods(key), self._checkpoint_name, self._clock()
+            entry.parsed, entry.status, jobs, self._count_pods(key), self._checkpoint_name, self._clock(), claim
         )
         patch = conditions.patch(entry.status, after)
         if patch is None:
@@ -274,7 +276,7 @@ class Reconciler:
             self._post(entry.about, reason, message, warning=is_warning, action="Reconcile")
 
     def _checkpoint_name(self, job: Job) -> str:
-        return mirror.name_of(job.report, job.report.committed_step, self.checkpoints.of(job.key))
+        return mirror.name_of(job.report, job.report.committed_step, self.checkpoints.for_job(job.key))
 
 
 _OPERATION: Final = {"Create": "create", "SetStatus": "status", "Delete": "delete"}
@@ -284,15 +286,18 @@ _GOOD: Final = {
     conditions.DEGRADED: checkpoints.FALSE,
     conditions.DRAIN: checkpoints.FALSE,
     conditions.MEMORY: checkpoints.FALSE,
+    conditions.LOCAL: checkpoints.TRUE,
+    conditions.QUOTA: checkpoints.FALSE,
 }
 
 
 def _flips(before: Json, after: Json) -> Sequence[tuple[str, str, bool]]:
     """The events on a policy: one for each condition that turned bad, or good again."""
-    said = []
+    flips = []
     for kind, good in _GOOD.items():
         old, new = conditions.condition(before, kind), conditions.condition(after, kind)
         is_bad, was_bad = (each.get("status") not in (None, good, checkpoints.UNKNOWN) for each in (new, old))
-        if is_bad != was_bad and new.get("status") != checkpoints.UNKNOWN:
-            said.append((new["reason"], new["message"], is_bad))
-    return said
+        # A policy whose local disk was taken away has no such condition any more.
+        if is_bad != was_bad and new.get("status") not in (None, checkpoints.UNKNOWN):
+            flips.append((new["reason"], new["message"], is_bad))
+    return flips

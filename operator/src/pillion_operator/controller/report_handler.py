@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from pillion.wire import home
 from pillion_operator import metrics
-from pillion_operator.controller import commands, conditions, news
+from pillion_operator.controller import commands, conditions, news, pinning
 from pillion_operator.controller.pod_index import PodIndex
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import injected, registry, times
@@ -76,7 +76,11 @@ class ReportHandler:
     def commands_of(self, key: JobKey) -> tuple[home.Command, ...]:
         """The commands for a job. Posts events about the progress of annotation requests."""
         open_annotations = self._open_annotations(key)
-        return commands.commands(self._reconciler.checkpoints.open_requests(key), open_annotations)
+        saves = commands.commands(self._reconciler.checkpoints.open_requests(key), open_annotations)
+        job = self._jobs.get(key)
+        if job is None:
+            return saves
+        return (*saves, *pinning.commands(job.report, self._reconciler.checkpoints.for_job(key)))
 
     def sweep(self) -> None:
         """Expire the requests to jobs that do not report, and forget what was announced of those jobs."""

@@ -12,7 +12,7 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 RETRY_FIRST_S: Final = 1.0
-RETRY_MOST_S: Final = 60.0
+MAX_RETRY_S: Final = 60.0
 """Maximum pause after a write that failed: the API server may be down, or the namespace may be terminating."""
 
 
@@ -47,7 +47,7 @@ class WorkQueue(Generic[T]):
 
     def failed(self, key: T, failures: int, now_s: float) -> None:
         """Have a key looked at again after a pause that grows with each failure in a row; `failures` is what `take` said."""
-        pause_s = min(RETRY_FIRST_S * 2 ** min(failures, 10), RETRY_MOST_S)
+        pause_s = min(RETRY_FIRST_S * 2 ** min(failures, 10), MAX_RETRY_S)
         self._entries[key] = _Entry(now_s + pause_s, failures + 1)
 
     def take(self, now_s: float) -> tuple[T, int] | None:

@@ -33,20 +33,20 @@ Time for which a verified token is accepted, and for which a deleted pod can sti
 """
 REFUSED_S: Final = 10.0
 """Time for which a refusal is remembered: a pod that repeats a bad token every few seconds costs one review in ten seconds."""
-REMEMBERED_MOST: Final = 4096
+MAX_REMEMBERED: Final = 4096
 """Maximum number of verified tokens that are remembered: one a job, renewed each hour, for several thousand jobs."""
-REFUSALS_MOST: Final = 1024
+MAX_REFUSALS: Final = 1024
 """Maximum number of refusals that are remembered. They are kept apart from verified tokens, because anybody can cause them."""
 ASKED_AT_ONCE: Final = 8
 """
 Maximum number of token reviews at one time. After a restart all jobs report at once, and each review takes the API server
 milliseconds.
 """
-WAITING_MOST: Final = 512
+MAX_WAITING: Final = 512
 """Maximum number of tokens that wait for a review. Further ones are refused with a retry."""
 ASKED_FOR_A_POD: Final = 2
 """Maximum number of reviews at one time for one pod: its token, and the successor of that token."""
-TOKEN_MOST: Final = 8192
+MAX_TOKEN: Final = 8192
 """Maximum characters of a token; a service account token has about a thousand."""
 SAID_AGAIN_S: Final = 30.0
 """Minimum time between two log lines about an API server that does not answer."""
@@ -146,19 +146,19 @@ class Authenticator:
             raise Refused(Result.FORBIDDEN, "the token belongs to a pod that was not injected or no longer exists")
         asking = self._asking.get(digest)
         if asking is None:
-            if len(self._asking) >= WAITING_MOST or self._asking_for[claims.pod_uid] >= ASKED_FOR_A_POD:
+            if len(self._asking) >= MAX_WAITING or self._asking_for[claims.pod_uid] >= ASKED_FOR_A_POD:
                 raise Refused(Result.BUSY, "too many new tokens wait for verification; try again")
             asking = asyncio.create_task(self._ask(token, digest, claims.end_s), name="token review")
             self._asking[digest] = asking
             self._asking_for[claims.pod_uid] += 1
-            asking.add_done_callback(lambda done: self._asked(digest, claims.pod_uid, done))
+            asking.add_done_callback(lambda done: self._forget_request(digest, claims.pod_uid, done))
         # The first caller may be cancelled; the others still need the answer.
         return await asyncio.shield(asking)
 
     def _claims(self, token: str, now_s: float) -> _Claims:
         """The claims of the token, after the refusals that need no API server."""
-        if len(token) > TOKEN_MOST:
-            raise Refused(Result.UNAUTHENTICATED, f"the token is longer than {TOKEN_MOST} characters")
+        if len(token) > MAX_TOKEN:
+            raise Refused(Result.UNAUTHENTICATED, f"the token is longer than {MAX_TOKEN} characters")
         try:
             payload = token.split(".")[1]
             claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -184,12 +184,12 @@ class Authenticator:
         namespace, pod, uid = holder
         return _Claims(end_s=end_s, namespace=namespace, pod=pod, pod_uid=uid)
 
-    def _asked(self, digest: bytes, pod_uid: str, done: asyncio.Task[Identity]) -> None:
+    def _forget_request(self, digest: bytes, pod_uid: str, done: asyncio.Task[Identity]) -> None:
         self._asking.pop(digest, None)
         self._asking_for[pod_uid] -= 1
         if not self._asking_for[pod_uid]:
             del self._asking_for[pod_uid]
-        # Retrieved, also when nobody waits any more.
+        # Retrieved even if nobody waits any more, as asyncio would log an error otherwise.
         if not done.cancelled():
             done.exception()
 
@@ -210,9 +210,9 @@ class Authenticator:
         now_s = self._clock()
         verdict = judge(answer.get("status") or {}, self._audience)
         if isinstance(verdict, Refused):
-            _remember(self._refused, digest, (min(now_s + REFUSED_S, end_s), verdict), REFUSALS_MOST)
+            _remember(self._refused, digest, (min(now_s + REFUSED_S, end_s), verdict), MAX_REFUSALS)
             raise verdict
-        _remember(self._identities, digest, (min(now_s + KNOWN_S, end_s), verdict), REMEMBERED_MOST)
+        _remember(self._identities, digest, (min(now_s + KNOWN_S, end_s), verdict), MAX_REMEMBERED)
         return verdict
 
 

@@ -25,7 +25,7 @@ FIELD_SELECTOR: Final = "status.phase!=Succeeded,status.phase!=Failed"
 Selector without pods that have ended: they stay until their job is removed, and no longer count. A draining pod is still running
 for the API server.
 """
-REMEMBERED_MOST: Final = 1024
+MAX_REMEMBERED: Final = 1024
 """Maximum number of remembered answers about single pods. Only pods that are not in the cache are looked up."""
 REMEMBERED_S: Final = 10.0
 """Time for which such an answer is valid: a refused pod reports again every few seconds."""
@@ -36,6 +36,10 @@ that drain after an eviction.
 """
 ASKED_BURST: Final = 50.0
 """Maximum number of such lookups at once: a drained node has as many pods."""
+MAX_WARNINGS: Final = 8
+"""Maximum number of warnings that are kept of a pod. Injection writes fewer, but everybody who creates a pod can write the annotation."""
+MAX_WARNING: Final = 256
+"""Maximum characters of each. Injection writes shorter ones."""
 # What the API server takes as the name of a pod or a namespace; it becomes a part of a path.
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _NOTE_FIELD: Final = f"f:{annotations.SAVE_NOW}"
@@ -67,6 +71,8 @@ class Pod:
     """The annotation's value; empty: it has none."""
     save_now_time: str
     """When the annotation was last set. Empty: it has none, or nobody knows."""
+    warnings: tuple[str, ...] = ()
+    """Warnings of its injection."""
 
 
 def project(document: Json) -> Pod | None:
@@ -89,6 +95,7 @@ def project(document: Json) -> Pod | None:
         owner=_owner(document),
         save_now=sys.intern(value),
         save_now_time=set_at,
+        warnings=tuple(sys.intern(each[:MAX_WARNING]) for each in injection.warnings[:MAX_WARNINGS]),
     )
 
 
@@ -138,7 +145,7 @@ class Pods:
     def __init__(self, cache: Cache, api: Api) -> None:
         self._cache = cache
         self._api = api
-        self._asked: OrderedDict[tuple[str, str, str], tuple[float, Pod | None]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str, str], tuple[float, Pod | None]] = OrderedDict()
         self._questions = ASKED_BURST
         self._counted_s = time.monotonic()
 
@@ -155,14 +162,14 @@ class Pods:
         if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name)):
             return None
         key, now_s = (namespace, name, uid), time.monotonic()
-        until_s, pod = self._asked.get(key, (0.0, None))
+        until_s, pod = self._answers.get(key, (0.0, None))
         if now_s >= until_s:
             self._count_question(now_s)
             pod = await self._ask(namespace, name, uid)
-            self._asked[key] = now_s + REMEMBERED_S, pod
-            self._asked.move_to_end(key)
-            while len(self._asked) > REMEMBERED_MOST:
-                self._asked.popitem(last=False)
+            self._answers[key] = now_s + REMEMBERED_S, pod
+            self._answers.move_to_end(key)
+            while len(self._answers) > MAX_REMEMBERED:
+                self._answers.popitem(last=False)
         return pod
 
     def _count_question(self, now_s: float) -> None:

@@ -8,7 +8,7 @@ Must never: accept reports of an attempt that has a successor, or keep a job tha
 
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -23,7 +23,7 @@ Maximum reports a second that all jobs together send. One costs the controller t
 """
 GONE_INTERVALS: Final = 3
 """Number of missed intervals after which a job is gone; two reports may be lost."""
-GONE_LEAST_S: Final = 30.0
+MIN_GONE_S: Final = 30.0
 """Minimum silence before a job is gone. A sidecar whose storage hangs spends ten seconds on it before each report."""
 LATE_INTERVALS: Final = 1.5
 """Number of missed intervals after which another pod of the same age may report for the job."""
@@ -31,9 +31,9 @@ PAST_SESSIONS: Final = 8
 """
 Maximum number of past sessions that are remembered for a job. A pod of an earlier attempt is older than the pod that reports.
 """
-NUMBERS_MOST: Final = 64
+MAX_NUMBERS: Final = 64
 """Maximum number of metrics kept from a report; the sidecar sends a third of it."""
-NAME_MOST: Final = 64
+MAX_NAME: Final = 64
 """Maximum characters of a metric's name, of a session, or of an error's class."""
 
 
@@ -65,7 +65,7 @@ class Job:
     @property
     def gone_s(self) -> float:
         """After how long without a report it is gone."""
-        return max(GONE_INTERVALS * self.interval_s, GONE_LEAST_S)
+        return max(GONE_INTERVALS * self.interval_s, MIN_GONE_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,9 +165,9 @@ class Registry:
             return True
         if report.session in self._past.get(key, ()):
             return False
-        mine = bool(report.session), created, report.attempt
-        theirs = bool(before.report.session), before.created, before.report.attempt
-        return mine > theirs or (mine == theirs and silent_s > LATE_INTERVALS * before.interval_s)
+        order = bool(report.session), created, report.attempt
+        previous_order = bool(before.report.session), before.created, before.report.attempt
+        return order > previous_order or (order == previous_order and silent_s > LATE_INTERVALS * before.interval_s)
 
 
 def interval_s(num_jobs: int) -> float:
@@ -220,21 +220,34 @@ _LASTING: Final = tuple(each.name for each in dataclasses.fields(home.Report) if
 
 def _bounded(report: home.Report) -> home.Report:
     """The report without what would cost memory and means nothing to us."""
-    numbers: Iterable[tuple[str, Any]] = (
-        (name, value)
-        for name, value in report.metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and len(name) <= NAME_MOST
-    )
     failures = tuple(
-        dataclasses.replace(each, reason=each.reason[:NAME_MOST], message=each.message[: home.TEXT_LIMIT])
+        dataclasses.replace(each, reason=each.reason[:MAX_NAME], message=each.message[: home.TEXT_LIMIT])
         for each in report.failures
     )
     return dataclasses.replace(
         report,
-        session=report.session[:NAME_MOST],
+        session=report.session[:MAX_NAME],
         storage_error=report.storage_error[: home.TEXT_LIMIT],
         memory_error=report.memory_error[: home.TEXT_LIMIT],
-        loaded_from=report.loaded_from[:NAME_MOST],
+        quota_error=report.quota_error[: home.TEXT_LIMIT],
+        local_error=report.local_error[: home.TEXT_LIMIT],
+        held=tuple(
+            dataclasses.replace(each, held=each.held[:MAX_NAME], cause=each.cause[:MAX_NAME]) for each in report.held
+        ),
+        interval_bound=report.interval_bound[:MAX_NAME],
+        interval_reason=report.interval_reason[: home.TEXT_LIMIT],
+        interval_inputs=_numbers(report.interval_inputs),
+        loaded_from=report.loaded_from[:MAX_NAME],
         failures=failures,
-        metrics=dict(sorted(numbers)[:NUMBERS_MOST]),
+        metrics=_numbers(report.metrics),
     )
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a number under a short name, at most MAX_NUMBERS of them."""
+    numbers = (
+        (name, value)
+        for name, value in given.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and len(name) <= MAX_NAME
+    )
+    return dict(sorted(numbers)[:MAX_NUMBERS])

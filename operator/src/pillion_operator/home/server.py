@@ -24,9 +24,9 @@ from pillion_operator.log import Field
 
 DEADLINE_S: Final = 10.0
 """Timeout for one request: its body, the token review, and the answer. A sidecar waits about as long."""
-IN_FLIGHT_MOST: Final = 256
+MAX_IN_FLIGHT: Final = 256
 """Maximum number of requests at one time. Further ones are refused with a retry."""
-BODIES_MOST_BYTES: Final = 16 * 1024 * 1024
+MAX_BODIES_BYTES: Final = 16 * 1024 * 1024
 """
 Maximum bytes of all reports at one time, from the first byte to the answer. A report has some ten KiB, and 200 KiB for a job with
 a thousand checkpoints.
@@ -82,7 +82,7 @@ class Home:
         self._on_report = on_report
         self._in_flight = 0
         self._bodies = Bodies(
-            longest=home.MAX_REPORT_BYTES, most_bytes=BODIES_MOST_BYTES, most=IN_FLIGHT_MOST, within_s=DEADLINE_S
+            longest=home.MAX_REPORT_BYTES, most_bytes=MAX_BODIES_BYTES, most=MAX_IN_FLIGHT, within_s=DEADLINE_S
         )
 
     def application(self) -> web.Application:
@@ -92,8 +92,8 @@ class Home:
         return application
 
     async def _post(self, request: web.Request) -> web.Response:
-        if self._in_flight >= IN_FLIGHT_MOST:
-            return _refuse(Refused(Result.BUSY, f"more than {IN_FLIGHT_MOST} reports at one time; try again"))
+        if self._in_flight >= MAX_IN_FLIGHT:
+            return _refuse(Refused(Result.BUSY, f"more than {MAX_IN_FLIGHT} reports at one time; try again"))
         self._in_flight += 1
         try:
             async with asyncio.timeout(DEADLINE_S):
@@ -120,8 +120,8 @@ class Home:
         pod = await self._pods.find(identity.namespace, identity.pod, identity.pod_uid)
         if pod is None:
             raise Refused(Result.FORBIDDEN, f"pod {identity.pod} was not injected or no longer exists")
-        if said := _differences(report, identity, pod):
-            raise Refused(Result.FORBIDDEN, "a pod may report only for its own job: " + "; ".join(said))
+        if differences := _differences(report, identity, pod):
+            raise Refused(Result.FORBIDDEN, "a pod may report only for its own job: " + "; ".join(differences))
         received = self._registry.receive(report, created=pod.created, now_s=time.monotonic())
         if not received.stale:
             self._on_report(received)
@@ -137,7 +137,7 @@ class Home:
 
 
 def _differences(report: home.Report, identity: authenticate.Identity, pod: injected.Pod) -> list[str]:
-    """Fields in which a report contradicts its sender's token or pod."""
+    """Return the fields in which a report contradicts its sender's token or pod. `actual`: the value of token or pod."""
     pairs = (
         ("namespace", report.namespace, identity.namespace),
         ("pod", report.pod, identity.pod),
@@ -145,7 +145,11 @@ def _differences(report: home.Report, identity: authenticate.Identity, pod: inje
         ("policy", report.policy, pod.policy),
         ("job_id", report.job_id, pod.job_id),
     )
-    return [f"{name} is {said[:253]!r}, and the pod's is {own!r}" for name, said, own in pairs if said != own]
+    return [
+        f"{name} is {claimed[:253]!r}, and the pod's is {actual!r}"
+        for name, claimed, actual in pairs
+        if claimed != actual
+    ]
 
 
 def _refuse(refused: Refused) -> web.Response:

@@ -33,7 +33,7 @@ def text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def canonical(given: str) -> str:
-    """A time as the API server takes it, to the second; empty where the text is no time."""
-    seconds = parse(given)
+def canonical(time_text: str) -> str:
+    """Return a time as the API server accepts it, to the second. Empty if the text is not a time."""
+    seconds = parse(time_text)
     return "" if seconds is None else text(seconds)

@@ -28,8 +28,8 @@ _LIMIT_RANGER: Final = "kubernetes.io/limit-ranger"
 """Annotation in which the API server's plug-in lists the amounts that it filled in. Source: plugin/pkg/admission/limitranger."""
 
 
-def said(bare: Json, declared: Json | None) -> dict[str, dict[str, Any]]:
-    """The amounts that a pod declares for its sidecar, without the defaults of a LimitRange."""
+def declared_amounts(bare: Json, declared: Json | None) -> dict[str, dict[str, Any]]:
+    """Return part -> name -> amount, as a pod declares them for its sidecar, without the defaults of a LimitRange."""
     resources = (declared or {}).get("resources") or {}
     defaults = _defaults(
         pods.metadata_map(bare, "annotations").get(_LIMIT_RANGER, ""), (declared or {}).get("name", "")
@@ -51,7 +51,11 @@ def _defaults(text: str, container: str) -> set[tuple[str, str]]:
 
 
 def of_sidecar(
-    resources: policy.Resources, beside: Sequence[Json], charged_bytes: int, declared: Mapping[str, Mapping[str, Any]]
+    resources: policy.Resources,
+    beside: Sequence[Json],
+    charged_bytes: int,
+    declared: Mapping[str, Mapping[str, Any]],
+    disk_bytes: int = 0,
 ) -> Json:
     """
     Requests and limits, both always there, with the arena in the memory.
@@ -61,6 +65,7 @@ def of_sidecar(
         beside: the pod's own containers and init containers.
         charged_bytes: the arena, where the sidecar pays for it.
         declared: the amounts that the pod declares for its sidecar.
+        disk_bytes: the policy's local disk, where Kubernetes counts it for the pod.
 
     A pod of the class Guaranteed stays one: it would lose its own cores otherwise. A CPU limit is set only where each container
     of the pod has one, as it slows the drain.
@@ -76,7 +81,7 @@ def of_sidecar(
     elif cpu_limit is None and all(_amount(each, "limits", "cpu") for each in beside):
         largest = max((quantities.millicores(_amount(each, "limits", "cpu")) or 0 for each in beside), default=0)
         cpu_limit = max(cpu, min(CPU_LIMIT_MILLICORES, largest or CPU_LIMIT_MILLICORES))
-    disk = _disk(beside, declared)
+    disk = _disk(beside, declared, DISK_BYTES + disk_bytes)
     return {
         "requests": _amounts(cpu, memory + charged_bytes) | disk["requests"],
         "limits": _amounts(cpu_limit, memory_limit + charged_bytes) | disk["limits"],
@@ -92,19 +97,21 @@ def of_client(resources: policy.Resources, beside: Sequence[Json]) -> Json:
     return of_sidecar(resources, beside, 0, {})
 
 
-def _disk(beside: Sequence[Json], declared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _disk(
+    beside: Sequence[Json], declared: Mapping[str, Mapping[str, Any]], needed_bytes: int
+) -> dict[str, dict[str, Any]]:
     """Local storage, by part: what the pod declares for the sidecar, else enough for it where another container sets an amount."""
     storage: dict[str, dict[str, Any]] = {"requests": {}, "limits": {}}
     for part, amounts in storage.items():
         if (own := (declared.get(part) or {}).get(STORAGE)) is not None:
             amounts[STORAGE] = own
         elif any(_amount(each, part, STORAGE) is not None for each in beside):
-            amounts[STORAGE] = policy.format_bytes(DISK_BYTES)
+            amounts[STORAGE] = policy.format_bytes(needed_bytes)
     request, limit = (quantities.num_bytes(storage[part].get(STORAGE)) for part in ("requests", "limits"))
     if request and limit and request > limit:
         # The value that injection chose gives way.
-        given = "requests" if (declared.get("requests") or {}).get(STORAGE) is not None else "limits"
-        storage["limits" if given == "requests" else "requests"][STORAGE] = storage[given][STORAGE]
+        declared_part = "requests" if (declared.get("requests") or {}).get(STORAGE) is not None else "limits"
+        storage["limits" if declared_part == "requests" else "requests"][STORAGE] = storage[declared_part][STORAGE]
     return storage
 
 

@@ -49,8 +49,8 @@ JOB_ID_ALLOWED: Final = "at most 253 letters, digits, '-', '_' and '.', a letter
 JOB_ID_FIELD: Final = re.compile(r"\$\((index|job-index)\)")
 """Placeholder in the annotation for a part that differs between the pods of one template."""
 _IMAGE: Final = re.compile(r"[^\s@:/][^\s@]{0,511}(@sha256:[0-9a-f]{64})?")
-_NAME_MOST: Final = 253
-_UNKNOWN_MOST: Final = 20
+_MAX_NAME: Final = 253
+_MAX_UNKNOWN: Final = 20
 """
 Maximum number of unknown annotations that are reported one by one. A pod may have ten thousand, and each is compared with all
 known ones.
@@ -98,18 +98,18 @@ def parse(annotations: Mapping[str, str]) -> Parsed:
 
     def read(name: str, pattern: re.Pattern[str], allowed: str) -> str:
         text = annotations.get(name, "")
-        if name in annotations and ((len(text) > _NAME_MOST and name != SIDECAR_IMAGE) or not pattern.fullmatch(text)):
+        if name in annotations and ((len(text) > _MAX_NAME and name != SIDECAR_IMAGE) or not pattern.fullmatch(text)):
             problems.append(f"{name}: got {_clip(text)}; allowed: {allowed}")
             return ""
         return text
 
     unknown = [name for name in sorted(annotations) if name.startswith(PREFIX) and name not in KNOWN]
-    for name in unknown[:_UNKNOWN_MOST]:
+    for name in unknown[:_MAX_UNKNOWN]:
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else "the annotations are " + ", ".join(KNOWN)
         problems.append(f"{name}: unknown annotation; {hint}")
-    if len(unknown) > _UNKNOWN_MOST:
-        problems.append(f"{len(unknown) - _UNKNOWN_MOST} more unknown annotations")
+    if len(unknown) > _MAX_UNKNOWN:
+        problems.append(f"{len(unknown) - _MAX_UNKNOWN} more unknown annotations")
     inject = annotations.get(INJECT, "true")
     if inject not in ("true", "false"):
         problems.append(f'{INJECT}: got {_clip(inject)}; allowed: "true" or "false"')
@@ -143,7 +143,7 @@ def parse(annotations: Mapping[str, str]) -> Parsed:
 
 def is_job_id(text: str) -> bool:
     """Whether a text can name a job's checkpoints: it is one part of a path, and fits into a Checkpoint object."""
-    return len(text) <= _NAME_MOST and _JOB_ID.fullmatch(text) is not None
+    return len(text) <= _MAX_NAME and _JOB_ID.fullmatch(text) is not None
 
 
 def _clip(text: str) -> str:

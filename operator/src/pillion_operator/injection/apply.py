@@ -132,15 +132,15 @@ def _insert_own(init_containers: list[Json], parts: Parts) -> list[Json]:
     return result
 
 
-def _keep_additions(current: Json, wanted: Json) -> Json:
-    """Our container as wanted, with the keys, variables and mounts that the pod's author or another webhook gave it."""
+def _keep_additions(current: Json, injected: Json) -> Json:
+    """Return the injected container with the keys, variables and mounts that the pod's author or another webhook has added."""
     result = pods.copied(current)
-    result.update(pods.copied(wanted))
+    result.update(pods.copied(injected))
     for key, by in (("env", "name"), ("volumeMounts", "mountPath")):
-        _set(result, key, _merge(current.get(key), wanted.get(key) or [], by, ()))
+        _set(result, key, _merge(current.get(key), injected.get(key) or [], by, ()))
     sources = current.get("envFrom") or []
-    _set(result, "envFrom", [*sources, *(each for each in wanted.get("envFrom") or [] if each not in sources)])
-    if "livenessProbe" not in wanted:
+    _set(result, "envFrom", [*sources, *(each for each in injected.get("envFrom") or [] if each not in sources)])
+    if "livenessProbe" not in injected:
         result.pop("livenessProbe", None)
     return result
 
@@ -163,8 +163,8 @@ def _lay_into_trainer(container: Json, bare: Json, parts: Parts) -> str | None:
         literals = [
             n for n, each in enumerate(env) if each.get("name") == sidecar_spec.PYTHONPATH and "valueFrom" not in each
         ]
-        ours = [n for n in literals if _is_behind(env[n].get("value") or "")]
-        if at := ours or (literals if literal is not None else []):
+        own = [n for n in literals if _is_behind(env[n].get("value") or "")]
+        if at := own or (literals if literal is not None else []):
             env[at[-1]] = entry
         else:
             env.append(entry)
@@ -213,15 +213,19 @@ def _is_behind(python_path: str) -> bool:
     return python_path == sidecar_spec.CLIENT_DIR or python_path.endswith(f":{sidecar_spec.CLIENT_DIR}")
 
 
-def _merge(current: Iterable[Json] | None, wanted: Iterable[Json], key: str, ours: Collection[str]) -> list[Json]:
-    """`current` with the wanted entries: in place where they are, else at the end. Others of `ours` are dropped."""
-    missing = {each[key]: each for each in wanted}
+def _merge(current: Iterable[Json] | None, entries: Iterable[Json], key: str, own_names: Collection[str]) -> list[Json]:
+    """
+    Return `current` with `entries`: each in the place of the entry with the same `key`, or else at the end.
+
+    Other entries of `current` whose names are in `own_names` are dropped.
+    """
+    missing = {each[key]: each for each in entries}
     result = []
     for each in current or []:
         name: Any = each.get(key)
         if name in missing:
             result.append(pods.copied(missing.pop(name)))
-        elif name not in ours:
+        elif name not in own_names:
             result.append(pods.copied(each))
     return result + [pods.copied(each) for each in missing.values()]
 

@@ -26,6 +26,8 @@ class CheckpointPolicy:
     problems: tuple[str, ...] = ()
     failure_policy: policy.FailurePolicy | None = None
     """Its `failurePolicy`, even where the rest is invalid. None: not an allowed value."""
+    claim_modes: tuple[str, ...] = ()
+    """Access modes of the claim that the spec names. Empty: not known."""
 
 
 def from_object(document: Mapping[str, Any]) -> CheckpointPolicy:
@@ -48,4 +50,16 @@ def from_object(document: Mapping[str, Any]) -> CheckpointPolicy:
         spec=spec,
         problems=problems,
         failure_policy=failure_policy,
+        claim_modes=_claim_modes(document, spec),
     )
+
+
+def _claim_modes(document: Mapping[str, Any], spec: policy.Policy | None) -> tuple[str, ...]:
+    """Access modes from the status, where the controller has read the claim that the spec names now."""
+    wanted = spec.storage.persistent_volume_claim if spec else None
+    status = document.get("status")
+    claim = status.get("claim") if isinstance(status, Mapping) else None
+    if wanted is None or not isinstance(claim, Mapping) or claim.get("name") != wanted.claim_name:
+        return ()
+    modes = claim.get("accessModes")
+    return tuple(str(each) for each in modes) if isinstance(modes, list) else ()

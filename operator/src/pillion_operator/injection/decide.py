@@ -19,6 +19,7 @@ from pillion_operator.injection import (
     pods,
     sidecar_spec,
     status,
+    storage_spec,
     trainers,
 )
 from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
@@ -77,7 +78,7 @@ def inject(
     *,
     parsed: annotations.Parsed | None = None,
     made_by: identity.Job | identity.Unclear | None = None,
-    claim: Json | None = None,
+    namespace: str = "",
 ) -> Decision:
     """
     Decide about a pod.
@@ -88,8 +89,9 @@ def inject(
         settings: the operator's.
         parsed: the pod's annotations where the caller has parsed them; a pod may have thousands. None: they are parsed here.
         made_by: what the pod belongs to, for a template, which no controller has labelled yet. None: read from the pod.
-        claim: the PersistentVolumeClaim that the policy names. None: not known.
+        namespace: the pod's, which a pod that is being made may not name. Empty: the one in its metadata.
     """
+    namespace = namespace or pods.namespace(pod)
     raw = pods.metadata_map(pod, "annotations")
     if _MIRROR in raw:
         return Skip(reason=Reason.MIRROR_POD)
@@ -122,7 +124,7 @@ def inject(
     belongs_to = identity.identify(bare, pod_annotations.job_id, made_by=made_by)
     unclear = [belongs_to.why] if isinstance(belongs_to, identity.Unclear) else []
     for reason, details in (
-        (Reason.UNSUPPORTED_POD, _unsupported(bare)),
+        (Reason.UNSUPPORTED_POD, [*_unsupported(bare), *_without_namespace(effective.policy, namespace)]),
         (Reason.BAD_ANNOTATION, [*problems, *in_annotations, *not_there]),
         (Reason.JOB_UNCLEAR, unclear),
         (Reason.BAD_SIDECAR_CONTAINER, [*_misplaced(bare), *in_container]),
@@ -132,10 +134,13 @@ def inject(
             return refuse(reason=reason, details=tuple(details))
     assert isinstance(belongs_to, identity.Job), "what is unclear was refused"
 
-    parts = sidecar_spec.build(bare, effective, belongs_to, pod_annotations, declared, chosen, settings)
+    parts = sidecar_spec.build(bare, effective, belongs_to, pod_annotations, declared, chosen, settings, namespace)
     if declared and (details := overrides.container_problems(declared, parts.sidecar)):
         return refuse(reason=Reason.BAD_SIDECAR_CONTAINER, details=tuple(details))
     done, before = apply.insert(pod, bare, parts)
+    warnings = doubts.find(
+        bare, done, effective.policy, pod_annotations, declared, chosen, settings, checkpoint_policy.claim_modes
+    )
     what = status.Status(
         policy=pod_annotations.policy,
         policy_uid=checkpoint_policy.uid,
@@ -146,10 +151,10 @@ def inject(
         image=effective.image,
         containers=chosen,
         before=before,
+        warnings=tuple(warnings),
     )
     apply.mark(done, what, parts)
-    warnings = doubts.find(bare, done, effective.policy, pod_annotations, declared, chosen, settings, claim)
-    return Inject(pod=done, patch=patch.diff(pod, done), status=what, warnings=tuple(warnings))
+    return Inject(pod=done, patch=patch.diff(pod, done), status=what, warnings=what.warnings)
 
 
 def _unsupported(bare: Json) -> list[str]:
@@ -158,6 +163,12 @@ def _unsupported(bare: Json) -> list[str]:
     if "windows" in ((spec.get("os") or {}).get("name"), (spec.get("nodeSelector") or {}).get(_OS_LABEL)):
         problems.append("its operating system is Windows; Pillion needs the shared memory of Linux")
     return problems
+
+
+def _without_namespace(effective: policy.Policy, namespace: str) -> list[str]:
+    if namespace or not storage_spec.needs_namespace(effective.storage):
+        return []
+    return ["its namespace, a folder of the object store, is not known: set metadata.namespace"]
 
 
 def _misplaced(bare: Json) -> list[str]:

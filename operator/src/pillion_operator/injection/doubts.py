@@ -14,16 +14,18 @@ from pillion_operator.injection import annotations, pods, quantities, trainers, 
 from pillion_operator.injection.pods import Json
 from pillion_operator.settings import Settings
 
-GRACE_MOST_S: Final = 600
+MAX_GRACE_S: Final = 600
 """
 Maximum grace period in seconds without a warning. Drains of nodes, preemption and retries of a job wait for it, and cluster
 autoscalers allow ten minutes.
 """
-ARENA_MOST_BYTES: Final = 32 * 2**40
+MAX_ARENA_BYTES: Final = 32 * 2**40
 """Memory of the largest node that a cloud offers."""
 _COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 _SIZES: Final = ("kueue.x-k8s.io/pod-group-total-count", "leaderworkerset.sigs.k8s.io/size")
 """Annotations and labels that hold the number of pods in a training."""
+_SERVICES: Final = (".svc", ".svc.cluster.local")
+"""Ends of the names of Services, which only the cluster's own resolver knows."""
 _ONE_NODE: Final = ("ReadWriteOnce", "ReadWriteOncePod")
 
 
@@ -35,7 +37,7 @@ def find(
     declared: Json | None,
     chosen: tuple[str, ...],
     settings: Settings,
-    claim: Json | None,
+    claim_modes: tuple[str, ...],
 ) -> list[str]:
     """
     The doubts about one pod.
@@ -48,15 +50,15 @@ def find(
         declared: the sidecar that it declares itself, or None.
         chosen: its trainer containers.
         settings: the operator's.
-        claim: the PersistentVolumeClaim of its storage; None: not known.
+        claim_modes: access modes of the claim of its storage; empty: not known.
     """
     return [
         *_about_trainers(bare, pod_annotations, chosen),
         *_about_the_user(bare, effective, declared, chosen, settings),
-        *_about_the_network(bare, settings),
+        *_about_the_network(bare, effective, settings),
         *_about_the_end(done),
         *_about_the_arena(bare, effective, chosen),
-        *_about_the_claim(bare, claim),
+        *_about_the_claim(bare, effective, claim_modes),
     ]
 
 
@@ -71,26 +73,33 @@ def _about_trainers(bare: Json, pod_annotations: annotations.PodAnnotations, cho
 def _about_the_user(
     bare: Json, effective: policy.Policy, declared: Json | None, chosen: tuple[str, ...], settings: Settings
 ) -> Iterator[str]:
-    said = ((declared or {}).get("securityContext") or {}).get("runAsUser")
-    if said is None and effective.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
+    if effective.storage.object_store is not None:
+        return  # Any user may send a request.
+    declared_user = ((declared or {}).get("securityContext") or {}).get("runAsUser")
+    if declared_user is None and effective.sidecar.run_as_user is None and users.is_unknown(bare, chosen):
         yield (
             f"the pod sets no runAsUser, so the sidecar runs as {settings.run_as_user}, which may be unable to write to a new volume: set"
             " runAsUser or fsGroup in the pod, or sidecar.runAsUser in the policy (0 where only root may write)"
         )
 
 
-def _about_the_network(bare: Json, settings: Settings) -> Iterator[str]:
+def _about_the_network(bare: Json, effective: policy.Policy, settings: Settings) -> Iterator[str]:
     spec = pods.spec(bare)
-    in_cluster = (urlsplit(settings.home_url).hostname or "").endswith(".svc")
-    if in_cluster and spec.get("hostNetwork") and spec.get("dnsPolicy") in (None, "ClusterFirst", "Default"):
+    if not spec.get("hostNetwork") or spec.get("dnsPolicy") not in (None, "ClusterFirst", "Default"):
+        return
+    store = effective.storage.object_store
+    addresses = {"the controller": settings.home_url, "the object store": (store.endpoint if store else None) or ""}
+    services = [name for name, url in addresses.items() if (urlsplit(url).hostname or "").endswith(_SERVICES)]
+    if services:
         yield (
-            "with hostNetwork, the node's resolver does not resolve Services, so the sidecar cannot reach the controller: set dnsPolicy: ClusterFirstWithHostNet"
+            f"with hostNetwork, the node's resolver does not resolve Services, so the sidecar cannot reach {' or '.join(services)}:"
+            " set dnsPolicy: ClusterFirstWithHostNet"
         )
 
 
 def _about_the_end(done: Json) -> Iterator[str]:
     grace_s = pods.spec(done).get("terminationGracePeriodSeconds") or 0
-    if grace_s > GRACE_MOST_S:
+    if grace_s > MAX_GRACE_S:
         yield (
             f"the pod may take {grace_s} s to terminate, drain included, and a drain of its node waits that long: lower the policy's"
             " drain.timeoutSeconds or the pod's terminationGracePeriodSeconds"
@@ -102,7 +111,7 @@ def _about_the_arena(bare: Json, effective: policy.Policy, chosen: tuple[str, ..
     if arena_bytes is None:
         return
     size = policy.format_bytes(arena_bytes)
-    if arena_bytes > ARENA_MOST_BYTES:
+    if arena_bytes > MAX_ARENA_BYTES:
         yield f"no node has {size} of memory for the arena: lower staging.sizeLimit"
     elif effective.staging.memory_accounting is policy.MemoryAccounting.WORKLOAD:
         own = [quantities.num_bytes(_limit(pods.spec(bare)))]
@@ -120,13 +129,12 @@ def _limit(holder: Json) -> object:
     return ((holder.get("resources") or {}).get("limits") or {}).get("memory")
 
 
-def _about_the_claim(bare: Json, claim: Json | None) -> Iterator[str]:
-    modes = ((claim or {}).get("spec") or {}).get("accessModes") or []
+def _about_the_claim(bare: Json, effective: policy.Policy, modes: tuple[str, ...]) -> Iterator[str]:
+    claim = effective.storage.persistent_volume_claim
     marks = pods.metadata_map(bare, "labels") | pods.metadata_map(bare, "annotations")
     several = marks.get(_COMPLETION_INDEX, "0") != "0" or any(marks.get(each, "1") != "1" for each in _SIZES)
-    if several and modes and all(each in _ONE_NODE for each in modes):
-        name = ((claim or {}).get("metadata") or {}).get("name")
+    if several and claim and modes and all(each in _ONE_NODE for each in modes):
         yield (
-            f"the claim {name} is {', '.join(modes)} and the training has several pods, which are on one node or do not start:"
+            f"the claim {claim.claim_name} is {', '.join(modes)} and the training has several pods, which are on one node or do not start:"
             " all of them need one volume, ReadWriteMany"
         )

@@ -35,31 +35,35 @@ class Effective:
 
 
 def apply(
-    given: policy.Policy,
+    base: policy.Policy,
     pod_annotations: annotations.PodAnnotations,
     bare: Json,
     declared: Json | None,
     settings: Settings,
 ) -> tuple[Effective, list[str], list[str]]:
-    """The policy and the image for the pod; and all problems of its annotations, and of the amounts and the image that it declares."""
+    """
+    Return the policy and the image for one pod, the problems of its annotations, and the problems of the container that it declares.
+
+    `base`: the policy without the pod's overrides.
+    """
     in_annotations: list[str] = []
     in_container: list[str] = []
-    asked = _asked(pod_annotations, bare, declared)
-    effective = given
-    while asked:  # Each problem removes one of them.
+    requested = _requested(pod_annotations, bare, declared)
+    effective = base
+    while requested:  # Each problem removes one value.
         try:
-            effective = policy.parse(_with(given, asked), embedded=False)
+            effective = policy.parse(_with(base, requested), embedded=False)
             break
         except policy.PolicyError as err:
-            for problem in err.problems[: len(asked)]:
+            for problem in err.problems[: len(requested)]:
                 # A request above its limit: blame the one of the two that the pod set.
-                blamed = (problem.path, problem.path.replace("requests", "limits"), *asked)
-                path = next(each for each in blamed if each in asked)
-                _, source = asked.pop(path)
+                blamed = (problem.path, problem.path.replace("requests", "limits"), *requested)
+                path = next(each for each in blamed if each in requested)
+                _, source = requested.pop(path)
                 text = f"{source}{str(problem).removeprefix(problem.path)}"
                 (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
-    for path, (value, source) in asked.items():
-        if most := _ceiling(path, given, effective):
+    for path, (value, source) in requested.items():
+        if most := _ceiling(path, base, effective):
             text = f"{source}: got {value!r}; allowed: at most {most}, the limit of the policy"
             (in_container if source.startswith(_CONTAINER) else in_annotations).append(text)
 
@@ -73,36 +77,36 @@ def apply(
 
 
 def repository(image: str) -> str:
-    """An image reference without its tag and digest."""
+    """Return an image reference without tag and digest."""
     return re.sub(r":[^/:]*$", "", image.split("@", 1)[0])
 
 
 def allowed_repositories(settings: Settings) -> tuple[str, ...]:
-    """The repositories from which a pod may take its sidecar's image."""
+    """Return the repositories from which a pod may take its sidecar's image."""
     listed = tuple(each.strip() for each in settings.allowed_images.split(",") if each.strip())
     return listed or (repository(settings.sidecar_image),)
 
 
-def _asked(
+def _requested(
     pod_annotations: annotations.PodAnnotations, bare: Json, declared: Json | None
 ) -> dict[str, tuple[object, str]]:
-    """By path in the policy: the value that the pod requests, and its source."""
-    asked: dict[str, tuple[object, str]] = {}
-    for part, said in amounts.said(bare, declared).items():
-        for name, amount in said.items():
+    """Return path in the policy -> the value that the pod requests, and its source."""
+    requested: dict[str, tuple[object, str]] = {}
+    for part, declared_amounts in amounts.declared_amounts(bare, declared).items():
+        for name, amount in declared_amounts.items():
             if name in ("cpu", "memory"):
-                asked[f"sidecar.resources.{part}.{name}"] = (amount, f"{_CONTAINER}: resources.{part}.{name}")
+                requested[f"sidecar.resources.{part}.{name}"] = (amount, f"{_CONTAINER}: resources.{part}.{name}")
     for annotation, amount in pod_annotations.resources.items():
-        asked[".".join(("sidecar.resources", *annotations.RESOURCES[annotation]))] = (amount, annotation)
+        requested[".".join(("sidecar.resources", *annotations.RESOURCES[annotation]))] = (amount, annotation)
     if pod_annotations.staging_size_limit is not None:
-        asked["staging.sizeLimit"] = (pod_annotations.staging_size_limit, annotations.STAGING_SIZE_LIMIT)
-    return asked
+        requested["staging.sizeLimit"] = (pod_annotations.staging_size_limit, annotations.STAGING_SIZE_LIMIT)
+    return requested
 
 
-def _with(given: policy.Policy, asked: Mapping[str, tuple[object, str]]) -> dict[str, object]:
-    """The document of a policy with the pod's values in it."""
-    document = policy.dump(given)
-    for path, (value, _) in asked.items():
+def _with(base: policy.Policy, requested: Mapping[str, tuple[object, str]]) -> dict[str, object]:
+    """Return the document of the base policy with the values that the pod requests."""
+    document = policy.dump(base)
+    for path, (value, _) in requested.items():
         *sections, last = path.split(".")
         into: Any = document
         for section in sections:
@@ -111,18 +115,18 @@ def _with(given: policy.Policy, asked: Mapping[str, tuple[object, str]]) -> dict
     return document
 
 
-def container_problems(declared: Json, given: Json) -> list[str]:
+def container_problems(declared: Json, injected: Json) -> list[str]:
     """
-    What is wrong with how a pod declares the sidecar's container.
+    Return the problems of the sidecar's container as a pod declares it.
 
     Args:
-        declared: as the API server hands it on: its plug-ins may have filled in what nobody wrote.
-        given: the container as injection sets it; the same values, or less, are no problem.
+        declared: the container in the pod. Plug-ins of the API server may have added values that its author did not write.
+        injected: the container as injection sets it. The same values, or less, are no problem.
     """
     problems = [
         f"{key}: injection sets it"
         for key in _DECLARED_ONLY_BY_US
-        if declared.get(key) and declared[key] != given.get(key)
+        if declared.get(key) and declared[key] != injected.get(key)
     ]
     if declared.get("restartPolicy", "Always") != "Always":
         problems.append(f"restartPolicy: got {declared['restartPolicy']!r}; allowed: Always, or no value")
@@ -130,7 +134,7 @@ def container_problems(declared: Json, given: Json) -> list[str]:
     problems += [
         f"securityContext.{key}: injection sets it; a pod may set {', '.join(_DECLARED_SECURITY)}"
         for key, value in security.items()
-        if key not in _DECLARED_SECURITY and not users.asks_for_no_more(key, value, given["securityContext"])
+        if key not in _DECLARED_SECURITY and not users.asks_for_no_more(key, value, injected["securityContext"])
     ]
     for part in ("requests", "limits"):
         problems += [
@@ -141,12 +145,12 @@ def container_problems(declared: Json, given: Json) -> list[str]:
     return [f"{_CONTAINER}: {problem}" for problem in problems]
 
 
-def _ceiling(path: str, given: policy.Policy, effective: policy.Policy) -> str:
-    """The policy's maximum, where an override exceeds it; else empty."""
-    # Requests need no look of their own: the policy's reader holds them below the limits.
-    before, after = given.sidecar.resources.limits, effective.sidecar.resources.limits
+def _ceiling(path: str, base: policy.Policy, effective: policy.Policy) -> str:
+    """Return the base policy's maximum if an override exceeds it. Otherwise empty."""
+    # Requests need no check, because the policy's reader keeps them below the limits.
+    before, after = base.sidecar.resources.limits, effective.sidecar.resources.limits
     most, now, show = {
-        "staging.sizeLimit": (given.staging.size_limit_bytes, effective.staging.size_limit_bytes, policy.format_bytes),
+        "staging.sizeLimit": (base.staging.size_limit_bytes, effective.staging.size_limit_bytes, policy.format_bytes),
         "sidecar.resources.limits.memory": (before.memory_bytes, after.memory_bytes, policy.format_bytes),
         "sidecar.resources.limits.cpu": (
             before.cpu_millicores,

@@ -33,6 +33,11 @@ def name(pod: Json) -> str:
     return str((pod.get("metadata") or {}).get("name") or "")
 
 
+def namespace(pod: Json) -> str:
+    """The pod's namespace; empty where it does not name one."""
+    return str((pod.get("metadata") or {}).get("namespace") or "")
+
+
 def spec(pod: Json) -> Json:
     """The pod's spec; empty where there is none."""
     return pod.get("spec") or {}

@@ -8,7 +8,7 @@ Must never: judge what the API server judges: fields that the injection does not
 
 from typing import Any, Final
 
-DEPTH_MOST: Final = 64
+MAX_DEPTH: Final = 64
 """Maximum depth of nested objects and lists. A pod has some ten levels; each level is a nested call where the pod is copied."""
 _INT64: Final = 2**63
 """Limit of integers, which the API server has too. Python refuses to print an integer with 4,300 digits after an addition."""
@@ -52,6 +52,7 @@ _STATUS: Final[dict[str, Any]] = {
     **dict.fromkeys(("policy", "policy_uid", "job_kind", "job_name", "job_id", "image"), str),
     "policy_generation": int,
     "containers": [str],
+    "warnings": [str],
     "before": {
         "grace_s": int,
         "grace_set_s": int,
@@ -81,14 +82,14 @@ def problem(pod: Any, parts: tuple[str, ...] = ("metadata", "spec")) -> str:
     """Describe the first field of unexpected type in a pod, or in some parts of it; empty string if there is none."""
     if not isinstance(pod, dict) or not all(isinstance(pod.get(part), dict) for part in parts):
         return "it has no " + " and ".join(parts)
-    if _is_deeper(pod, DEPTH_MOST):
-        return f"it is nested more than {DEPTH_MOST} deep"
+    if _is_deeper(pod, MAX_DEPTH):
+        return f"it is nested more than {MAX_DEPTH} deep"
     return _problem({part: pod[part] for part in parts}, _POD, "")
 
 
 def status_problem(document: Any) -> str:
     """Describe the first field of unexpected type in a status annotation; empty string if there is none."""
-    return "it is nested too deep" if _is_deeper(document, DEPTH_MOST) else _problem(document, _STATUS, "")
+    return "it is nested too deep" if _is_deeper(document, MAX_DEPTH) else _problem(document, _STATUS, "")
 
 
 def _problem(value: Any, shape: Any, path: str) -> str:

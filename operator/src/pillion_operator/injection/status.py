@@ -2,7 +2,8 @@
 The whole of: the annotation ``pillion.dev/status``: what injection did to a pod, and what was there before.
 
 Producer: the injection. Consumer: the injection, when it sees the pod again or takes the sidecar out; the controller; people.
-Breaking changes: removing or renaming a field. A reader takes a version that it does not know for no status at all.
+Breaking changes: removing or renaming a field. A reader ignores fields that it does not know, and takes a version that it does not
+know for no status at all.
 
 Must never: be trusted with more than the pod's own fields; everyone who creates a pod can write it.
 """
@@ -48,12 +49,20 @@ class Status:
     containers: tuple[str, ...]
     """The trainer containers."""
     before: Before
+    warnings: tuple[str, ...] = ()
+    """Warnings about the pod, for the Event on its owner."""
+
+
+_FIELDS: Final = {each.name for each in dataclasses.fields(Status)}
+_BEFORE: Final = {each.name for each in dataclasses.fields(Before)}
 
 
 def dump(status: Status) -> str:
     """The annotation's value: the same text for the same status."""
     document = dataclasses.asdict(status)
     document["before"] = {key: value for key, value in document["before"].items() if value not in (None, {})}
+    if not status.warnings:
+        del document["warnings"]
     return json.dumps({"version": VERSION} | document, separators=(",", ":"), sort_keys=True)
 
 
@@ -65,8 +74,9 @@ def read(pod: Json) -> Status | None:
         if document.pop("version") != VERSION or shape.status_problem(document):
             return None
         # A null is an absent field: one that may be absent has its default then, one that may not is a TypeError.
-        fields = {key: value for key, value in document.items() if value is not None}
-        before = {key: value for key, value in fields.pop("before").items() if value is not None}
-        return Status(**fields | {"containers": tuple(fields["containers"]), "before": Before(**before)})
+        fields = {key: value for key, value in document.items() if value is not None and key in _FIELDS}
+        before = {key: value for key, value in fields.pop("before").items() if value is not None and key in _BEFORE}
+        fields |= {key: tuple(fields[key]) for key in ("containers", "warnings") if key in fields}
+        return Status(**fields | {"before": Before(**before)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -38,8 +38,8 @@ def choose(
     names = [str(each.get("name")) for each in pods.containers(bare)]
     if pod_annotations.containers:
         missing = [name for name in pod_annotations.containers if name not in names]
-        there = f"allowed: containers of the pod: {', '.join(names)}"
-        return pod_annotations.containers, [f"{annotations.CONTAINERS}: got {name!r}; {there}" for name in missing]
+        allowed = f"allowed: containers of the pod: {', '.join(names)}"
+        return pod_annotations.containers, [f"{annotations.CONTAINERS}: got {name!r}; {allowed}" for name in missing]
     if earlier and set(earlier.containers) <= set(names):
         return earlier.containers, []
     main, candidates = _main(bare)
@@ -79,8 +79,8 @@ def _devices(container: Json) -> list[str]:
     Source: Kubernetes documentation, "Extended Resources" (a name with a domain) and "Dynamic Resource Allocation" (claims).
     """
     resources = container.get("resources") or {}
-    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    amounts = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
     extended = [
-        name for name, amount in asked.items() if "/" in name and str(amount) != "0" and not name.endswith(_FUSE)
+        name for name, amount in amounts.items() if "/" in name and str(amount) != "0" and not name.endswith(_FUSE)
     ]
     return extended + (["claim"] if resources.get("claims") else [])

@@ -25,29 +25,33 @@ def of_sidecar(
     A root sidecar may write where another user has written before, as root does; of root's rights it has that one.
     """
     own = (declared or {}).get("securityContext") or {}
-    user = _first(own.get("runAsUser"), section.run_as_user, _said(bare, trainers, "runAsUser"), settings.run_as_user)
-    # A root trainer's group is root's, but none is said.
+    user = _first(
+        own.get("runAsUser"), section.run_as_user, _of_first_trainer(bare, trainers, "runAsUser"), settings.run_as_user
+    )
+    # A root trainer without a group has root's.
     fallback = ROOT if user == ROOT else settings.run_as_group
-    said = _said(bare, trainers, "runAsGroup")
-    group = _first(own.get("runAsGroup"), section.run_as_group, said if said or user == ROOT else None, fallback)
+    group_id = _of_first_trainer(bare, trainers, "runAsGroup")
+    group = _first(
+        own.get("runAsGroup"), section.run_as_group, group_id if group_id or user == ROOT else None, fallback
+    )
     return _context(user, group, bare, trainers)
 
 
 def of_client(section: policy.Sidecar, bare: Json, trainers: tuple[str, ...], settings: Settings) -> Json:
     """The security context of the container that lays out the client, which is never root: an empty volume takes any user's files."""
-    users = (section.run_as_user, _said(bare, trainers, "runAsUser"))
-    groups = (section.run_as_group, _said(bare, trainers, "runAsGroup"))
+    users = (section.run_as_user, _of_first_trainer(bare, trainers, "runAsUser"))
+    groups = (section.run_as_group, _of_first_trainer(bare, trainers, "runAsGroup"))
     user = next((each for each in users if each), settings.run_as_user)
     return _context(user, next((each for each in groups if each), settings.run_as_group), bare, trainers)
 
 
 def is_unknown(bare: Json, trainers: tuple[str, ...]) -> bool:
     """Whether the trainer's user is that of its image, root perhaps, and its volumes are not made writable for a group."""
-    user, not_root = _said(bare, trainers, "runAsUser"), _said(bare, trainers, "runAsNonRoot")
+    user, not_root = _of_first_trainer(bare, trainers, "runAsUser"), _of_first_trainer(bare, trainers, "runAsNonRoot")
     return user is None and not not_root and _of_pod(bare).get("fsGroup") is None
 
 
-def asks_for_no_more(key: str, value: Any, given: Json) -> bool:
+def asks_for_no_more(key: str, value: Any, injected: Json) -> bool:
     """Whether a key of a declared security context sets what the sidecar gets anyway, or less."""
     match key:
         case "privileged":
@@ -57,7 +61,7 @@ def asks_for_no_more(key: str, value: Any, given: Json) -> bool:
         case "procMount":
             return bool(value == "Default")
         case _:
-            return bool(value == given.get(key))
+            return bool(value == injected.get(key))
 
 
 def _context(user: Any, group: Any, bare: Json, trainers: tuple[str, ...]) -> Json:
@@ -83,8 +87,8 @@ def _of_pod(bare: Json) -> Json:
     return pods.spec(bare).get("securityContext") or {}
 
 
-def _said(bare: Json, trainers: tuple[str, ...], key: str) -> Any:
-    """The value for the first trainer: its own, else the pod's, else None."""
+def _of_first_trainer(bare: Json, trainers: tuple[str, ...], key: str) -> Any:
+    """Return a value for the first trainer: from its container, else from the pod, else None."""
     return _first(_of_trainer(bare, trainers).get(key), _of_pod(bare).get(key))
 
 

@@ -33,5 +33,5 @@ def may_ask(certificate: Mapping[str, Any] | None, allowed: str) -> bool:
         certificate: see `names`.
         allowed: names, separated by commas. Empty: every certificate of the authority is accepted.
     """
-    wanted = {name.strip() for name in allowed.split(",")} - {""}
-    return bool(certificate) and (not wanted or bool(wanted & names(certificate)))
+    allowed_names = {name.strip() for name in allowed.split(",")} - {""}
+    return bool(certificate) and (not allowed_names or bool(allowed_names & names(certificate)))

@@ -20,7 +20,7 @@ LOOKUP_S: Final = 2.0
 """Timeout for one lookup: less than half of the time that the API server gives the webhook."""
 MISSING_S: Final = 1.0
 """Time for which a policy is remembered as missing: a job with a wrong name creates pods by the hundred."""
-MISSING_MOST: Final = 1024
+MAX_MISSING: Final = 1024
 """Maximum number of missing policies that are remembered."""
 ASKED_AT_ONCE: Final = 16
 """Maximum number of lookups at one time. A policy in the cache needs none, and all pods of one policy share one."""
@@ -43,7 +43,7 @@ class Policies:
         self._reflector = reflector.Reflector(
             api, paths.POLICIES.everywhere, checkpoint_policy.from_object, on_change=self._changed
         )
-        self._asked: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
+        self._lookups: dict[Key, asyncio.Task[CheckpointPolicy | None]] = {}
         self._missing: OrderedDict[Key, float] = OrderedDict()
         self._questions = ASKED_BURST
         """Lookups that are allowed now; see `ASKED_PER_S`."""
@@ -63,7 +63,7 @@ class Policies:
             await watching
         finally:
             watching.cancel()
-            await asyncio.gather(watching, *self._asked.values(), return_exceptions=True)
+            await asyncio.gather(watching, *self._lookups.values(), return_exceptions=True)
 
     async def find(self, namespace: str, name: str) -> CheckpointPolicy | None:
         """
@@ -80,19 +80,19 @@ class Policies:
         if time.monotonic() < self._missing.get(key, 0.0):
             metrics.POLICY_LOOKUPS.labels("cache").inc()
             return None
-        if key not in self._asked:
+        if key not in self._lookups:
             self._count_question()
             task = asyncio.create_task(self._ask(key), name="policy")
-            self._asked[key] = task
-            task.add_done_callback(lambda _: self._asked.pop(key, None))
+            self._lookups[key] = task
+            task.add_done_callback(lambda _: self._lookups.pop(key, None))
         # The first caller may be cancelled before the answer comes; the others still need it.
-        return await asyncio.shield(self._asked[key])
+        return await asyncio.shield(self._lookups[key])
 
     def _count_question(self) -> None:
         now_s = time.monotonic()
         self._questions = min(ASKED_BURST, self._questions + (now_s - self._counted_s) * ASKED_PER_S)
         self._counted_s = now_s
-        if self._questions < 1 or len(self._asked) >= ASKED_AT_ONCE:
+        if self._questions < 1 or len(self._lookups) >= ASKED_AT_ONCE:
             metrics.POLICY_LOOKUPS.labels("refused").inc()
             raise LookupFailed("too many lookups of policies that are not in the cache")
         self._questions -= 1
@@ -105,7 +105,7 @@ class Policies:
         except client.NotFound:
             self._missing[key] = time.monotonic() + MISSING_S
             self._missing.move_to_end(key)
-            while len(self._missing) > MISSING_MOST:
+            while len(self._missing) > MAX_MISSING:
                 self._missing.popitem(last=False)
             return None
         except (client.ApiError, client.Unreachable) as err:

@@ -35,19 +35,19 @@ OWNERS: Final = {
 Owners that can be looked up; each is a right of the webhook's account. A pod of another owner is refused without an Event: the
 API server gives the owner the same text, and most owners make an Event of it.
 """
-WAITING_MOST: Final = 256
+MAX_WAITING: Final = 256
 """Maximum number of refusals that wait for the lookup of their owner. Further ones are dropped and counted."""
 LOOKS_PER_S: Final = 10.0
 """Maximum lookups of owners a second. A refused job retries forever, and its owner is looked up once in `KNOWN_S`."""
 KNOWN_S: Final = 60.0
 """Time for which an answer about an owner is valid."""
-KNOWN_MOST: Final = 1024
+MAX_KNOWN: Final = 1024
 """Maximum number of remembered answers."""
 LOOKUP_S: Final = 2.0
 """Timeout for one lookup."""
 # A DNS subdomain, which cannot leave its place in a path.
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,251}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-_NAME_MOST: Final = 253
+_MAX_NAME: Final = 253
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Refusals:
     def __init__(self, api: client.Client, posted: events.Events) -> None:
         self._client = api
         self._events = posted
-        self._waiting: asyncio.Queue[_Refusal] = asyncio.Queue(WAITING_MOST)
+        self._waiting: asyncio.Queue[_Refusal] = asyncio.Queue(MAX_WAITING)
         self._owners: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
         """By path and UID: until when it holds, and whether there is such an owner."""
 
@@ -124,7 +124,7 @@ class Refusals:
             exists = False
         self._owners[path, uid] = now_s + KNOWN_S, exists
         self._owners.move_to_end((path, uid))
-        while len(self._owners) > KNOWN_MOST:
+        while len(self._owners) > MAX_KNOWN:
             self._owners.popitem(last=False)
         if not exists:
             _log.debug("the owner that a review names does not exist", extra={Field.NAMESPACE: about.get("namespace")})
@@ -141,4 +141,4 @@ def path_of(about: Json) -> str | None:
 
 
 def _is_name(text: Any) -> bool:
-    return isinstance(text, str) and len(text) <= _NAME_MOST and _NAME.fullmatch(text) is not None
+    return isinstance(text, str) and len(text) <= _MAX_NAME and _NAME.fullmatch(text) is not None

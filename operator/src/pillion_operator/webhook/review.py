@@ -18,9 +18,9 @@ from pillion_operator.injection.reasons import Reason
 API_VERSION: Final = "admission.k8s.io/v1"
 DENIED: Final = 403
 """HTTP status of a refused pod. The pod's controller retries with growing pauses."""
-_MESSAGE_MOST: Final = 4000
+_MAX_MESSAGE: Final = 4000
 """Maximum characters of a refusal; an invalid policy may have a hundred problems."""
-_WARNING_MOST: Final = 256
+_MAX_WARNING: Final = 256
 """Maximum characters of a warning. The API server truncates warnings that are too long in total; kubectl shows one a line."""
 _NOT_WORTH_A_WARNING: Final = frozenset({Reason.NOT_OPTED_IN, Reason.OPTED_OUT, Reason.MIRROR_POD})
 """Reasons that the pod's author chose, and that need no warning."""
@@ -91,17 +91,17 @@ def answer(question: Question, decision: decide.Decision | None) -> bytes:
         response["auditAnnotations"] = {"decision": name(decision), "reason": decision.reason.value}
     if isinstance(decision, decide.Deny):
         text = f"pillion: {decision.reason}: {decide.message(decision)}"
-        response["status"] = {"code": DENIED, "reason": "Forbidden", "message": _clip(text, _MESSAGE_MOST)}
+        response["status"] = {"code": DENIED, "reason": "Forbidden", "message": _clip(text, _MAX_MESSAGE)}
     elif isinstance(decision, decide.Skip) and decision.reason not in _NOT_WORTH_A_WARNING:
         response["warnings"] = [
-            _clip(f"pillion: {decision.reason}: the pod starts without a sidecar. {each}", _WARNING_MOST)
+            _clip(f"pillion: {decision.reason}: the pod starts without a sidecar. {each}", _MAX_WARNING)
             for each in (decision.reason.sentence, *decision.details)
         ]
     elif isinstance(decision, decide.Inject) and decision.patch:
         patch = json.dumps(decision.patch, separators=(",", ":")).encode()
         response |= {"patchType": "JSONPatch", "patch": base64.b64encode(patch).decode()}
     if isinstance(decision, decide.Inject) and decision.warnings:
-        response["warnings"] = [_clip(f"pillion: {each}", _WARNING_MOST) for each in decision.warnings]
+        response["warnings"] = [_clip(f"pillion: {each}", _MAX_WARNING) for each in decision.warnings]
     document = {"apiVersion": API_VERSION, "kind": "AdmissionReview", "response": response}
     return json.dumps(document, separators=(",", ":")).encode()
 

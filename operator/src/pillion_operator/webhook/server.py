@@ -31,17 +31,17 @@ DEADLINE_S: Final = 4.0
 """Timeout for one request. The webhook is registered with `timeoutSeconds: 5`, and the network takes some of it."""
 BODY_S: Final = 2.0
 """Timeout for the body, which the API server sends in milliseconds; `policies.LOOKUP_S` is the other half of the deadline."""
-BODY_MOST_BYTES: Final = 3 * 1024 * 1024
+MAX_BODY_BYTES: Final = 3 * 1024 * 1024
 """
 Maximum length of a body. A review holds the new pod once; the API server accepts no object above 3 MiB, and etcd none above 1.5
 MiB.
 """
-BODIES_MOST_BYTES: Final = 4 * 1024 * 1024
+MAX_BODIES_BYTES: Final = 4 * 1024 * 1024
 """
 Maximum bytes of all bodies at one time, from the first byte to the answer. Parsed JSON takes up to 36 times its length: with the
 process's own memory, 144 MiB fit into the 256 MiB of its pod. 200 pods at one time, as many as an API server sends, are 2 MiB.
 """
-BODIES_MOST: Final = 512
+MAX_BODIES: Final = 512
 """Maximum number of requests at one time."""
 IDLE_S: Final = 120.0
 """
@@ -70,7 +70,7 @@ class Server:
         """Whether connections are closed with their next answer, so that the API server finds another replica."""
         self._policies = cache
         self._refusals = queue
-        self._bodies = Bodies(longest=BODY_MOST_BYTES, most_bytes=BODIES_MOST_BYTES, most=BODIES_MOST, within_s=BODY_S)
+        self._bodies = Bodies(longest=MAX_BODY_BYTES, most_bytes=MAX_BODIES_BYTES, most=MAX_BODIES, within_s=BODY_S)
 
     def application(self) -> web.Application:
         """The application to serve."""
@@ -129,7 +129,7 @@ class Server:
                 if parsed.annotations.policy and parsed.annotations.inject:
                     policy_object = await self._policies.find(question.namespace, parsed.annotations.policy)
             shape.require(pod)
-            return decide.inject(pod, policy_object, self.settings, parsed=parsed)
+            return decide.inject(pod, policy_object, self.settings, parsed=parsed, namespace=question.namespace)
         except policies.LookupFailed as err:
             return self._failed(policy_object, str(err))
         except TimeoutError:

@@ -1,9 +1,9 @@
 """
-Memory for the slots of one pod: within the policy's limit, what the container may take, and what the tmpfs has.
+Grows the slots of one pod, within the policy's limit, the container's memory limit, and the room of the tmpfs.
 
-Called from: `arena.pod_arena` (claims and reserves, in threads) and the executor's `executor.load.fill` (the slot of a load). Ranks grow side by side, a GiB in a
-second or two each: each first reserves what it is about to take, so that all of them together stay within the limit. The two processes
-grow in turn, as each knows its own reservations only.
+Called from: `arena.pod_arena` (claims and reserves, in threads) and the executor's `executor.load.fill` (the slot of a load). Ranks grow in
+parallel, one or two seconds for each GiB. Each rank first reserves the bytes, so that all ranks together stay within the limit. The two
+processes take turns, because each knows only its own reservations.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from pillion_sidecar.arena import memory_limit
 from pillion_sidecar.arena.segment import Segment
 
 TURN_TIMEOUT_S: Final = 300.0
-"""Bound for the other process to have grown its slots: 100 GiB in each of several ranks, on a busy node."""
+"""Timeout for the other process's growth: 100 GiB in each of several ranks, on a busy node."""
 TURN_POLL_S: Final = 0.02
+"""Pause between two attempts to take the turn."""
 SPARE_BYTES: Final = 64 * 1024**2
-"""Of the container's limit, what the arena leaves to the sidecar's own work: the buffers and texts of a save."""
+"""Bytes of the container's memory limit that the arena leaves for the sidecar's own work: the buffers and texts of a save."""
 
 
 class Growth:
     """
-    See the module.
+    Grows the slots of one pod. See the module.
 
     Args:
-        segments: rank -> its segment; all in one folder.
-        limit_bytes: for all slots together.
-        container: what it may take as well.
+        segments: rank -> its segment. All are in one directory.
+        limit_bytes: maximum bytes of all slots together.
+        container: returns the tightest memory limit of this process's container. None: no limit.
     """
 
     def __init__(
@@ -47,23 +48,23 @@ class Growth:
         self._limit_bytes = limit_bytes
         self._container = container
         self._growing: dict[int, int] = {}
-        """rank -> how many of its slots are being given memory."""
+        """Rank -> number of its slots that grow now."""
         self._promised: dict[int, int] = {}
-        """rank of these -> bytes of its segment once they have it."""
+        """Rank whose slots grow -> bytes of its segment after the growth."""
         self._changing = threading.Lock()
         self._slots = {(rank, i): threading.Lock() for rank, s in segments.items() for i in range(s.header.num_slots)}
         self._turn = -1
-        """The folder of the segments, locked with flock by the process that grows them; -1: this one does not."""
+        """Descriptor of the segments' directory, locked with flock while this process has the turn. -1: it does not have the turn."""
 
     def grow(self, rank: int, slot: int, room_bytes: int) -> int:
         """
-        Give a rank's slot at least `room_bytes`; its capacity.
+        Grow a rank's slot to at least `room_bytes`. Return its capacity, bytes.
 
-        Blocks: 1 to 2 s a GiB of fresh memory; up to TURN_TIMEOUT_S while the other process grows slots.
+        Blocks: 1 to 2 s for each new GiB, and up to TURN_TIMEOUT_S while the other process grows slots.
 
         Raises:
-            ArenaExhausted: over a limit, or the tmpfs is full.
-            SidecarError: the other process has grown slots for too long.
+            ArenaExhausted: a limit is reached, or the tmpfs is full.
+            SidecarError: the other process did not end its turn in time.
         """
         segment = self._segments[rank]
         have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
@@ -72,7 +73,7 @@ class Growth:
         with self._slots[rank, slot]:
             have = segment.capacity_bytes(slot, enough_bytes=room_bytes)
             if room_bytes <= have:
-                return have  # it was given to it while this one waited
+                return have  # another thread grew the slot while this one waited for the lock
             self._reserve(rank, have, room_bytes)
             try:
                 return segment.grow(slot, room_bytes)
@@ -101,8 +102,13 @@ class Growth:
                 self._end_turn()
 
     def _checked(self, rank: int, have: int, room_bytes: int) -> int:
-        """Bytes of the rank's segment once it has `room_bytes` in a slot that has `have`, if everybody's promises may be kept then."""
-        allocated = {each: segment.allocated_bytes() for each, segment in self._segments.items()}
+        """
+        Return the bytes of the rank's segment after its slot has grown from `have` to `room_bytes`.
+
+        Raises:
+            ArenaExhausted: with that, all reservations together exceed a limit.
+        """
+        allocated = {member: segment.allocated_bytes() for member, segment in self._segments.items()}
         others = sum((allocated | self._promised).values()) - have
         if others + room_bytes > self._limit_bytes:
             raise ArenaExhausted(
@@ -113,7 +119,7 @@ class Growth:
             )
         level = self._container()
         if level is not None:
-            coming = sum(promised - allocated[each] for each, promised in self._promised.items())
+            coming = sum(promised - allocated[member] for member, promised in self._promised.items())
             free = level.free_bytes - coming - SPARE_BYTES
             if room_bytes - have > free:
                 raise ArenaExhausted(

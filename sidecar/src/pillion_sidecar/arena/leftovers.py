@@ -1,9 +1,9 @@
 """
-The whole of: arenas that no process has any more: what a sidecar left that could not bring its newest snapshot to storage, or was killed.
+Removes abandoned arenas: those of sidecars that were killed, or ended before their newest snapshot was on storage.
 
-Called from: `app`, in a thread, when an embedded sidecar starts. Nobody else would ever free that memory before the next boot.
-Must never: touch what somebody holds (the lock of its sidecar, the lease of a segment), what belongs to another user, or what has changed within
-KEPT_S: trainers that are started again on its root adopt it.
+Called from: `app`, in a thread, when an embedded sidecar starts. Otherwise that memory would stay taken until the next boot.
+Must never: remove an arena that a process holds (the lock of its sidecar, the lease of a segment), that belongs to another user, or that
+has changed within KEPT_S. Restarted trainers of its root would adopt it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pillion.wire import names
 _log = logging.getLogger(__name__)
 
 KEPT_S: Final = 24 * 3600.0
-"""How long an arena waits for its trainers after its last change: a job that ended at night is started again the next day."""
+"""Time after its last change for which an arena is kept for its trainers. A job that ended at night is started again the next day."""
 
 
 def remove(base: str, *, but: str, now_s: float | None = None) -> list[str]:
     """
-    Remove every runtime directory of this user below `base` that nobody holds and that has not changed for KEPT_S.
+    Remove every runtime directory of this user below `base` that no process holds and that has not changed for KEPT_S.
 
     Args:
         base: the tmpfs.
-        but: the caller's own.
-        now_s: the time; None: now.
+        but: the caller's own runtime directory.
+        now_s: time in seconds since 1970. None: the current time.
 
-    Blocks: about 0.1 s a GiB.
+    Blocks: about 0.1 s for each GiB.
 
     Returns:
-        What was removed.
+        The removed directories.
     """
     now_s = time.time() if now_s is None else now_s
     prefix = f"{names.RUNTIME_PREFIX}{os.getuid()}-"
@@ -68,7 +68,7 @@ def _is_old(path: str, now_s: float) -> bool:
 
 def _remove(path: str) -> bool:
     with contextlib.ExitStack() as held:
-        # The lock file first and to the end, as a sidecar does: one that starts meanwhile finds the folder gone, and makes it anew.
+        # The lock is taken first and kept to the end, as a sidecar does. A sidecar that starts meanwhile then creates a new directory.
         taken = [_take(os.path.join(path, names.SIDECAR_LOCK), held, os.O_CREAT)]
         taken += [_take(os.path.join(path, name), held) for name in os.listdir(path) if name.endswith(".arena")]
         if not all(taken):
@@ -78,7 +78,7 @@ def _remove(path: str) -> bool:
 
 
 def _take(path: str, held: contextlib.ExitStack, flags: int = 0) -> bool:
-    """Lock a file for ourselves; False: somebody has it."""
+    """Lock a file exclusively. Return False if another process has a lock on it."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
     held.callback(os.close, fd)
     try:

@@ -1,7 +1,7 @@
 """
-How much memory the container of this process may still take, by its cgroups: a page too many ends it without a word.
+Reads how much memory this process's container may still take, from its cgroups. Beyond the limit the kernel kills the container.
 
-Called from: `arena.growth`, before the arena grows. cgroup v2 and v1; a process without a limit, or whose cgroups cannot be read, has none.
+Called from: `arena.growth`, before the arena grows. Knows cgroup v2 and v1. If the cgroups cannot be read, no limit is assumed.
 Sources: Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.current, memory.stat), cgroup-v1/memory.rst.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 MOUNT: Final = Path("/sys/fs/cgroup")
-"""Where systemd and every container runtime mount the cgroups."""
+"""Path where systemd and every container runtime mount the cgroups."""
 UNLIMITED_BYTES: Final = 2**60
-"""v1 says "no limit" by a number near 2**63."""
+"""Smallest limit that counts as none. cgroup v1 writes a number near 2**63 for "no limit"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Level:
     path: str
     limit_bytes: int
     used_bytes: int
-    """Without what the kernel gives up when memory is short: the page cache of files on disks, and its own caches."""
+    """Bytes in use, without caches that the kernel frees when memory is short: file pages and its own caches."""
 
     @property
     def free_bytes(self) -> int:
@@ -35,7 +35,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How one version of cgroups names things."""
+    """File and field names of one version of cgroups."""
 
     limit: str
     usage: str
@@ -48,11 +48,11 @@ _V1: Final = _Kind("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_ina
 
 def tightest(membership: str | None = None, mount: Path = MOUNT) -> Level | None:
     """
-    The cgroup that has the least memory left for this process. None: no limit is known.
+    Return the cgroup that leaves the least memory for this process. None if no limit is known.
 
     Args:
-        membership: the text of /proc/self/cgroup; None: it is read.
-        mount: where the cgroups are mounted.
+        membership: content of /proc/self/cgroup. None: the file is read.
+        mount: path where the cgroups are mounted.
     """
     if membership is None:
         try:
@@ -73,7 +73,11 @@ def tightest(membership: str | None = None, mount: Path = MOUNT) -> Level | None
 
 
 def _levels(top: Path, path: str, kind: _Kind) -> list[Level]:
-    """The cgroup at `path` and those above it. Without a cgroup namespace a container sees its own one at the top."""
+    """
+    Return the limits of the cgroup at `path` and of those above it.
+
+    A container without a cgroup namespace sees its own cgroup at the top.
+    """
     names = [part for part in path.split("/") if part not in ("", "..")]
     levels = []
     for depth in range(len(names), -1, -1):

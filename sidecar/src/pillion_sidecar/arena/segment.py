@@ -1,11 +1,11 @@
 """
-Segment files: made, grown, adopted and removed.
+One segment file: creates, opens and grows it, and reads and writes its headers.
 
-Called from: the supervisor (owner) and the executor (reader and writer of images). The supervisor's process holds a shared
-`flock` on each segment as long as it lives: what nobody holds may be reclaimed (`leftovers`), what somebody holds is never touched.
+Called from: the supervisor (owner) and the executor (reader and writer of images). The supervisor's process has a shared `flock` on each
+segment while it lives. Only segments without a lock may be removed (`leftovers`).
 
-Memory is allocated with `posix_fallocate` and touched here, before the trainer needs it: so a full tmpfs is an error of this
-process, never a SIGBUS in the trainer, and the pages are charged to the sidecar's container.
+This module allocates memory with `posix_fallocate` and touches it before the trainer needs it. So a full tmpfs is an error in the sidecar
+instead of a SIGBUS in the trainer, and the kernel charges the pages to the sidecar's container.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from pillion.wire import arena
 from pillion_sidecar import shared_files
 
 TOUCH_STEP_BYTES: Final = 64 * 1024**2
+"""Bytes that one madvise call touches."""
 MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14. Older kernels answer EINVAL; the pages are then touched one by one, by reading: what a trainer has written there by then stays."""
+"""madvise advice (Linux 5.14) that maps pages now. Older kernels return EINVAL; then each page is read, which keeps what a trainer has
+written to it."""
 PRIVATE: Final = 0o600
-"""Mode of a segment without a cluster: on a machine that others use too, a model's state is its owner's."""
+"""Mode of a segment without a cluster. Other users of the machine must not read a model's state."""
 SHARED: Final = 0o666
-"""Mode of a segment in a pod: trainer and sidecar may be different users, and the volume is mounted in their containers only."""
+"""Mode of a segment in a pod. Trainer and sidecar may be different users, and only their containers mount the volume."""
 
 
 class Segment:
     """
-    One open segment. `create` or `attach` make it.
+    One open segment, from `create` or `attach`.
 
-    Owns: the file descriptor (with its lease) and one mapping of the whole address range.
+    Owns: the file descriptor (with its lock) and one mapping of the whole address range.
     """
 
     def __init__(self, path: str, fd: int, header: arena.SegmentHeader) -> None:
@@ -44,17 +46,17 @@ class Segment:
         self._fd = fd
         self.map = _mapped(path, fd, header.segment_bytes)
         self._known: dict[int, int] = {}
-        """slot -> capacity as last looked up. A slot never shrinks, so it is a lower bound."""
+        """Slot -> its capacity at the last look, bytes. A slot never shrinks, so this is a lower bound."""
 
     @classmethod
     def create(cls, path: str, *, num_slots: int, stride_bytes: int, mode: int = PRIVATE) -> Segment:
         """
-        Make an empty segment, replacing what was at `path`. It has `mode`, whatever the umask.
+        Create an empty segment with `mode`, whatever the umask. Replace a file at `path`.
 
         Raises:
-            ArenaExhausted: not even the header pages fit.
-            SidecarError: this process may not map as much.
-            OSError: the folder cannot be written.
+            ArenaExhausted: the tmpfs has no room even for the header pages.
+            SidecarError: a limit of this process forbids a file or mapping of this length.
+            OSError: the directory cannot be written.
         """
         header = arena.SegmentHeader(num_slots=num_slots, stride_bytes=stride_bytes)
         temporary = f"{path}.{os.getpid()}.tmp"
@@ -78,12 +80,12 @@ class Segment:
     @classmethod
     def attach(cls, path: str) -> Segment:
         """
-        Open a segment that exists.
+        Open an existing segment.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is none of ours, or of another protocol version.
-            SidecarError: this process may not map as much.
+            FileNotFoundError: there is no file at `path`.
+            ValueError: the file is not a segment, or is shorter than its header says.
+            SidecarError: a limit of this process forbids a mapping of this length.
         """
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -97,17 +99,19 @@ class Segment:
             raise
 
     def allocated_bytes(self) -> int:
-        """Bytes of all slots that are allocated: at once, where `capacity_bytes` of each walks their pages."""
+        """Return the allocated bytes of all slots together. One system call, while `capacity_bytes` walks all pages of a slot."""
         return max(0, os.fstat(self._fd).st_blocks * 512 - arena.PAGE_BYTES)
 
     def capacity_bytes(self, slot: int, *, enough_bytes: int | None = None) -> int:
         """
-        Bytes of the slot that are allocated: the length up to its first hole.
+        Return the capacity of a slot: its allocated bytes up to the first hole, as the file system reports it (SEEK_HOLE).
 
-        The file says it (SEEK_HOLE), so that a restarted sidecar need not remember.
+        Args:
+            slot: index of the slot.
+            enough_bytes: return the last known capacity if it is at least this. None: always ask the file system.
         """
         if enough_bytes is not None and self._known.get(slot, 0) >= enough_bytes:
-            # SEEK_HOLE walks every page, 10 ms a GiB, and a claim waits for it.
+            # SEEK_HOLE walks every page and takes 10 ms for each GiB, while a claim waits.
             return self._known[slot]
         start = self.header.slot_offset(slot)
         try:
@@ -119,12 +123,12 @@ class Segment:
 
     def grow(self, slot: int, room_bytes: int) -> int:
         """
-        Allocate and touch the slot's first `room_bytes`; its capacity afterwards.
+        Allocate and touch the slot's first `room_bytes`. Return its capacity, bytes.
 
-        Blocks: about 1 s a GiB of fresh memory.
+        Blocks: about 1 s for each new GiB.
 
         Raises:
-            ArenaExhausted: more than the slot's range, or more than the tmpfs has.
+            ArenaExhausted: the slot's address range is shorter, or the tmpfs is full.
         """
         have = self.capacity_bytes(slot, enough_bytes=room_bytes)
         if room_bytes <= have:
@@ -152,16 +156,16 @@ class Segment:
             start += step
 
     def slot(self, index: int) -> memoryview:
-        """The slot's whole address range; only its capacity may be touched."""
+        """Return the slot's whole address range. The caller may touch only its capacity."""
         start = self.header.slot_offset(index)
         return memoryview(self.map)[start : start + self.header.stride_bytes]
 
     def read_header(self, slot: int) -> arena.SlotHeader:
         """
-        The slot's header.
+        Return the slot's header.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the header is damaged.
         """
         start = self.header.slot_offset(slot)
         return arena.SlotHeader.unpack(
@@ -169,7 +173,7 @@ class Segment:
         )
 
     def write_header(self, slot: int, header: arena.SlotHeader) -> None:
-        """Write fields first and the state word last, as the layout promises."""
+        """Write a slot's header: the fields first, and the state word last, as `pillion.wire.arena` requires."""
         start = self.header.slot_offset(slot)
         packed = header.pack()
         self.map[start + arena.STATE_OFFSET + 4 : start + len(packed)] = packed[arena.STATE_OFFSET + 4 :]
@@ -181,15 +185,19 @@ class Segment:
         self.map[start : start + 4] = arena.pack_state(state)
 
     def reset(self, slot: int) -> None:
-        """Free a slot and forget what its image held: its heads and tails too, which a save of the same layout would not write again."""
+        """
+        Free a slot. The new header does not keep the digest of the framed layout.
+
+        So the next save writes heads and tails of the archives again, even for the same layout.
+        """
         sequence = 0
         with contextlib.suppress(ValueError):
             sequence = self.read_header(slot).sequence
         self.write_header(slot, arena.SlotHeader(state=arena.SlotState.FREE, sequence=sequence))
 
     def close(self) -> None:
-        """Drop the mapping and the lease. The file stays."""
-        # A view may still be out (a cancelled read): the mapping then goes with it.
+        """Release the mapping and the lock. The file stays."""
+        # A view may still exist after a cancelled read. Then the mapping ends with that view.
         with contextlib.suppress(BufferError):
             self.map.close()
         os.close(self._fd)

@@ -1,19 +1,19 @@
 """
-Which save holds which slot, and what a claim gets. Pure: events in, decisions out; no clock, no file, no process.
+The slot table: which save has which slot, and how a claim is decided. Pure: no clock, no file, no process.
 
-Called from: the supervisor, for every claim, seal, failure and outcome. Nobody else changes a `Save`: each transition is a method of
-`SlotTable`. The slots of a pod's local ranks are used in lockstep: slot i of every segment belongs to the same save, so that one decision
-(grant, wait, skip, replace) holds for all local ranks, and the pod never stages a step on some ranks only because of its own arena.
+Called from: the supervisor, for every claim, seal, failure and outcome. Only `SlotTable` changes a `Save`: each transition is a method. The
+slots of a pod's local ranks are used in lockstep: slot i of every segment belongs to the same save. So one decision (grant, wait, skip,
+replace) holds for all local ranks, and a full arena never keeps only some of them from staging a step.
 
-    phase        the slot holds                           leaves it by
+    state        the slot has                             the state ends by
     ----------   --------------------------------------   ----------------------------------------------------------------------
-    filling      what ranks copy into it                  sealed: complete | fail_rank, rank_lost: free once no rank fills it
+    filling      parts of a state, which ranks copy       sealed: complete | fail_rank, rank_lost: free once no rank fills it
     complete     a whole state, queued                    start_persist: persisting | claim under Latest: free
-    persisting   a whole state, which is being written    finish: done, or complete when a rescue wanted it on storage meanwhile
-    done         a whole state, on storage or not         to_storage: complete | claim, lend, take: free once another needs it
+    persisting   a whole state, which is being written    finish: done, or complete if a rescue has sent it to storage meanwhile
+    done         a whole state, on storage or not         to_storage: complete | claim, lend, take: free once another save needs it
 
-The newest complete save keeps its slot until a newer one is complete: it is what a crash restores. With several pods so does the newest one
-that all of them hold, until it is on storage: a peer may have died before it could seal what this pod has sealed since.
+The newest complete save keeps its slot until a newer one is complete, because a crash restores it. With several pods, the newest save that
+all pods have keeps its slot as well, until it is on storage: a peer may have died before it sealed a newer one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
+from pillion.wire.save_messages import Destination
 
 
-class Phase(StrEnum):
-    """How far a save has come; the module's table has the transitions."""
+class SaveState(StrEnum):
+    """State of a save. The module's table has the transitions."""
 
     FILLING = "filling"
     COMPLETE = "complete"
@@ -38,59 +39,69 @@ class Phase(StrEnum):
 
 @dataclass
 class Save:
-    """One step's save in this pod. Everybody may look; `SlotTable` alone changes it."""
+    """One step's save in this pod. Other modules may read it; only `SlotTable` changes it."""
 
     step: int
     slot: int
     order: int
-    """Counts claims; the newest save is the one of the highest order."""
+    """Number of the claim. The newest save has the highest number."""
     persist: bool
-    destination: Mapping[str, Any] | None
-    phase: Phase = Phase.FILLING
+    destination: Destination | None
+    state: SaveState = SaveState.FILLING
     filling: set[int] = field(default_factory=set)
     sealed: set[int] = field(default_factory=set)
     failures: dict[int, ErrorDocument] = field(default_factory=dict)
     snapshot: bool = False
-    """Claimed for memory only; `persist` is set all the same when it is rescued."""
+    """True if the save was claimed for memory only. A rescue then sets `persist`."""
     taken_for_storage: bool = False
-    """What `persist` was when the executor took it up: a rescue may want it on storage since."""
+    """`persist` at the time when the executor began with the save. A rescue may have set `persist` later."""
     persisted: bool = False
+    """True once the checkpoint is committed on storage."""
     sealed_ns: int = 0
-    """When it was complete, wall clock, for people."""
+    """Wall clock time at which the save was complete, for people."""
     concluded: bool = False
-    """Every rank of the job holds it: what all can go back to."""
+    """True once every rank of the job is known to have the save, so that all can restore it."""
     hopeless: bool = False
-    """Some rank of the job does not hold this step: it can never be committed or restored."""
+    """True if a rank of the job lacks this step. Then it can be neither committed nor restored."""
     adopted: bool = False
-    """Found in the arena: a sidecar before this one may have begun to persist it."""
+    """True if the save was found in the arena. An earlier sidecar may have begun to persist it."""
     pins: int = 0
-    """Loads that read this slot now."""
+    """Number of loads that read this slot now."""
     born: tuple[int, int] | None = None
-    """(generation, epoch) in which it was filled, or committed: see `commit.Order`. None: the executor has not opened the session yet."""
+    """(generation, epoch) in which the save was filled or committed; see `commit.Order`. None: the executor has not opened the session yet."""
     inherited: bool = False
-    """Sealed by trainers of a session before this one."""
+    """True if trainers of an earlier session have sealed the save."""
     set_aside: bool = False
-    """A load went back behind it: training goes on from an older step, and this one is of a branch that was left."""
+    """True if a load went back to an older step. Training continues from there, and this save belongs to the abandoned branch."""
+
+    for_disk: bool = False
+    """True if the save was claimed for the local disks as well as for memory."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the save goes to the local disks first. A rescue goes straight to storage, and so does a save with a destination of its own."""
+        return self.destination is None and (self.for_disk or self.persist) and not self.rescued
 
     @property
     def rescued(self) -> bool:
-        """A snapshot for memory that goes to storage, as its trainers are gone."""
+        """Whether this snapshot was meant for memory, and goes to storage because its trainers are gone."""
         return self.snapshot and self.persist
 
     @property
     def complete(self) -> bool:
-        return self.phase is not Phase.FILLING and not self.failures
+        """Whether the slots of all local ranks have the whole state."""
+        return self.state is not SaveState.FILLING and not self.failures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """A whole state that a sidecar before this one left in a slot."""
+    """A whole state that an earlier sidecar left in a slot. Fields as in `Save`."""
 
     step: int
     slot: int
     snapshot: bool
     is_owed: bool
-    """To the executor: to be written, or to be made known to the other pods."""
+    """Whether the executor must still write it, or agree on it with the other pods."""
     persisted: bool = False
     concluded: bool = False
     set_aside: bool = False
@@ -101,12 +112,14 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
+    """The rank may fill the slot of `save`."""
+
     save: Save
 
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """Granted, at the price of an older save that was not being written: it is to be reported as skipped."""
+    """The rank may fill the slot of `save`, which replaces the older save `victim`. The caller reports the victim as skipped."""
 
     save: Save
     victim: Save
@@ -114,21 +127,21 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True)
 class MustWait:
-    """No slot is free; ask again after the next release."""
+    """No slot is free. The caller repeats the claim after the next release."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """No slot is free and the policy does not wait; every local rank gets the same answer for this step."""
+    """No slot is free, and the policy drops the save. Every local rank gets the same answer for this step."""
 
     reason: str
     first: bool = False
-    """This is the claim that decided it: told to the other pods and counted once, not once a rank."""
+    """True for the first claim of the step, so that the skip is counted and reported once, and not once a rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
-    """A local rank could not even claim this step: the others need not stage it."""
+    """Another local rank has already failed this step, so this rank need not stage it."""
 
     failures: Mapping[int, ErrorDocument]
 
@@ -136,9 +149,9 @@ class Doomed:
 Decision = Granted | Replaced | MustWait | Skipped | Doomed
 
 NO_SLOT: Final = -1
-"""What a load is lent where every slot holds a whole save."""
+"""Slot number of a load for which no slot could be reserved, because every slot has a whole save."""
 REMEMBERED_SKIPS = 64
-"""How many skipped steps are remembered, so that a slower local rank gets the same answer: ranks are at most a few apart."""
+"""Maximum skipped or failed steps that are remembered, so that a slower local rank gets the same answer. Ranks are a few steps apart."""
 
 
 class SlotTable:
@@ -146,10 +159,10 @@ class SlotTable:
     The slots of one pod.
 
     Args:
-        num_slots: slots of each segment.
-        ranks: the local ranks (global numbers).
-        overlap: what a claim gets when no slot is free.
-        alone: the pod has all ranks of the job, so that what is complete here is complete.
+        num_slots: number of slots in each segment.
+        ranks: the local ranks, as global numbers.
+        overlap: how a claim without a free slot is decided.
+        alone: whether this pod has all ranks of the job. Then a save that is complete here is complete in the whole job.
     """
 
     def __init__(self, num_slots: int, ranks: Sequence[int], overlap: Overlap, *, alone: bool = True) -> None:
@@ -163,73 +176,81 @@ class SlotTable:
         self._order = 0
         self._lent: set[int] = set()
 
-    # --- looking ---------------------------------------------------------------------------------------------------
+    # --- questions -------------------------------------------------------------------------------------------------
 
     def newest_complete(self) -> Save | None:
-        """What is owed to storage at the end; not what a load went back behind."""
+        """Return the newest complete save, which the drain writes to storage. Saves that a load has set aside do not count."""
         whole = (save for save in self.saves.values() if save.complete and not save.set_aside)
         return max(whole, key=lambda s: s.order, default=None)
 
     def next_to_persist(self) -> Save | None:
-        """The oldest complete save that the executor has not taken up. One for memory only is taken up too: the other pods hear of it."""
+        """Return the oldest complete save that the executor has not begun with. Snapshots count: the pods must agree on them as well."""
         return min(self._queued(), key=lambda s: s.order, default=None)
 
     def _queued(self) -> list[Save]:
-        return [save for save in self.saves.values() if save.phase is Phase.COMPLETE and not save.failures]
+        return [save for save in self.saves.values() if save.state is SaveState.COMPLETE and not save.failures]
 
     def held(self) -> set[int]:
+        """Return the slots that have a save or are reserved for a load."""
         return {save.slot for save in self.saves.values()} | self._lent
 
     def restorable(self) -> dict[int, int]:
-        """step -> slot of every complete save that is still whole."""
+        """Return step -> slot of every complete save."""
         return {save.step: save.slot for save in self.saves.values() if save.complete}
 
     # --- loads -----------------------------------------------------------------------------------------------------
 
     def lend(self) -> int | None:
-        """A slot for a load to fill from storage; None when every slot is needed."""
+        """Reserve a slot that a load fills from storage. None if every slot is needed."""
         slot = self._free_slot(for_load=True)
         if slot is not None:
             self._lent.add(slot)
         return slot
 
     def crowded(self) -> bool:
-        """Every slot holds a whole save that nobody uses: which of them all pods hold they have yet to tell each other."""
+        """Whether every slot has a whole, unused save. The pods learn only during the load which of these all of them have."""
         idle = {
-            save.slot for save in self.saves.values() if save.phase is Phase.DONE and save.complete and not save.pins
+            save.slot
+            for save in self.saves.values()
+            if save.state is SaveState.DONE and save.complete and not save.pins
         }
         return len(idle) == self.num_slots and not self._lent
 
     def take(self, slot: int) -> None:
-        """A load fills this slot, as the pods have agreed on a checkpoint of storage; what it held is gone."""
+        """Reserve this slot for a load, because the pods have agreed on a checkpoint on storage. A save in the slot is dropped."""
         self.saves = {step: save for step, save in self.saves.items() if save.slot != slot}
         self._lent.add(slot)
 
     def give_back(self, slot: int) -> None:
+        """End the reservation of a slot for a load."""
         self._lent.discard(slot)
 
     def settled(self, step: int) -> bool:
-        """Whether `step` was skipped or has failed: every later claim of it is refused."""
+        """Whether `step` was skipped or has failed, so that every later claim of it is refused."""
         return step in self._skipped or step in self._doomed
 
     def awaits_others(self, rank: int) -> bool:
-        """Whether a save that this rank has sealed is still to be sealed by others."""
+        """Whether a save that this rank has sealed waits for seals of other ranks."""
         return any(
-            save.phase is Phase.FILLING and rank in save.sealed and not save.failures for save in self.saves.values()
+            save.state is SaveState.FILLING and rank in save.sealed and not save.failures
+            for save in self.saves.values()
         )
 
     def failures(self, step: int) -> Mapping[int, ErrorDocument]:
-        """What the local ranks that will not seal `step` have said."""
+        """Return the errors of the local ranks that will not seal `step`."""
         return dict(self._doomed.get(step, {}))
 
     def forget_doomed(self) -> None:
-        """After a load a step may come again."""
+        """Forget all failed and skipped steps. After a load, the trainers may save the same steps again."""
         self._doomed.clear()
         self._skipped.clear()
 
     def set_aside(self, loaded: tuple[tuple[int, int], int]) -> list[Save]:
         """
-        Mark what is newer than the checkpoint that was loaded, given as (order, step), and nothing else: a load may also go forward again.
+        Set `set_aside` of all saves newer than the loaded checkpoint, and clear it of all others. (A load may also go forward again.)
+
+        Args:
+            loaded: (generation, epoch) and step of the loaded checkpoint.
 
         Returns:
             The saves whose mark has changed.
@@ -243,7 +264,7 @@ class SlotTable:
         return changed
 
     def pin(self) -> list[Save]:
-        """Keep every complete save where it is while a load reads the arena."""
+        """Keep every complete save in its slot while a load or a rescue reads the arena. Return these saves."""
         pinned = [save for save in self.saves.values() if save.complete]
         for save in pinned:
             save.pins += 1
@@ -255,19 +276,27 @@ class SlotTable:
 
     # --- events ----------------------------------------------------------------------------------------------------
 
-    def claim(self, step: int, rank: int, *, persist: bool, destination: Mapping[str, Any] | None = None) -> Decision:
-        """A rank wants to fill a slot for `step`."""
+    def claim(
+        self,
+        step: int,
+        rank: int,
+        *,
+        persist: bool,
+        for_disk: bool = False,
+        destination: Destination | None = None,
+    ) -> Decision:
+        """Decide a rank's claim of a slot for `step`."""
         if step in self._skipped:
             return Skipped(self._skipped[step])
         if step in self._doomed:
             return Doomed(self._doomed[step])
         save = self.saves.get(step)
-        if save is not None and save.phase is Phase.FILLING and rank not in save.sealed:
+        if save is not None and save.state is SaveState.FILLING and rank not in save.sealed:
             save.filling.add(rank)
             return Granted(save)
         if save is not None:
-            # The same step again: after a load of an older one. What the slot holds is superseded, when nobody uses it.
-            if save.phase is Phase.PERSISTING or save.pins or save.phase is Phase.FILLING:
+            # The same step is saved again, after a load of an older one. The new save replaces the old one, unless the old one is in use.
+            if save.state is SaveState.PERSISTING or save.pins or save.state is SaveState.FILLING:
                 return MustWait()
             del self.saves[step]
         victim = None
@@ -284,12 +313,14 @@ class SlotTable:
                 return Skipped(reason, first=True)
             return MustWait()
         self._order += 1
-        save = Save(step, slot, self._order, persist, destination, filling={rank}, snapshot=not persist)
+        save = Save(
+            step, slot, self._order, persist, destination, filling={rank}, snapshot=not persist, for_disk=for_disk
+        )
         self.saves[step] = save
         return Replaced(save, victim) if victim is not None else Granted(save)
 
     def _victim(self) -> Save | None:
-        """What `Latest` replaces: the oldest queued save, while another whole one stays in memory."""
+        """Return the save that `Latest` replaces: the oldest queued one, if another complete save stays in memory."""
         victim = min((save for save in self._queued() if save.persist), key=lambda s: s.order, default=None)
         others = [save for save in self.saves.values() if save.complete and save is not victim]
         return victim if victim is not None and not victim.pins and others else None
@@ -304,13 +335,13 @@ class SlotTable:
         if free:
             return free[0]
         kept = self._kept(for_load=for_load)
-        done = [s for s in self.saves.values() if s.phase is Phase.DONE and s not in kept and not s.pins]
+        done = [s for s in self.saves.values() if s.state is SaveState.DONE and s not in kept and not s.pins]
         if self.alone:
-            # A snapshot that stays in memory is as good as done once a newer save is complete. Other pods would wait for it.
+            # A queued snapshot may be dropped once a newer save is complete. With other pods it may not, as they wait for its outcome.
             done += [
                 s
                 for s in self.saves.values()
-                if s.phase is Phase.COMPLETE and not s.persist and s not in kept and not s.pins
+                if s.state is SaveState.COMPLETE and not s.persist and s not in kept and not s.pins
             ]
         if not done:
             return None
@@ -319,19 +350,19 @@ class SlotTable:
         return oldest.slot
 
     def _kept(self, *, for_load: bool) -> list[Save]:
-        """The saves that a crash may need."""
+        """Return the saves that must keep their slots, because a restore after a crash may need them."""
         whole = [save for save in self.saves.values() if save.complete and not save.hopeless]
         newest = max(whole, key=lambda s: s.order, default=None)
         agreed = max((save for save in whole if save.concluded), key=lambda s: s.order, default=None)
         if self.alone:
             return [newest] if newest is not None else []
         if for_load:
-            # A peer may have died before it could seal the newest, or have heard what was concluded and this pod not.
+            # A peer may lack the newest save, because it died before its seal. Or it knows of a concluded save that this pod does not know.
             return whole
         return [save for save in (newest, agreed) if save is not None and (save is newest or not save.persisted)]
 
     def sealed(self, step: int, rank: int, *, now_ns: int = 0) -> Save | None:
-        """A rank sealed its slot at `now_ns` of the wall clock; the save when it is now complete."""
+        """Note that a rank has sealed its slot at `now_ns` (wall clock). Return the save if it is complete now."""
         save = self.saves.get(step)
         if save is None or rank not in save.filling:
             return None
@@ -341,18 +372,18 @@ class SlotTable:
             self._release_if_idle(save)
             return None
         if save.sealed == self.ranks:
-            save.phase, save.sealed_ns = Phase.COMPLETE, now_ns
+            save.state, save.sealed_ns = SaveState.COMPLETE, now_ns
             return save
         return None
 
     def fail_rank(self, step: int, rank: int, error: ErrorDocument) -> Save | None:
         """
-        A rank will not seal `step`; the save when this is its first failure (it is to be reported).
+        Note that a rank will not seal `step`. Return the save if this is its first failure, so that the caller reports it.
 
-        The step is remembered: a rank that claims it later was not there when the failure was told, and hears of it then.
+        The failure is remembered. A rank that claims the step later gets it as the answer.
         """
         save = self.saves.get(step)
-        if step in self._skipped or (save is not None and save.phase is not Phase.FILLING):
+        if step in self._skipped or (save is not None and save.state is not SaveState.FILLING):
             return None
         self._doomed.setdefault(step, {})[rank] = error
         while len(self._doomed) > REMEMBERED_SKIPS:
@@ -366,27 +397,27 @@ class SlotTable:
         return save if first else None
 
     def rank_lost(self, rank: int, error: ErrorDocument) -> list[Save]:
-        """A trainer died: what it was filling is torn. The saves that failed by it."""
+        """Fail the saves that a dead trainer was filling. Return those for which this is the first failure."""
         failed = []
         for save in list(self.saves.values()):
-            if save.phase is Phase.FILLING and rank not in save.sealed:
+            if save.state is SaveState.FILLING and rank not in save.sealed:
                 first = self.fail_rank(save.step, rank, error)
                 if first is not None:
                     failed.append(first)
         return failed
 
     def date(self, save: Save, order: tuple[int, int] | None) -> None:
-        """A save is of this (generation, epoch), where it has none yet; None: nobody knows it yet."""
+        """Set a save's (generation, epoch), if it has none. None: the session is not open yet, so it is not known."""
         save.born = save.born or order
 
     def date_all(self, order: tuple[int, int], *, inherited: tuple[int, int]) -> None:
-        """The session has been opened: saves without an order get this one, those of a session before it `inherited`."""
+        """Set (generation, epoch) of all saves that have none: `inherited` for saves of an earlier session, `order` for others."""
         for save in self.saves.values():
             self.date(save, inherited if save.inherited else order)
 
     def start_persist(self, save: Save) -> None:
-        """The executor takes it up."""
-        save.phase, save.taken_for_storage = Phase.PERSISTING, save.persist
+        """Note that the executor begins with a save."""
+        save.state, save.taken_for_storage = SaveState.PERSISTING, save.persist
 
     def finish(
         self,
@@ -398,65 +429,65 @@ class SlotTable:
         born: tuple[int, int] | None = None,
     ) -> bool:
         """
-        The executor has come to an end with a save. Its slot stays until it is needed: it may be the newest snapshot.
+        Note that the executor has finished with a save. The save keeps its slot until another one needs it.
 
         Args:
-            save: the one that was taken up.
-            persisted: it is on storage.
-            concluded: every rank of the job holds it.
-            hopeless: some rank of the job does not, and never will.
-            born: the order of its checkpoint on storage: the two are one, and the arena is faster.
+            save: the save.
+            persisted: whether it is on storage.
+            concluded: whether every rank of the job has it.
+            hopeless: whether a rank of the job will never have it.
+            born: (generation, epoch) of its checkpoint on storage, so that a load recognizes both as the same checkpoint.
 
         Returns:
-            Whether it is queued again: it was taken up for memory only, and a rescue wants it on storage since.
+            Whether it is queued again, because the executor took it for memory only, and a rescue has sent it to storage meanwhile.
         """
-        save.phase = Phase.DONE
+        save.state = SaveState.DONE
         save.persisted = save.persisted or persisted
         save.concluded, save.hopeless = concluded, hopeless
         save.born = born or save.born
         again = save.persist and not save.taken_for_storage
         if again:
-            save.phase = Phase.COMPLETE
+            save.state = SaveState.COMPLETE
         return again
 
     def to_storage(self, save: Save) -> None:
-        """A rescue: what was to stay in memory is wanted on storage. One that the executor has now is queued again by `finish`."""
+        """Send a save to storage that was meant for memory (a rescue). If the executor works on it, `finish` queues it again."""
         save.persist = True
-        if save.phase is Phase.DONE:
-            save.phase = Phase.COMPLETE
+        if save.state is SaveState.DONE:
+            save.state = SaveState.COMPLETE
 
     def keep_in_memory(self, save: Save) -> None:
-        """A save is not owed to storage any more."""
+        """Keep a save in memory only, so that the drain does not write it."""
         save.persist = False
 
-    def heard(self, step: int, *, persisted: bool) -> Save | None:
-        """Every pod holds `step` whole, as another pod knows, and it may be on storage; the save, when this pod has brought it to an end."""
+    def held_by_all(self, step: int, *, persisted: bool) -> Save | None:
+        """Note that every pod has `step`, and whether it is committed. Return the save if the executor has finished with it here."""
         save = self.saves.get(step)
-        if save is None or save.phase is not Phase.DONE:
+        if save is None or save.state is not SaveState.DONE:
             return None
         save.concluded, save.persisted = True, save.persisted or persisted
         return save
 
     def adopt(self, leftovers: Iterable[Leftover]) -> list[Save]:
-        """Take over what a restarted sidecar found whole in the arena, given oldest first."""
+        """Add the whole saves that a restarted sidecar found in the arena, oldest first."""
         adopted = []
-        for each in leftovers:
+        for leftover in leftovers:
             self._order += 1
-            save = self.saves[each.step] = Save(
-                each.step,
-                each.slot,
+            save = self.saves[leftover.step] = Save(
+                leftover.step,
+                leftover.slot,
                 self._order,
-                not each.snapshot,
+                not leftover.snapshot,
                 None,
-                phase=Phase.COMPLETE if each.is_owed else Phase.DONE,
+                state=SaveState.COMPLETE if leftover.is_owed else SaveState.DONE,
                 sealed=set(self.ranks),
-                snapshot=each.snapshot,
-                persisted=each.persisted,
-                concluded=each.concluded,
-                set_aside=each.set_aside,
-                inherited=each.inherited,
-                born=each.born,
-                sealed_ns=each.sealed_ns,
+                snapshot=leftover.snapshot,
+                persisted=leftover.persisted,
+                concluded=leftover.concluded,
+                set_aside=leftover.set_aside,
+                inherited=leftover.inherited,
+                born=leftover.born,
+                sealed_ns=leftover.sealed_ns,
                 adopted=True,
             )
             adopted.append(save)

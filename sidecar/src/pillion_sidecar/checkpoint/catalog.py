@@ -1,96 +1,126 @@
 """
-What is on storage: the committed steps of a root, and where every chunk of one lies. Called from: the executor, the supervisor.
+The catalog of a root: its committed steps, and where every chunk of a checkpoint lies. Called from: the executor, the supervisor.
 
-Our own checkpoints are read from manifest and parts (JSON, digests). What stock `dcp.save` wrote has neither; its `.metadata` is
-read by a restricted unpickler that knows DCP's own classes only (docs/decisions/0004).
+Pillion's own checkpoints are read from the manifest and the parts (JSON, with digests). A checkpoint of stock `dcp.save` has neither.
+Its `.metadata` is read by a restricted unpickler, which knows only DCP's own classes (docs/decisions/0004).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
 
 from pillion.errors import CommitError
 from pillion.wire import manifest, names
+from pillion.wire.remarks import Remarks
 from pillion_sidecar.checkpoint import commit, milestones
-from pillion_sidecar.storage import dcp_metadata, digest, directio, reading
+from pillion_sidecar.storage import dcp_metadata, digest, generation, reading, stretches
+from pillion_sidecar.storage.folder import Folder
 
 
 class Damaged(ValueError):
-    """A checkpoint that is committed and cannot be trusted; the text names the file and what is wrong with it."""
+    """A committed checkpoint that cannot be trusted. The text names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One readable checkpoint."""
+    """A readable checkpoint, and where each of its leaves lies."""
 
-    path: str
+    folder: Folder
     step: int
     size_bytes: int
     chunks: Mapping[str, tuple[manifest.StoredChunk, ...]]
-    """FQN -> its chunks. `digest` is empty for what stock DCP wrote."""
+    """FQN -> its chunks. `digest` is empty in a checkpoint of stock DCP."""
     opaque: Mapping[str, manifest.StoredBytes]
     native: bool
-    """Written by us: the payload begins layout.HEAD_BYTES behind a chunk's offset."""
+    """Whether Pillion has written the checkpoint. Then the payload begins layout.HEAD_BYTES after a chunk's offset."""
     differing: tuple[str, ...] = ()
-    """Names that several ranks had with other values when it was saved."""
+    """FQNs whose values differed between ranks at the save."""
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    """FQN -> its keys in the nested state dict, as far as the checkpoint says them."""
 
 
-def steps(root: str) -> dict[int, bool]:
-    """Steps that have a directory -> whether they are committed."""
-    committed_by_step: dict[int, bool] = {}
-    try:
-        with os.scandir(root) as entries:
-            # A file of such a name is nobody's checkpoint.
-            directories = [entry.name for entry in entries if entry.is_dir()]
-    except FileNotFoundError:
-        return committed_by_step
-    for name in directories:
-        step = names.parse_step_directory(name)
-        if step is not None:
-            committed_by_step[step] = os.path.exists(os.path.join(root, name, names.COMMIT_MARKER))
-    return committed_by_step
+def step_folder(root: Folder, step: int) -> Folder:
+    return root.below(names.step_directory(step))
 
 
-def committed(root: str) -> dict[int, commit.Order]:
+def steps(root: Folder, known: Collection[int] = ()) -> dict[int, bool]:
     """
-    Committed steps -> when each was committed, for comparing.
+    Return the steps that have a folder, and whether each is committed.
 
-    What another program wrote has no generation: it counts as committed together with the newest of ours of a smaller step.
+    Args:
+        known: steps that count as committed without a look at their folder, if they have one.
+
+    Raises: OSError.
+    """
+    # A file with the name of a step's folder is no checkpoint.
+    found = {names.parse_step_directory(name) for name in root.folders()}
+    return {step: step in known or commit.is_committed(step_folder(root, step)) for step in found if step is not None}
+
+
+def committed(root: Folder) -> dict[int, generation.Order]:
+    """
+    Return the committed steps, each with the order of its commit.
+
+    A checkpoint of another program has no generation. It gets the order of the newest of Pillion's checkpoints with a smaller step.
 
     Raises:
         OSError: the root cannot be listed.
-        LoadError: a manifest cannot be read; one that is damaged counts as none.
+        LoadError: a manifest cannot be read. A damaged manifest counts as missing.
     """
     return orders(root, steps(root))
 
 
-def orders(root: str, committed_by_step: Mapping[int, bool]) -> dict[int, commit.Order]:
-    """`committed`, of the steps that one listing has found."""
-    own_orders: dict[int, commit.Order | None] = {}
+def orders(root: Folder, committed_by_step: Mapping[int, bool]) -> dict[int, generation.Order]:
+    """Return the same as `committed`, for steps that a listing has already found."""
+    own_orders: dict[int, generation.Order | None] = {}
     for step, done in committed_by_step.items():
         if done:
-            generation = _generation(os.path.join(root, names.step_directory(step)))
-            if generation is None and (noted := milestones.written(root, step)) is not None:
-                generation = noted[0]
-            own_orders[step] = None if generation is None else commit.order_of(generation)
+            text = _generation(step_folder(root, step))
+            if text is None and (noted := milestones.written(root, step)) is not None:
+                text = noted[0]
+            own_orders[step] = None if text is None else generation.order_of(text)
     return ordered(own_orders)
 
 
-def _generation(path: str) -> str | None:
-    """Of the manifest in a directory; None where there is none, or a damaged one."""
+def _generation(folder: Folder) -> str | None:
+    """Return the generation in a folder's manifest; None: the manifest is missing or damaged."""
     try:
-        return manifest.decode_manifest(reading.retried(path, lambda: commit.read_manifest(path))).generation
+        return manifest.decode_manifest(reading.retried(folder, lambda: commit.read_manifest(folder))).generation
     except (FileNotFoundError, manifest.ManifestError):
         return None
 
 
-def ordered(own_orders: Mapping[int, commit.Order | None]) -> dict[int, commit.Order]:
-    """The order of every step, where some have none of their own. Pure."""
-    step_orders: dict[int, commit.Order] = {}
-    newest_below = commit.OLDEST
+def remarks(folder: Folder) -> Remarks:
+    """
+    Return what the script said about the save of a checkpoint. Nothing, if its manifest is missing or damaged.
+
+    Raises:
+        LoadError: the storage does not answer.
+    """
+    described = manifest_of(folder)
+    return Remarks() if described is None else described.remarks
+
+
+def manifest_of(folder: Folder) -> manifest.Manifest | None:
+    """
+    Return the manifest of a checkpoint. None, if it is missing or damaged.
+
+    Raises:
+        LoadError: the storage does not answer.
+    """
+    try:
+        return manifest.decode_manifest(reading.retried(folder, lambda: commit.read_manifest(folder)))
+    except (FileNotFoundError, manifest.ManifestError):
+        return None
+
+
+def ordered(own_orders: Mapping[int, generation.Order | None]) -> dict[int, generation.Order]:
+    """Return an order for every step. A step without its own gets the newest order of the smaller steps. Pure."""
+    step_orders: dict[int, generation.Order] = {}
+    newest_below = generation.OLDEST
     for step in sorted(own_orders):
         own = own_orders[step]
         step_orders[step] = newest_below if own is None else own
@@ -98,112 +128,122 @@ def ordered(own_orders: Mapping[int, commit.Order | None]) -> dict[int, commit.O
     return step_orders
 
 
-def newest(root: str) -> tuple[int, str, int] | None:
-    """Step, path and size of the checkpoint that was committed last, without reading its data."""
+def newest(root: Folder) -> tuple[int, str, int] | None:
+    """Return the step, the path or URL, and the size of the last committed checkpoint. Its data is not read."""
     step_orders = committed(root)
     if not step_orders:
         return None
     step = max(step_orders, key=lambda each: (step_orders[each], each))
-    path = os.path.join(root, names.step_directory(step))
-    return step, path, size_bytes(path)
+    folder = step_folder(root, step)
+    return step, str(folder), size_bytes(folder)
 
 
-def size_bytes(path: str) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+def size_bytes(folder: Folder) -> int:
+    return sum(entry.length for entry in folder.files().values())
 
 
-def finish_interrupted(root: str) -> list[int]:
-    """Commit every save whose parts are all there; the steps. A directory that cannot be read is left as it is."""
+def finish_interrupted(root: Folder) -> list[int]:
+    """Commit every save whose parts are complete, and return the steps. A folder that cannot be read stays as it is."""
     finished = []
     for step, done in sorted(steps(root).items()):
-        path = os.path.join(root, names.step_directory(step))
-        if done or (made := commit.finish(path)) is None:
+        if done or (made := commit.finish(step_folder(root, step))) is None:
             continue
         finished.append(step)
         milestones.remember(root, step, made.generation)
     return finished
 
 
-def read(path: str, step: int) -> Stored:
+def read(folder: Folder, step: int, *, repair: bool = True) -> Stored:
     """
-    Where everything in a committed checkpoint lies.
+    Return where everything in a committed checkpoint lies.
+
+    Args:
+        repair: whether a commit that was interrupted between its two files is completed. Otherwise nothing is written, and the
+            checkpoint counts as damaged.
 
     Raises:
-        Damaged: manifest, a part or `.metadata` is missing or does not match its digest.
-        LoadError: the storage does not answer: see `storage.reading`.
+            Damaged: the manifest, a part or `.metadata` is missing, or does not match its digest.
+            LoadError: the storage does not answer. See `storage.reading`.
     """
-    with damage(path):
-        return _read_any(path, step)
+    with damage(folder):
+        return _read_any(folder, step, repair)
 
 
 @contextlib.contextmanager
-def damage(path: str) -> Iterator[None]:
-    """What a file says of itself by its absence, its length or its content, as `Damaged`."""
+def damage(path: object) -> Iterator[None]:
+    """Raise `Damaged` for an error that shows that a file is missing, too short, or has wrong content."""
     try:
         yield
-    except (FileNotFoundError, directio.TruncatedFile, manifest.ManifestError, CommitError) as err:
+    except (FileNotFoundError, stretches.TruncatedFile, manifest.ManifestError, CommitError) as err:
         raise Damaged(f"{path}: {err}") from err
 
 
-def _read_any(path: str, step: int) -> Stored:
-    metadata = _read(os.path.join(path, names.COMMIT_MARKER))
+def _read_any(folder: Folder, step: int, repair: bool) -> Stored:
+    metadata = _read(folder, names.COMMIT_MARKER)
     try:
-        encoded = reading.retried(path, lambda: commit.read_manifest(path))
+        encoded = reading.retried(folder, lambda: commit.read_manifest(folder))
     except FileNotFoundError:
-        if reading.retried(path, lambda: commit.is_strangers(path)):
-            return _read_stock(path, step, metadata)
-        # Ours, without its manifest: the parts have the digests, and make it again when they are complete.
-        if reading.retried(path, lambda: commit.finish(path)) is None:
-            raise Damaged(f"{path}/{names.MANIFEST}: is missing, and the parts do not make it again") from None
-        encoded = reading.retried(path, lambda: commit.read_manifest(path))
-        metadata = _read(os.path.join(path, names.COMMIT_MARKER))
-    return _read_native(path, encoded, metadata)
+        if reading.retried(folder, lambda: commit.is_strangers(folder)):
+            return _read_stock(folder, step, metadata)
+        # Pillion wrote the checkpoint, and its manifest is lost. `finish` makes the manifest again from complete parts.
+        if not repair or reading.retried(folder, lambda: commit.finish(folder)) is None:
+            raise Damaged(f"{folder}/{names.MANIFEST}: {_LOST if repair else _INTERRUPTED}") from None
+        encoded = reading.retried(folder, lambda: commit.read_manifest(folder))
+        metadata = _read(folder, names.COMMIT_MARKER)
+    return _read_native(folder, encoded, metadata, repair)
 
 
-def _read(path: str) -> bytes:
-    return reading.read_whole(path)
+_LOST: Final = "is missing, and the parts do not make it again"
+_INTERRUPTED: Final = "is missing; the next load of the job makes it again if the parts are whole"
 
 
-def _read_native(path: str, encoded: bytes, metadata: bytes) -> Stored:
+def _read(folder: Folder, name: str) -> bytes:
+    return reading.retried(f"{folder}/{name}", lambda: folder.read(name))
+
+
+def _read_native(folder: Folder, encoded: bytes, metadata: bytes, repair: bool) -> Stored:
     try:
         decoded = manifest.decode_manifest(encoded)
     except manifest.ManifestError as err:
-        raise Damaged(f"{path}/{names.MANIFEST}: {err}") from err
+        raise Damaged(f"{folder}/{names.MANIFEST}: {err}") from err
     if decoded.digest_algorithm != digest.ALGORITHM:
-        raise Damaged(f"{path}: digests are {decoded.digest_algorithm}, this release knows {digest.ALGORITHM}")
+        raise Damaged(f"{folder}: digests are {decoded.digest_algorithm}, this release knows {digest.ALGORITHM}")
     if digest.digest(metadata) != decoded.metadata_digest:
-        finished = reading.retried(path, lambda: commit.finish(path))
-        # Of which attempt the two are does not matter: what is committed now is the newest complete one.
+        finished = reading.retried(folder, lambda: commit.finish(folder)) if repair else None
+        # It does not matter which attempts the two files come from: the newest complete attempt is committed now.
         if finished is None:
-            raise Damaged(f"{path}/{names.COMMIT_MARKER}: expected digest {decoded.metadata_digest}, found another")
+            raise Damaged(f"{folder}/{names.COMMIT_MARKER}: expected digest {decoded.metadata_digest}, found another")
         decoded = finished
     chunks: dict[str, list[manifest.StoredChunk]] = {}
     opaque: dict[str, manifest.StoredBytes] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
     for reference in decoded.parts:
-        data = _read(os.path.join(path, reference.name))
+        data = _read(folder, reference.name)
         if digest.digest(data) != reference.digest:
-            raise Damaged(f"{path}/{reference.name}: expected digest {reference.digest}, found {digest.digest(data)}")
+            raise Damaged(f"{folder}/{reference.name}: expected digest {reference.digest}, found {digest.digest(data)}")
         part = manifest.decode_part(data)
         for chunk in part.chunks:
             chunks.setdefault(chunk.fqn, []).append(chunk)
         for leaf in part.opaque:
             opaque[leaf.fqn] = leaf
+        paths |= part.paths
     return Stored(
-        path,
+        folder,
         decoded.step,
         decoded.size_bytes,
         {f: tuple(c) for f, c in chunks.items()},
         opaque,
         native=True,
         differing=decoded.differing,
+        paths=paths,
     )
 
 
-def _read_stock(path: str, step: int, metadata: bytes) -> Stored:
+def _read_stock(folder: Folder, step: int, metadata: bytes) -> Stored:
     try:
         decoded = dcp_metadata.decode(metadata)
     except ValueError as err:
-        raise Damaged(f"{path}/{names.COMMIT_MARKER}: {err}") from err
+        raise Damaged(f"{folder}/{names.COMMIT_MARKER}: {err}") from err
     chunks: dict[str, tuple[manifest.StoredChunk, ...]] = {}
     opaque: dict[str, manifest.StoredBytes] = {}
     for fqn, entry in decoded.entries.items():
@@ -216,4 +256,4 @@ def _read_stock(path: str, step: int, metadata: bytes) -> Stored:
                 )
                 for c in entry.chunks
             )
-    return Stored(path, step, size_bytes(path), chunks, opaque, native=False)
+    return Stored(folder, step, size_bytes(folder), chunks, opaque, native=False, paths=decoded.mappings)

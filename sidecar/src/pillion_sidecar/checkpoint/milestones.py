@@ -1,8 +1,9 @@
 """
-What a root remembers besides its checkpoints: which one was committed last, which one a load has verified last, and what a `StorageWriter`
-by name has written. Called from: the executor, `checkpoint.catalog`, `checkpoint.retention`.
+The notes of a root besides its checkpoints: the last committed step, the last verified step, and the files of a named `StorageWriter`.
 
-Small files below names.INTERNAL_DIR. None of them is needed to load a checkpoint: one that is lost forgets what it said.
+Called from: the executor, `checkpoint.catalog`, `checkpoint.retention`.
+
+The notes are small files below names.INTERNAL_DIR. No load needs them: if a note is lost, only its fact is forgotten.
 """
 
 from __future__ import annotations
@@ -10,80 +11,111 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from pillion.wire import names
-from pillion_sidecar.checkpoint.commit import Order, committed_as, order_of
-from pillion_sidecar.storage import durable
+from pillion_sidecar.checkpoint.commit import committed_as
+from pillion_sidecar.storage.folder import Folder
+from pillion_sidecar.storage.generation import Order, order_of
 
 NEWEST: Final = "newest.json"
-"""Below names.INTERNAL_DIR: which step was committed last, so that its loss is noticed."""
+"""Name of the file below names.INTERNAL_DIR that has the last committed step. With it a load notices the loss of that checkpoint. It has the run's
+journal too."""
 
 
-def remember(root: str, step: int, generation: str) -> None:
+def _internal(root: Folder) -> Folder:
+    return root.below(names.INTERNAL_DIR)
+
+
+def remember(root: Folder, step: int, generation: str, run: Mapping[str, Any] | None = None) -> None:
     """
-    Write down that `step` is the newest commit. Behind the commit: a crash between the two only forgets the newest.
+    Note that `step` is the newest commit. This follows the commit: a crash between the two loses only the note.
+
+    Args:
+        run: the run's journal (`run.journal`), which is in the same file, so that it costs no request of its own. None: the one on the root stays.
 
     Raises:
-        OSError.
+        OSError: the storage failed.
     """
-    text = json.dumps({"step": step, "generation": generation, "time_ns": time.time_ns()})
-    path = os.path.join(root, names.INTERNAL_DIR, NEWEST)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    durable.replace_file(path, text.encode())
+    document: dict[str, Any] = {"step": step, "generation": generation, "time_ns": time.time_ns()}
+    kept = run if run is not None else journal_of(root)
+    if kept is not None:
+        document["run"] = kept
+    _internal(root).make()
+    _internal(root).put(NEWEST, json.dumps(document).encode())
 
 
-def remembered(root: str) -> tuple[int, Order] | None:
-    """The step that was committed last, and its order, as far as anybody wrote it down."""
+def journal_of(root: Folder) -> Mapping[str, Any] | None:
+    """Return the run's journal as the last commit has left it; None: there is no readable one."""
     try:
-        with open(os.path.join(root, names.INTERNAL_DIR, NEWEST), "rb") as file:
-            document = json.loads(file.read())
+        document = json.loads(_internal(root).read(NEWEST))["run"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def remembered(root: Folder) -> tuple[int, Order] | None:
+    """Return the last committed step and its order; None: there is no readable note of it."""
+    try:
+        document = json.loads(_internal(root).read(NEWEST))
         return int(document["step"]), order_of(str(document["generation"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 VERIFIED: Final = "verified.json"
-"""Below names.INTERNAL_DIR: which checkpoint a load has read and verified last."""
+"""Name of the file below names.INTERNAL_DIR that has the checkpoint that a load has verified last."""
 
 
-def note_verified(root: str, step: int) -> None:
+def note_verified(root: Folder, step: int) -> None:
     """
-    Write down that every byte of `step` was read from storage and matched its digest: retention keeps it.
+    Note that a load has read every byte of `step` from storage, and that all digests matched. Retention keeps this step.
 
     Raises:
-        OSError.
+        OSError: the storage failed.
     """
-    text = json.dumps({"step": step, "generation": committed_as(os.path.join(root, names.step_directory(step)))})
-    path = os.path.join(root, names.INTERNAL_DIR, VERIFIED)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    durable.replace_file(path, text.encode())
+    text = json.dumps({"step": step, "generation": committed_as(root.below(names.step_directory(step)))})
+    _internal(root).make()
+    _internal(root).put(VERIFIED, text.encode())
 
 
-def verified(root: str) -> set[int]:
-    """The step that a load has verified last, while it is still the checkpoint that it was then; else none."""
+def verified(root: Folder) -> set[int]:
+    """Return the step that a load has verified last. Return nothing if another checkpoint has replaced it since."""
     try:
-        with open(os.path.join(root, names.INTERNAL_DIR, VERIFIED), "rb") as file:
-            document = json.loads(file.read())
+        document = json.loads(_internal(root).read(VERIFIED))
         step, generation = int(document["step"]), document["generation"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return set()
-    return {step} if committed_as(os.path.join(root, names.step_directory(step))) == generation else set()
+    return {step} if committed_as(root.below(names.step_directory(step))) == generation else set()
 
 
 WRITTEN: Final = "written"
-"""Below names.INTERNAL_DIR: which files a `StorageWriter` by name has left of each step; it leaves no manifest."""
+"""Name of the folder below names.INTERNAL_DIR that has the files of each step that a named `StorageWriter` has written. Such a writer leaves
+no manifest."""
 
 
-def written_record(root: str, step: int) -> str:
-    return os.path.join(root, names.INTERNAL_DIR, WRITTEN, f"{step}.json")
+def note_written(root: Folder, step: int, generation: str, files: Iterable[str]) -> None:
+    """
+    Note which files a named `StorageWriter` has left of a step. Retention later removes only these.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    text = json.dumps({"generation": generation, "files": sorted(files)})
+    _internal(root).below(WRITTEN).make()
+    _internal(root).below(WRITTEN).put(f"{step}.json", text.encode())
 
 
-def written(root: str, step: int) -> tuple[str, list[str]] | None:
-    """Generation and files of a step that a `StorageWriter` by name has written; None: not noted."""
+def forget_written(root: Folder, step: int) -> None:
+    """Remove the note that `note_written` made for a step that retention has removed. Raises: OSError."""
+    _internal(root).below(WRITTEN).delete([f"{step}.json"])
+
+
+def written(root: Folder, step: int) -> tuple[str, list[str]] | None:
+    """Return the generation and the files of a step that a named `StorageWriter` has written; None: there is no note."""
     try:
-        with open(written_record(root, step), "rb") as file:
-            document = json.loads(file.read())
+        document = json.loads(_internal(root).below(WRITTEN).read(f"{step}.json"))
         files = [os.path.basename(str(name)) for name in document["files"]]
         return str(document["generation"]), [name for name in files if name not in ("", ".", "..")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,44 +1,52 @@
 """
-Which committed checkpoints go. `line` and `choose` are pure; `tidy` does it, one file at a time. Called from: the coordinator's executor,
-after a commit.
+Retention: which committed checkpoints are removed. `line` and `choose` are pure. `tidy` removes them, one file at a time.
 
-Never removed: the checkpoint that was committed last, one that the policy keeps, the one that a load has verified last, one of a step
-ahead of the save just committed, one that a newer attempt has written into, and whatever Pillion did not write. A checkpoint that a load
-of this job reads stays as well: the executor does one of the two at a time.
+Called from: the coordinator's executor, after a commit.
+
+Retention never removes these checkpoints:
+
+- the one that was committed last, and the one that a load has verified last
+- those that the policy keeps
+- pinned ones (`checkpoint.pins`)
+- those of a step ahead of the save that was just committed
+- one that a newer attempt has written into
+- anything that Pillion did not write
+- one that a load of this job reads: the executor never loads and removes at the same time
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import itertools
 import logging
-import os
-import re
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from pillion.wire import manifest, names
-from pillion.wire.policy import Retention
-from pillion_sidecar.checkpoint import catalog, commit, milestones
-from pillion_sidecar.storage import durable
+from pillion.wire.policy import Best, KeepBest, Retention
+from pillion_sidecar.checkpoint import catalog, commit, facts, milestones, pins, quota
+from pillion_sidecar.storage import generation as generations
+from pillion_sidecar.storage import temporary_names
+from pillion_sidecar.storage.folder import Folder
+from pillion_sidecar.storage.local import LocalFolder
 
 _log = logging.getLogger(__name__)
 
-REMOVED: Final = "removed"
-"""Below names.INTERNAL_DIR: what is being removed."""
-_TEMPORARY: Final = re.compile(r"\..+\.[0-9]+\.[0-9a-f]{8}\.tmp")
-"""What `durable.replace_file` calls a file for the time being."""
+DELETED_AT_ONCE: Final = 200
+"""(a bucket) Maximum of files that one call removes. S3 takes 1,000 in one request; where each file is a request, 10 are under way at a time."""
+NO_VALUES: Final[Mapping[int, float]] = {}
+NO_SIZES: Final[Mapping[int, int]] = {}
 NAMED_STRANGERS: Final = 3
-"""Files of others that a warning names."""
+"""Maximum of files of other programs that a warning names."""
 
 
-def line(committed: Mapping[int, commit.Order]) -> list[int]:
+def line(committed: Mapping[int, generations.Order]) -> list[int]:
     """
-    The steps that led to the checkpoint that was committed last, ascending. Pure.
+    Return the steps that led to the last committed checkpoint, ascending. Pure.
 
-    A checkpoint is off the line when one of its step or a smaller one was committed later: training went back behind it.
+    A step is off the line if the same or a smaller step was committed later: training went back behind it.
     """
     steps_on_line: list[int] = []
     for step in sorted(committed, key=lambda each: (committed[each], each), reverse=True):
@@ -47,83 +55,183 @@ def line(committed: Mapping[int, commit.Order]) -> list[int]:
     return steps_on_line[::-1]
 
 
+def best(values: Mapping[int, float], policy: KeepBest) -> list[int]:
+    """
+    Return the steps of the best values, at most as many as the policy keeps. Pure.
+
+    NaN is no value. Of equal values the larger step is better.
+    """
+    sign = 1.0 if policy.mode is Best.MAX else -1.0
+    ranked = sorted((sign * value, step) for step, value in values.items() if not math.isnan(value))
+    return [step for _, step in ranked[-policy.count :]]
+
+
 def choose(
-    committed: Mapping[int, commit.Order], policy: Retention, *, current: int, keep: Iterable[int] = ()
+    committed: Mapping[int, generations.Order],
+    policy: Retention,
+    *,
+    current: int,
+    keep: Iterable[int] = (),
+    values: Mapping[int, float] = NO_VALUES,
+    ages_s: Mapping[int, float] = NO_VALUES,
+    sizes: Mapping[int, int] = NO_SIZES,
 ) -> list[int]:
     """
-    The steps to remove, ascending, after `current` was committed. Pure.
+    Return the steps to remove after the commit of `current`, ascending. Pure.
 
-    The policy counts along the line. What a rollback has left behind stays until training has passed its step again.
+    The policy counts along the line. Checkpoints that a rollback has left behind stay until training has passed their steps again.
+    Age and quota come last, and remove also what the other fields keep.
 
     Args:
         keep: steps that stay whatever the policy says.
+        values: committed step -> value of the metric of `keep_best`, where its save has one.
+        ages_s: committed step -> seconds from its commit to the newest commit, where they are known.
+        sizes: committed step -> bytes, where they are known.
     """
-    if policy.keep_last is None or not committed:
+    if not policy.removes or not committed:
         return []
-    ordered = [step for step in line(committed) if step <= current]
-    kept = {*ordered[-policy.keep_last :], *keep, current, line(committed)[-1]}
-    if policy.keep_every_steps:
-        kept |= {step for step in ordered if step % policy.keep_every_steps == 0}
-    return [step for step in sorted(committed) if step <= current and step not in kept]
+    on_line = line(committed)
+    ordered = [step for step in on_line if step <= current]
+    bests: list[int] = []
+    if policy.keep_best is not None:
+        bests = best({step: values[step] for step in ordered if step in values}, policy.keep_best)
+    must_stay = {*keep, current, on_line[-1], *(step for step in committed if step > current)}
+    kept = set(committed)
+    if policy.keep_last is not None:
+        every = policy.keep_every_steps
+        multiples = {step for step in ordered if step % every == 0} if every else set()
+        kept &= {*ordered[-policy.keep_last :], *multiples, *bests, *must_stay}
+    if policy.max_age_seconds is not None:
+        kept -= {step for step in kept - must_stay if ages_s.get(step, 0.0) > policy.max_age_seconds}
+    if policy.max_bytes is not None:
+        # What a rollback has left goes first, then the oldest; the best goes last.
+        ranks = {step: rank for rank, step in enumerate(bests, 1)}
+        going = sorted(kept - must_stay, key=lambda step: (ranks.get(step, 0), step in on_line, committed[step], step))
+        kept -= quota.beyond(going, kept, sizes, policy.max_bytes)
+    return sorted(committed.keys() - kept)
 
 
-def apply(root: str, policy: Retention, *, current: int, generation: int) -> list[int]:
-    """`tidy`, to its end; the steps removed."""
+def judge(known: Mapping[int, facts.Facts], policy: Retention, *, current: int, keep: Iterable[int] = ()) -> list[int]:
+    """Return the same as `choose`, from the facts of the committed steps. Pure."""
+    committed = facts.orders(known)
+    metric = None if policy.keep_best is None else policy.keep_best.metric
+    return choose(
+        committed,
+        policy,
+        current=current,
+        keep=keep,
+        values=facts.values(known, metric),
+        ages_s=facts.ages_s(known, line(committed)[-1]) if committed else {},
+        sizes=facts.sizes(known),
+    )
+
+
+def _over_quota(
+    known: Mapping[int, facts.Facts], policy: Retention, removed: Iterable[int], current: int, keep: Iterable[int]
+) -> str:
+    """Return why the checkpoints that stay have more bytes than the policy allows; empty: they have not. Pure."""
+    kept = known.keys() - set(removed)
+    why = dict.fromkeys(keep, "pinned or verified by a load")
+    why |= {step: "ahead of the newest" for step in kept if step > current}
+    why |= dict.fromkeys(line(facts.orders(known))[-1:], "the newest")
+    return quota.problem(kept, facts.sizes(known), why, policy.max_bytes)
+
+
+def apply(root: Folder, policy: Retention, *, current: int, generation: int) -> list[int]:
+    """Run `tidy` to its end. Return the removed steps."""
     before = catalog.committed(root)
     for _ in tidy(root, policy, current=current, generation=generation):
         pass
     return sorted(before.keys() - catalog.committed(root).keys())
 
 
-def tidy(root: str, policy: Retention, *, current: int, generation: int) -> Iterator[None]:
+def tidy(
+    root: Folder, policy: Retention, *, current: int, generation: int, known: facts.Known | None = None
+) -> Iterator[None]:
     """
-    Remove what the policy does not keep, and what failed saves before `current` left behind. Yields after each file, so that the caller
-    may leave it there: the next one begins with what is left.
+    Remove the checkpoints that the policy does not keep, and the files of failed saves before `current`.
 
-    One directory that cannot be removed does not stop the others: it is logged, and tried again after the next commit.
+    Yields after each file, in a bucket after each call of `delete`. The caller may stop at any of them: the next call removes the rest. A directory that cannot be removed does not stop
+    the others. It is logged, and tried again after the next commit.
 
     Args:
-        generation: of the attempt that does it; what a newer one has written stays.
+        generation: generation of the attempt that removes. Files of a newer attempt stay.
+        known: what earlier calls have seen. This call adds its own. Manifests are read once. If the policy has no `keep_last`, known steps are
+            not looked at again, so that their number costs no requests.
     """
-    committed_by_step = catalog.steps(root)
-    removed = choose(catalog.orders(root, committed_by_step), policy, current=current, keep=milestones.verified(root))
-    yield from _remove_all(root, removed, _leftovers(committed_by_step, current), generation)
+    known = facts.Known() if known is None else known
+    committed_by_step = catalog.steps(root, known.steps if policy.keep_last is None else ())
+    known.steps.update(step for step, done in committed_by_step.items() if done)
+    removed: list[int] = []
+    known.over_quota = ""
+    if policy.removes:
+        read = known.read(root, (step for step, done in committed_by_step.items() if done))
+        keep: set[int] = set()
+        # Pins only keep more. They cost requests, so they are read if there is something to remove.
+        if judge(read, policy, current=current):
+            keep = kept_whatever_the_policy(root)
+            removed = judge(read, policy, current=current, keep=keep)
+        known.over_quota = _over_quota(read, policy, removed, current, keep)
+    known.forget(*removed)
+    yield from _remove_all(root, removed, _leftovers(root, committed_by_step, current), generation)
 
 
-def make_room(root: str, policy: Retention, *, current: int, generation: int) -> Iterator[None]:
+def kept_whatever_the_policy(root: Folder) -> set[int]:
+    """Return the pinned steps, and the one that a load has verified last. Raises: OSError: it is not known which steps are pinned."""
+    return {*pins.pinned(root), *milestones.verified(root)}
+
+
+def make_room(root: Folder, policy: Retention, *, current: int, generation: int) -> Iterator[None]:
     """
-    On a full disk: remove before the commit of `current` what the policy removes after it, but for what was committed last. Yields as
-    `tidy`.
+    Make room on a full disk: remove before the commit of `current` what `tidy` would remove after it. The last committed checkpoint stays.
+
+    Yields as `tidy`.
     """
     committed_by_step = catalog.steps(root)
-    committed = catalog.orders(root, committed_by_step)
+    read = facts.Known().read(root, (step for step, done in committed_by_step.items() if done))
+    committed = facts.orders(read)
     newest = line(committed)[-1:]
-    after = committed | {current: max([*committed.values(), commit.OLDEST])}
-    removed = choose(after, policy, current=current, keep=[*newest, *milestones.verified(root)])
+    # The save is as large as the newest checkpoint, as far as anybody knows.
+    like_newest = read[newest[0]] if newest else facts.Facts()
+    order = max([*committed.values(), generations.OLDEST])
+    text = generations.text(order[0], generations.save_number(order[1], rescued=True))
+    after = {**read, current: dataclasses.replace(like_newest, generation=text)}
+    keep = [*newest, *kept_whatever_the_policy(root)]
+    removed = judge(after, policy, current=current, keep=keep)
     _log.warning("storage is full: removing steps %s to make room for step %d", removed, current)
-    yield from _remove_all(root, removed, _leftovers(committed_by_step, current), generation)
+    yield from _remove_all(root, removed, _leftovers(root, committed_by_step, current), generation)
 
 
-def _leftovers(committed_by_step: Mapping[int, bool], current: int) -> list[int]:
-    """Of saves before `current` that were never committed."""
-    return [step for step, done in committed_by_step.items() if not done and step < current]
+def _leftovers(root: Folder, committed_by_step: Mapping[int, bool], current: int) -> list[int]:
+    """
+    Return the steps before `current` that have files of saves without a commit.
+
+    A pinned step is none of them. In a bucket it may be a checkpoint that a killed process had made invisible, and that the next load commits again.
+    """
+    leftovers = [step for step, done in committed_by_step.items() if not done and step < current]
+    pinned = pins.pinned(root) if leftovers else {}
+    return [step for step in leftovers if step not in pinned]
 
 
-def _remove_all(root: str, committed: Iterable[int], leftovers: Iterable[int], generation: int) -> Iterator[None]:
+def _remove_all(root: Folder, committed: Iterable[int], leftovers: Iterable[int], generation: int) -> Iterator[None]:
     for step in committed:
         if commit.newest_generation(root) > generation:
-            return  # a newer attempt has begun: it decides
+            return  # a newer attempt has begun, and its own retention decides
+
+        def is_pinned(step: int = step) -> bool:
+            return step in pins.pinned(root)
+
         try:
-            yield from remove(os.path.join(root, names.step_directory(step)), generation=generation)
+            yield from remove(catalog.step_folder(root, step), generation=generation, is_pinned=is_pinned)
         except FileNotFoundError:
-            pass  # somebody else has removed it meanwhile
+            pass  # another process has removed it in the meantime
         except OSError as err:
             _log.warning(
                 "retention: step %d could not be removed, and is tried again after the next commit: %s", step, err
             )
     for step in leftovers:
         try:
-            yield from _remove_files(os.path.join(root, names.step_directory(step)), generation)
+            yield from _remove_files(catalog.step_folder(root, step), generation)
         except OSError as err:
             _log.warning(
                 "retention: files of the failed save of step %d could not be removed, and are tried again after the next commit: %s",
@@ -133,183 +241,211 @@ def _remove_all(root: str, committed: Iterable[int], leftovers: Iterable[int], g
     yield from _sweep(root, generation)
 
 
-def remove(path: str, *, generation: int) -> Iterator[None]:
+def remove_step(root: Folder, step: int, *, generation: int) -> Iterator[None]:
     """
-    Remove one checkpoint: taken aside by one rename, looked at, and only then deleted, file by file. Yields as `tidy`.
+    Remove one step, committed or not, unless it is pinned or a newer attempt has written there. Yields as `tidy`. Raises: OSError.
 
-    A checkpoint is so never half there; and one that a newer attempt has begun or made meanwhile is put back, by this process or, when it
-    is killed in between, by the next one that looks (`put_back`). Files that Pillion did not write are put back alone.
+    Called from: `pillion prune`.
+    """
+    folder = catalog.step_folder(root, step)
+    if commit.is_committed(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it in the meantime
+            yield from remove(folder, generation=generation, is_pinned=lambda: step in pins.pinned(root))
+    elif step not in pins.pinned(root):
+        yield from _remove_files(folder, generation)
+
+
+def is_written_again(folder: Folder) -> bool:
+    """Whether a committed checkpoint's folder has files of a newer save, which is not committed yet. Raises: OSError."""
+    committed = commit.committed_as(folder)
+    if committed is None:
+        return False
+    texts = {generations.in_file_name(name) for name in folder.files()} - {None}
+    return any(generations.order(text) > generations.order(committed) for text in texts if text is not None)
+
+
+def remove(folder: Folder, *, generation: int, is_pinned: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """
+    Remove one checkpoint. It becomes invisible in one step, is checked, and is then deleted file by file. Yields as `tidy`.
+
+    So no loader ever sees half a checkpoint. If a newer attempt has written into the folder in the meantime, the checkpoint is put back. If this
+    process is killed before that, the next process puts it back (`put_back`). Files that Pillion did not write are put back too.
+
+    Args:
+        is_pinned: whether the step is pinned now. A checkpoint that is pinned while it becomes invisible is put back too.
 
     Raises:
-        OSError: it stays, or what is left of it is nowhere that anybody looks.
+        OSError: the checkpoint stays, or the rest of it is in a place where no loader looks.
     """
-    if commit.committed_as(path) is None or os.path.islink(path):
-        _log_once(path, "holds a checkpoint that Pillion did not write, or is a link: it stays")
+    if commit.committed_as(folder) is None or folder.obstacle():
+        _log_once(folder, "holds a checkpoint that Pillion did not write, or is a link: it stays")
         return
-    folder = os.path.join(os.path.dirname(path), names.INTERNAL_DIR, REMOVED)
-    os.makedirs(folder, exist_ok=True)
-    aside = os.path.join(folder, f"{os.path.basename(path)}.{generation}.{secrets.token_hex(4)}")
-    os.rename(path, aside)
-    durable.fsync_directory(os.path.dirname(path))
-    if newest_in(aside) > (generation,):
-        _log.warning("%s was written by a newer attempt: it is kept", path)
-        os.rename(aside, path)
+    if is_pinned():
+        return
+    aside = folder.take_down(by=generation, generation_of=commit.generation_of, marker=names.COMMIT_MARKER)
+    listed = () if aside is None else tuple(aside.files())
+    if aside is not None and _newest_of(listed) > (generation,):
+        aside.put_up()
+        aside = None
+    if aside is None:
+        _log.warning("%s was written by a newer attempt: it is kept", folder)
+        return
+    try:
+        pinned_meanwhile = is_pinned()
+    except OSError:
+        aside.put_up()
+        raise
+    if pinned_meanwhile:
+        aside.put_up()
         return
     yield
-    yield from _delete(aside, path)
+    yield from _delete(aside, listed, folder, generation)
 
 
-def _delete(aside: str, path: str) -> Iterator[None]:
-    """Delete what Pillion wrote of a directory that is aside; put the rest back to where it was."""
-    strangers = []
-    for name in sorted(os.listdir(aside)):
-        if is_ours(aside, name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(aside, name))
-            yield
-        else:
-            strangers.append(name)
+def _delete(aside: Folder, listed: Iterable[str], origin: Folder, generation: int) -> Iterator[None]:
+    """Delete the files that attempts up to `generation` wrote in a folder that was taken down. Put all other files back to `origin`."""
+    # Parts go first: without one of them no process can commit the rest again. The manifest goes last, because a newer attempt's manifest may
+    # appear meanwhile in a bucket, where the folder cannot be moved.
+    for _, group in itertools.groupby(sorted(listed, key=_removal_rank), lambda name: _removal_rank(name)[0]):
+        own_files = []
+        for name in group:
+            newer = (commit.committed_as(aside) if name == names.MANIFEST else generations.in_file_name(name)) or ""
+            if is_ours(aside, name) and generations.order(newer)[0] <= generation:
+                own_files.append(name)
+        yield from _delete_files(aside, own_files)
+    strangers = aside.give_back()
     if strangers:
-        _log_once(path, f"keeps what Pillion did not write ({', '.join(strangers[:NAMED_STRANGERS])})")
-        os.makedirs(path, exist_ok=True)
-        for name in strangers:
-            if not os.path.lexists(os.path.join(path, name)):
-                os.rename(os.path.join(aside, name), os.path.join(path, name))
-    # What came back meanwhile under the same name stays aside.
-    with contextlib.suppress(OSError):
-        os.rmdir(aside)
+        _log_once(origin, f"keeps what Pillion did not write ({', '.join(strangers[:NAMED_STRANGERS])})")
+    # A file stays aside if a file with its name has appeared in `origin` in the meantime.
+    aside.remove_if_empty()
     yield
 
 
-def _remove_files(path: str, generation: int) -> Iterator[None]:
-    """Of a save that was never committed: what attempts up to this one have written. The directory goes when nothing else is in it."""
-    ours = [name for name in os.listdir(path) if is_ours(path, name)]
-    if not ours or newest_in(path) > (generation,):
-        return
-    for name in ours:
-        os.unlink(os.path.join(path, name))
+def _delete_files(folder: Folder, files: Sequence[str]) -> Iterator[None]:
+    """Remove files: each by itself in a directory, many by one call in a bucket. Yields after each call."""
+    at_once = 1 if folder.object_bytes is None else DELETED_AT_ONCE
+    for start in range(0, len(files), at_once):
+        folder.delete(files[start : start + at_once])
         yield
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
 
 
-def note_written(root: str, step: int, generation: str) -> None:
-    """
-    Write down which files a `StorageWriter` by name has left of a step: only these are removed later.
-
-    Raises:
-        OSError.
-    """
-    files = sorted(os.listdir(os.path.join(root, names.step_directory(step))))
-    text = json.dumps({"generation": generation, "files": files})
-    os.makedirs(os.path.dirname(milestones.written_record(root, step)), exist_ok=True)
-    durable.replace_file(milestones.written_record(root, step), text.encode())
+def _removal_rank(name: str) -> tuple[int, str]:
+    return (0 if names.parse_part_file(name) else 2 if name == names.MANIFEST else 1), name
 
 
-def remove_written(root: str, step: int) -> Iterator[None]:
-    """Remove what `note_written` has noted of a step. Yields as `tidy`. Raises: OSError."""
-    path = os.path.join(root, names.step_directory(step))
+def _remove_files(folder: Folder, generation: int) -> Iterator[None]:
+    """Remove the files of a save that was never committed, if no newer attempt has written there. Remove the folder if it is then empty."""
+    listed = folder.files()
+    own_files = [name for name in listed if is_ours(folder, name)]
+    if not own_files or _newest_of(listed) > (generation,):
+        return
+    yield from _delete_files(folder, own_files)
+    folder.remove_if_empty()
+
+
+def remove_written(root: LocalFolder, step: int) -> Iterator[None]:
+    """Remove the files of a step that `milestones.note_written` has noted. Yields as `tidy`. Raises: OSError."""
+    folder = root.below(names.step_directory(step))
     noted = milestones.written(root, step)
     if noted is None:
-        _log_once(path, "holds a checkpoint that Pillion did not write: it stays")
+        _log_once(folder, "holds a checkpoint that Pillion did not write: it stays")
         return
-    # The marker first: what is half removed is no checkpoint any more.
+    # The marker goes first, so that the rest is no checkpoint any more.
     for name in sorted(noted[1]):
-        target = os.path.join(path, name)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(target) if os.path.isdir(target) else os.unlink(target)
+        folder.delete_whole(name)
         yield
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(milestones.written_record(root, step))
+    folder.remove_if_empty()
+    milestones.forget_written(root, step)
 
 
-def is_ours(path: str, name: str) -> bool:
-    """Whether Pillion wrote this file of a directory that it has committed, or begun: no other program gives a file such a name."""
+def is_ours(folder: Folder, name: str) -> bool:
+    """
+    Whether Pillion wrote this file, in a folder where Pillion has begun or committed a save.
+
+    No other program gives such names to files.
+    """
     if name == names.OLD_MANIFEST:
-        with open(os.path.join(path, name), "rb") as file:
-            return manifest.is_manifest(file.read())
+        return manifest.is_manifest(folder.read(name))
     return (
         name in (names.MANIFEST, names.COMMIT_MARKER)
         or names.parse_data_file(name) is not None
         or names.parse_part_file(name) is not None
-        or commit.laid_down_by(name) is not None
-        or _TEMPORARY.fullmatch(name) is not None
+        or temporary_names.is_temporary(name)
     )
 
 
-def put_back(root: str) -> list[int]:
+def put_back(root: Folder) -> list[int]:
     """
-    Put back what an attempt that was killed meanwhile had taken aside from a newer one; the steps.
+    Put back the folders that a killed attempt had taken aside, if a newer attempt has written into them, or if they are pinned and whole.
+
+    Return the steps.
 
     Called from: the coordinator, before it looks for the newest checkpoint, and after each retention.
     """
     steps = []
-    for aside, step, remover in _aside(root):
-        if newest_in(aside) > (remover,):
+    for aside, origin, remover in root.taken_down():
+        step = names.parse_step_directory(origin.name)
+        if step is not None and (newest_in(aside) > (remover,) or (step in pins.pinned(root) and _is_whole(aside))):
             with contextlib.suppress(OSError):
-                os.rename(aside, os.path.join(root, names.step_directory(step)))
+                aside.put_up()
                 steps.append(step)
     return steps
 
 
-def _aside(root: str) -> Iterator[tuple[str, int, int]]:
-    """(path, step, generation of who removes it) of everything that is aside."""
-    folder = os.path.join(root, names.INTERNAL_DIR, REMOVED)
-    with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(folder)):
-            directory, _, rest = name.partition(".")
-            step, remover = names.parse_step_directory(directory), rest.partition(".")[0]
-            if step is not None and remover.isdecimal():
-                yield os.path.join(folder, name), step, int(remover)
+def _is_whole(aside: Folder) -> bool:
+    """Whether the removal of a folder has not deleted anything yet: it deletes the parts first."""
+    try:
+        parts = manifest.decode_manifest(commit.read_manifest(aside)).parts
+    except (FileNotFoundError, manifest.ManifestError):
+        return False
+    return {names.COMMIT_MARKER, *(part.name for part in parts)} <= aside.files().keys()
 
 
-def newest_in(path: str) -> tuple[int, ...]:
-    """The newest generation that has written into a directory, without the save's own number; empty: none of ours."""
+def newest_in(folder: Folder) -> tuple[int, ...]:
+    """Return the newest generation that has written into a folder, without the number of the save. Empty: no save of Pillion has."""
+    return _newest_of(folder.files())
+
+
+def _newest_of(listed: Iterable[str]) -> tuple[int, ...]:
     newest: tuple[int, ...] = ()
-    for name in os.listdir(path):
-        text = _generation_in(name)
+    for name in listed:
+        text = generations.in_file_name(name)
         if text is not None:
-            newest = max(newest, commit.generation_order(text)[:1])
+            newest = max(newest, generations.order(text)[:1])
     return newest
 
 
-def _sweep(root: str, generation: int) -> Iterator[None]:
-    """What removals that were cut short left aside: put back, or deleted."""
+def _sweep(root: Folder, generation: int) -> Iterator[None]:
+    """Finish removals that were interrupted: put back, or delete, the folders that they have left aside."""
     put_back(root)
-    for aside, step, remover in _aside(root):
+    for aside, origin, remover in root.taken_down():
         if remover <= generation:
             with contextlib.suppress(OSError):
-                yield from _delete(aside, os.path.join(root, names.step_directory(step)))
+                yield from _delete(aside, aside.files(), origin, remover)
 
 
-def remove_older_files(path: str, generation: str) -> None:
-    """In a directory that was written again: the files of Pillion's saves before, which nothing refers to any more."""
-    ours = commit.generation_order(generation)
-    for name in os.listdir(path):
-        theirs = _generation_in(name)
-        older = theirs is not None and commit.generation_order(theirs) < ours
-        if older or (name == names.OLD_MANIFEST and is_ours(path, name)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, name))
-
-
-def _generation_in(name: str) -> str | None:
-    """The generation in the name of a data or part file."""
-    data, part = names.parse_data_file(name), names.parse_part_file(name)
-    return data[2] if data is not None else part[1] if part is not None else None
+def remove_older_files(folder: Folder, generation: str) -> None:
+    """Remove the files of Pillion's older saves from a folder that was written again. No checkpoint refers to them any more."""
+    own_order = generations.order(generation)
+    older = []
+    for name in folder.files():
+        text = generations.in_file_name(name)
+        if (text is not None and generations.order(text) < own_order) or (
+            name == names.OLD_MANIFEST and is_ours(folder, name)
+        ):
+            older.append(name)
+    folder.delete(older)
 
 
 _logged: set[str] = set()
-"""Directories that were named in a warning: it is said once in a process."""
-LOGGED_MOST: Final = 1024
-"""Of these; more are said again."""
+"""Folders that a warning has named. A process warns about each only once."""
+MAX_LOGGED: Final = 1024
+"""Maximum of entries in `_logged`. When it is full it is emptied, and a folder may be named again."""
 
 
-def _log_once(path: str, what: str) -> None:
-    if path not in _logged:
-        if len(_logged) >= LOGGED_MOST:
+def _log_once(folder: Folder, what: str) -> None:
+    if str(folder) not in _logged:
+        if len(_logged) >= MAX_LOGGED:
             _logged.clear()
-        _logged.add(path)
-        _log.warning("%s %s", path, what)
+        _logged.add(str(folder))
+        _log.warning("%s %s", folder, what)

@@ -1,12 +1,12 @@
 """
-The whole of: laying the client library out for trainers whose image has none, or one of another protocol.
+Installs the client library for trainers whose image has none, or one with another version of the protocol.
 
-    DIR/pillion/__init__.py          `shim`: becomes the installed client, or the one below
-    DIR/pillion/bundled/pillion/...  the client of this image; sources only, as the trainer's Python may be another
+    DIR/pillion/__init__.py          `shim`: becomes the client of the trainer's image, or the one below
+    DIR/pillion/bundled/pillion/...  the client of the sidecar's image; sources only, as the trainer may have another Python
 
-Called from: `__main__` (`pillion-sidecar client --to DIR`), in an init container of the training pod. It may run again in the
-same pod, also after it was killed.
-Must never: leave half a package under its name, or touch anything in DIR but what it made.
+Called from: `__main__` (`pillion-sidecar client --to DIR`), in an init container of the training pod. It may run again in the same pod, even
+after it was killed.
+Must never: leave an incomplete package under its name, or change files in DIR that it has not created.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from typing import Final
 
 PACKAGE: Final = "pillion"
 BUNDLED: Final = "bundled"
-"""As in `shim`, which cannot be imported here: it would become another package."""
+"""Name of the directory with the sidecar's client, as in `shim`. The shim cannot be imported here, because it would become another package."""
 TEMPORARY: Final = ".pillion-"
+"""Prefix of the directory in which the package is built."""
 SUFFIXES: Final = (".py", ".typed")
 FILE_MODE: Final = 0o644
 FOLDER_MODE: Final = 0o755
-"""Whatever the umask: the trainer may be another user, and reads only."""
+"""Modes of files and directories, whatever the umask. The trainer may be another user, and only reads."""
 
 
 def lay_out(folder: Path) -> Path:
     """
-    Lay the client out in `folder`, in place of what an earlier run left there; the package's folder.
+    Install the client in `folder`, in place of an earlier installation. Return the package's directory.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the directory cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{TEMPORARY}*"):

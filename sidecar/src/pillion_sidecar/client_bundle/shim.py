@@ -1,15 +1,14 @@
 """
-The whole of: which `pillion` a trainer gets: one that is installed in its image when its protocol is the sidecar's, else the
-one that the sidecar's image brought.
+Chooses the package `pillion` of a trainer: the client installed in its image if it speaks the sidecar's protocol, otherwise the client from
+the sidecar's image.
 
-`pillion-sidecar client` lays this file out as `pillion/__init__.py` in a folder of PYTHONPATH, with the sidecar's own client
-below it. PYTHONPATH comes before what is installed, so this file is what `import pillion` finds. It looks further along
-sys.path, chooses, and becomes the package that it chose: the same module object, so that other threads wait for it as for
-any import.
+`pillion-sidecar client` installs this file as `pillion/__init__.py` in a directory of PYTHONPATH, with the sidecar's client below it.
+PYTHONPATH comes before installed packages, so `import pillion` finds this file. It searches the rest of sys.path, chooses a package, and
+becomes that package. The module object stays the same, so that other threads wait for it as for any import.
 
 Called from: the import system of a trainer. The sidecar itself never imports it.
-Must never: import torch, or anything of Pillion before it has chosen; use syntax that Python 3.6 does not read (an older
-interpreter has to get as far as the error that says so); leave names of its own in the package.
+Must never: import torch, or any module of Pillion before the choice; use syntax that Python 3.6 cannot read (an older interpreter must reach
+the error that names the needed version); leave names of its own in the package.
 """
 
 import logging
@@ -20,14 +19,14 @@ from importlib import machinery
 from typing import Any
 
 BUNDLED = "bundled"
-"""Folder beside this file in which the sidecar's own package `pillion` lies."""
-LEAST_PYTHON = (3, 11)
-"""What the sidecar's own client needs, as `requires-python` in client/pyproject.toml says."""
+"""Name of the directory beside this file with the sidecar's package `pillion`."""
+MIN_PYTHON = (3, 11)
+"""Oldest Python for the sidecar's client, as in `requires-python` of client/pyproject.toml."""
 PROTOCOL = re.compile(rb"^PROTOCOL_VERSION\b[^=\n]*=\s*(\d+)", re.MULTILINE)
 
 
 def protocol(spec: Any) -> int:
-    """The PROTOCOL_VERSION of a package, read without importing it; -1 where it has none."""
+    """Return the PROTOCOL_VERSION of a package without importing it. -1 if the package has none."""
     try:
         match = PROTOCOL.search(spec.loader.get_data(os.path.join(os.path.dirname(spec.origin), "wire", "__init__.py")))
     except (AttributeError, TypeError, OSError):  # a namespace package, or somebody else's package of this name
@@ -35,36 +34,36 @@ def protocol(spec: Any) -> int:
     return int(match.group(1)) if match else -1
 
 
-def installed(here: str) -> Any:
-    """The spec of the `pillion` that this interpreter would find without this file; None where there is none."""
-    ours = os.path.realpath(os.path.dirname(here))
-    rest = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != ours]
+def installed(shim_folder: str) -> Any:
+    """Return the spec of the `pillion` that this interpreter would import without this file. None if there is none."""
+    shim_entry = os.path.realpath(os.path.dirname(shim_folder))
+    other_entries = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != shim_entry]
     for finder in sys.meta_path:
-        # Editable installs bring finders of their own; only the usual one looks along sys.path.
-        spec = finder.find_spec("pillion", rest if finder is machinery.PathFinder else None)
+        # Editable installs have their own finders. Only PathFinder searches sys.path.
+        spec = finder.find_spec("pillion", other_entries if finder is machinery.PathFinder else None)
         if spec is None or not spec.origin or not spec.loader:
             continue
-        if os.path.realpath(os.path.dirname(spec.origin)) != os.path.realpath(here):
+        if os.path.realpath(os.path.dirname(spec.origin)) != os.path.realpath(shim_folder):
             return spec
     return None
 
 
-def choose(here: str) -> Any:
+def choose(shim_folder: str) -> Any:
     """
-    The spec of the package to be.
+    Return the spec of the chosen package.
 
     Raises:
-        ImportError: it is to be the sidecar's own, which this interpreter is too old for.
+        ImportError: the choice is the sidecar's client, and this interpreter is too old for it.
     """
-    own = machinery.PathFinder.find_spec("pillion", [os.path.join(here, BUNDLED)])
-    other = installed(here)
+    own = machinery.PathFinder.find_spec("pillion", [os.path.join(shim_folder, BUNDLED)])
+    other = installed(shim_folder)
     log = logging.getLogger("pillion")
-    wanted = protocol(own)
-    if other is not None and protocol(other) == wanted:
-        log.info("pillion: %s is used: it is installed, and speaks the sidecar's protocol %d", other.origin, wanted)
+    version = protocol(own)
+    if other is not None and protocol(other) == version:
+        log.info("pillion: %s is used: it is installed, and speaks the sidecar's protocol %d", other.origin, version)
         return other
-    if sys.version_info < LEAST_PYTHON:
-        needed = ".".join(str(number) for number in LEAST_PYTHON)
+    if sys.version_info < MIN_PYTHON:
+        needed = ".".join(str(number) for number in MIN_PYTHON)
         raise ImportError(
             f"pillion needs Python {needed} or newer; {sys.executable} is Python {sys.version.split()[0]}"
         )
@@ -75,14 +74,14 @@ def choose(here: str) -> Any:
             "pillion: the sidecar's own client is used: %s is installed, and its protocol is %s, the sidecar's is %d",
             other.origin,
             protocol(other) if protocol(other) >= 0 else "none",
-            wanted,
+            version,
         )
     return own
 
 
 def become(module: Any, chosen: Any) -> Any:
-    """Turn `module` into the package of the spec `chosen`; the code that has to run in it then."""
-    # The spec stays the same object: the import system marks in it that the import is going on.
+    """Turn `module` into the package of the spec `chosen`. Return the code that must then run in it."""
+    # The spec object stays the same, because the import system marks in it that the import is in progress.
     own = module["__spec__"]
     own.origin, own.loader, own.cached = chosen.origin, chosen.loader, chosen.cached
     own.submodule_search_locations = list(chosen.submodule_search_locations)

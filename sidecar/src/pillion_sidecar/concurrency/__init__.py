@@ -1,1 +1,1 @@
-"""Background tasks, and calls that may block, each with a bound."""
+"""Background tasks of an event loop, and blocking calls with a timeout. Nothing here knows checkpoints."""

@@ -1,9 +1,9 @@
 """
-The whole of: blocking calls beside the event loop, in a daemon thread of their own, one at a time.
+Runs blocking calls beside the event loop, in a separate daemon thread, one at a time.
 
-Called from: `reporting.reporter`. Not asyncio.to_thread: a call that never returns (a dead NFS server, a name server that does not answer) would
-keep the process from ending, and the drain has a bound.
-Must never: run a second call while the first has not returned, so that what hangs is one thread.
+Called from: `reporting.reporter`, `supervisor.root_access`. Not asyncio.to_thread: a call that never returns (a dead NFS server, a name server
+that does not answer) would keep the process from ending.
+Must never: run a second call before the first has returned. So at most one thread hangs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ T = TypeVar("T")
 
 
 class StillBusy(Exception):
-    """The call before has not returned yet."""
+    """The previous call has not returned yet."""
 
 
 class BlockingCaller:
     """
-    See the module.
+    One thread for blocking calls. See the module.
 
-    Owns: one thread, from the first call until `close`; one that hangs then ends with the process.
+    Args:
+        name: name of the thread.
+
+    Owns: the thread, from the first call until `close`. If it hangs, it ends with the process.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,13 +40,13 @@ class BlockingCaller:
 
     async def run(self, call: Callable[[], T], timeout_s: float) -> T:
         """
-        What `call` returns, or raises.
+        Run `call` in the thread. Return its result, or raise its error.
 
-        Blocks: up to `timeout_s`; the call itself goes on, and is then in the way of the next.
+        Blocks: up to `timeout_s`. After a timeout the call continues, and later calls raise StillBusy until it returns.
 
         Raises:
-            TimeoutError: it did not return within `timeout_s`.
-            StillBusy: the call before did not return yet.
+            TimeoutError: the call did not return within `timeout_s`.
+            StillBusy: the previous call has not returned yet.
         """
         if self._busy:
             raise StillBusy
@@ -58,16 +61,16 @@ class BlockingCaller:
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(result)  # type: ignore[arg-type]  # a result where there is no error
+                done.set_result(result)  # type: ignore[arg-type]  # without an error there is a result
 
         def work() -> None:
             result: Any = None
             error: Exception | None = None
             try:
                 result = call()
-            except Exception as err:  # a boundary: whatever it is goes to whoever waits
+            except Exception as err:  # a boundary: the waiting caller raises it
                 error = err
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
                 loop.call_soon_threadsafe(settle, result, error)
 
         if self._thread is None:
@@ -81,5 +84,5 @@ class BlockingCaller:
             work()
 
     def close(self) -> None:
-        """Let the thread end. Blocks: never."""
+        """Let the thread end after its current call. Blocks: never."""
         self._calls.put(None)

@@ -1,8 +1,8 @@
 """
-The whole of: tasks that run beside the one that started them, and end with whoever owns them.
+Background tasks, which end with their owner.
 
-Called from: the supervisor's parts. asyncio keeps no reference to a task: one that nobody holds may vanish in the middle.
-Must never: let an error of a task pass unseen (it is logged).
+Called from: the supervisor's parts. asyncio keeps only weak references to tasks, so a task without another reference may vanish before its end.
+Must never: lose the error of a task. It is logged.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ _log = logging.getLogger(__name__)
 
 
 class BackgroundTasks:
-    """See the module."""
+    """The running background tasks of one owner. See the module."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
+        """Start a task. `name` identifies it in the log, if it fails."""
         task = asyncio.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -33,7 +34,7 @@ class BackgroundTasks:
             _log.error("%s failed", task.get_name(), exc_info=task.exception())
 
     async def stop(self) -> None:
-        """Cancel what still runs, and wait for its end."""
+        """Cancel the running tasks, and wait for their end."""
         running = list(self._running)
         for task in running:
             task.cancel()

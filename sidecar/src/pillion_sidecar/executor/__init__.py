@@ -1,1 +1,5 @@
-"""The child process: everything that may block on storage, on other pods or in torch. `worker` is its entry."""
+"""
+The executor, the sidecar's child process: all code that may block on storage, on other pods or in torch. `worker` is its entry.
+
+No connection to trainers: the supervisor talks to them, and sends this process requests.
+"""

@@ -1,15 +1,17 @@
 """
-What the pods have agreed on and use again: layouts by digest and plans by id. The newest few: a state that changes with each save (a list
-that grows) must not fill the memory of the executors, nor the job's store.
+The layouts and plans that the pods have agreed on, kept for later saves: layouts by digest, plans by id.
 
-Called from: `executor.save.persist` and `executor.save.dcp_writer`. Pure but for `Agreements.decision`.
+Only the newest few are kept. A state whose layout changes with each save (a list that grows) must fill neither the memory of the executors nor
+the job's store.
 
-    every pod:    publishes a layout that is not among `layouts` ahead of its "plan", under `layout_name`
-    coordinator:  settle(digests) once all are here, which drops what was not used for KEPT_PLANS saves; notice() goes with the decision
-    every pod:    hear(decision): drops the same, and publishes it once more when it comes again
+Called from: `executor.save.persist` and `executor.save.dcp_writer`. Pure, except for `Agreements.decision`.
 
-What is dropped leaves the store one save later, when every pod has heard of it. A pod that may have missed a decision forgets all layouts, and
-one whose coordinator was replaced as well: they are published once more, and nobody waits for what is gone.
+    every pod:    publishes a layout that is not in `layouts`, under `layout_name`, before its "plan"
+    coordinator:  settle(digests) when all layouts are known: drops layouts unused for KEPT_PLANS saves; notice() goes with the decision
+    every pod:    hear(decision): drops the same layouts, and publishes one again if it is used again
+
+Dropped layouts are deleted from the store one save later, when every pod has dropped them. A pod that may have missed a decision, or whose
+coordinator was replaced, forgets all layouts and publishes them again. So no pod waits for a deleted layout.
 """
 
 from __future__ import annotations
@@ -23,35 +25,36 @@ from pillion_sidecar.executor import plan as plan_module
 from pillion_sidecar.executor.exchange.protocol import Exchange
 
 KEPT_PLANS: Final = 4
-"""Plans remembered a session: layouts change rarely (frozen layers, a partial save), and then go back and forth."""
+"""Maximum plans that are kept in a session. Layouts change rarely (frozen layers, a partial save), and then alternate."""
 
 
 def layout_name(digest: str) -> str:
-    """What a layout is published as."""
+    """Return the name under which a layout is published."""
     return f"layout/{digest}"
 
 
 def plan_name(plan_id: str) -> str:
-    """What a plan is published as."""
+    """Return the name under which a plan is published."""
     return f"plan/{plan_id}"
 
 
 class Agreements:
-    """See the module."""
+    """The kept layouts and plans of one session. See the module."""
 
     def __init__(self) -> None:
         self.layouts: dict[str, layout.Layout] = {}
-        """By digest: this pod's, and on the coordinator those of all pods. What is here is published."""
+        """Published layouts by digest: this pod's; on the coordinator those of all pods."""
         self._plans: dict[str, plan_module.Plan] = {}
         self._used: dict[str, frozenset[str]] = {}
-        """(coordinator) id of a plan -> its layouts; the one used last is the last."""
+        """(coordinator) Id of a plan -> its layouts. The most recently used plan is the last entry."""
         self._leaving: set[str] = set()
-        """(coordinator) Names that go from the store with the next save."""
+        """(coordinator) Names that the next save deletes from the store."""
         self._drops = (secrets.token_hex(4), 0)
-        """(coordinator) Who drops, and how often it has."""
+        """(coordinator) Random id of this executor, and the number of its drops."""
         self._dropped: list[str] | None = None
-        """(coordinator) What the next decision has to say of it."""
-        self._heard: tuple[str, int] | None = None
+        """(coordinator) Dropped layouts that the next decision must name."""
+        self._last_drop: tuple[str, int] | None = None
+        """`_drops` of the coordinator in the last decision."""
 
     def plan(self, plan_id: str) -> plan_module.Plan | None:
         return self._plans.get(plan_id)
@@ -63,7 +66,7 @@ class Agreements:
             del self._plans[next(iter(self._plans))]
 
     def settle(self, digests: Mapping[int, str]) -> list[str]:
-        """(coordinator) These layouts are used now; names that no pod looks for any more."""
+        """(coordinator) Note the layouts of this save. Return the published names that no pod needs any more."""
         used, plan_id = frozenset(digests.values()), plan_module.plan_id(digests)
         self._used.pop(plan_id, None)
         self._used[plan_id] = used
@@ -84,15 +87,15 @@ class Agreements:
         return sorted(gone)
 
     def notice(self) -> dict[str, Any]:
-        """(coordinator) What a decision says besides."""
+        """(coordinator) Return the part of a decision that names dropped layouts."""
         dropped, self._dropped = self._dropped, None
         return {"drops": [*self._drops, dropped]}
 
     def hear(self, decision: Mapping[str, Any]) -> None:
-        """A decision has come: drop what the coordinator has dropped; all, where this pod may have missed some."""
+        """Drop the layouts that the coordinator has dropped. If this pod may have missed a decision, forget all layouts."""
         name, number, dropped = decision["drops"]
-        before, self._heard = self._heard, (str(name), int(number))
-        if before in (None, self._heard):
+        before, self._last_drop = self._last_drop, (str(name), int(number))
+        if before in (None, self._last_drop):
             return
         if before == (name, int(number) - 1) and dropped is not None:
             self._drop(dropped)
@@ -100,18 +103,18 @@ class Agreements:
             self.layouts.clear()
 
     def forget(self) -> None:
-        """Nothing is known to be published any more."""
+        """Forget all layouts and plans, because it is not known whether they are still published."""
         self.layouts.clear()
         self._plans.clear()
 
     def move(self) -> None:
-        """The pods meet elsewhere from now on, where nothing is published yet."""
+        """Forget everything, because the pods use another exchange from now on, where nothing is published yet."""
         self.forget()
         self._used.clear()
         self._leaving.clear()
 
     def published(self) -> list[str]:
-        """(coordinator) Names that are still published."""
+        """(coordinator) Return the names that are still published."""
         digests = frozenset(self.layouts).union(*self._used.values())
         return sorted({*map(layout_name, digests), *map(plan_name, self._used), *self._leaving})
 
@@ -121,16 +124,16 @@ class Agreements:
 
     def decision(self, exchange: Exchange, phase: str, bound_s: float) -> dict[str, Any]:
         """
-        Wait for what the coordinator has decided on a plan, and hear it.
+        Wait for the coordinator's decision on a plan, and apply its drops.
 
         Blocks: up to `bound_s`.
 
         Raises:
-            BarrierTimeout: it did not come within `bound_s`.
+            BarrierTimeout: the decision did not come within `bound_s`.
         """
         try:
             decided = exchange.receive(f"{phase}/plan", bound_s)
-        except BaseException:  # whatever ends the wait: what was dropped with it is not known
+        except BaseException:  # this pod then does not know which layouts the decision has dropped
             self.forget()
             raise
         self.hear(decided)

@@ -1,9 +1,9 @@
 """
-When the executor collects garbage: as DCP's own process that saves, by the same two variables.
+Controls the garbage collection of the executor, by the same two variables as DCP's own process for saves.
 
-Called from: `worker`. By default Python collects when it likes. Under DCP_DISABLE_AUTOMATIC_GC=1 it does not: one collection comes behind
-each save, when nobody waits for this process, and none under DCP_DISABLE_MANUAL_GC=1. What there is behind the first save (modules, kept
-plans) is left out of later collections.
+Called from: `worker`. By default Python collects automatically. With DCP_DISABLE_AUTOMATIC_GC=1, it collects once after each save, when nobody
+waits for this process; with DCP_DISABLE_MANUAL_GC=1 as well, it never collects. Objects that exist after the first save (modules, kept plans)
+are excluded from later collections.
 
 Source: torch 2.15, torch/distributed/checkpoint/_async_process_executor.py.
 """
@@ -20,10 +20,10 @@ MANUAL_OFF: Final = "DCP_DISABLE_MANUAL_GC"
 
 class Garbage:
     """
-    Of this process.
+    The garbage collection of this process.
 
     Args:
-        environ: exactly "1" switches off, as in DCP.
+        environ: the environment. Exactly "1" switches off, as in DCP.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -34,7 +34,7 @@ class Garbage:
             gc.disable()
 
     def saved(self) -> None:
-        """A save has ended, and its outcome is told. Blocks: for a collection, 0.2 s with torch imported."""
+        """Collect after a save whose outcome was sent, if that is enabled. Blocks: for a collection, 0.2 s with torch imported."""
         if not self._collects:
             return
         gc.collect()

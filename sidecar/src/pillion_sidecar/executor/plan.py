@@ -1,9 +1,9 @@
 """
-Who writes what: one global plan from the layouts of all ranks. Pure; no torch, no store.
+The plan: which rank writes which items, made from the layouts of all ranks. Pure; no torch, no store.
 
-Called from: the executor of the coordinator, once for each new set of layouts. A replica (equal FQN, offsets and sizes) is
-written by one of its holders; holders share their replicas by bytes, in contiguous stretches, so that each writes few long
-runs. An opaque leaf is written by the lowest rank that has it.
+Called from: the executor of the coordinator, once for each new set of layouts. One of the ranks that have a replica (equal FQN, offsets and
+sizes) writes it. These ranks divide their replicas by bytes, in contiguous stretches, so that each rank writes few long runs. The lowest rank
+that has an opaque leaf writes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class PlanError(ValueError):
-    """The ranks' layouts contradict one another; `failures` says for which ranks."""
+    """The ranks' layouts contradict each other. `ranks` are the ranks concerned."""
 
     def __init__(self, message: str, ranks: Sequence[int]) -> None:
         self.ranks = tuple(ranks)
@@ -31,14 +31,14 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What each rank writes."""
+    """The items and opaque leaves that each rank writes."""
 
     plan_id: str
-    """Equal layouts on equal ranks give equal ids: what is the same needs no new plan."""
+    """Id of the plan. The same layouts on the same ranks have the same id, and need no new plan."""
     items: Mapping[int, Ranges]
-    """rank -> ranges of item indices of its layout."""
+    """Rank -> ranges of item indexes in its layout."""
     opaque: Mapping[int, Ranges]
-    """rank -> ranges of opaque indices of its layout."""
+    """Rank -> ranges of indexes of opaque leaves in its layout."""
 
     def to_document(self) -> dict[str, Any]:
         return {
@@ -56,7 +56,7 @@ class Plan:
 
 
 def plan_id(digests: Mapping[int, str]) -> str:
-    """The id of the plan for these layouts (rank -> layout digest)."""
+    """Return the id of the plan for these layouts (rank -> layout digest)."""
     return hashlib.blake2b(json.dumps(sorted(digests.items())).encode(), digest_size=16).hexdigest()
 
 
@@ -77,7 +77,7 @@ def make_plan(layouts: Mapping[int, layout.Layout]) -> Plan:
     for held in holders.values():
         groups.setdefault(tuple(rank for rank, _ in held), []).append(held)
     load = dict.fromkeys(layouts, 0)
-    # Chunks with one holder first: their bytes count when the replicas are shared out.
+    # Chunks that only one rank has come first, so that their bytes count when the replicas are divided.
     for ranks, members in sorted(groups.items(), key=lambda group: len(group[0])):
         _share(ranks, members, layouts, load, chosen)
     opaque: dict[int, list[int]] = {rank: [] for rank in layouts}
@@ -121,7 +121,7 @@ def _share(
 
 
 def as_ranges(indices: Sequence[int]) -> Ranges:
-    """Ascending indices as half-open ranges."""
+    """Return ascending indexes as half-open ranges."""
     ranges: list[tuple[int, int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index:

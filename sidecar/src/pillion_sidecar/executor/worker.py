@@ -1,15 +1,14 @@
 """
-The executor's child process: one thread answers pings and takes requests, one runs them, one at a time, and one sends messages to all pods.
+The executor process: one thread receives requests and answers pings, one runs the requests, and one sends signals to all pods.
 
     supervisor                            |  this process
     ------------------------------------- | -----------------------------------------------
-    warm, open, persist, load, ping,  --> |  reader (main thread) --> queue --> runner thread
-      over                                |
-    done, failed, events, pong        <-- |  <-----------------------------------+
-    EOF                               --> |  ends at once: its supervisor is gone
+    requests: `channel`               --> |  reader (main thread) --> queue --> runner thread
+    answers, events                   <-- |  <-----------------------------------+
+    EOF                               --> |  ends at once, because its supervisor is gone
 
-Called from: `python -m pillion_sidecar.executor.worker FD` by `supervisor.executor_process`. A request that fails answers with the failure and
-the loop goes on; only the supervisor ends this process.
+Called from: `python -m pillion_sidecar.executor.worker FD` by `supervisor.executor_process`. A failed request is answered with the failure, and
+the loop continues. Only the supervisor ends this process.
 """
 
 from __future__ import annotations
@@ -27,105 +26,138 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pillion.errors import ErrorDocument, InternalError, PillionError, RemoteFailure, SidecarError
 from pillion.wire import messages, names, policy
-from pillion_sidecar import log
+from pillion.wire.message import Message, Request
+from pillion.wire.save_messages import Destination, NamedWriter
+from pillion_sidecar import channel, log
 from pillion_sidecar.arena import image
-from pillion_sidecar.checkpoint import ownership
-from pillion_sidecar.executor import garbage
+from pillion_sidecar.executor import checked, garbage
 from pillion_sidecar.executor import session as session_module
 from pillion_sidecar.executor.exchange import broadcast
 from pillion_sidecar.executor.exchange.watchdog import SessionLeft, Watchdog
 from pillion_sidecar.executor.load import request as request_module
 from pillion_sidecar.executor.load import restore
-from pillion_sidecar.executor.save import commit, persist, rescue
-from pillion_sidecar.executor.save.request import Request
+from pillion_sidecar.executor.save import commit, hold, persist, rescue, upload
 from pillion_sidecar.executor.session import with_failover
+from pillion_sidecar.session.record import Counts
+from pillion_sidecar.session.state import State
+from pillion_sidecar.waits import Wait
 
 _log = logging.getLogger(__name__)
+R = TypeVar("R", bound=Request[Any])
 
 NICE: Final = 10
-"""Lower CPU priority than the trainer: what persists may not slow the step down (nvrx has the same knob)."""
+"""Nice value, below the trainer's priority, so that writing does not slow down the training step."""
 QUEUE_LIMIT: Final = 64
-"""Requests waiting; the supervisor sends one at a time, this only bounds a defect."""
+"""Maximum waiting requests. The supervisor sends one at a time, so this bounds only a defect."""
 
 
 class Worker:
-    """See the module."""
+    """The threads and the state of the executor process. See the module."""
 
     def __init__(self, sock: socket.socket, broken: Exception | None = None) -> None:
         self._sock = sock
         self._broken = broken
         self._garbage = garbage.Garbage(os.environ)
         self._send_lock = threading.Lock()
-        self._requests: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
-        self._outgoing: queue.Queue[messages.Message] = queue.Queue(QUEUE_LIMIT)
+        self._requests: queue.Queue[Request[Any]] = queue.Queue(QUEUE_LIMIT)
+        self._outgoing: queue.Queue[channel.Signal] = queue.Queue(QUEUE_LIMIT)
+        self._uploads: queue.Queue[channel.Upload] = queue.Queue(QUEUE_LIMIT)
+        self._opening: channel.Open | None = None
+        """What the session was opened with."""
+        self._beside: session_module.Context | None = None
+        """Context of the uploads of the session `_beside_of`; None: there was none yet."""
+        self._beside_of = ""
+        self._beside_watch: Watchdog | None = None
+        self._checked = checked.Checked()
         self._context: session_module.Context | None = None
         self._watch: Watchdog | None = None
-        """Of the session that is open, or being opened."""
+        """Watchdog of the session that is open or being opened."""
         self._over = ""
-        """The session that ended last: what is done for it leaves its waits for other pods."""
-        self._state: ownership.State | None = None
-        """What was said last about the session's trainers; None: nothing since it is being opened."""
+        """The session that ended last. Its work leaves its waits for other pods."""
+        self._state: State | None = None
+        """Newest state of the session's trainers. None: none was sent since the opening began."""
         self._signals: broadcast.Signals | None = None
-        self._store: Any = None
-        """Where the session of `_context` meets."""
-        self._writer: Mapping[str, Any] | None = None
+        self._store: channel.StoreAt | None = None
+        """Address of the store of `_context`'s session."""
+        self._writer: NamedWriter | None = None
         """The policy's storage.writer, for saves that name no destination."""
-        self._operations: Mapping[str, Callable[[messages.Message], dict[str, Any]]] = {
-            "warm": self._warm,
-            "open": self._open,
-            "persist": self._persist,
-            "load": self._load,
-            "withdraw": self._withdraw,
-            "rescue": self._rescue,
-            "retain": self._retain,
+        self._at_once: Mapping[type[Message], Callable[[Any], None]] = {
+            channel.Ping: lambda ping: self._answer(ping, channel.Pong(wait=self._wait())),
+            channel.Over: self._end_session,
+            channel.Show: self._show,
+            channel.Signal: lambda signal: self._queue(self._outgoing, signal),
+            channel.Upload: lambda upload: self._queue(self._uploads, upload),
+        }
+        """Handlers of requests that do not wait for the running operation."""
+        self._operations: Mapping[type[Message], Callable[[Any], channel.Answer]] = {
+            channel.Warm: self._warm,
+            channel.Open: self._open,
+            channel.Persist: self._persist,
+            channel.Load: self._load,
+            channel.Withdraw: self._withdraw,
+            channel.Rescue: self._rescue,
+            channel.Retain: self._retain,
+            channel.Verify: self._verify,
         }
 
     def serve(self) -> None:
         """Serve until the supervisor closes the channel. Blocks: for the life of the process."""
         threading.Thread(target=self._run, name="pillion-run", daemon=True).start()
-        # Not behind the running save, as an announcement is about the next one, nor in this thread: the store may not answer.
+        # A separate thread: a signal is about the next save, so it must not wait for the running one, and the store may not answer.
         threading.Thread(target=self._tell, name="pillion-tell", daemon=True).start()
+        # A separate thread: an upload takes minutes, and the next save is to be on the local disk meanwhile.
+        threading.Thread(target=self._upload_all, name="pillion-upload", daemon=True).start()
         decoder = messages.Decoder()
         with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
                 for message in messages.receive(self._sock, decoder):
-                    if message["type"] == "ping":
-                        self._done(message, {"waits": self._waits()})
-                    elif message["type"] == "over":
-                        self._over = message["session"]
-                        self._done(message, {})
-                    elif message["type"] == "state":
-                        self._change(message)
-                    else:
-                        self._queue(self._outgoing if message["type"] == "signal" else self._requests, message)
+                    self._take(message)
 
-    def _queue(self, waiting: queue.Queue[messages.Message], message: messages.Message) -> None:
+    def _take(self, body: messages.Message) -> None:
         try:
-            waiting.put_nowait(message)
-        except queue.Full:
-            error = SidecarError(f"{QUEUE_LIMIT} messages wait before this one: the store answers none of them")
-            self._send({"type": "failed", "id": message["id"], "error": _document(error).to_document()})
-
-    def _change(self, message: messages.Message) -> None:
-        """The session's trainers have come or gone: its record on the root says so, for whoever wants the root next."""
-        lease = self._context.lease if self._context is not None else None
-        self._state = ownership.State(message["state"])
-        if lease is None:
-            self._done(message, {})
+            request = channel.read_request(body)
+        except messages.BadFrame as err:
+            self._send({**_failed(InternalError(str(err))).to_document(), "id": body.get("id", 0)})
+            return
+        if type(request) in self._at_once:
+            self._at_once[type(request)](request)
         else:
-            lease.change(self._state, lambda: self._done(message, {}))
+            self._queue(self._requests, request)
+
+    def _queue(self, waiting: queue.Queue[R], request: R) -> None:
+        try:
+            waiting.put_nowait(request)
+        except queue.Full:
+            text = f"{QUEUE_LIMIT} messages wait before this one: the store answers none of them"
+            self._answer(request, _failed(SidecarError(text)))
+
+    def _end_session(self, request: channel.Over) -> None:
+        self._over = request.session
+        self._answer(request, channel.Done())
+
+    def _show(self, request: channel.Show) -> None:
+        """Write the state of the session's trainers to its record on the root, which other trainings read."""
+        lease = self._context.lease if self._context is not None else None
+        self._state = request.state
+        if lease is None:
+            self._answer(request, channel.Done())
+        else:
+            lease.change(self._state, lambda: self._answer(request, channel.Done()))
+
+    def _answer(self, request: Request[Any], answer: channel.Answer) -> None:
+        self._send({**answer.to_document(), "id": request.id})
+
+    def _say(self, event: Message) -> None:
+        self._send(event.to_document())
 
     def _send(self, message: Mapping[str, object]) -> None:
         frame = messages.encode(message)
         with self._send_lock, contextlib.suppress(OSError):
             self._sock.sendall(frame)
-
-    def _done(self, request: messages.Message, result: Mapping[str, Any], **state: Any) -> None:
-        self._send({"type": "done", "id": request["id"], "result": result, **state})
 
     def _run(self) -> None:
         while True:
@@ -133,171 +165,211 @@ class Worker:
             try:
                 if self._broken is not None:
                     raise self._broken
-                answer = self._operations[request["type"]](request)
-                self._done(request, answer, **self._session_state())
-                if request["type"] == "persist":
+                answer = self._operations[type(request)](request)
+                self._answer(request, dataclasses.replace(answer, counts=self._counts()))
+                if isinstance(request, channel.Persist):
                     self._garbage.saved()
-            except (
-                BaseException
-            ) as raised:  # a boundary: any failure is an answer, a foreign sys.exit too, and the loop goes on
+            except BaseException as raised:  # a boundary: every failure is answered, even a sys.exit in foreign code, and the loop continues
                 err = SidecarError(str(raised)) if isinstance(raised, SessionLeft) else raised
-                _log.warning("%s failed: %s", request["type"], err, exc_info=not isinstance(err, PillionError))
-                state = self._session_state()
-                self._send({"type": "failed", "id": request["id"], "error": _document(err).to_document(), **state})
+                _log.warning("%s failed: %s", request.type, err, exc_info=not isinstance(err, PillionError))
+                self._answer(request, _failed(err, self._counts()))
             finally:
                 if self._watch is not None:
                     self._watch.idle()
 
     def _store_lost(self, session: str) -> None:
-        self._send({"type": "store_lost", "event": True, "session": session})
+        self._say(channel.StoreLost(session=session))
 
-    def _waits(self) -> dict[str, Any] | None:
-        watch = self._watch
-        return watch.report() if watch is not None else None
+    def _wait(self) -> Wait | None:
+        waits = [watch.report() for watch in (self._watch, self._beside_watch) if watch is not None]
+        return max(filter(None, waits), key=lambda wait: wait.for_s - wait.bound_s, default=None)
 
-    def _session_state(self) -> dict[str, Any]:
-        """What a successor of this process has to go on with."""
+    def _counts(self) -> Counts | None:
+        """Return the counts from which a successor of this process continues."""
         context = self._context
         if context is None:
-            return {}
-        counts = {"loads": context.loads, "epoch": context.epoch, "rescues": context.rescues}
-        return {"session_state": counts | {"store_lost": context.store_lost}}
+            return None
+        return Counts(loads=context.loads, epoch=context.epoch, rescues=context.rescues, store_lost=context.store_lost)
 
     def _tell(self) -> None:
         while True:
-            message = self._outgoing.get()
+            request = self._outgoing.get()
             context, between = self._context, self._signals
             try:
                 if context is None or between is None:
                     raise InternalError("the executor has no session with other pods")
                 context.watch.store("a message to all pods")
                 try:
-                    between.send(message["message"])
+                    between.send(request.message)
                 finally:
                     context.watch.idle()
-                self._done(message, {})
-            except Exception as err:  # a boundary: torch has errors of several classes for a store
-                self._send({"type": "failed", "id": message["id"], "error": _document(err).to_document()})
+                self._answer(request, channel.Done())
+            except Exception as err:  # a boundary: the sender is answered, whatever it was
+                self._answer(request, _failed(err))
+
+    def _upload_all(self) -> None:
+        while True:
+            request = self._uploads.get()
+            try:
+                self._answer(request, self._upload(request))
+            except BaseException as raised:  # a boundary, as in `_run`
+                err = SidecarError(str(raised)) if isinstance(raised, SessionLeft) else raised
+                _log.warning("%s failed: %s", request.type, err, exc_info=not isinstance(err, PillionError))
+                self._answer(request, _failed(err))
+            finally:
+                if self._beside_watch is not None:
+                    self._beside_watch.idle()
+
+    def _upload(self, request: channel.Upload) -> channel.Persisted:
+        context, opening = self._context, self._opening
+        if context is None or opening is None or opening.session != request.session:
+            raise SidecarError(f"session {request.session} is not open in this executor")
+        if self._beside is None or self._beside_of != request.session:
+            watch = self._watchdog(opening)
+            self._beside_watch = watch
+            if self._beside is not None:
+                self._beside.close()
+            self._beside, self._beside_of = session_module.open_beside(context, opening, watch), request.session
+        beside = self._beside
+        return with_failover(beside, lambda: upload.upload(beside, request, self._say))
 
     # --- operations (runner thread) ------------------------------------------------------------------------------------
 
-    def _warm(self, request: messages.Message) -> dict[str, Any]:
-        """Import what the session needs of torch: it takes seconds, and serves whichever session comes next as well."""
-        for module in request["modules"]:
+    def _warm(self, request: channel.Warm) -> channel.Done:
+        """Import the modules of the session that need torch. This takes seconds, and serves later sessions as well."""
+        for module in request.modules:
             importlib.import_module(f"{__package__}.{module}")
-        return {}
+        return channel.Done()
 
-    def _open(self, request: messages.Message) -> dict[str, Any]:
+    def _open(self, request: channel.Open) -> channel.Opened:
         if self._signals is not None:
             self._signals.close()
         if self._context is not None:
-            self._leave(self._context, request["session"])
+            self._leave(self._context, request)
         self._context = self._signals = None
-        document = request["session"]
-        self._watch = Watchdog(
-            storage_timeout_s=float(document["storage_timeout_s"]),
-            store_timeout_s=float(document["store_timeout_s"]),
-            is_over=lambda: self._over == document["session"],
-        )
+        self._watch = self._watchdog(request)
         self._state = None
-        self._context = session_module.open_context(document, self._watch)
+        self._context = session_module.open_context(request, self._watch, self._say)
+        self._context.checked = self._checked
         if self._state is not None and self._context.lease is not None:
-            # It changed while the session was being opened.
+            # The state changed while the session was being opened.
             self._context.lease.change(self._state, lambda: None)
-        self._store = document["store"]
-        named = policy.parse(document["policy"], embedded=True).storage.writer
-        self._writer = None if named is None else {"name": named.name, "arguments": dict(named.arguments)}
+        self._store, self._opening = request.store, request
+        named = policy.parse(request.policy, embedded=True).storage.writer
+        self._writer = None if named is None else NamedWriter(name=named.name, arguments=named.arguments)
         if self._context.signal_store is not None:
-            heard = document["signals"]
             self._context.watch.store("messages to all pods")
             self._signals = broadcast.Signals(
                 self._context.signal_store,
-                lambda number, message: self._send({**message, "event": True, "number": number}),
+                lambda number, message: self._say(channel.Heard(number=number, message=message)),
                 pods=[pod[0] for pod in self._context.pods],
                 first_rank=self._context.first_rank,
-                seen=int(heard) if heard is not None else None,
+                seen=request.signals,
                 on_lost=functools.partial(self._store_lost, self._context.session),
             )
-        return {
-            "generation": self._context.generation,
-            "store": self._context.store_address,
-            "signals": self._signals.begun if self._signals is not None else None,
-        }
+        copies = hold.adopt(self._context)
+        if copies:
+            self._say(channel.CopiesFound(session=request.session, copies=tuple(copies)))
+        return channel.Opened(
+            generation=self._context.generation,
+            store=self._context.store_address,
+            signals=self._signals.begun if self._signals is not None else None,
+            run={"journal": self._context.run, "seen_ns": self._context.seen_before_ns},
+        )
 
-    def _leave(self, context: session_module.Context, successor: messages.Message) -> None:
-        """A session is over: close what it had, and take its keys out of a store that goes on, as torchrun's agent's does."""
+    def _watchdog(self, opening: channel.Open) -> Watchdog:
+        return Watchdog(
+            storage_timeout_s=opening.storage_timeout_s,
+            store_timeout_s=opening.store_timeout_s,
+            is_over=lambda: self._over == opening.session,
+        )
+
+    def _leave(self, context: session_module.Context, successor: channel.Open) -> None:
+        """Close a session that is over. Delete its keys from the store, if the store continues (as torchrun's agent's does)."""
         for segment in context.segments.values():
             segment.close()
         if context.lease is not None:
             context.lease.close()
-        # Trainers that come back in one pod use no store, and the one that they leave may go on.
-        is_restart = successor["session"] != context.session and successor["store"] in (None, self._store)
+        # Trainers that restart as a job of one pod use no store, and their previous store may continue.
+        is_restart = successor.session != context.session and successor.store in (None, self._store)
         if is_restart and self._store is not None and context.coordinator and not context.store_lost:
-            # torch's errors of a store are RuntimeErrors. What stays then are some two dozen small keys.
+            # The store's errors are RuntimeErrors. After one, some two dozen small keys stay in the store.
             with contextlib.suppress(RuntimeError, PillionError):
                 context.exchange.forget(context.phases_left())
                 context.exchange.unpublish(context.published_left())
                 if self._signals is not None:
                     context.watch.store("forget messages to all pods")
                     self._signals.forget()
+        context.close()
 
     def _opened(self) -> session_module.Context:
         if self._context is None:
             raise InternalError("the executor has no session")
         return self._context
 
-    def _persist(self, request: messages.Message) -> dict[str, Any]:
+    def _persist(self, wanted: channel.Persist) -> channel.Persisted:
         context = self._opened()
-        wanted = Request.from_document(request["save"])
-        context.retention = policy.parse({"retention": request["save"]["retention"]}, embedded=True).retention
-        if wanted.persist and wanted.destination is None and self._writer is not None:
-            path = context.step_path(wanted.step)
-            wanted = dataclasses.replace(wanted, destination={"path": path, "writer": self._writer, "retained": True})
+        context.retention = wanted.retention
+        self._checked.forget()
+        # Retention applies to all saves into the root, even with the policy's own writer.
+        retained = wanted.persist and wanted.destination is None
+        if retained and self._writer is not None:
+            path = str(context.step_folder(wanted.step))
+            wanted = dataclasses.replace(wanted, destination=Destination(path=path, writer=self._writer))
         with_failover(context, lambda: persist.check_destination(context, wanted))
-        if wanted.destination and wanted.destination.get("writer") and wanted.persist:
+        if wanted.destination is not None and wanted.destination.writer is not None and wanted.persist:
             from pillion_sidecar.executor.save import dcp_writer  # torch.distributed.checkpoint
 
-            return with_failover(context, lambda: dcp_writer.persist(context, wanted))
+            return with_failover(context, lambda: dcp_writer.persist(context, wanted, retained=retained))
         outcome = with_failover(context, lambda: persist.persist(context, wanted))
-        if not wanted.persist:
+        if not wanted.persist and not outcome.held:
             self._digest(wanted)
         return outcome
 
-    def _digest(self, wanted: Request) -> None:
-        """Frame and digest a slot of every local rank, so that a restore from the arena can be verified."""
+    def _digest(self, wanted: channel.Persist) -> None:
+        """Write archive heads and digests into a slot of every local rank, so that a restore from the arena can be verified."""
         context = self._opened()
         for segment in context.segments.values():
             slot_image = context.reader.read(segment, wanted.slot, step=wanted.step)
             image.digest_all(image.frame(slot_image))
 
-    def _withdraw(self, request: messages.Message) -> dict[str, Any]:
-        context, step = self._opened(), int(request["step"])
-        error = ErrorDocument.from_document(request["error"])
-        kind = {"persist": bool(request["persist"]), "rescued": bool(request.get("rescued", False))}
-        with_failover(context, lambda: persist.withdraw(context, step, error, **kind))
-        return {}
+    def _withdraw(self, request: channel.Withdraw) -> channel.Done:
+        context, error = self._opened(), ErrorDocument.from_document(request.error)
+        kind = {"persist": request.persist, "rescued": request.rescued}
+        with_failover(context, lambda: persist.withdraw(context, request.step, error, **kind))
+        return channel.Done()
 
-    def _rescue(self, request: messages.Message) -> dict[str, Any]:
+    def _rescue(self, request: channel.Rescue) -> channel.Agreed:
         context = self._opened()
-        held, persisted, calls = request["held"], request["persisted"], request["calls"]
-        born = {int(step): at for step, at in request["born"].items()}
-        return dataclasses.asdict(
-            with_failover(context, lambda: rescue.agree(context, held, persisted, calls, born=born))
-        )
+        return with_failover(context, lambda: rescue.agree(context, request))
 
-    def _retain(self, request: messages.Message) -> dict[str, Any]:
+    def _retain(self, request: channel.Retain) -> channel.Retained:
         context = self._opened()
-        context.retention = policy.parse({"retention": request["retention"]}, embedded=True).retention
-        return {"more": commit.retain(context, int(request["current"]), float(request["slice_s"]))}
+        context.retention = request.retention
+        more = commit.retain(context, request.current, request.slice_s)
+        return channel.Retained(more=more, over_quota=context.known.over_quota)
 
-    def _load(self, request: messages.Message) -> dict[str, Any]:
-        def progress(event: Mapping[str, Any]) -> None:
-            self._send({**event, "event": True})
-
-        context, wanted = self._opened(), request_module.Request.from_document(request["load"])
-        # Counted once, whatever becomes of it: the pods meet under this number.
+    def _load(self, request: channel.Load) -> channel.Loaded:
+        context, wanted = self._opened(), request_module.Request.from_message(request)
+        # Counted once, even if the load fails, because the phases of the exchange have this number.
         context.loads += 1
-        return with_failover(context, lambda: restore.load(context, wanted, progress))
+        context.known.forget_all()  # a load may finish interrupted commits
+        try:
+            return with_failover(context, lambda: restore.load(context, wanted, self._say))
+        finally:
+            if not wanted.find:
+                self._checked.forget()
+
+    def _verify(self, request: channel.Verify) -> channel.Verified:
+        context = self._opened()
+        if context.session != request.session:
+            return channel.Verified(whole=False)
+        images = [context.reader.read(each, request.slot, step=request.step) for each in context.segments.values()]
+        return channel.Verified(whole=self._checked.verify(images, interrupted=lambda: not self._requests.empty()))
+
+
+def _failed(err: BaseException, counts: Counts | None = None) -> channel.Failed:
+    return channel.Failed(error=_document(err).to_document(), counts=counts)
 
 
 def _document(err: BaseException) -> ErrorDocument:
@@ -310,24 +382,26 @@ def _document(err: BaseException) -> ErrorDocument:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Its supervisor decides when it ends: a SIGTERM to the whole group must not cut a drain short.
+    # Only the supervisor ends this process. A SIGTERM to the whole process group must not end a drain early.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.configure(sys.argv[2])
     with contextlib.suppress(OSError):
         os.nice(NICE)
     broken = None
-    # Behind its own: a module of the trainer's must not take the place of one that the executor needs.
+    # Appended, so that a module of the trainer never replaces one that the executor needs.
     more = os.environ.get(names.ENV_IMPORT_PATH, "").split(os.pathsep)
     sys.path += [each for each in more if each and each not in sys.path]
     try:
         for name in filter(None, os.environ.get("PILLION_PRELOAD", "").split(",")):
             importlib.import_module(name)
-    except Exception as err:  # a boundary: the error goes to whoever asks, and the supervisor starts a fresh process
+    except (
+        Exception
+    ) as err:  # a boundary: the first request is answered with this error, and the supervisor starts a new process
         broken = err
     sock = socket.socket(fileno=int(sys.argv[1]))
     worker = Worker(sock, broken)
     worker.serve()
-    # Daemon threads may be in a write that never returns: the supervisor is gone, nobody waits for them.
+    # Without waiting for daemon threads, which may be in a write that never returns. The supervisor is gone.
     os._exit(0)
 
 

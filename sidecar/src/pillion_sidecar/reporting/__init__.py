@@ -1,1 +1,1 @@
-"""What the outside hears: reports to the controller and the metrics endpoint."""
+"""Reports of this sidecar to the controller, and its Prometheus endpoint. What they report is counted in `status`."""

@@ -1,9 +1,9 @@
 """
-The whole of: the sidecar's Prometheus endpoint, `/metrics` on PILLION_METRICS_PORT, read from what the supervisor counts.
+The sidecar's Prometheus endpoint: serves the supervisor's counters as `/metrics` on PILLION_METRICS_PORT.
 
-Called from: `app`, and imported only where a port is set. A thread of prometheus_client serves it; what it reads are plain numbers.
-Must never: keep the sidecar from running. Pods of the host's network share its ports: where the port is taken there is no endpoint,
-and the controller's own metrics still have the job.
+Called from: `app`, which imports it only if a port is set. A thread of prometheus_client serves it, and reads plain numbers.
+Must never: keep the sidecar from running. Pods in the host's network share its ports. If the port is taken, there is no endpoint; the
+controller's metrics still include the job.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ OUTCOMES: Final = {
     "replaced": "saves_replaced",
     "interrupted": "saves_interrupted",
     "waited": "saves_waited",
+    "held": "saves_held",
+    "unheld": "saves_unheld",
+    "passed_over": "saves_passed_over",
 }
 
 
 class Exporter(Collector):
-    """What is known at the moment of a scrape. Counters begin at the sidecar's start."""
+    """Collects the current numbers at each scrape. Counters begin at the sidecar's start."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
@@ -67,8 +70,14 @@ class Exporter(Collector):
             failures.add_metric([kind], number)
         yield failures
         yield CounterMetricFamily("pillion_snapshots", "Saves that stayed in memory.", value=metrics.snapshots)
+        yield CounterMetricFamily(
+            "pillion_snapshots_verified",
+            "Snapshots verified while no trainer lived.",
+            value=metrics.snapshots_verified,
+        )
         loads = CounterMetricFamily("pillion_loads", "Loads by where they came from.", labels=["tier"])
         loads.add_metric(["arena"], metrics.loads_arena)
+        loads.add_metric(["local"], metrics.loads_local)
         loads.add_metric(["storage"], metrics.loads_storage)
         yield loads
         yield CounterMetricFamily("pillion_executor_restarts", "Executors replaced.", value=metrics.executor_restarts)
@@ -79,6 +88,21 @@ class Exporter(Collector):
             "pillion_storage_stalled_seconds",
             "How long storage has stood still now; 0 while it answers.",
             value=metrics.storage_stalled_seconds,
+        )
+        yield GaugeMetricFamily(
+            "pillion_uploads_waiting",
+            "Saves on the local disks that wait for storage.",
+            value=metrics.uploads_waiting,
+        )
+        yield GaugeMetricFamily(
+            "pillion_upload_behind_seconds",
+            "Age of the oldest save that waits for storage on the local disks; 0: none waits.",
+            value=self._supervisor.sidecar_status.behind_s,
+        )
+        yield CounterMetricFamily(
+            "pillion_uploads_failed",
+            "Uploads from the local disks that failed, and are tried again.",
+            value=metrics.uploads_failed,
         )
         held = len(pod.table.held()) if pod is not None else 0
         yield GaugeMetricFamily("pillion_slots_in_use", "Slots of each segment that hold a save.", value=held)
@@ -98,7 +122,7 @@ class Exporter(Collector):
 
 
 def start(supervisor: Supervisor, port: int) -> None:
-    """Serve from a daemon thread until the process ends; only a line in the log when the port cannot be had."""
+    """Serve the endpoint in a daemon thread until the process ends. If the port is taken, log a warning and serve nothing."""
     registry = CollectorRegistry()
     registry.register(Exporter(supervisor))
     try:

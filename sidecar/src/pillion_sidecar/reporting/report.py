@@ -1,5 +1,5 @@
 """
-The whole of: a report, from what the supervisor knows and what storage holds. Pure.
+Builds a report from the supervisor's state and the inventory of the storage. Pure.
 
 Called from: `reporting.reporter`.
 """
@@ -14,33 +14,35 @@ from pillion_sidecar.status.status import rfc3339
 from pillion_sidecar.supervisor.dispatcher import Supervisor
 
 FIRST_INDEX = ("", "0")
-"""Completion indexes of pods that may report before any trainer has said who rank 0 is: one pod of an Indexed Job, or all of a job
-whose pods have no index."""
+"""Completion indexes of pods that report before a trainer has named the pod of rank 0: the first pod of an Indexed Job, or all pods of a job
+without indexes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """What the last look at storage gave."""
+    """The result of the last look at the storage."""
 
     checkpoints: Sequence[home.CommittedCheckpoint] = ()
     listed: bool = False
+    """Whether the storage could be listed."""
     problem: str = ""
-    """Why it cannot be listed or written; empty: it can."""
+    """Why the storage cannot be listed or written. Empty: it can."""
 
 
 def speaks(supervisor: Supervisor) -> bool:
-    """Whether this pod's sidecar reports: the coordinator's does."""
+    """Whether this pod's sidecar reports for the job. Only the coordinator's sidecar does."""
     if supervisor.pod is None:
         return supervisor.settings.completion_index in FIRST_INDEX
     return supervisor.pod.identity.local_ranks[0] == 0
 
 
 def make(supervisor: Supervisor, storage: Storage) -> home.Report:
-    """The state of the job as it is now."""
+    """Return a report of the job's current state."""
     settings, sidecar_status, pod = supervisor.settings, supervisor.sidecar_status, supervisor.pod
     identity = pod.identity if pod is not None else None
     newest = pod.table.newest_complete() if pod is not None else None
     committed_step, committed_time = _committed(supervisor, storage)
+    interval = sidecar_status.interval
     return home.Report(
         namespace=settings.pod_namespace,
         pod=settings.pod_name,
@@ -53,13 +55,20 @@ def make(supervisor: Supervisor, storage: Storage) -> home.Report:
         attempt=identity.attempt if identity is not None else 0,
         world_size=identity.world_size if identity is not None else 0,
         num_pods=len(identity.pods) if identity is not None else 0,
-        policy_generation=supervisor.policy.generation,
+        policy_generation=supervisor.policy.policy_generation,
         step=newest.step if newest is not None else -1,
         snapshot_time=rfc3339(newest.sealed_ns / 1e9) if newest is not None and newest.sealed_ns else "",
         committed_step=committed_step,
         committed_time=committed_time,
         storage_error=(storage.problem or sidecar_status.storage_problem)[: home.TEXT_LIMIT],
         memory_error=sidecar_status.memory_problem[: home.TEXT_LIMIT],
+        quota_error=sidecar_status.quota_problem[: home.TEXT_LIMIT],
+        local_error=sidecar_status.local_problem[: home.TEXT_LIMIT],
+        held=sidecar_status.waiting(),
+        interval_steps=interval.steps if interval is not None else 0,
+        interval_bound=interval.bound.value if interval is not None else "",
+        interval_reason=interval.reason[: home.TEXT_LIMIT] if interval is not None else "",
+        interval_inputs=interval.inputs() if interval is not None else {},
         drain_s=sidecar_status.drain_s,
         loaded_step=sidecar_status.loaded.step if sidecar_status.loaded is not None else -1,
         loaded_from=sidecar_status.loaded.tier if sidecar_status.loaded is not None else "",
@@ -68,13 +77,13 @@ def make(supervisor: Supervisor, storage: Storage) -> home.Report:
         checkpoints=tuple(storage.checkpoints),
         listed=storage.listed,
         failures=tuple(sidecar_status.failures),
-        acknowledgements=sidecar_status.demands.acknowledgements(),
+        acknowledgements=sidecar_status.save_requests.acknowledgements(),
         metrics=sidecar_status.metrics.to_document(),
     )
 
 
 def _committed(supervisor: Supervisor, storage: Storage) -> tuple[int, str]:
-    """The newest commit: of this sidecar's life, else the newest on storage."""
+    """Return step and time of the newest commit since the sidecar's start; if there is none, of the newest checkpoint on storage."""
     commit = supervisor.sidecar_status.commit
     if commit is not None:
         return commit.step, rfc3339(commit.time_s)

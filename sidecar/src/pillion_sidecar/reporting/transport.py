@@ -1,8 +1,8 @@
 """
-The whole of: one report over HTTPS, and its answer.
+Sends one report over HTTPS, and reads the answer.
 
-Called from: `reporting.reporter`, in a thread of its own: every call blocks.
-Must never: follow a redirect (the token is for one address), speak without TLS, or let the token into a log or an error.
+Called from: `reporting.reporter`, in a separate thread, because every call blocks.
+Must never: follow a redirect (the token is for one address), send without TLS, or write the token to a log or an error.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from urllib.parse import urlsplit
 from pillion.wire import home
 
 OPERATION_TIMEOUT_S: Final = 10.0
-"""Bound of each step of a call: connect, handshake, send, receive. The controller answers in milliseconds, and gives up by itself
-after as long (it asks the API server about the token)."""
+"""Timeout for each step of a call: connect, handshake, send, receive. The controller answers in milliseconds. It gives up after the same
+time, when it asks the API server about the token."""
 REASON_LIMIT: Final = 300
-"""Bytes of a refusal's text that are read."""
+"""Maximum bytes that are read of a refusal's text."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,16384}")
 
 
 class CallFailed(Exception):
-    """No answer; the text says why, and never contains the token."""
+    """The call got no valid answer. The text has the cause, and never the token."""
 
 
 class Refused(CallFailed):
@@ -37,12 +37,12 @@ class Transport:
     The connection to the controller, kept alive from call to call.
 
     Args:
-        url: https://host[:port][/prefix].
-        ca: certificates, PEM, that the server is trusted by; empty: those of the system.
-        token_file: read for every call, as the kubelet renews it.
+        url: address of the controller, https://host[:port][/prefix].
+        ca: certificates (PEM) that verify the server. Empty: the system's certificates.
+        token_file: file with the token. It is read for every call, because the kubelet renews it.
 
     Raises:
-        ValueError: no https address, or `ca` holds no certificate.
+        ValueError: the URL is not an https address, or `ca` has no certificate.
     """
 
     def __init__(self, url: str, *, ca: str, token_file: str) -> None:
@@ -60,17 +60,17 @@ class Transport:
 
     def post(self, report: bytes) -> home.Answer:
         """
-        Send a report; the answer.
+        Send a report. Return the answer.
 
         Blocks: up to OPERATION_TIMEOUT_S for each step.
 
         Raises:
-            Refused: the controller does not take it.
-            CallFailed: no answer, or none of this protocol.
+            Refused: the controller refused the report.
+            CallFailed: there is no answer, or it is not an answer of this protocol.
         """
         token = self._token()
         if self._connection is not None:
-            # The controller closes what was idle for some seconds; a report that comes twice does no harm.
+            # The controller closes connections that were idle for some seconds. A report that arrives twice does no harm.
             with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
                 return self._exchange(self._connection, report, token)
             self.close()
@@ -101,7 +101,7 @@ class Transport:
             response = connection.getresponse()
             if response.status != http.client.OK:
                 text = response.read(REASON_LIMIT).decode(errors="replace").strip()
-                self.close()  # whatever is left of its body
+                self.close()  # so that the unread rest of the body is dropped
                 raise Refused(f"{response.status} {response.reason}: {text}")
             body = response.read(home.MAX_REPORT_BYTES + 1)
             if not response.isclosed():
@@ -117,7 +117,7 @@ class Transport:
             raise CallFailed(f"{self._host}: {str(err) or type(err).__name__}") from None
 
     def close(self) -> None:
-        """Close the connection; the next call opens another."""
+        """Close the connection. The next call opens another one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

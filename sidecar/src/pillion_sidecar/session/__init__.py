@@ -1,1 +1,1 @@
-"""Who the ranks are, and what a successor of this sidecar needs to go on."""
+"""The record of a session in the runtime directory, from which a restarted sidecar continues. The sessions themselves: `supervisor.sessions`."""

@@ -1,1 +1,1 @@
-"""What happened here: counters, failures, requested saves. Pure."""
+"""The state of this sidecar for reports: counters, newest failures, requested saves. Pure; `reporting` sends it."""

@@ -1,6 +1,6 @@
 """
-What rests on storage, and how: the archive around each tensor, DCP's `.metadata`, digests, and the backends that hold
-them.
+How checkpoints lie on storage: folders in a file system or a bucket, the archive around each tensor, DCP's `.metadata`, and digests.
 
-Nothing here imports torch; what another torch wrote is read and what it will read is written byte by byte.
+No torch here: the package reads the files of other torch versions, and writes the files that they read, byte by byte. Whether a checkpoint is
+committed is not here either: it is in `checkpoint`.
 """

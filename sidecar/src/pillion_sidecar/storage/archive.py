@@ -1,10 +1,9 @@
 """
-The `torch.save` archive around a tensor's bytes, laid by hand: this is the whole of how one tensor rests in a `.distcp`
-file.
+The `torch.save` archive around a tensor's bytes, made by hand. No other module knows how one tensor lies in a `.distcp` file.
 
-The trainer copies a payload into its slot with room before and after it; the sidecar fills the two rooms with what
-`head` and `tail` return, and from then on the slot is the file: it is written as it lies, without a copy and without
-torch. Stock `torch.load(..., weights_only=True)` reads the result as a contiguous tensor.
+The trainer copies a payload into its slot, with room before and after it. The sidecar fills the two rooms with the results of `head` and
+`tail`. From then on the slot is the file: it is written as it lies, without a copy and without torch. Stock
+`torch.load(..., weights_only=True)` reads the file as a contiguous tensor.
 
 | offset | size | what |
 |---|---|---|
@@ -13,12 +12,12 @@ torch. Stock `torch.load(..., weights_only=True)` reads the result as a contiguo
 | ... | 0 to ALIGNMENT - 1 | up to the next multiple of ALIGNMENT; belongs to no entry, any bytes |
 | HEAD_BYTES + padded | TAIL_BYTES | zeros, then the central directory, then the end records, which end with the room |
 
-A ZIP archive: all integers little-endian, all entries stored. The CRC of `data/0` stands as 0, because a pass over the
-payload would cost what the rest of the save costs and torch compiles the check out (`unzip -t` and `zipfile.read` do
-object); the integrity of a payload is the digest in our manifest. The small entries carry their true CRC.
+The archive is a ZIP archive: all integers little-endian, all entries stored. The CRC of `data/0` is 0, because a pass over the payload would
+cost as much as the rest of the save, and torch does not check it (`unzip -t` and `zipfile.read` do). The manifest has a digest of each
+payload instead. The small entries have their true CRC.
 
-Called from the sidecar's writer, for every tensor of every save; results are cached, since a model has few shapes.
-It must never import torch, read a payload, or do I/O.
+Called from: the sidecar's writer, for every tensor of every save. Results are cached, because a model has few shapes.
+This module must never import torch, read a payload, or do I/O.
 
 Source: APPNOTE.TXT 6.3.10 (sections 4.3 and 4.5.3), torch/serialization.py and caffe2/serialize/inline_container.cc of
 torch 2.6 and 2.15; "CRC compiled out": pytorch#126952.
@@ -35,15 +34,15 @@ from typing import Final
 from pillion_sidecar.storage import pickle_opcodes
 
 HEAD_BYTES: Final = 1024
-"""Room before each payload: holds any shape of up to 50 dimensions, and keeps the payload aligned."""
+"""Size of the room before each payload, bytes. It holds any shape of up to 50 dimensions, and keeps the payload aligned."""
 
 TAIL_BYTES: Final = 512
-"""Room after each padded payload: 364 bytes at most are used, the rest are zeros."""
+"""Size of the room after each padded payload, bytes. At most 364 of them are used, the rest are zeros."""
 
 ALIGNMENT: Final = 64
-"""Of the payload within the archive, as torch.save lays it; a memory-mapped load relies on it."""
+"""Alignment of the payload within the archive, bytes, as torch.save has it. A memory-mapped load needs it."""
 
-# torch.save writes the typed storage class for the dtypes that were there before torch 1.13, and rebuilds with v2.
+# torch.save writes the typed storage class for the dtypes that existed before torch 1.13, and rebuilds with v2.
 _STORAGE_CLASSES: Final[Mapping[str, tuple[str, int]]] = {
     "bfloat16": ("BFloat16Storage", 2),
     "bool": ("BoolStorage", 1),
@@ -59,9 +58,9 @@ _STORAGE_CLASSES: Final[Mapping[str, tuple[str, int]]] = {
     "uint8": ("ByteStorage", 1),
 }
 
-# All others are an UntypedStorage with the dtype beside it, rebuilt with v3. The last three came after torch 2.6.
-# The bits dtypes are left out because stock DCP can neither save nor load them (it finds no item size), quantized ones
-# because their scale is not among their bytes.
+# All other dtypes have an UntypedStorage with the dtype beside it, and are rebuilt with v3. The last three came after torch 2.6.
+# The bits dtypes are missing because stock DCP can neither save nor load them (it finds no item size). The quantized dtypes are missing
+# because their scale is not part of their bytes.
 _UNTYPED: Final[Mapping[str, int]] = {
     "complex32": 4,
     "float8_e4m3fn": 1,
@@ -79,7 +78,7 @@ _UNTYPED: Final[Mapping[str, int]] = {
 SUPPORTED_DTYPES: Final[Mapping[str, int]] = MappingProxyType(
     {name: itemsize for name, (_, itemsize) in _STORAGE_CLASSES.items()} | dict(_UNTYPED)
 )
-"""The dtypes that stock DCP stores, by torch's names without "torch.", each with its item size in bytes."""
+"""Item sizes in bytes of the dtypes that stock DCP stores, by torch's names without "torch."."""
 
 _LOCAL_HEADER: Final = struct.Struct("<4s5H3L2H")
 _CENTRAL_HEADER: Final = struct.Struct("<4s6H3L5H2L")
@@ -89,28 +88,28 @@ _LOCATOR_ZIP64: Final = struct.Struct("<4sLQL")
 _SIZES_ZIP64: Final = struct.Struct("<2H2Q")
 
 _VERSION_NEEDED: Final = 45
-"""4.5, the first version with ZIP64; stated for all entries, which no reader minds."""
+"""Version 4.5 of the format, the first with ZIP64. All entries have it, which every reader accepts."""
 
 _DOS_DATE: Final = (1 << 5) | 1
-"""1980-01-01, the zero of the format. A true date would make equal tensors unequal bytes."""
+"""Date 1980-01-01, the zero of the format. A true date would make equal tensors unequal bytes."""
 
 _UINT32_MAX: Final = 0xFFFFFFFF
 
-# The padding is an extra field of its own id, "FB", as torch.save has it: 2 bytes of id, 2 of length, then filler.
+# The padding is an extra field with the id "FB", as torch.save has it: 2 bytes of id, 2 of length, then filler.
 _PADDING_ID: Final = int.from_bytes(b"FB", "little")
 _PADDING_HEADER: Final = struct.Struct("<2H")
 
 _PAYLOAD_NAME: Final = b"archive/data/0"
 
 _CACHE_SIZE: Final = 4096
-"""Distinct (dtype, shape) pairs kept; 1.5 KiB each, so at most 6 MiB."""
+"""Maximum of (dtype, shape) pairs in a cache: 1.5 KiB each, so at most 6 MiB."""
 
 
 def archive_bytes(payload_bytes: int) -> int:
     """
-    The size in bytes of the archive around a payload of `payload_bytes` bytes: a multiple of ALIGNMENT.
+    Return the size in bytes of the archive around a payload of `payload_bytes` bytes. It is a multiple of ALIGNMENT.
 
-    Raises: ValueError when `payload_bytes` is negative.
+    Raises: ValueError if `payload_bytes` is negative.
     Blocks: never.
     """
     if payload_bytes < 0:
@@ -121,15 +120,14 @@ def archive_bytes(payload_bytes: int) -> int:
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def head(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> bytes:
     """
-    The HEAD_BYTES bytes that stand directly before the payload.
+    Return the HEAD_BYTES bytes directly before the payload.
 
     Args:
       dtype: a key of SUPPORTED_DTYPES.
       sizes: the shape; `()` for a tensor of no dimension, and any size may be 0.
-      payload_bytes: the bytes of the payload, without padding: the product of `sizes` times the item size.
+      payload_bytes: size of the payload in bytes, without padding: the product of `sizes` times the item size.
 
-    Raises: ValueError when the dtype is not known, when the shape and `payload_bytes` disagree, or when the shape has
-    so many dimensions that its description does not fit.
+    Raises: ValueError if the dtype is not known, the shape and `payload_bytes` disagree, or the shape has too many dimensions for the room.
     Blocks: never.
     """
     entries, before_payload_bytes = _small_entries(dtype, sizes, payload_bytes)
@@ -149,7 +147,7 @@ def head(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> bytes:
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def tail(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> bytes:
     """
-    The TAIL_BYTES bytes that stand directly after the payload and its padding to a multiple of ALIGNMENT.
+    Return the TAIL_BYTES bytes directly after the payload and its padding to a multiple of ALIGNMENT.
 
     Arguments and errors are those of `head`.
 
@@ -170,7 +168,7 @@ def tail(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> bytes:
     if directory_offset >= _UINT32_MAX:
         end_zip64_offset = end_offset - _LOCATOR_ZIP64.size - _END_ZIP64.size
         directory_offset = end_zip64_offset - len(directory)
-        # The size that an end record states leaves out its own first 12 bytes (4.3.14.1).
+        # The size in an end record does not count the record's own first 12 bytes (4.3.14.1).
         end_zip64 = _END_ZIP64.pack(
             b"PK\x06\x06", _END_ZIP64.size - 12, _VERSION_NEEDED, _VERSION_NEEDED, 0, 0,
             num_entries, num_entries, len(directory), directory_offset,
@@ -187,7 +185,7 @@ def _directory_end(payload_bytes: int) -> int:
 
 
 def _small_entries(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> tuple[list[tuple[bytes, bytes]], int]:
-    """The entries before the payload's, as (name, content), and the bytes that they take with their headers."""
+    """Return the entries before the payload's, as (name, content), and their size in bytes with their headers."""
     entries = [
         (b"archive/data.pkl", _data_pickle(dtype, sizes, payload_bytes)),
         (b"archive/version", b"3\n"),
@@ -197,7 +195,7 @@ def _small_entries(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> tu
 
 
 def _data_pickle(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> bytes:
-    """What torch.save pickles for a contiguous tensor on the CPU that needs no gradient, without its memo opcodes."""
+    """Return the pickle that torch.save writes for a contiguous tensor on the CPU without gradient, without the memo opcodes."""
     itemsize = SUPPORTED_DTYPES.get(dtype)
     if itemsize is None:
         raise ValueError(f"dtype {dtype!r} cannot be stored; known are {', '.join(sorted(SUPPORTED_DTYPES))}")
@@ -244,7 +242,7 @@ def _data_pickle(dtype: str, sizes: tuple[int, ...], payload_bytes: int) -> byte
 
 
 def _contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in items; a size of 0 counts as 1, as torch counts it."""
+    """Return row-major strides in items. A size of 0 counts as 1, as in torch."""
     strides = []
     stride = 1
     for size in reversed(sizes):
@@ -254,7 +252,7 @@ def _contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _sizes_zip64(num_bytes: int) -> bytes:
-    """The ZIP64 extra field with both sizes of a stored entry, empty where 32 bits hold them (4.5.3)."""
+    """Return the ZIP64 extra field with both sizes of a stored entry; empty if 32 bits hold the sizes (4.5.3)."""
     return b"" if num_bytes < _UINT32_MAX else _SIZES_ZIP64.pack(1, 16, num_bytes, num_bytes)
 
 

@@ -1,22 +1,20 @@
 """
-DCP's `.metadata` without torch: this is the whole of how Pillion writes that file and reads one that stock DCP wrote.
+DCP's `.metadata` without torch. No other module writes that file, or reads one of stock DCP.
 
-`.metadata` is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. `encode` emits it opcode by opcode, as
-stock `dcp.load` of torch 2.6 to 2.15 reads it; `decode` runs an unpickler that knows the few names of that format and
-refuses every other, so that no code of the file's choosing runs. In between stand the plain dataclasses below, one
-entry for each leaf.
+`.metadata` is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. `encode` writes it opcode by opcode, as stock `dcp.load` of torch
+2.6 to 2.15 reads it. `decode` runs an unpickler that knows the few names of that format and refuses every other name, so that a file cannot
+choose code to run. The dataclasses below describe the content, with one entry for each leaf.
 
-Where what we write differs from what stock 2.15 writes, and why:
+Pillion's file differs from that of stock 2.15 in these points:
 
-- The state of `TensorProperties` is the 5-tuple; the 6-tuple, with strides, stops every torch before 2.15
-  (pytorch#194251).
-- `checkpoint_id` is a string, never a pathlib object; Python 3.13 pickles those under a name that 3.12 does not have.
-- `_StorageInfo` carries no `transform_descriptors`; readers take the class default where they have the field (2.7 on).
-- `version` is set; the `Metadata` of torch before 2.9 keeps it as an attribute that nothing reads.
-- The protocol is 2, and only names that exist in all those versions are referred to.
+- The state of `TensorProperties` is the 5-tuple. The 6-tuple, with strides, stops every torch before 2.15 (pytorch#194251).
+- `checkpoint_id` is a string, never a pathlib object. Python 3.13 pickles those under a name that 3.12 does not have.
+- `_StorageInfo` has no `transform_descriptors`. Readers that know the field (from 2.7 on) take its class default.
+- `version` is set. The `Metadata` of torch before 2.9 keeps it as an attribute that no code reads.
+- The protocol is 2, and every name in the file exists in all those versions.
 
-Called from the coordinator's commit (encode) and from the loader and retention, for checkpoints that others wrote
-(decode). It must never import torch, or build anything but the stand-ins from what a file says.
+Called from: the coordinator's commit (`encode`); the loader and retention, for checkpoints of other programs (`decode`).
+This module must never import torch, or build anything but its stand-ins from the content of a file.
 
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.6 to 2.15; the opcodes:
 Lib/pickletools.py.
@@ -30,7 +28,7 @@ from typing import Any, Final
 from pillion_sidecar.storage import archive, dcp_unpickler, pickle_opcodes
 
 VERSION: Final = "1.0.0"
-"""What stock DCP from 2.9 on writes as the version of its metadata."""
+"""Version that stock DCP from 2.9 on writes into its metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +36,25 @@ class Chunk:
     """One rectangle of a tensor, and the archive (see `archive`) that holds it."""
 
     offsets: tuple[int, ...]
-    """Of the rectangle in the whole tensor, in items; as long as `sizes`."""
+    """Offsets of the rectangle in the whole tensor, in items; as many as `sizes`."""
     sizes: tuple[int, ...]
-    """Of the rectangle, in items."""
+    """Sizes of the rectangle, in items."""
     relative_path: str
-    """Of the file, from the checkpoint's directory."""
+    """Path of the file, from the checkpoint's directory."""
     offset: int
-    """Of the archive in the file, in bytes."""
+    """Offset of the archive in the file, in bytes."""
     length: int
-    """Of the archive, in bytes, with its head and tail."""
+    """Length of the archive, in bytes, with its head and tail."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A leaf that is a tensor. Its chunks tile it; that is the planner's promise and is not checked here."""
+    """A leaf that is a tensor. Its chunks tile it. The planner ensures this, and it is not checked here."""
 
     dtype: str
     """A key of `archive.SUPPORTED_DTYPES`."""
     size: tuple[int, ...]
-    """The global shape."""
+    """Global shape of the tensor."""
     chunks: tuple[Chunk, ...]
 
 
@@ -65,34 +63,34 @@ class BytesEntry:
     """A leaf that is no tensor: a `torch.save` of any object, which only the trainer unpickles."""
 
     relative_path: str
-    """Of the file, from the checkpoint's directory."""
+    """Path of the file, from the checkpoint's directory."""
     offset: int
-    """Of the item in the file, in bytes."""
+    """Offset of the item in the file, in bytes."""
     length: int
-    """Of the item, in bytes."""
+    """Length of the item, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All that a `.metadata` file says."""
+    """The content of a `.metadata` file."""
 
     entries: Mapping[str, TensorEntry | BytesEntry]
-    """By FQN (DCP's flattened key)."""
+    """Entries by FQN (DCP's flattened key)."""
     mappings: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    """By FQN: the keys and list positions that lead to the leaf in the nested state dict. DCP: `planner_data`."""
+    """Paths by FQN: the keys and list positions that lead to the leaf in the nested state dict. DCP: `planner_data`."""
     checkpoint_id: str | None = None
-    """What the writer called the checkpoint, most often its directory; nothing is found by it."""
+    """Name that the writer gave the checkpoint, most often its directory. No reader uses it."""
     save_id: str | None = None
-    """Different for each save."""
+    """Id of the save, different for each save."""
     version: str | None = VERSION
-    """None in files from torch before 2.9."""
+    """Version of the metadata; None in files of torch before 2.9."""
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
     """
-    The content of a `.metadata` file that stock `dcp.load` of torch 2.6 to 2.15 reads.
+    Return the content of a `.metadata` file that stock `dcp.load` of torch 2.6 to 2.15 reads.
 
-    Raises: ValueError when an entry's dtype is not known.
+    Raises: ValueError if the dtype of an entry is not known.
     Blocks: for about 1 s per 100,000 tensors of one chunk, with the GIL held.
     """
     return _Encoder().encode(checkpoint)
@@ -100,13 +98,12 @@ def encode(checkpoint: Checkpoint) -> bytes:
 
 def decode(data: bytes) -> Checkpoint:
     """
-    What a `.metadata` file says, whichever torch from 2.6 to 2.15 wrote it, on whichever Python.
+    Return the content of a `.metadata` file that any torch from 2.6 to 2.15 wrote, on any Python.
 
-    Nothing of the file's choosing is imported or called. Memory and time grow with the file's length, whatever is in it.
+    A file cannot make this function import or call anything. Memory and time grow with the file's length alone.
 
-    Raises: ValueError when the file refers to a name that the format does not need (the message names it), when the
-    bytes are no such pickle, when an item is not where a reader could find it (no location, or a path that leaves the
-    checkpoint's directory), or when an item was transformed on its way (compression), which we do not undo.
+    Raises: ValueError in these cases: the file has a name that the format does not need (the message has the name); the bytes are not such a
+    pickle; an item has no location, or a path that leaves the checkpoint's directory; an item was transformed (compressed).
     Blocks: for about 6 s per 100,000 tensors of one chunk, with the GIL held; a third of it is the garbage collector's.
     """
     return _checkpoint(dcp_unpickler.load(data))
@@ -119,16 +116,15 @@ _DICT_END: Final = b"u"  # SETITEMS
 
 
 _FIRST_TEXT: Final = 256
-"""The first memo index of strings. Constants number about 20 and one for each dtype."""
+"""First memo index of strings. There are about 20 constants, and one more for each dtype."""
 
 
 class _Encoder:
     """
-    One pickle in the making.
+    Encodes one pickle.
 
-    Classes and strings that recur are put into the memo on first use and fetched from then on. What repeats with the
-    same content (a dtype's properties, a shape) is rendered once and its opcodes are repeated, so that the reader gets
-    an object of its own.
+    Classes and strings that recur are put into the memo at their first use and fetched afterwards. Content that repeats (a dtype's properties, a
+    shape) is encoded once and its opcodes are repeated, so that the reader gets a separate object each time.
     """
 
     def __init__(self) -> None:
@@ -142,7 +138,7 @@ class _Encoder:
     def encode(self, checkpoint: Checkpoint) -> bytes:
         metadata = self._class("Metadata")
         storage_meta = self._class("StorageMeta")
-        # All constants are in the prelude, which is complete only when the parts are rendered.
+        # The prelude has all constants. It is complete only after the parts are encoded.
         parts: list[bytes] = [metadata, _NEW, pickle_opcodes.push_str("state_dict_metadata"), _DICT]
         self._add_leaves(parts, checkpoint.entries)
         parts += (_DICT_END, pickle_opcodes.push_str("planner_data"), _DICT)
@@ -152,7 +148,7 @@ class _Encoder:
         self._add_locations(parts, checkpoint.entries)
         parts += (_DICT_END, pickle_opcodes.push_str("storage_meta"), storage_meta, _NEW)
         parts += (_ids(checkpoint.checkpoint_id, checkpoint.save_id), pickle_opcodes.push_str("load_id"), b"N")
-        # `modules` (2.7 on) has no class default to fall back on, and older versions do not mind it.
+        # `modules` (from 2.7 on) has no class default. Older versions ignore it.
         parts += (pickle_opcodes.push_str("modules"), b"]", _BUILT)
         parts += (pickle_opcodes.push_str("version"), _optional_str(checkpoint.version), _BUILT, b".")
         return b"".join(self._prelude) + b"".join(parts)
@@ -209,17 +205,17 @@ class _Encoder:
         return self._constant(pickle_opcodes.push_str(name))
 
     def _constant(self, opcodes: bytes) -> bytes:
-        """Puts what `opcodes` push into the memo ahead of all else; returns the opcodes that fetch it."""
+        """Put the value of `opcodes` into the memo before all else. Return the opcodes that fetch it."""
         put, get = _memo_opcodes(len(self._prelude) - 1)
         self._prelude.append(opcodes + put + b"0")  # POP
         return get
 
     def _text(self, value: str) -> bytes:
-        """The string, remembered: FQNs and file names come several times."""
+        """Return the opcodes of a string, and keep it in the memo: FQNs and file names occur several times."""
         index = self._memo.get(value)
         if index is not None:
             return index
-        # Indices of constants are small; strings start far above them, so that neither has to know the other's count.
+        # Strings have indices far above those of constants. So neither needs to know the number of the others.
         put, self._memo[value] = _memo_opcodes(_FIRST_TEXT + len(self._memo))
         return pickle_opcodes.push_str(value) + put
 
@@ -249,8 +245,8 @@ class _Encoder:
             + pickle_opcodes.push_int(0)
             + b"\x85R"
         )
-        # The 5-tuple (dtype, layout, requires_grad, memory_format, pin_memory). It and what it holds cannot change, so
-        # sharing it is safe; the TensorProperties can, and each tensor gets its own.
+        # The 5-tuple (dtype, layout, requires_grad, memory_format, pin_memory). The tuple and its elements are immutable and can be shared.
+        # TensorProperties is mutable, so each tensor gets its own.
         state = self._constant(
             b"(" + pickle_opcodes.push_global("torch", dtype) + layout + b"\x89" + memory_format + b"\x89t"
         )
@@ -263,7 +259,7 @@ class _Encoder:
 
 
 def _memo_opcodes(index: int) -> tuple[bytes, bytes]:
-    """The opcodes that put the top of the stack at `index` of the memo, and that fetch it."""
+    """Return the opcodes that put the top of the stack into the memo at `index`, and those that fetch it."""
     if index < 256:
         number = index.to_bytes(1, "little")
         return b"q" + number, b"h" + number
@@ -273,10 +269,11 @@ def _memo_opcodes(index: int) -> tuple[bytes, bytes]:
 
 def identified(encoded: bytes, checkpoint_id: str, save_id: str) -> bytes:
     """
-    What `encode` made of a checkpoint without ids, with these: the rest is the same from save to save, and costs seconds to encode.
+    Return the content that `encode` made of a checkpoint without ids, with these ids added. To encode it takes seconds, and without ids it is
+    the same from save to save.
 
     Raises:
-        ValueError: it is none of `encode`, or has ids already.
+        ValueError: the content is not that of `encode`, or has ids already.
     """
     at = encoded.rindex(_ids(None, None))
     return encoded[:at] + _ids(checkpoint_id, save_id) + encoded[at + len(_ids(None, None)) :]

@@ -1,14 +1,13 @@
 """
-The unpickler that reads DCP's `.metadata` and nothing else: this is the whole of what a pickle from storage may do to
-us.
+The unpickler for DCP's `.metadata`. No other module of the sidecar unpickles data from storage.
 
-It knows the names and the opcodes that stock DCP of torch 2.6 to 2.15 writes, on whichever Python, and refuses every other. For
-each name stands a class or function of this module, which keeps what the file says and acts on nothing. Called by
-`dcp_metadata.decode`. It must never import what a file names, or let a file change an object that outlives the call.
+It knows the names and opcodes that stock DCP of torch 2.6 to 2.15 writes on any Python, and refuses all others. For each name there is a class
+or function of this module, which only keeps the content of the file. Called from: `dcp_metadata.decode`. This module must never import a name
+of a file, or let a file change an object that outlives the call.
 
-It is the interpreter's unpickler in Python, and not the one in C: that allocates for the largest memo index, so that one flipped byte
-takes tens of GiB, and it hashes whatever a file has as a key of a dict: tuples within tuples end the process with SIGSEGV, or, where
-each holds the one before twice, take 2**n steps.
+It derives from the interpreter's unpickler in Python, not from the one in C, for two reasons. The one in C allocates for the largest memo
+index, so that one flipped byte takes tens of GiB. And it hashes any key of a dict: nested tuples then end the process with SIGSEGV, or take
+2**n steps if each contains the one before twice.
 """
 
 import io
@@ -28,16 +27,16 @@ _T = TypeVar("_T")
 
 
 class Refusal(ValueError):
-    """What a file says is not what DCP writes; the text says what."""
+    """The content of a file is not what DCP writes. The text names the difference."""
 
 
 class Instance:
-    """An instance of one of DCP's dataclasses: the state that the file gives it, not looked at yet."""
+    """An instance of one of DCP's dataclasses, with its state from the file, which is not checked yet."""
 
     __slots__ = ("state",)
     state: Any
 
-    # A method of its own, so that a BUILD aimed at the class itself fails instead of setting attributes on it.
+    # A method of the class, so that a BUILD on the class itself fails and does not set attributes on it.
     def __setstate__(self, state: object) -> None:
         self.state = state
 
@@ -75,7 +74,7 @@ class StorageInfo(Instance):
 
 
 class _Callable:
-    """A class or function that the file may call; what it returns is plain."""
+    """A class or function that the file may call. Its results are plain values."""
 
     __slots__ = ("_function",)
 
@@ -102,7 +101,7 @@ _MEM_FORMAT_ENCODING: Final = _Callable(_memory_format)
 
 
 def _getattr(owner: object, name: object) -> str:
-    """Python 3.11.2 (and neighbours) pickles an enum's member as getattr(class, name); this is for that and no more."""
+    """Return the name of an enum's member: Python 3.11.2 (and near versions) pickles it as getattr(class, name). No other getattr is allowed."""
     if owner is not _MEM_FORMAT_ENCODING or not isinstance(name, str) or name not in _MEMORY_FORMATS:
         raise Refusal(
             f"refused: the file uses builtins.getattr for {reprlib.repr(name)}, and .metadata needs it for memory formats only"
@@ -117,7 +116,7 @@ def _layout(name: object) -> str:
 
 
 def _path_joiner(join: Callable[..., str]) -> _Callable:
-    """A path class: its pickle calls it with the parts, of which the first may be the root."""
+    """Return the stand-in of a path class. Its pickle calls the class with the parts, of which the first may be the root."""
 
     def path(*parts: object) -> str:
         texts = [expect(part, str, "a part of a path") for part in parts]
@@ -131,7 +130,7 @@ _WINDOWS_PATH: Final = _path_joiner(ntpath.join)
 
 
 def _ordered_dict(*items: object) -> dict[object, object]:
-    """Its pickle makes an empty one, and then sets its items."""
+    """Return an empty dict. The pickle of an OrderedDict makes an empty one, and then sets its items."""
     if items:
         raise Refusal("not a .metadata file of DCP: an OrderedDict is made of items")
     return {}
@@ -168,7 +167,7 @@ _KNOWN: Final[Mapping[tuple[str, str], object]] = {
         )
     },
 }
-"""Every name that a file may refer to, and what stands in for it."""
+"""Every name that a file may have -> its stand-in."""
 
 
 _OPCODES: Final = (
@@ -179,15 +178,15 @@ _OPCODES: Final = (
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
     *("GLOBAL", "STACK_GLOBAL", "BUILD"),
 )
-"""What a pickler needs for these classes, whatever its protocol; and those that call, or set items of a dict, which `_Unpickler` does
-itself. None of the others: sets, buffers, extension codes and persistent ids have no place in a `.metadata`."""
+"""Opcodes that a pickler needs for these classes in any protocol, except those that call, or set items of a dict: `_Unpickler` has them. All other
+opcodes are missing: a `.metadata` has no sets, buffers, extension codes or persistent ids."""
 
 
 class _Unpickler(pickle._Unpickler):
-    """Reads what is in `_KNOWN` and `_OPCODES`. A file's memory is bounded by its length: each opcode makes one object at most."""
+    """Reads the names of `_KNOWN` and the opcodes of `_OPCODES`. Each opcode makes at most one object, so the file's length bounds the memory."""
 
     dispatch: ClassVar = {}
-    # What the interpreter's has, and its type stubs do not say.
+    # The interpreter's class has this attribute, and its type stubs do not.
     stack: list[Any]
     append: Callable[[object], None]
     pop_mark: Callable[[], list[object]]
@@ -203,11 +202,11 @@ class _Unpickler(pickle._Unpickler):
     def _set_items(self, target: object, items: list[object]) -> None:
         into = expect(target, dict, "what items are set of")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # A MetadataIndex is hashed by its identity. Nothing else may be: see the module.
+            # A MetadataIndex is hashed by its identity. No other object may be hashed: see the module.
             into[expect(key, (str, int, Instance), "a key of a dict")] = value
 
     def _load_reduce(self) -> None:
-        # Checked here: the interpreter's own error would have the text of what is called in it, whatever that is.
+        # This check comes first: the interpreter's own error would contain the text of the called object, whatever that is.
         arguments = expect(self.stack.pop(), tuple, "what a function is called with")
         self.stack[-1] = expect(self.stack[-1], _Callable, "what is called")(*arguments)
 
@@ -249,9 +248,9 @@ _Unpickler.dispatch = _table()
 
 def expect(value: object, kind: type[_T] | tuple[type[_T], ...], what: str) -> _T:
     """
-    `value`, known to be of `kind`.
+    Return `value` if it is of `kind`.
 
-    Raises: ValueError, which calls the value `what`, when it is not.
+    Raises: ValueError if it is not. The error calls the value `what`.
     """
     if not isinstance(value, kind):
         raise Refusal(f"not a .metadata file of DCP: {what} is a {type(value).__name__}")
@@ -260,9 +259,9 @@ def expect(value: object, kind: type[_T] | tuple[type[_T], ...], what: str) -> _
 
 def fields(value: object, kind: type[Instance], what: str) -> dict[str, Any]:
     """
-    The fields of `value` by name, as the file has them: neither complete nor of the right types.
+    Return the fields of `value` by name, as in the file. They may be incomplete, or of wrong types.
 
-    Raises: ValueError, which calls the value `what`, when it is no instance of `kind` or has no fields.
+    Raises: ValueError if `value` is not an instance of `kind`, or has no fields. The error calls the value `what`.
     """
     instance = expect(value, kind, what)
     return expect(getattr(instance, "state", None), dict, f"the state of {what}")
@@ -270,9 +269,9 @@ def fields(value: object, kind: type[Instance], what: str) -> dict[str, Any]:
 
 def sizes(value: object) -> tuple[int, ...]:
     """
-    `value`, known to be a tuple of integers, none negative.
+    Return `value` if it is a tuple of integers that are not negative.
 
-    Raises: ValueError when it is not.
+    Raises: ValueError if it is not.
     """
     numbers = expect(value, tuple, "a size")
     for number in numbers:
@@ -283,9 +282,9 @@ def sizes(value: object) -> tuple[int, ...]:
 
 def load(data: bytes) -> object:
     """
-    The root object of a `.metadata` file, in the stand-ins of this module.
+    Return the root object of a `.metadata` file, made of this module's stand-ins.
 
-    Raises: ValueError when the file refers to a name that is not known here, or is no pickle.
+    Raises: ValueError if the file has a name that is not known here, or is not a pickle.
     Blocks: for about 1 s for each 4 MiB, with the GIL held.
     """
     try:
@@ -293,5 +292,5 @@ def load(data: bytes) -> object:
     except Refusal:
         raise
     except Exception as err:
-        # What the unpickler raises on a damaged pickle is not specified; the standard library says "any exception".
+        # The errors of the unpickler on a damaged pickle are not specified. The standard library says "any exception".
         raise ValueError(f"not a .metadata file of DCP: {type(err).__name__}: {err!s:.200}") from err

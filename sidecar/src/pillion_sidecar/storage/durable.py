@@ -1,5 +1,5 @@
 """
-Small files that survive a crash of the machine: made new, or put in the place of others, each with its name.
+Durable small files, which survive a crash of the machine: new files, or replacements, each with a durable name.
 
 Called from: `checkpoint.commit`, `checkpoint.ownership`, `checkpoint.milestones`, `executor.save.write`, `executor.exchange.storage`, and for
 folders `storage.folders`. Bulk data go through `storage.directio`.
@@ -11,25 +11,36 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def put_name(err: OSError, path: str | os.PathLike[str]) -> None:
-    """Put a file's name on an error of a call that knew only a descriptor."""
+    """Set the filename of an OSError from a call that knew only a descriptor."""
     if err.filename is None:
         err.filename = os.fspath(path)
 
 
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give every OSError of calls that know only a descriptor the file's name."""
+    try:
+        yield
+    except OSError as err:
+        put_name(err, path)
+        raise
+
+
 def write_new(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
     """
-    Write a file that did not exist. Its bytes are durable afterwards; its name is after an `fsync_directory`.
+    Write a file that does not exist yet. Its bytes are durable on return. Its name is durable after `fsync_directory`.
 
-    On an error, of a full disk for example, nothing is left at `path`.
+    After an error, such as a full disk, nothing is left at `path`.
 
     Blocks: until the storage answers.
 
     Raises:
-        FileExistsError: there is a file; it stays as it is.
+        FileExistsError: the file exists. It stays as it is.
         OSError: with errno and filename.
     """
     with open(path, "xb") as file:
@@ -37,7 +48,7 @@ def write_new(path: str | os.PathLike[str], data: bytes | bytearray | memoryview
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException as err:  # also of Ctrl-C: no half file stays
+        except BaseException as err:  # also after Ctrl-C no partial file may stay
             with contextlib.suppress(OSError):
                 os.unlink(path)
             if isinstance(err, OSError):
@@ -47,10 +58,10 @@ def write_new(path: str | os.PathLike[str], data: bytes | bytearray | memoryview
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
     """
-    Make the names in a directory durable: a file that was fsynced can still lose its name in a crash.
+    Make the names in a directory durable. Without this, a file that was fsynced can still lose its name in a crash.
 
     Blocks: until the storage answers. Raises: OSError with errno and filename.
-    Source: fsync(2). EINVAL is a file system that cannot sync a directory; no more can be done on it.
+    Source: fsync(2). EINVAL shows a file system that cannot sync a directory. It is ignored, as nothing more can be done.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -65,11 +76,11 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
 
 def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
     """
-    Publish a small file atomically and durably: whoever opens `path` sees the old content or the new, never a part.
+    Replace a small file atomically and durably. A reader of `path` sees the old content or the new, never a part.
 
-    The temporary name is `.<name>.<pid>.<random>.tmp` in the same directory, and is removed on any error. The pid says
-    who left it after a SIGKILL; the random part keeps pods apart that share a volume and count processes from one.
-    An error of the last step (syncing the directory) leaves the new content in place, though a crash may still undo it.
+    The temporary name is `.<name>.<pid>.<random>.tmp` in the same directory. It is removed after any error. The pid shows which process left it
+    after a SIGKILL. The random part separates pods that share a volume and have the same pids. After an error of the last step (the sync of the
+    directory) the new content is in place, but a crash may still undo it.
 
     Blocks: until the storage answers. Raises: OSError with errno and filename.
     """
@@ -78,7 +89,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray | memoryv
     try:
         write_new(temporary, data)
         temporary.replace(target)
-    except BaseException as err:  # as above: no temporary name stays
+    except BaseException as err:  # as above: no temporary file may stay
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(err, OSError):

@@ -1,9 +1,9 @@
 """
-The few opcodes of pickle protocol 2 that our two pickles are made of: `data.pkl` in each archive, and `.metadata`.
+The opcodes of pickle protocol 2 in Pillion's two pickles: `data.pkl` in each archive, and `.metadata`.
 
-This is the whole of how a value becomes opcodes; the modules `archive` and `dcp_metadata` call it and put them in
-order. Every opcode here is known to torch's restricted unpickler (`weights_only=True`), which takes a part of protocol
-2 only. It must never pickle an object by asking the object.
+No other module turns a value into opcodes. The modules `archive` and `dcp_metadata` call this one and order the opcodes. torch's restricted
+unpickler (`weights_only=True`), which takes only a part of protocol 2, knows every opcode here. This module must never let an object choose
+how it is pickled.
 
 Source: Lib/pickletools.py of CPython; torch/_weights_only_unpickler.py of torch 2.6 and 2.15.
 """
@@ -11,9 +11,9 @@ Source: Lib/pickletools.py of CPython; torch/_weights_only_unpickler.py of torch
 
 def push_int(value: int) -> bytes:
     """
-    The shortest opcode of pickle protocol 2 that pushes `value`; torch's restricted unpickler knows each of them.
+    Return the shortest opcode of pickle protocol 2 that pushes `value`. torch's restricted unpickler knows all of them.
 
-    Raises: OverflowError when `value` needs more than 255 bytes.
+    Raises: OverflowError if `value` needs more than 255 bytes.
     """
     if 0 <= value <= 0xFF:
         return b"K" + value.to_bytes(1, "little")
@@ -26,7 +26,7 @@ def push_int(value: int) -> bytes:
 
 
 def push_ints(values: tuple[int, ...]) -> bytes:
-    """The opcodes of pickle protocol 2 that push `values` as a tuple."""
+    """Return the opcodes of pickle protocol 2 that push `values` as a tuple."""
     items = b"".join(map(push_int, values))
     match len(values):
         case 0:
@@ -38,11 +38,11 @@ def push_ints(values: tuple[int, ...]) -> bytes:
 
 
 def push_str(value: str) -> bytes:
-    """The opcode of pickle protocol 2 that pushes `value`; lone surrogates pass, as the standard pickler lets them."""
+    """Return the opcode of pickle protocol 2 that pushes `value`. Lone surrogates are allowed, as in the standard pickler."""
     encoded = value.encode("utf-8", "surrogatepass")
     return b"X" + len(encoded).to_bytes(4, "little") + encoded
 
 
 def push_global(module: str, name: str) -> bytes:
-    """The opcode of pickle protocol 2 that pushes the object `module.name`."""
+    """Return the opcode of pickle protocol 2 that pushes the object `module.name`."""
     return f"c{module}\n{name}\n".encode("ascii")

@@ -1,7 +1,7 @@
 """
-Requests to the executor, and the executor's life: started before it is needed, opened for the session, replaced when it dies.
+Sends requests to the executor, and manages its life: starts it early, opens the session in it, and replaces it when it dies.
 
-Called from: the supervisor, one operation at a time (a lock keeps loads and saves apart).
+Called from: the supervisor, one operation at a time. A lock keeps loads and saves apart.
 """
 
 from __future__ import annotations
@@ -10,74 +10,80 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from pillion.errors import BarrierTimeout, ErrorDocument, LoadError, PillionError, SaveError
-from pillion.wire import messages, policy
-from pillion.wire.message import Message
-from pillion_sidecar import settings
-from pillion_sidecar.arena.pod_arena import PodArena
+from pillion.wire import control
+from pillion.wire.message import Message, Request
+from pillion_sidecar import channel, settings
+from pillion_sidecar.arena.pod_arena import PodArena, copies_of
 from pillion_sidecar.arena.slots import Save
-from pillion_sidecar.checkpoint import ownership
 from pillion_sidecar.concurrency import tasks
-from pillion_sidecar.executor.save import rescue
 from pillion_sidecar.session import record as record_module
-from pillion_sidecar.session.record import Counts, Record
+from pillion_sidecar.session.record import Record
+from pillion_sidecar.session.state import State
 from pillion_sidecar.status.metrics import Metrics
+from pillion_sidecar.status.status import About
 from pillion_sidecar.supervisor.executor_process import ExecutorDied, ExecutorProcess
-from pillion_sidecar.waits import WaitKind
+from pillion_sidecar.waits import Wait, WaitKind
 
 _log = logging.getLogger(__name__)
+A = TypeVar("A", bound=channel.Answer)
 
 LEAVE_TIMEOUT_S: Final = 3.0
-"""Bound for an executor to leave what it does for a session that is over: waits for other pods are made in pieces of a second
-(`exchange.PIECE_S`); a connection to a store that never answers, or a write, is not left."""
+"""Timeout for an executor to leave the work for a session that is over. A wait for other pods ends within a second
+(`exchange.PIECE_S`). A write, or a connection to a store that never answers, does not end; then the executor is replaced."""
 
 
-START_TRIES: Final = 5
+START_ATTEMPTS: Final = 5
+"""Maximum attempts to start an executor."""
 START_PAUSE_S: Final = 1.0
-"""Between two tries to start an executor: descriptors, processes or memory that are short at a moment are back in seconds mostly."""
+"""Pause between two attempts to start an executor. A lack of descriptors, processes or memory is mostly over within seconds."""
 SHOW_TIMEOUT_S: Final = 2.0
-"""Bound for the state of a session to be written on its root: one small write. A later session then finds out by itself."""
+"""Timeout for writing the session's state to its root, a small file. Without it, a later session waits until the owner looks dead."""
 
 
 class SessionOver(PillionError):
-    """The trainers that asked for this are gone, and others are there."""
+    """The session of this request is over, and another one has begun."""
 
 
 class ExecutorClient:
     """
-    See the module.
+    The supervisor's access to its executor. See the module.
 
     Args:
-        on_event: called with events of the executor: load progress, messages of other pods, the loss of the store.
-        on_wait: called after each ping with what the executor waits for; None: nothing.
+        own_settings: the sidecar's settings.
+        metrics: counters of the sidecar.
+        on_event: called with each event of `channel.EVENTS`, except the loss of a store whose session is over.
+        on_wait: called after each ping with the wait that the executor is in. None: it does not wait.
+        on_opened: called with each session that an executor has opened.
     """
 
     def __init__(
         self,
-        of: settings.Settings,
+        own_settings: settings.Settings,
         metrics: Metrics,
         *,
-        on_event: Callable[[messages.Message], None],
-        on_wait: Callable[[Mapping[str, Any] | None], None] = lambda _: None,
+        on_event: Callable[[Message], None],
+        on_wait: Callable[[Wait | None], None] = lambda _: None,
+        on_opened: Callable[[str, channel.Opened], None] = lambda _, __: None,
     ) -> None:
-        self._settings = of
+        self._settings = own_settings
         self._metrics = metrics
         self._pass_on = on_event
-        self._on_wait = on_wait
+        self._on_wait, self._on_opened = on_wait, on_opened
         self._executor: ExecutorProcess | None = None
         self._pod: PodArena | None = None
         self.opened: str | None = None
-        """The session that the living executor has open."""
-        self._opening: dict[str, Any] = {}
+        """Session that is open in the living executor. None: no session is open."""
+        self._opening: channel.Opened | None = None
         self._working_for: str | None = None
-        """The session of the request that the executor has now."""
+        """Session of the request that the executor works on."""
         self._record: Record | None = None
-        """How far the session has come: the executor's successor goes on there, or it would never meet its peers."""
-        self.state = ownership.State.TRAINING
-        """Of the session, as its root is told."""
+        """Record of the session's progress. The executor's successor continues from it; otherwise its keys would differ from its peers'."""
+        self.state = State.TRAINING
+        """State of the session, as written on its root."""
         self._lock = asyncio.Lock()
         self._tasks = tasks.BackgroundTasks()
 
@@ -85,17 +91,17 @@ class ExecutorClient:
     def executor_pid(self) -> int | None:
         return self._executor.pid if self._executor is not None else None
 
-    def _on_event(self, event: messages.Message) -> None:
-        if "number" in event:
-            self._note(signals=event.pop("number"))
-        if event["type"] == "store_lost":
-            if self._record is None or event["session"] != self._record.session:
+    def _on_event(self, event: Message) -> None:
+        if isinstance(event, channel.Heard):
+            self._note(signals=event.number)
+        if isinstance(event, channel.StoreLost):
+            if self._record is None or event.session != self._record.session:
                 return
             self.store_is_lost()
         self._pass_on(event)
 
     async def prestart(self) -> None:
-        """Start the executor ahead of the first session, so that the first save finds it warm."""
+        """Start the executor before the first session, so that the first save need not wait for its start."""
         async with self._lock:
             try:
                 await self._running()
@@ -104,11 +110,11 @@ class ExecutorClient:
 
     @property
     def store_lost(self) -> bool:
-        """Whether the pods of the session meet on storage: messages to all of them reach nobody."""
+        """Whether the job's store is lost. Then the pods use the exchange on storage, and signals do not reach them."""
         return self._record is not None and self._record.counts.store_lost
 
     def store_is_lost(self) -> None:
-        """The executor, or its successor, meets the other pods on storage from now on."""
+        """Record that the job's store is lost. The executor and its successors use the exchange on storage from now on."""
         if self._record is not None:
             self._note(counts=dataclasses.replace(self._record.counts, store_lost=True))
 
@@ -121,24 +127,24 @@ class ExecutorClient:
             self._date()
 
     def _date(self) -> None:
-        """Let the arena know which generation and epoch its saves are of."""
+        """Set the generation and epoch that the arena notes for its saves."""
         pod, record = self._pod, self._record
         if pod is not None and record is not None and record.generation and record.session == pod.identity.session:
             pod.date((record.generation, record.counts.epoch))
 
     def session(self, pod: PodArena, record: Record | None = None, *, succeeds: str = "") -> None:
         """
-        A new session: the executor opens it beside the trainer's first steps. A failure shows at the first save.
+        Begin a session. The executor opens it beside the trainers' first steps. A failure shows at the first save.
 
-        What the executor still does for the session before ends here: its trainers are gone, and their store with them, so that it
-        may be waiting for peers who do the same, while those wait for this pod. It leaves such a wait when it is told; where it does
-        not, it is replaced, and its successor has torch to import.
+        The executor's work for the previous session ends here. That session's trainers and store are gone, so the executor may wait for
+        peers that wait for this pod. It is asked to leave such a wait. If it does not, it is replaced.
 
         Args:
-            record: how far a session has come that a sidecar before this one served; None: it begins.
-            succeeds: the session that owned the root and was found dead; empty: none was looked for.
+            pod: the arena of the session.
+            record: record of a session that an earlier sidecar served. None: the session is new.
+            succeeds: the dead session that owned the root before. Empty: not known.
         """
-        self._pod, self.state = pod, ownership.State.TRAINING
+        self._pod, self.state = pod, State.TRAINING
         if record is not None:
             self._record = record
         elif self._record is None or self._record.session != pod.identity.session:
@@ -151,22 +157,22 @@ class ExecutorClient:
         self._tasks.start(self._open_ahead(pod), "opening a session")
 
     async def _leave(self, executor: ExecutorProcess, session: str) -> None:
-        """What the executor does for a session that is over ends, or else the executor."""
-        told = asyncio.create_task(executor.request({"type": "over", "session": session}))
+        """Ask the executor to leave its work for a session that is over. If it does not, kill it. Blocks: for LEAVE_TIMEOUT_S."""
+        asking = asyncio.create_task(executor.request(channel.Over(session=session)))
         try:
             await asyncio.sleep(LEAVE_TIMEOUT_S)
             if self._executor is executor and self._working_for == session:
                 _log.warning("replacing the executor: it does not leave a session that has ended")
                 executor.kill()
         finally:
-            told.cancel()
-            await asyncio.gather(told, return_exceptions=True)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     def _revive(self) -> None:
-        """The executor ended by itself: its successor is ready before the next save needs it."""
+        """Start the successor of an executor that ended by itself, before the next save needs it."""
         hung = self._executor is not None and self._executor.hung_for == WaitKind.PEERS
         if hung and self._record is not None and self._record.session in (self._working_for, self.opened):
-            # The store took a question and does not answer: its process is stopped, or the network between is cut.
+            # The store accepted a request and does not answer: its process is stopped, or the network is cut.
             self.store_is_lost()
         if self._pod is not None:
             self.session(self._pod)
@@ -177,12 +183,12 @@ class ExecutorClient:
         except PillionError as err:
             _log.warning("the executor cannot open the session yet: %s", err)
 
-    async def open(self, pod: PodArena) -> dict[str, Any]:
+    async def open(self, pod: PodArena) -> channel.Opened:
         """
-        Have a running executor with this pod's session open; what it said (generation, store address).
+        Open this pod's session in a running executor, if it is not open.
 
         Raises:
-            PillionError: why it could not; the executor is ended, and the next call starts a fresh one.
+            PillionError: the session cannot be opened. The executor is ended, and the next call starts a new one.
         """
         async with self._lock:
             return await self._open(pod)
@@ -194,15 +200,15 @@ class ExecutorClient:
             await self._executor.stop()
             self._metrics.executor_restarts += 1
         self.opened = None
-        for attempt in range(1, START_TRIES + 1):
+        for attempt in range(1, START_ATTEMPTS + 1):
             try:
                 self._executor = await self._started()
                 break
             except ExecutorDied as err:
                 self._executor = None
-                if attempt == START_TRIES:
+                if attempt == START_ATTEMPTS:
                     raise
-                _log.warning("%s (try %d of %d)", err, attempt, START_TRIES)
+                _log.warning("%s (try %d of %d)", err, attempt, START_ATTEMPTS)
                 await asyncio.sleep(START_PAUSE_S)
         assert self._executor is not None
         return self._executor
@@ -219,139 +225,187 @@ class ExecutorClient:
         await executor.start()
         return executor
 
-    async def _open(self, pod: PodArena) -> dict[str, Any]:
+    async def _open(self, pod: PodArena) -> channel.Opened:
         session = pod.identity.session
         record = self._record
         if self._pod is not pod or record is None:
             raise SessionOver(f"session {session} is over")
         executor = await self._running()
-        if self._pod is not pod:  # a process takes its time to start
+        if self._pod is not pod:  # the start of a process takes time, and another session may have begun
             raise SessionOver(f"session {session} is over")
-        if self.opened == session:
+        if self.opened == session and self._opening is not None:
             return self._opening
-        document = pod.session_document(self._settings)
-        document |= {
-            "state": self.state.value,
-            "before": list(record.before),
-            "generation": record.generation,
-            "signals": record.signals,
-            **dataclasses.asdict(record.counts),
-        }
+        request = pod.opening(self._settings, record, self.state)
         modules = _modules(pod, record)
         try:
             if modules:
-                # Not in the session's name: what ends the session before it is open would end the import with it, each time anew.
-                await executor.request({"type": "warm", "modules": modules})
+                # Not as part of opening the session. If the session ended before it was open, the import would be interrupted each time.
+                await executor.request(channel.Warm(modules=modules))
             if self._pod is not pod:
                 raise SessionOver(f"session {session} is over")
-            self._opening = await self._request(executor, session, {"type": "open", "session": document})
+            opening = self._opening = await self._request(executor, session, request)
         except SessionOver:
             raise
         except PillionError as err:
             if self._pod is not pod:
-                # It was left, and the next session takes its place in the executor.
+                # The executor has left this session for the next one.
                 raise SessionOver(f"session {session} is over: {err}") from err
-            # Half open is not open: the next save starts from a fresh process.
+            # The session may be half open, so the next save starts a new process.
             await executor.stop()
             raise
         self.opened = session
-        heard = record.signals if record.signals is not None else self._opening.get("signals")
-        self._note(generation=int(self._opening["generation"]), signals=heard)
-        return self._opening
+        self._on_opened(session, opening)
+        signal_number = record.signals if record.signals is not None else opening.signals
+        self._note(generation=opening.generation, signals=signal_number)
+        return opening
+
+    def writes_to_disk(self, pod: PodArena, save: Save) -> bool:
+        """Whether a save goes to the node's disk first."""
+        return save.local and bool(copies_of(self._settings, pod.policy, pod.identity.root))
 
     async def persist(
-        self, pod: PodArena, save: Save, about: Mapping[str, Any], *, repeated: bool = False
-    ) -> dict[str, Any]:
+        self, pod: PodArena, save: Save, about: Callable[[int], About], *, repeated: bool = False
+    ) -> channel.Persisted:
         """
-        Run one save.
+        Run one save in the executor.
 
         Args:
-            pod: of the session.
-            save: what to persist.
-            about: what its manifest says besides.
-            repeated: another executor may have begun it.
+            pod: the arena of the session.
+            save: the complete save.
+            about: returns further fields of a step's manifest (cause, times), and the journal.
+            repeated: whether another executor may have begun this save.
 
         Raises:
-            ExecutorDied: nothing is known of the save; a successor may repeat it.
-            SaveError: it failed.
+            ExecutorDied: the executor died, and the outcome is not known. A successor may repeat the save.
+            SaveError: the save failed.
         """
-        request = {
-            "step": save.step,
-            "slot": save.slot,
-            "persist": save.persist,
-            "destination": save.destination,
-            "sequence": save.step + 1 if save.destination else 0,
-            "rescued": save.rescued,
-            # As the policy is now: it may have changed since the session was opened.
-            "retention": policy.dump(pod.policy)["retention"],
-            "repeated": repeated,
-            **about,
-        }
         try:
-            return await self._run(pod, {"type": "persist", "save": request})
+            await self.open(pod)  # the earlier attempts of the run are known after it
+            at = about(save.step)
+            request = channel.Persist(
+                step=save.step,
+                slot=save.slot,
+                persist=save.persist,
+                local=self.writes_to_disk(pod, save),
+                destination=save.destination,
+                sequence=save.step + 1 if save.destination is not None else 0,
+                rescued=save.rescued,
+                retention=pod.policy.retention,
+                repeated=repeated,
+                started_ns=at.started_ns,
+                cause=at.cause,
+                run=at.run if save.persist and save.destination is None else None,
+            )
+            return await self._run(pod, request)
         except SaveError:
             if save.destination is not None:
-                # Its caller was told, and decides; nobody comes back to this arena for it, so that it is not owed to
-                # storage at the drain.
+                # The caller of `pillion.dcp` gets the error, and decides. So the drain need not write this save.
                 pod.table.keep_in_memory(save)
             raise
 
-    async def load(self, pod: PodArena, request: dict[str, Any]) -> dict[str, Any]:
+    async def upload(self, pod: PodArena, request: channel.Upload) -> channel.Persisted:
         """
-        Run one load; when the executor dies with it, once more by its successor.
+        Bring a local copy to storage, beside the saves and loads of the executor.
 
         Raises:
-            LoadError.
+            ExecutorDied: the executor died, and the outcome is not known.
+            SaveError: the upload failed.
         """
-        message = {"type": "load", "load": request}
+        await self.open(pod)
+        executor = self._executor
+        if executor is None:
+            raise ExecutorDied("the executor is not running")
+        # Without the lock: an upload may take minutes.
+        return await executor.request(request)
+
+    @property
+    def uploads(self) -> tuple[int, channel.LocalCopy | None]:
+        """Number of the session's next upload, or of the running one, and its copy. None: the pods have not agreed on one."""
+        record = self._record
+        if record is None or record.uploading is None:
+            return (record.uploads if record is not None else 0), None
+        step, generation, epoch = record.uploading
+        return record.uploads, channel.LocalCopy(step=step, order=(generation, epoch))
+
+    def note_upload(self, number: int, copy: channel.LocalCopy) -> None:
+        """Record which copy upload `number` brings to storage."""
+        if self._record is not None and self._record.uploads == number:
+            self._note(uploading=(copy.step, *copy.order))
+
+    def upload_ended(self, number: int) -> None:
+        """Record that upload `number` has ended, well or not."""
+        self._note(uploads=number + 1, uploading=None)
+
+    @property
+    def persist_timeout_s(self) -> float:
+        """Timeout for one pod to write its part of a checkpoint, seconds."""
+        return self._settings.persist_timeout_s
+
+    async def load(self, pod: PodArena, request: channel.Load) -> channel.Loaded:
+        """
+        Run one load in the executor. If the executor dies, its successor repeats the load once.
+
+        Raises:
+            LoadError: the load failed.
+        """
         try:
             try:
-                result = await self._run(pod, message)
+                result = await self._run(pod, request)
             except ExecutorDied as err:
                 _log.warning("repeating the load with a new executor: %s", err)
-                result = await self._run(pod, message)
+                result = await self._run(pod, request)
         except ExecutorDied as err:
             if self._record is not None:
-                # The other pods have counted it.
+                # The other pods have counted this load, and all pods must have the same count.
                 counts = self._record.counts
                 self._note(counts=dataclasses.replace(counts, loads=counts.loads + 1))
             raise LoadError(f"two executors in a row died while they loaded: {err}") from err
         except BarrierTimeout as err:
             raise LoadError(str(err)) from err
+        except SaveError as err:
+            # The executor has no word of its own for a load that failed before it began: its session could not be opened.
+            raise LoadError(f"the load could not begin: {err}") from err
         return result
 
     @property
     def loads(self) -> int:
-        """Loads of the session that were begun; the same number in every pod."""
+        """Number of loads of the session so far, the same in every pod."""
         return self._record.counts.loads if self._record is not None else 0
 
-    async def rescue(self, pod: PodArena, held: list[Save], calls: list[str]) -> rescue.Agreements:
+    async def rescue(
+        self, pod: PodArena, held: list[Save], calls: list[str], *, owed: Callable[[int], bool]
+    ) -> channel.Agreed:
         """
-        Agree with the other pods on the snapshot that all of them persist: see `executor.save.rescue`.
+        Agree with the other pods on the snapshot that all of them persist. See `executor.save.rescue`.
+
+        Args:
+            pod: the arena of the session.
+            held: the snapshots of this pod, oldest first.
+            calls: ids of the calls that this rescue answers.
+            owed: returns whether a step is on the local disks and on its way to storage, so that it needs no rescue.
 
         Raises:
-            PillionError: some pod did not come, this one came too late, or the executor died.
+            PillionError: a pod did not take part, this pod was too late, or the executor died.
         """
-        message = {
-            "type": "rescue",
-            "held": [save.step for save in held],
-            "persisted": [save.step for save in held if save.persisted],
-            "born": {str(save.step): save.born for save in held if save.born},
-            "calls": calls,
-        }
-        return rescue.Agreements.from_document(await self._run(pod, message))
+        request = channel.Rescue(
+            held=tuple(save.step for save in held),
+            persisted=tuple(save.step for save in held if save.persisted or owed(save.step)),
+            born={save.step: save.born for save in held if save.born is not None},
+            calls=tuple(calls),
+        )
+        return await self._run(pod, request)
 
     def joined(self, process: tuple[int, int]) -> None:
-        """A trainer's process is in the session: a sidecar after this one waits for it to come back."""
+        """Record a trainer's process. A later sidecar that adopts the session waits for it to return."""
         if self._record is not None and process not in self._record.trainers:
             self._note(trainers=(*self._record.trainers, process))
 
     def served(self) -> tuple[str, ...]:
-        """The sessions that this pod has served, the last one first."""
+        """Return the sessions that this pod has served, newest first."""
         return (self._record.session, *self._record.before) if self._record is not None else ()
 
-    async def show(self, state: ownership.State) -> None:
-        """Have the session's record on its root say what it is in. Blocks: up to SHOW_TIMEOUT_S. Never raises."""
+    async def show(self, state: State) -> None:
+        """Write the session's state to its record on the root. Blocks: up to SHOW_TIMEOUT_S. Never raises."""
         self.state = state
         executor = self._executor
         if executor is None or executor.pid is None:
@@ -359,78 +413,84 @@ class ExecutorClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHOW_TIMEOUT_S):
                 try:
-                    await executor.request({"type": "state", "state": state.value})
+                    await executor.request(channel.Show(state=state))
                 except PillionError as err:
                     _log.info("could not write to the root that its session is %s: %s", state.value, err)
 
-    async def retain(self, pod: PodArena, current: int, slice_s: float) -> bool:
+    async def retain(self, pod: PodArena, current: int, slice_s: float) -> channel.Retained:
         """
-        (coordinator) Remove for `slice_s` what the policy does not keep after the commit of `current`; whether something may be left.
-
-        Raises:
-            PillionError: the executor died, or hangs in it; nothing else is lost.
+        (coordinator) Delete checkpoints that the policy does not keep after the commit of step `current`, for `slice_s` seconds.
+        Raises: PillionError: the executor died or hangs. No save is lost.
         """
-        about = {"current": current, "slice_s": slice_s, "retention": policy.dump(pod.policy)["retention"]}
-        return bool((await self._run(pod, {"type": "retain", **about}))["more"])
+        request = channel.Retain(current=current, slice_s=slice_s, retention=pod.policy.retention)
+        return await self._run(pod, request)
 
     async def withdraw(
         self, pod: PodArena, step: int, error: ErrorDocument, *, persist: bool, rescued: bool
     ) -> PillionError | None:
-        """Tell the other pods that this one has no part in `step`; what all of them then know of it."""
-        about = {"step": step, "persist": persist, "rescued": rescued, "error": error.to_document()}
+        """Report to the other pods that this pod writes no part of `step`. Return its error, with the failures of all pods; None: there is none."""
+        request = channel.Withdraw(step=step, persist=persist, rescued=rescued, error=error.to_document())
         try:
-            await self._run(pod, {"type": "withdraw", **about})
+            await self._run(pod, request)
         except PillionError as err:
             _log.info("step %d was withdrawn: %s", step, err)
             return err
         return None
 
     async def signal(self, pod: PodArena, message: Message) -> bool:
-        """Tell every pod of the job; whether it was told. Lost when there is no way now: whoever needs it asks again."""
+        """Send a signal to every pod of the job. Return whether it was sent. A lost signal is not repeated here; its sender sends it again."""
         try:
             if self.opened != pod.identity.session:
                 await self.open(pod)
             if self._executor is not None:
-                # Not under the lock: a save may hold it for minutes.
-                await self._executor.request({"type": "signal", "message": message.to_document()})
+                # Without the lock, which a save may hold for minutes.
+                await self._executor.request(channel.Signal(message=message.to_document()))
                 return True
         except PillionError as err:
             _log.warning("could not send %s to the other pods: %s", message, err)
         return False
 
-    async def _run(self, pod: PodArena, message: dict[str, Any]) -> dict[str, Any]:
+    async def verify(self, pod: PodArena, save: Save) -> None:
+        """Verify a snapshot whose trainers are gone, until the next request. Never raises: what is not verified now is verified in the load."""
+        executor, request = self._executor, channel.Verify(session=pod.identity.session, step=save.step, slot=save.slot)
+        if executor is not None and self.opened == pod.identity.session:
+            with contextlib.suppress(PillionError):
+                # Without the lock: the next request is to be seen by the executor, which then ends this one.
+                self._metrics.snapshots_verified += (await executor.request(request)).whole
+
+    async def _run(self, pod: PodArena, request: Request[A]) -> A:
         async with self._lock:
             await self._open(pod)
             executor = self._executor
             if executor is None:
                 raise ExecutorDied("the executor is not running")
-            return await self._request(executor, pod.identity.session, message)
+            return await self._request(executor, pod.identity.session, request)
 
-    async def _request(self, executor: ExecutorProcess, session: str, message: dict[str, Any]) -> dict[str, Any]:
+    async def _request(self, executor: ExecutorProcess, session: str, request: Request[A]) -> A:
         self._working_for = session
         try:
-            return await executor.request(message)
+            return await executor.request(request)
         finally:
             self._working_for = None
-            state = executor.session_state
-            if state and self._record is not None and self._record.session == session:
+            counts = executor.counts
+            if counts is not None and self._record is not None and self._record.session == session:
                 lost = self._record.counts.store_lost
-                counts = Counts.from_document(state)
                 self._note(counts=dataclasses.replace(counts, store_lost=counts.store_lost or lost))
 
     async def stop(self) -> None:
         self._pod = None
-        # One may be in the middle of starting a process, which it ends.
+        # A task may be starting an executor. When it is stopped, it ends that process.
         await self._tasks.stop()
         if self._executor is not None:
             await self._executor.stop()
 
 
-def _modules(pod: PodArena, record: Record) -> list[str]:
-    """Of `executor`, those that import torch, 3 s and more: ahead of the first save, and only what this session needs."""
+def _modules(pod: PodArena, record: Record) -> tuple[str, ...]:
+    """Return the modules of `executor` that this session needs and that import torch. The import takes 3 s or more before the first save."""
     modules = []
-    if pod.identity.store_mode is not None and not record.counts.store_lost:
-        modules.append("exchange.tcpstore")
+    hosts = pod.identity.store_mode is control.MeetingStore.OWN and pod.identity.local_ranks[0] == 0
+    if hosts and not record.counts.store_lost:
+        modules.append("exchange.torch_store")
     if pod.policy.storage.writer is not None:
         modules.append("save.dcp_writer")
-    return modules
+    return tuple(modules)

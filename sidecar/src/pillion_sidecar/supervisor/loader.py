@@ -1,18 +1,21 @@
 """
-Loads of one pod: wait for every local rank to ask, lend a slot, run the executor, pass its progress on.
+Loads of one pod: waits for the requests of all local ranks, reserves a slot, runs the executor's load, and forwards its progress.
 
-Called from: the supervisor. A load is collective: one rank that never asks fails it for all at a bound, with its name.
+Called from: the supervisor. A load is collective. If a rank does not request it in time, the load fails on all ranks, and the error names
+that rank.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-from typing import Any
 
 from pillion.errors import ErrorDocument, LoadError, PillionError, UsageError
-from pillion.wire import load_messages, messages
+from pillion.wire import load_messages
+from pillion.wire.load_messages import Tier
+from pillion_sidecar import channel
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.arena.slots import NO_SLOT, Save
 from pillion_sidecar.concurrency import tasks
@@ -23,29 +26,35 @@ from pillion_sidecar.supervisor.executor_client import ExecutorClient, SessionOv
 from pillion_sidecar.supervisor.persister import Persister
 from pillion_sidecar.supervisor.server import TrainerConnection
 from pillion_sidecar.supervisor.trainers import Trainers
+from pillion_sidecar.supervisor.uploader import Uploader
 
 _log = logging.getLogger(__name__)
-Asked = tuple[TrainerConnection, load_messages.Load]
+LoadRequest = tuple[TrainerConnection, load_messages.Load]
+"""A rank's request, and the connection to answer it on."""
 
 
 class Loader:
-    """See the module."""
+    """The loads of this pod, one at a time. See the module."""
 
     def __init__(
         self,
-        of: Settings,
+        own_settings: Settings,
         trainers: Trainers,
         executor_client: ExecutorClient,
         persister: Persister,
+        uploader: Uploader,
         sidecar_status: SidecarStatus,
     ) -> None:
-        self._settings = of
+        self._settings = own_settings
         self._trainers = trainers
         self._executor_client = executor_client
         self._persister = persister
+        self._uploader = uploader
         self._sidecar_status = sidecar_status
-        self._asked: dict[int, Asked] = {}
-        self._running: dict[int, Asked] = {}
+        self._requests: dict[int, LoadRequest] = {}
+        """Requests of the next load, by rank, until all ranks have sent one."""
+        self._running: dict[int, LoadRequest] = {}
+        """Requests of the load that the executor works on."""
         self._reading: set[int] = set()
         """Ranks that still copy from a slot."""
         self._pinned: list[Save] = []
@@ -56,51 +65,53 @@ class Loader:
 
     async def ask(self, client: TrainerConnection, load: load_messages.Load) -> None:
         """
-        A rank wants to load, or to know what a load would take.
+        Take a rank's request. The load begins with the request of the last rank.
 
         Raises:
-            UsageError: it asks for something else than its peers.
+            UsageError: the request differs from those of other ranks, or names a directory that is not allowed.
         """
-        for other, asked in self._asked.values():
-            if _words(asked) != _words(load):
+        for peer, request in self._requests.values():
+            if _words(request) != _words(load):
                 raise UsageError(
-                    f"rank {client.rank} calls {_words(load)}, rank {other.rank} {_words(asked)}: all ranks make the same call"
+                    f"rank {client.rank} calls {_words(load)}, rank {peer.rank} {_words(request)}: all ranks make the same call"
                 )
         pod = self._trainers.pod
         if pod is None:
             raise UsageError("no session is open")
         if load.path is not None and not self._settings.embedded:
-            destinations.check_source(load.path, root=pod.identity.root)
-        self._asked[client.rank] = (client, load)
+            source = pod.policy.restore.source
+            destinations.check_source(load.path, root=pod.identity.root, below=load.below, source=source)
+        self._requests[client.rank] = (client, load)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._settings.peer_timeout_s, self._timeout)
-        if set(self._asked) == set(pod.segments):
+        if set(self._requests) == set(pod.segments):
             self._timer.cancel()
             self._timer = None
-            ready, self._asked = self._asked, {}
-            self._tasks.start(self._run(ready), "loading")
+            requests, self._requests = self._requests, {}
+            self._tasks.start(self._run(requests), "loading")
 
     def _timeout(self) -> None:
         self._timer = None
         pod = self._trainers.pod
-        asked, self._asked = self._asked, {}
-        missing = sorted(set(pod.segments if pod is not None else ()) - set(asked))
+        requests, self._requests = self._requests, {}
+        missing = sorted(set(pod.segments if pod is not None else ()) - set(requests))
         waited = self._settings.peer_timeout_s
         error = LoadError(f"ranks {missing} did not ask to load within {waited:.1f} s; load is called on all ranks")
-        for client, load in asked.values():
+        for client, load in requests.values():
             client.refuse(load.id, error)
 
     def rank_lost(self, rank: int) -> None:
-        self._asked.pop(rank, None)
-        if not self._asked and self._timer is not None:
-            # It counts from the first rank that asks; the next load has all of the bound.
+        """Drop the request of a rank whose trainer is gone, and release its slot."""
+        self._requests.pop(rank, None)
+        if not self._requests and self._timer is not None:
+            # The timeout begins with the first request, so the next load needs a new timer.
             self._timer.cancel()
             self._timer = None
         self.done(rank)
 
     def done(self, rank: int) -> None:
-        """A rank has copied all it wanted; the last one releases the slots."""
+        """Note that a rank has copied its items. After the last rank, the slots are released."""
         self._reading.discard(rank)
         if not self._reading:
             self._release()
@@ -108,90 +119,132 @@ class Loader:
     def slot_released(self) -> None:
         self._slot_free.set()
 
-    def progress(self, event: messages.Message) -> None:
-        """An event of the executor for one rank."""
-        slot = event.get("slot")
+    def begun(self, event: channel.LoadBegun) -> None:
+        """Forward to a rank in which slot it finds its items."""
         pod = self._trainers.pod
-        if event["type"] == "load_begin" and event.get("spare") and pod and isinstance(slot, int):
-            # The slot that was lent, or one that it took by itself where none was.
-            self._lent = slot
-            pod.table.take(slot)
-        entry = self._running.get(int(event.get("rank", -1)))
-        if entry is not None:
-            client, load = entry
-            client.answer(load.id, load.answers()[event["type"]].from_document(event))
+        if event.fills and pod is not None:
+            # The reserved slot. If none was reserved, the executor has chosen one.
+            self._lent = event.begin.slot
+            pod.table.take(event.begin.slot)
+        self._forward(event.rank, event.begin)
 
-    async def _run(self, asked: dict[int, Asked]) -> None:
+    def moved(self, event: channel.LoadMoved) -> None:
+        """Forward to a rank how many items it may copy."""
+        self._forward(event.rank, event.progress)
+
+    def _forward(self, rank: int, answer: load_messages.LoadBegin | load_messages.LoadProgress) -> None:
+        if rank in self._running:
+            client, load = self._running[rank]
+            client.answer(load.id, answer)
+
+    async def _run(self, requests: dict[int, LoadRequest]) -> None:
         pod = self._trainers.pod
         try:
             if pod is None:
                 raise UsageError("no session is open")
-            # A save in flight may be the newest: it is finished first.
-            await self._persister.quiet(self._settings.persist_timeout_s)
+            # A save in flight may become the newest checkpoint, so it is finished first.
+            await self._persister.quiet(self._settings.persist_timeout_s, uploads=False)
             self._release()
-            # What its arena holds has a date only once the session has: see Pod.date. A failure shows at the load itself.
+            # Snapshots in the arena can be ordered only after the session has its generation; see PodArena.date. The load itself reports
+            # a failure.
             with contextlib.suppress(PillionError):
                 await self._executor_client.open(pod)
-            first = next(iter(asked.values()))[1]
+            first = next(iter(requests.values()))[1]
             if first.find:
-                await self._find(pod, asked, first)
+                await self._find(pod, requests, first)
                 return
-            # First the slot, then the pins: alone in its job a pod with two slots lets the older snapshot make room.
+            # The slot comes before the pins. The only pod of a job, with two slots, may give up its older snapshot for the load.
             self._lent = await self._lend()
             self._pinned = pod.table.pin()
-            pod.table.forget_doomed()
+            if not first.whole:
+                pod.table.forget_doomed()
             if self._lent is not None:
                 pod.reset(self._lent)
-            self._running = asked
-            self._reading = set(asked)
-            request = self._request(pod, first) | {
-                "layouts": {str(rank): load.layout for rank, (_, load) in asked.items()},
-                "spare_slot": NO_SLOT if self._lent is None else self._lent,
-            }
-            result = await self._executor_client.load(pod, request)
-            if result["step"] is not None and request["path"] is None:
-                pod.set_aside((tuple(result["order"]), int(result["step"])))
-            if result["tier"] == "arena" and len(pod.identity.pods) > 1:
-                pod.heard(int(result["step"]), persisted=False)
-                # Before any rank can save again, so that it comes first in every pod.
+            if not first.whole:
+                self._sidecar_status.run.loading()
+            self._running = requests
+            self._reading = set(requests)
+            request = dataclasses.replace(
+                self._request(pod, first),
+                layouts={rank: load.layout for rank, (_, load) in requests.items()},
+                spare_slot=NO_SLOT if self._lent is None else self._lent,
+            )
+            loaded = await self._executor_client.load(pod, request)
+            changes = loaded.step is not None and not first.whole
+            if loaded.step is not None and changes and request.path is None:
+                pod.set_aside((loaded.order, loaded.step))
+            if loaded.step is not None and changes and loaded.tier is Tier.ARENA and len(pod.identity.pods) > 1:
+                pod.held_by_all(loaded.step, persisted=False)
+                # Queued before any rank can save again, so that this rescue comes first in every pod.
                 self._persister.rescue_in_turn(pod, self._executor_client.loads)
-            self._answer(asked, result)
+            if loaded.step is not None and loaded.tier is Tier.LOCAL and not loaded.path:
+                # It was never committed, and only these disks have it.
+                self._uploader.held(pod, channel.LocalCopy(step=loaded.step, order=loaded.order))
+            if not first.whole:
+                self._note(pod, loaded, elsewhere=request.path is not None)
+            self._answer(requests, loaded)
         except PillionError as err:
-            self._fail(asked, ErrorDocument.from_exception(err))
+            self._fail(requests, ErrorDocument.from_exception(err))
         except Exception as err:  # a boundary: the trainers wait for an answer
             _log.exception("a load failed")
-            self._fail(asked, ErrorDocument("LoadError", f"{type(err).__name__}: {err}"))
+            self._fail(requests, ErrorDocument("LoadError", f"{type(err).__name__}: {err}"))
         finally:
             self._running = {}
 
     @staticmethod
-    def _request(pod: PodArena, first: load_messages.Load) -> dict[str, Any]:
-        """What the executor has to know of the arena and of the call, without what each rank wants."""
-        return {
-            "step": first.step,
-            "strict": first.strict,
-            "find": first.find,
-            "path": first.path,
-            "arena": {str(step): slot for step, slot in pod.table.restorable().items()},
-            "near": {str(rank): pid for rank, pid in pod.near.items()},
-            "orders": {str(save.step): save.born for save in pod.table.saves.values() if save.born},
-            "strangers": [[each.step, each.world_size, each.order] for each in pod.strangers.values()],
-        }
+    def _request(pod: PodArena, first: load_messages.Load) -> channel.Load:
+        """Return the executor's request without the layouts of the ranks: the call, and the content of the arena."""
+        return channel.Load(
+            step=first.step,
+            strict=first.strict,
+            find=first.find,
+            path=first.path,
+            below=first.below,
+            whole=first.whole,
+            prefixes=first.prefixes,
+            refused=first.refused,
+            arena=pod.table.restorable(),
+            near=dict(pod.near),
+            orders={save.step: save.born for save in pod.table.saves.values() if save.born is not None},
+            strangers=tuple(pod.strangers.values()),
+            spare_slot=NO_SLOT,
+        )
 
-    async def _find(self, pod: PodArena, asked: dict[int, Asked], first: load_messages.Load) -> None:
-        """Tell every rank what a load would take. Nothing is lent, filled or forgotten for it."""
+    async def _find(self, pod: PodArena, requests: dict[int, LoadRequest], first: load_messages.Load) -> None:
+        """Send every rank the checkpoint that a load would take. No slot is reserved or filled, and no snapshot is dropped."""
         self._pinned = pod.table.pin()
         try:
-            request = self._request(pod, first) | {"layouts": {}, "spare_slot": NO_SLOT}
-            result = await self._executor_client.load(pod, request)
+            found = await self._executor_client.load(pod, self._request(pod, first))
         finally:
             self._release()
-        found = {name: result[name] for name in ("step", "tier", "path", "refused")}
-        for client, load in asked.values():
-            client.answer(load.id, load_messages.Loaded(**found))
+        for where, why in found.refused.items() if first.whole else ():
+            # Only a read has looked into the checkpoint.
+            _log.error("refused the checkpoint %s: %s", where, why)
+            self._sidecar_status.refused(where, why)
+        answer = load_messages.Loaded(
+            step=found.step,
+            tier=found.tier,
+            path=found.path,
+            refused=found.refused,
+            passed_over=found.passed_over,
+            differing=found.differing,
+            remarks=found.remarks,
+            content=found.content,
+        )
+        for client, load in requests.values():
+            client.answer(load.id, answer)
 
     async def _lend(self) -> int | None:
-        """A slot to load into; None: the executor takes one once the pods have agreed on a checkpoint of storage."""
+        """
+        Reserve a slot to load into.
+
+        Returns:
+            The slot. None if every slot holds a snapshot that the load may need: the executor then chooses a slot, if the pods agree on a
+            checkpoint on storage.
+
+        Raises:
+            LoadError: no slot became free in time.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.peer_timeout_s):
                 while self._trainers.pod is not None:
@@ -202,51 +255,64 @@ class Loader:
                     await self._slot_free.wait()
         raise LoadError(f"no slot became free to load into within {self._settings.peer_timeout_s:.1f} s")
 
-    def _answer(self, asked: dict[int, Asked], result: dict[str, Any]) -> None:
+    def _note(self, pod: PodArena, loaded: channel.Loaded, *, elsewhere: bool) -> None:
+        """Count and log a load. `elsewhere`: it was one of a directory by its name."""
         metrics = self._sidecar_status.metrics
-        metrics.loads_arena += result["tier"] == "arena"
-        metrics.loads_storage += result["tier"] == "storage"
-        if result["step"] is not None:
-            self._sidecar_status.loaded_from(int(result["step"]), str(result["tier"]))
-        for where, why in result["refused"].items():
+        metrics.loads_arena += loaded.tier is Tier.ARENA
+        metrics.loads_local += loaded.tier is Tier.LOCAL
+        metrics.loads_storage += loaded.tier is Tier.STORAGE
+        if loaded.step is not None:
+            self._sidecar_status.loaded_from(loaded.step, loaded.tier)
+        save = pod.table.saves.get(loaded.step) if loaded.step is not None and loaded.tier is not Tier.STORAGE else None
+        saved_ns = loaded.saved_ns or (save.sealed_ns if save is not None else 0)
+        self._sidecar_status.run.loaded(loaded.step, loaded.tier, saved_ns, len(loaded.refused))
+        for where, why in loaded.refused.items():
             _log.error("refused the checkpoint %s: %s", where, why)
             self._sidecar_status.refused(where, why)
-        for where, why in result["passed_over"].items():
+        for where, why in loaded.passed_over.items():
             _log.warning("%s is newer than the loaded checkpoint, and was not used: %s", where, why)
-        if result["set_aside"]:
+        if loaded.set_aside and elsewhere:
+            _log.warning("loaded %s, although this run has steps %s of its own", loaded.path, list(loaded.set_aside))
+        elif loaded.set_aside:
             _log.warning(
                 "committed steps %s are newer than the loaded step; they stay on storage and are loaded only by number",
-                result["set_aside"],
+                list(loaded.set_aside),
             )
-        for rank, (client, load) in asked.items():
+        _log.info("loaded step %s from %s", loaded.step, loaded.tier, extra={"step": loaded.step})
+
+    def _answer(self, requests: dict[int, LoadRequest], loaded: channel.Loaded) -> None:
+        for rank, (client, load) in requests.items():
             client.answer(
                 load.id,
                 load_messages.Loaded(
-                    step=result["step"],
-                    tier=result["tier"],
-                    path=result["path"],
-                    refused=result["refused"],
-                    passed_over=result["passed_over"],
-                    set_aside=result["set_aside"],
-                    unexpected=result["unexpected"].get(str(rank), ()),
-                    alike=result["alike"],
-                    differing=result["differing"],
-                    opaque=result["opaque"].get(str(rank), {}),
+                    step=loaded.step,
+                    tier=loaded.tier,
+                    path=loaded.path,
+                    refused=loaded.refused,
+                    passed_over=loaded.passed_over,
+                    set_aside=loaded.set_aside,
+                    unexpected=loaded.unexpected.get(rank, ()),
+                    alike=loaded.alike,
+                    differing=loaded.differing,
+                    remarks=loaded.remarks,
+                    opaque=loaded.opaque.get(rank, load_messages.OpaqueLeaves()),
                 ),
             )
-        _log.info("loaded step %s from %s", result["step"], result["tier"], extra={"step": result["step"]})
 
-    def _fail(self, asked: dict[int, Asked], error: ErrorDocument) -> None:
+    def _fail(self, requests: dict[int, LoadRequest], error: ErrorDocument) -> None:
         self._release()
-        step = next(iter(asked.values()))[1].step
-        here = self._trainers.clients
+        first = next(iter(requests.values()))[1]
+        connected = self._trainers.clients
         if error.kind == SessionOver.__name__ or not any(
-            here.get(rank) is client for rank, (client, _) in asked.items()
+            connected.get(rank) is client for rank, (client, _) in requests.items()
         ):
             _log.info("abandoned a load because its trainers have ended: %s", error.message)
+        elif first.whole:
+            # The run does not wait for a checkpoint: the script has asked about one.
+            _log.warning("a read failed: %s", error.message)
         else:
-            self._sidecar_status.load_failed(step, error.kind, error.message)
-        for client, load in asked.values():
+            self._sidecar_status.load_failed(first.step, error.kind, error.message)
+        for client, load in requests.values():
             client.refuse(load.id, error)
 
     def _release(self) -> None:
@@ -261,9 +327,17 @@ class Loader:
 
 
 def _words(load: load_messages.Load) -> str:
-    """A rank's call in the words of the training script: equal where the calls are."""
+    """Return a rank's call as the training script writes it. Equal calls have equal texts."""
+    if load.whole:
+        what = f", prefix={list(load.prefixes)}" if load.prefixes else ""
+        return f"read(step={load.step}{what}{_place(load)})" if load.find else f"read of {load.path or load.step}"
     if load.find:
-        return f"find(step={load.step})"
+        return f"find(step={load.step}{_place(load)})"
     strict = "" if load.strict else ", strict=False"
-    what = f"step={load.step}" if load.path is None else f"checkpoint_id={load.path!r}"
-    return f"load({what}{strict})"
+    if load.path is not None and not load.below:
+        return f"load(checkpoint_id={load.path!r}{strict})"
+    return f"load(step={load.step}{_place(load)}{strict})"
+
+
+def _place(load: load_messages.Load) -> str:
+    return "" if load.path is None else f", path={load.path!r}"

@@ -1,9 +1,9 @@
 """
-The whole of: whether the process at the other end of a unix socket lives.
+Finds out whether the process at the other end of a unix socket lives.
 
-Called from: `supervisor.server`. The end of a connection alone does not say it: whatever that process forked may hold the socket open after its
-death, a data loader's worker that is stuck for minutes or an evaluator for hours.
-Must never: take a number for a process. A number is given again to another one; a pidfd names one process for good.
+Called from: `supervisor.server`. The end of the connection is not enough: a forked child of the process may keep the socket open after its
+death, such as a data loader's worker that hangs for minutes.
+Must never: identify a process by its id. The kernel reuses ids; a pidfd always refers to one process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Final
 _log = logging.getLogger(__name__)
 
 SO_PEERPIDFD: Final = 77
-"""Linux 6.5: a pidfd of the peer, across pid namespaces. Source: include/uapi/asm-generic/socket.h."""
+"""Socket option (Linux 6.5) that returns a pidfd of the peer, across pid namespaces. Source: include/uapi/asm-generic/socket.h."""
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
 class Peer:
     """
-    The process that connected.
+    The process at the other end of a connection.
 
     Args:
-        sock: the connected end of ours.
+        sock: this process's end.
 
     Owns: a pidfd, until `close`.
     """
@@ -39,13 +39,13 @@ class Peer:
         self.pid, self.uid, _ = _CREDENTIALS.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
-        """0 where the process is in a pid namespace that is not seen from here."""
+        """Process id. 0 if the process is in another pid namespace, which this process cannot see."""
         self._pidfd, self._was_gone = _pidfd(sock, self.pid)
         self._watched_by: asyncio.AbstractEventLoop | None = None
 
     @property
     def gone(self) -> bool:
-        """Whether its process has ended. False also where the kernel gives no way to see it: then the end of its connection says so."""
+        """Whether the process has ended. False if the kernel offers no way to know; then only the end of the connection shows it."""
         if self._pidfd is None:
             return self._was_gone
         watch = select.poll()
@@ -53,18 +53,18 @@ class Peer:
         return bool(watch.poll(0))
 
     def watch(self, on_gone: Callable[[], None]) -> None:
-        """Call `on_gone` in the running loop, once, when the process has ended."""
+        """Call `on_gone` once in the running loop, when the process has ended."""
         loop = asyncio.get_running_loop()
         if self._pidfd is None:
             if self._was_gone:
                 loop.call_soon(on_gone)
             return
 
-        def seen() -> None:
+        def end() -> None:
             self._unwatch()
             on_gone()
 
-        loop.add_reader(self._pidfd, seen)
+        loop.add_reader(self._pidfd, end)
         self._watched_by = loop
 
     def _unwatch(self) -> None:
@@ -81,7 +81,7 @@ class Peer:
 
 
 def _pidfd(sock: socket.socket, pid: int) -> tuple[int | None, bool]:
-    """A pidfd of the peer, or None; and whether the peer is known to be gone already."""
+    """Return a pidfd of the peer, or None; and whether the peer is known to have ended already."""
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD), False
     except ProcessLookupError:

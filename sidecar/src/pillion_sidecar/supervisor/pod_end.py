@@ -1,14 +1,14 @@
 """
-The end of a pod: the trainers' last save, what is still in memory, and then the trainers themselves.
+The end of a pod: requests a last save from the trainers, writes the newest snapshot to storage, and then ends the trainers.
 
     preStop (`pillion-sidecar notify`) --> save_now --> the last save is committed --> `end` to trainers that do not end by themselves
     SIGTERM                            --> save_now --> drain (`app`)
 
-A container's first process ignores a SIGTERM that it has no handler for, and the kubelet waits for it until the grace period is over,
-which injection raised by the drain's time. So the sidecar ends what has nothing to wait for any more.
+The kernel does not deliver a SIGTERM without a handler to a container's first process. The kubelet would wait for such a trainer for the
+whole grace period, which injection has extended by the drain's time. So the sidecar ends trainers that need not wait any longer.
 
-Called from: the supervisor. Must never: end trainers whose pod goes on. A kubelet that restarts the sidecar alone (a failed liveness probe)
-runs preStop as well; it then sends SIGTERM at once, while the trainers live.
+Called from: the supervisor. Must never: end trainers whose pod continues. If a kubelet restarts only the sidecar (after a failed liveness
+probe), it runs preStop as well, and sends SIGTERM right after it, while the trainers live.
 """
 
 from __future__ import annotations
@@ -28,24 +28,29 @@ from pillion_sidecar.supervisor.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
-LAST_SAVE_S: Final = 10.0
-"""How long a pod that is to end waits for living trainers to make one more save: a few of their steps. Then the newest snapshot goes to
-storage as it is: they may hang."""
+LAST_SAVE_TIMEOUT_S: Final = 10.0
+"""Timeout for one more save by living trainers, a few of their steps. Then the newest snapshot goes to storage, as the trainers may
+hang."""
 UNTIL_END_S: Final = 30.0
-"""How long trainers that make no last save are left to themselves: as long as a pod has by default. A step may take a minute, but nobody
-without Pillion would wait for it."""
+"""Time until trainers without a last save are ended: the default grace period of a pod. A step may take a minute, but without Pillion
+Kubernetes would not wait for it either."""
 SIGNAL_FOLLOWS_S: Final = 5.0
-"""After preStop no trainer is ended for this long: a kubelet that restarts the sidecar alone sends SIGTERM as soon as preStop has
+"""Time after preStop in which no trainer is ended. A kubelet that restarts only the sidecar sends SIGTERM as soon as preStop has
 returned."""
 POLL_S: Final = 0.1
+"""Pause between two checks for the last save."""
 
 
 class PodEnd:
     """
-    See the module.
+    The end of this pod. See the module.
 
     Args:
-        in_pod: a kubelet ends both; without a cluster whoever starts a trainer ends it.
+        sidecar_status: counters and failures of this sidecar.
+        trainers: the trainers of this pod.
+        persister: the saves of this pod.
+        tasks: runs the waits of this module.
+        in_pod: True if a kubelet ends the trainers' containers. Without a cluster, the trainers end by themselves.
     """
 
     def __init__(
@@ -64,16 +69,17 @@ class PodEnd:
         self._tasks = tasks
         self._signalled = False
         self.ends_trainers = False
-        """The trainers have nothing to wait for: those that are here, and those that somebody starts again, are ended."""
+        """True once the trainers are ended: those that are connected, and those that connect later."""
 
     def begin(self, *, signalled: bool) -> bool:
         """
-        The pod is to end: living trainers are asked for one more save, as early as possible; whether they were.
+        Request one more save from the living trainers, because the pod ends. Return whether it was requested.
 
-        The first call counts: the kubelet's preStop comes at the start of the grace period, SIGTERM when trainers are gone.
+        Only the first call requests it. The kubelet runs preStop at the beginning of the grace period, and sends SIGTERM after the trainers
+        have ended.
 
         Args:
-            signalled: by SIGTERM, which this process obeys; else by preStop, which is about the pod.
+            signalled: True for a SIGTERM, which ends this process; False for preStop.
         """
         pod, first = self._trainers.pod, not self._sidecar_status.terminating
         self._sidecar_status.terminating = True
@@ -82,12 +88,12 @@ class PodEnd:
             return False
         if pod is None or not self._trainers.clients:
             if self._in_pod and not signalled:
-                self._tasks.start(self._end_comers(), "ending trainers that come")
+                self._tasks.start(self._end_late_trainers(), "ending late trainers")
             return False
-        wanted = pod.policy.trigger.on_termination is policy.OnTermination.SAVE
+        saves = pod.policy.trigger.on_termination is policy.OnTermination.SAVE
         if self._in_pod and not signalled and pod.policy.drain.end_trainer:
-            self._tasks.start(self._end_trainers(pod, wanted=wanted), "ending the trainers")
-        if not wanted:
+            self._tasks.start(self._end_trainers(pod, saves=saves), "ending the trainers")
+        if not saves:
             return False
         _log.info("the pod is terminating: requesting a last save from the trainers")
         self._trainers.save_now()
@@ -95,21 +101,29 @@ class PodEnd:
         return True
 
     async def _flush(self, pod: PodArena) -> None:
-        """Persist the newest snapshot although the trainers live, when they make no newer one: they may hang."""
+        """Wait for the last save. If it does not come in time, persist the newest snapshot, as the trainers may hang."""
         before = pod.table.newest_complete()
-        deadline = time.monotonic() + LAST_SAVE_S
+        deadline = time.monotonic() + LAST_SAVE_TIMEOUT_S
         while pod.table.newest_complete() is before and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
         self._persister.rescue()
 
-    async def _end_trainers(self, pod: PodArena, *, wanted: bool) -> None:
-        """End them once their last save, or what they had, is on storage. Blocks: for the drain's time at most; then the kubelet does."""
+    async def _end_trainers(self, pod: PodArena, *, saves: bool) -> None:
+        """
+        End the trainers when their last save, or else the newest snapshot, is on storage.
+
+        Args:
+            pod: the arena of the session.
+            saves: whether the policy requests a last save.
+
+        Blocks: up to the policy's drain.timeoutSeconds. Afterwards the kubelet ends the trainers.
+        """
         begun = time.monotonic()
         bound_s = float(pod.policy.drain.timeout_seconds)
-        wait_s = min(UNTIL_END_S, bound_s) if wanted else 0.0
+        wait_s = min(UNTIL_END_S, bound_s) if saves else 0.0
         while time.monotonic() - begun < wait_s and not self._sidecar_status.last_save_committed:
             await asyncio.sleep(POLL_S)
-        if wanted and not self._sidecar_status.last_save_committed:
+        if saves and not self._sidecar_status.last_save_committed:
             self._persister.rescue()
         await asyncio.sleep(max(0.0, begun + SIGNAL_FOLLOWS_S - time.monotonic()))
         drained = await self._persister.quiet(max(0.0, begun + bound_s - time.monotonic()))
@@ -117,8 +131,8 @@ class PodEnd:
             _log.info("the last save is on storage: ending trainers without a SIGTERM handler of their own")
             self._end()
 
-    async def _end_comers(self) -> None:
-        """Trainers that were still starting when the pod was to end have nothing to save."""
+    async def _end_late_trainers(self) -> None:
+        """End trainers that connect after the pod's end has begun. They have nothing to save."""
         await asyncio.sleep(SIGNAL_FOLLOWS_S)
         if not self._signalled:
             self._end()
@@ -129,7 +143,7 @@ class PodEnd:
             self.joined(client)
 
     def joined(self, client: TrainerConnection) -> None:
-        """A trainer is here; in a pod whose trainers are ended it is ended too, whoever has started it."""
+        """End a trainer that has just connected, if the pod's trainers are ended."""
         pod = self._trainers.pod
         if self.ends_trainers and pod is not None and pod.policy.drain.end_trainer:
             client.send(events.End())

@@ -1,8 +1,8 @@
 """
-The whole of: whether the arena holds all that the trainers will stage. Pure.
+Checks whether the arena is large enough for the state that the trainers will stage. Pure.
 
-Called from: `supervisor.staging`, with the first word of each rank about the size of its state: ahead of the first save, or with it. A save fits as long
-as one slot is free and small enough, so that an arena of half the size loses the second save and not the first.
+Called from: `supervisor.staging`, when a rank first requests room for its state, before or at its first save. Without the check, an arena of
+half the needed size would show only at the second save, because the first slot still fits.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 def too_small(rooms: Mapping[int, int], *, num_ranks: int, slots: int, bounds: Mapping[str, int]) -> str:
     """
-    Why the arena is too small; empty: it is not.
+    Return why the arena is too small. Empty if it is large enough.
 
     Args:
-        rooms: rank -> bytes of a slot that holds its state. A rank that has not said so counts as the largest one that has.
-        num_ranks: of the pod.
-        slots: of each rank.
-        bounds: what the arena may take together, in bytes, by what says so.
+        rooms: rank -> bytes of a slot for its state. A missing rank counts as much as the largest one.
+        num_ranks: number of ranks in the pod.
+        slots: number of slots of each rank.
+        bounds: origin of a limit (a field, a file system) -> maximum bytes of the whole arena.
     """
     if not rooms or not bounds:
         return ""

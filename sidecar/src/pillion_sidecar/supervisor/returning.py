@@ -1,8 +1,8 @@
 """
-The whole of: trainers of a session that a sidecar before this one served: which processes they are, and whether they may come back.
+Waits for the trainers of an adopted session, which an earlier sidecar served, to connect again.
 
-Called from: the supervisor. Trainers look for the successor of a dead sidecar within a tenth of a second; until they are here again, nobody
-else may take them for gone.
+Called from: `supervisor.trainers`, the supervisor. Trainers connect to the successor of a dead sidecar within a tenth of a second. Until
+then, no other training may take their place.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-RETURN_S: Final = 3.0
-"""How long trainers get to come back whose processes cannot be seen from here: several of a client's first tries."""
-RETURN_LIVING_S: Final = 30.0
-"""The same for those that are seen to live: a trainer in the middle of a long call looks for the sidecar beside it."""
+RETURN_TIMEOUT_S: Final = 3.0
+"""Timeout for trainers whose processes this process cannot see. A client makes several attempts in this time."""
+RETURN_LIVING_TIMEOUT_S: Final = 30.0
+"""Timeout for trainers whose processes are known to live. A thread of theirs reconnects, even during a long call."""
 POLL_S: Final = 0.05
+"""Pause between two checks of the trainers' processes."""
 
 Process = tuple[int, int]
-"""Process id, and when it started (clock ticks since the boot), so that a number that was given again is not taken for it."""
+"""Process id, and start time in clock ticks since the boot. The start time distinguishes processes with a reused id."""
 
 
 def process(pid: int) -> Process:
-    """A process as it can be found again; (0, 0) where it cannot be seen from here."""
+    """Return the identity of a process. (0, 0) if this process cannot see it."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name of the program is in brackets, and may hold anything. Source: proc(5), fields 3 and 22.
@@ -34,22 +35,29 @@ def process(pid: int) -> Process:
 
 
 def living(processes: Iterable[Process]) -> list[int]:
-    """The ids of those that still run."""
+    """Return the ids of the processes that still run."""
     return [pid for pid, started in processes if pid > 0 and process(pid) == (pid, started)]
 
 
 async def wait(processes: Sequence[Process], are_here: Callable[[], bool]) -> list[int]:
     """
-    Wait until the trainers are here again or cannot come any more; the ids of those that live and did not come.
+    Wait until the trainers have connected again, or all of them have ended.
 
-    Blocks: up to RETURN_LIVING_S while one is seen to live; up to RETURN_S where one cannot be seen.
+    Args:
+        processes: the trainers.
+        are_here: returns whether they have connected.
+
+    Returns:
+        Ids of trainers that live and did not connect in time.
+
+    Blocks: up to RETURN_LIVING_TIMEOUT_S while a trainer is known to live; up to RETURN_TIMEOUT_S if a trainer's process cannot be seen.
     """
     begun = time.monotonic()
     while not are_here():
         waited_s = time.monotonic() - begun
         alive = living(processes)
         unseen = any(pid <= 0 for pid, _ in processes)
-        if waited_s >= (RETURN_LIVING_S if alive else RETURN_S if unseen else 0.0):
+        if waited_s >= (RETURN_LIVING_TIMEOUT_S if alive else RETURN_TIMEOUT_S if unseen else 0.0):
             return alive
         await asyncio.sleep(POLL_S)
     return []

@@ -1,7 +1,7 @@
 """
-The control socket's server: one connection a trainer, frames in, messages to the supervisor, answers out.
+The server of the control socket: reads frames from each connection, hands messages to the supervisor, and sends the answers.
 
-Called from: `app`. A client that sends garbage is told so and disconnected; the others never notice.
+Called from: `app`. A client that sends an invalid frame gets an error and is disconnected. Other clients are not affected.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 CLIENT_LIMIT: Final = 512
-"""Connections at once: a rank a processor on the largest nodes; this bounds what a broken loop can open. Who comes beyond it is refused."""
+"""Maximum connections at the same time: one rank for each processor of the largest nodes. It bounds a program that opens connections in a
+loop. Further connections are refused."""
 HELLO_TIMEOUT_S: Final = 30.0
-"""Bound for the first message of a connection."""
+"""Timeout for the first message of a connection."""
 WRITE_LIMIT_BYTES: Final = 64 * 1024**2
-"""Unsent bytes to one client before it is dropped: its reader thread is stuck, and memory is bounded."""
+"""Maximum unsent bytes to one client, which bounds memory. A client with more is disconnected, because its reader thread hangs."""
 
 
 class TrainerConnection:
@@ -46,19 +47,19 @@ class TrainerConnection:
         self._peer = Peer(self._socket)
         self.pid, self.uid = self._peer.pid, self._peer.uid
         self.ended = asyncio.Event()
-        """Nothing comes from it any more, and the supervisor knows."""
+        """Set when the connection has ended and the supervisor has handled that."""
 
     @property
     def gone(self) -> bool:
-        """Whether its process has ended, whoever else holds its socket."""
+        """Whether the trainer's process has ended, even if a forked child holds its socket."""
         return self._peer.gone
 
     def watch(self) -> None:
-        """Have the connection end when the trainer's process does, as if nobody else held its socket."""
+        """End the connection when the trainer's process ends, even if a forked child holds its socket."""
         self._peer.watch(self._cut)
 
     def _cut(self) -> None:
-        # What the trainer has said until its death is read first, then comes the end; and what forked children of it hold says nothing.
+        # The messages that the trainer sent before its death are still read. Then the reader gets EOF.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
@@ -67,7 +68,7 @@ class TrainerConnection:
         self.ended.set()
 
     def send(self, event: Message) -> None:
-        """Queue an event; a client that takes none is dropped."""
+        """Queue an event. A client with more than WRITE_LIMIT_BYTES unsent is disconnected."""
         self._send(event.to_document())
 
     def _send(self, document: messages.Message) -> None:
@@ -79,35 +80,36 @@ class TrainerConnection:
             self._writer.transport.abort()
 
     def answer(self, number: int, answer: Message) -> None:
-        """Answer the request of this number: `Request.id`."""
+        """Answer the request whose `Request.id` is `number`."""
         self._send({**answer.to_document(), "id": number})
 
     def refuse(self, number: int, error: PillionError | ErrorDocument) -> None:
+        """Answer the request whose `Request.id` is `number` with an error."""
         document = error if isinstance(error, ErrorDocument) else ErrorDocument.from_exception(error)
         self.answer(number, control.Failed(error=document.to_document()))
 
 
 class Handler(Protocol):
-    """What the server calls; the supervisor implements it."""
+    """Handles the messages that the server reads. The supervisor implements it."""
 
     async def hello(self, client: TrainerConnection, message: control.Hello) -> None:
-        """First message of a connection."""
+        """Handle the hello of a trainer, the first message of its connection."""
 
     async def message(self, client: TrainerConnection, message: Message) -> None:
-        """Any later one: of `control.TRAINERS`."""
+        """Handle a later message of a trainer (`control.TRAINERS`)."""
 
     def observed(self, client: TrainerConnection, request: Request[Any]) -> None:
-        """One of `control.OBSERVED`, from a connection that said no hello."""
+        """Handle a request of a connection without a hello (`control.OBSERVED`)."""
 
     async def lost(self, client: TrainerConnection) -> None:
-        """The connection ended, by goodbye or by death."""
+        """Handle the end of a trainer's connection, after a goodbye or without one."""
 
 
 class ControlServer:
     """
     The listening socket.
 
-    Owns: the socket file; it is removed at close.
+    Owns: the socket file, until `close`.
     """
 
     def __init__(self, path: str, handler: Handler) -> None:
@@ -118,7 +120,7 @@ class ControlServer:
 
     async def start(self) -> None:
         """
-        Listen. A file left by a dead sidecar is replaced; the caller holds the directory's lock.
+        Listen. Replace the socket file of a dead sidecar. The caller holds the directory's lock.
 
         Raises:
             OSError: the path is too long (107 bytes), or the directory cannot be written.
@@ -126,8 +128,8 @@ class ControlServer:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         listening = socket.socket(socket.AF_UNIX)
-        # Trainer and sidecar may run as different users; the folder's mode guards it. By the umask, as a change of the mode by name would
-        # follow what a trainer could have put there meanwhile.
+        # Every user may connect, as trainer and sidecar may be different users. The directory's mode keeps others away. The umask sets
+        # the mode, because chmod by name would follow a link that a trainer could have put there.
         umask = os.umask(0o111)
         try:
             listening.bind(self._path)
@@ -143,7 +145,7 @@ class ControlServer:
         return len(self._clients)
 
     def stop_listening(self) -> None:
-        """Take no new connection. One that the kernel took already is cut, and its client looks for our successor."""
+        """Accept no more connections. Connections that only the kernel has accepted are cut; their clients connect to the successor."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -156,7 +158,7 @@ class ControlServer:
             os.unlink(self._path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= CLIENT_LIMIT * 2:  # not even a refusal: those who wait for one are as many
+        if len(self._clients) >= CLIENT_LIMIT * 2:  # CLIENT_LIMIT connections already wait for their refusal
             writer.close()
             return
         too_many = len(self._clients) >= CLIENT_LIMIT
@@ -192,7 +194,7 @@ class ControlServer:
         except (ConnectionError, TimeoutError):
             pass
         except asyncio.CancelledError:
-            # The loop ends, and this task with it either way. Python 3.11's streams log a traceback for one that says so.
+            # The event loop ends. Python 3.11's streams would log a traceback if this task raised the cancellation.
             pass
         finally:
             self._clients.discard(writer)
@@ -205,12 +207,12 @@ class ControlServer:
 
     async def _greet(self, client: TrainerConnection, document: messages.Message) -> None:
         async def greet() -> None:
-            # Before all else: what another protocol says besides may have another meaning.
-            theirs = document.get("version")
-            if not isinstance(theirs, int):
+            # Checked first, because the other fields may have another meaning in another version.
+            version = document.get("version")
+            if not isinstance(version, int):
                 raise messages.BadFrame("'hello': the field 'version' must be a number")
-            if theirs != wire.PROTOCOL_VERSION:
-                raise ProtocolMismatch(ours=wire.PROTOCOL_VERSION, theirs=theirs)
+            if version != wire.PROTOCOL_VERSION:
+                raise ProtocolMismatch(own_version=wire.PROTOCOL_VERSION, peer_version=version)
             await self._handler.hello(client, _read(control.Hello, document))
 
         await self._or_refuse(client, document, greet)
@@ -225,7 +227,7 @@ class ControlServer:
     async def _or_refuse(
         self, client: TrainerConnection, document: messages.Message, take: Callable[[], Awaitable[None]]
     ) -> None:
-        """Take a message; the sender gets the reason why it is not taken."""
+        """Call `take`, which handles the message. Answer its error to the sender."""
         number = _number(document)
         try:
             await take()
@@ -239,7 +241,7 @@ class ControlServer:
 
 
 def _number(document: messages.Message) -> int:
-    """What the answer to a request repeats: a number, and whatever else a stranger puts there is not sent back."""
+    """Return the id of a request. 0 if it is not a number, so that nothing else is repeated in the answer."""
     number = document.get("id", 0)
     return number if isinstance(number, int) else 0
 

@@ -1,7 +1,7 @@
 """
-Sessions of this sidecar: one is opened by a trainer's hello, taken over from a sidecar before this one, or followed by the next.
+The sessions of this sidecar: opens one at a trainer's hello, adopts one from an earlier sidecar, and replaces one by the next.
 
-Called from: the supervisor. The current session's arena is held by `supervisor.trainers`; only this module begins and ends it.
+Called from: the supervisor. `supervisor.trainers` has the arena of the current session. Only this module begins and ends a session.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from pillion.errors import PillionError, SettingsError
 from pillion.wire import control
-from pillion_sidecar.arena.pod_arena import Identity, PodArena, check_root, name_of
+from pillion_sidecar.arena.pod_arena import Identity, PodArena, name_of
 from pillion_sidecar.checkpoint import ownership
 from pillion_sidecar.session import record as record_module
 from pillion_sidecar.settings import Settings
+from pillion_sidecar.storage.folder import Folder
 from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.persister import Persister
 from pillion_sidecar.supervisor.root_access import ROOT_TIMEOUT_S, RootAccess
@@ -25,14 +26,14 @@ from pillion_sidecar.supervisor.trainers import Trainers
 _log = logging.getLogger(__name__)
 
 SETTLE_SHARE: Final = 1 / 4
-"""Of the bound for peers: how long trainers that come back wait for what several pods were writing together."""
+"""Fraction of peer_timeout_s for finishing old saves of several pods, when the same pods start a new session."""
 MOVED_SHARE: Final = 3 / 4
-"""The same where a rank has moved to another pod, if the drain's bound is not shorter: the pods that are new wait for us in the load that
-comes next, for all of the bound for peers."""
+"""Fraction of peer_timeout_s for finishing old saves, when ranks have moved to other pods (drain.timeoutSeconds if that is shorter). The new
+pods wait for this pod in their first load, up to peer_timeout_s, so this is less."""
 
 
 class Sessions:
-    """See the module."""
+    """Begins and ends the sessions of this sidecar. See the module."""
 
     def __init__(
         self,
@@ -48,19 +49,19 @@ class Sessions:
         self._trainers, self._executor_client, self._persister = trainers, executor_client, persister
 
     async def adopt(self) -> None:
-        """Go on with the session of a sidecar before this one: what it left in the arena is persisted, trainers or not."""
+        """Continue the session of an earlier sidecar, if there is one. Its saves in the arena are persisted, even without trainers."""
         record = record_module.read(self._settings.runtime_dir)
         if record is None:
             return
         try:
-            given, kept = self._settings.policy, record.policy
-            source = (kept or given) if self._settings.embedded else (given or kept)
+            injected, recorded = self._settings.policy, record.policy
+            source = (recorded or injected) if self._settings.embedded else (injected or recorded)
             await self._policy.begin(source)
-            identity = Identity.from_hello(control.Hello.from_document(record.hello), root=record.root)
+            identity = Identity.from_hello(record.hello, root=record.root)
             pod = PodArena(
                 self._settings.runtime_dir,
                 identity,
-                self._policy.now(),
+                self._policy.current(),
                 shared=not self._settings.embedded,
             )
         except (OSError, ValueError, PillionError) as err:
@@ -75,15 +76,14 @@ class Sessions:
 
     async def open(self, client: TrainerConnection, hello: control.Hello) -> PodArena:
         """
-        The arena of the session that a hello names: the current one, or a new one in its place.
+        Return the arena of the session that a hello names. If it is not the current session, it replaces that session.
 
-        Blocks: for looks at the root, each within root_access.ROOT_TIMEOUT_S, and until the session before has brought to storage what its
-        successor needs.
+        Blocks: for reads of the root, each up to root_access.ROOT_TIMEOUT_S, and until the saves that the new session needs are on storage.
 
         Raises:
-            UsageError: another training has the sidecar, or the root; with both names.
-            SettingsError: the policy or the root cannot be used.
-            SidecarError: the storage, or this process's memory, does not allow it.
+            UsageError: another training uses the sidecar or the root. Names both.
+            SettingsError: the policy is invalid, or the root cannot be used.
+            SidecarError: the storage hangs, or the arena cannot be created.
         """
         trainers = self._trainers
         if trainers.pod is not None and trainers.pod.identity.session == hello.session:
@@ -91,32 +91,35 @@ class Sessions:
         if trainers.clients:
             raise trainers.taken(client)
         root = self._settings.root or hello.root
-        # In a pod the injected one holds. Without a cluster the variable is the trainer's own, and its argument wins over it.
-        given: Any = hello.policy
-        source = (given or self._settings.policy) if self._settings.embedded else (self._settings.policy or given)
+        # In a pod, the injected policy applies. Without a cluster, the trainer's argument takes precedence over its environment variable.
+        of_hello: Any = hello.policy
+        source = (of_hello or self._settings.policy) if self._settings.embedded else (self._settings.policy or of_hello)
         await self._policy.begin(source)
-        problems = await self._root.look_at(root, lambda: check_root(root)) if root else []
+        folder = self._root.open(root, self._policy.current()) if root else None
+        problems = await self._root.look_at(root, folder.check) if folder is not None else []
         if problems:
             raise SettingsError(problems)
         identity = Identity.from_hello(hello, root=root)
-        dead = await self._look_for_owner(root, identity) if root and len(identity.pods) == 1 else ""
+        dead = await self._look_for_owner(folder, identity) if folder is not None and len(identity.pods) == 1 else ""
         if trainers.pod is not None:
             await self._finish(trainers.pod, identity)
-            # Before the next one is made, which may fail.
+            # Ended first, because creating the next arena may fail.
             trainers.end_session()
-        pod = PodArena(self._settings.runtime_dir, identity, self._policy.now(), shared=not self._settings.embedded)
+        pod = PodArena(self._settings.runtime_dir, identity, self._policy.current(), shared=not self._settings.embedded)
         trainers.begin_session(pod)
         self._executor_client.session(pod, succeeds=dead)
         self._persister.wake()
         return pod
 
-    async def _look_for_owner(self, root: str, identity: Identity) -> str:
+    async def _look_for_owner(self, root: Folder, identity: Identity) -> str:
         """
-        Tell the trainers at once when another training lives on their root; the session that owned it and does not live. Of several pods
-        the coordinator's executor finds it out, as the others may know the owner for an older attempt of theirs.
+        Check that no other living training owns the root. Return the dead session that owned it, empty if there is none.
+
+        Only for a job of one pod. In a job of several pods, the coordinator's executor checks it, because only the coordinator knows whether
+        the owner is an older attempt of this job.
 
         Raises:
-            UsageError: with both names.
+            UsageError: another training owns the root. Names both.
         """
         own = self._settings
 
@@ -128,18 +131,19 @@ class Sessions:
             owner = ownership.read(root, generation)
             return owner.session if owner is not None else ""
 
-        return await self._root.look_at(root, look, ROOT_TIMEOUT_S + own.owner_silent_s + ownership.DRAIN_MOST_S)
+        silent_s = ownership.rhythm(root, own.owner_silent_s).silent_s
+        return await self._root.look_at(str(root), look, ROOT_TIMEOUT_S + silent_s + ownership.MAX_DRAIN_S)
 
     async def _finish(self, before: PodArena, successor: Identity) -> None:
         """
-        What the session before left comes first: the newest snapshot must be where its successor looks for it.
+        Finish the saves of the previous session, so that the load of the next one finds the newest snapshot.
 
-        Several pods that come back as they were look for it in memory, and what they were writing together may never end, as others
-        have gone on: it is persisted after the load. Where a rank has moved to another pod, its snapshot can reach it through storage
-        only; but a pod that is not there any more may be lost, and its part will never come.
+        A job of one pod waits until they are on storage. Several pods with the same ranks as before load from memory. They wait only briefly,
+        because other pods may already serve the next session; the snapshot is persisted after the load. If ranks have moved to other pods,
+        they can load their snapshots only from storage. The wait is bounded, because a lost pod never writes its part.
         """
         if len(before.identity.pods) == 1:
-            await self._persister.quiet(self._settings.persist_timeout_s)
+            await self._persister.quiet(self._settings.persist_timeout_s, uploads=False)
         elif successor.moved_from(before.identity):
             bound_s = min(before.policy.drain.timeout_seconds, self._settings.peer_timeout_s * MOVED_SHARE)
             if not await self._persister.quiet(bound_s):

@@ -1,7 +1,7 @@
 """
-The whole of: what the sidecars of a job tell each other, each of them all: through the executors, over the job's store.
+The signals: messages that one sidecar of a job sends to all sidecars of the job, through the executors and the job's store.
 
-Producer and consumer: `supervisor.trainers`. What trainers have to know of it goes on to them as it is.
+Producer and consumer: `supervisor.trainers`, which forwards events to the trainers of its pod.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from pillion.wire.message import Message, by_type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySent(Message):
-    """The coordinator's sidecar has the policy from the controller: it holds in every pod from here on."""
+    """Puts a policy from the controller in force in every pod. The coordinator's sidecar sends it."""
 
     type: ClassVar[str] = "policy"
-    generation: int
+    policy_generation: int
     policy: Mapping[str, Any]
+    """The live fields; see `effective_policy`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RescueCalled(Message):
-    """A pod cannot make another snapshot: all persist the newest one that all of them hold."""
+    """Calls all pods to a rescue, because a pod cannot make another snapshot. They persist the newest one that all of them hold."""
 
     type: ClassVar[str] = "rescue"
     id: str
-    """Of the call: it is answered once."""
+    """Id of the call. One rescue answers it."""
 
 
 SIGNALS: Final = by_type(
@@ -38,4 +39,4 @@ SIGNALS: Final = by_type(
         *(PolicySent, RescueCalled),
     )
 )
-"""All of them, by type."""
+"""All signals, by type."""

@@ -1,9 +1,9 @@
 """
-The front half of a save in this pod: claims, seals, and whatever keeps one from being sealed. Called from: the supervisor.
+The first half of a save in this pod: grants slots, collects the seals of all ranks, and handles ranks that fail before their seal.
 
     claim/sealed/abandon --> SlotTable --> answers, and complete saves for `supervisor.persister`
 
-What waits here is bounded: seals by `peer_timeout_s`, claims by the client.
+Called from: the supervisor. `peer_timeout_s` bounds the wait for the seals of a save; the client bounds the wait of its claim.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pillion.wire import events, save_messages
 from pillion_sidecar import settings
 from pillion_sidecar.arena import slots
 from pillion_sidecar.arena.pod_arena import PodArena
-from pillion_sidecar.arena.slots import Phase, Save
+from pillion_sidecar.arena.slots import Save, SaveState
 from pillion_sidecar.concurrency import tasks as tasks_module
 from pillion_sidecar.status.status import SidecarStatus
 from pillion_sidecar.supervisor import destinations, failures, preflight
@@ -42,50 +42,64 @@ from pillion_sidecar.supervisor.trainers import Trainers
 
 _log = logging.getLogger(__name__)
 
-GATHER_S: Final = 5.0
-"""How long a save that a rank could not stage waits for what the other local ranks say of it, where the trainers ask for all failures: ranks
-come to a save within a step or two of each other."""
-NOTICE_S: Final = 10.0
-"""Between two notices to a claim that waits: a third of what the client gives a silent sidecar (session.REQUEST_TIMEOUT_S)."""
+GATHER_TIMEOUT_S: Final = 5.0
+"""Timeout for the other local ranks' outcomes of a save that a rank could not stage, if the trainers request all failures. Ranks reach a
+save within one or two steps of each other."""
+NOTICE_PERIOD_S: Final = 10.0
+"""Interval of the notices to a waiting claim: a third of the client's timeout for a silent sidecar (session.REQUEST_TIMEOUT_S)."""
 
 
 @dataclass
 class _Gathering:
-    """A save that some rank could not stage, until every local rank has said what became of its part."""
+    """The outcomes of the local ranks for a save that at least one of them could not stage."""
 
     persist: bool
     settled: set[int]
+    """Ranks whose outcome is known: sealed, failed or gone."""
     timer: asyncio.TimerHandle
 
 
 class StagingCoordinator:
-    """See the module."""
+    """Grants slots to the local ranks, and follows each save until all of them have sealed it. See the module."""
 
     def __init__(
         self,
-        of: settings.Settings,
+        own_settings: settings.Settings,
         sidecar_status: SidecarStatus,
         trainers: Trainers,
         persister: Persister,
         tasks: tasks_module.BackgroundTasks,
     ) -> None:
-        self._settings = of
+        self._settings = own_settings
         self._sidecar_status = sidecar_status
         self._trainers = trainers
         self._persister = persister
         self._tasks = tasks
         self._waiting: list[tuple[TrainerConnection, save_messages.Claim]] = []
+        """Claims that wait for a free slot, in order."""
         self._unanswered: dict[tuple[int, int], tuple[TrainerConnection, save_messages.Claim]] = {}
-        """Claims whose client wants notices; by rank and message."""
+        """Claims whose clients understand notices, by rank and request id."""
+        self._since: dict[tuple[int, int], float] = {}
+        """When a claim began to wait, monotonic seconds, by rank and request id."""
         self._seal_timers: dict[tuple[str, int], asyncio.TimerHandle] = {}
-        """By session and step: trainers that come back save the same steps again, each with all of the bound."""
+        """Timeouts of the seals, by session and step. Restarted trainers save the same steps again, with new timeouts."""
         self._gathering: dict[tuple[str, int], _Gathering] = {}
-        """By session and step."""
+        """Saves that a rank could not stage, by session and step, while outcomes are collected."""
         self._withdrawn: deque[tuple[str, int]] = deque(maxlen=slots.REMEMBERED_SKIPS)
-        """What the other pods were told of; a rank that fails later than GATHER_S is told to those of this pod alone."""
+        """Saves whose failures the other pods already have, by session and step. Later failures are reported in this pod only."""
 
     async def claim(self, client: TrainerConnection, claim: save_messages.Claim, *, waited: bool = False) -> None:
-        """A rank wants to fill a slot. While it waits it is told so, every NOTICE_S: a sidecar that hangs tells nothing."""
+        """
+        Answer a rank's claim, or let it wait for a free slot.
+
+        Args:
+            client: the rank's connection.
+            claim: the request.
+            waited: whether this claim has waited before.
+
+        Raises:
+            PillionError: the claim is refused, or its slot cannot grow.
+        """
         key = (client.rank, claim.id)
         if claim.notices:
             self._unanswered[key] = (client, claim)
@@ -95,25 +109,29 @@ class StagingCoordinator:
         finally:
             if not waits:
                 self._unanswered.pop(key, None)
+                since_s = self._since.pop(key, None)
+                if since_s is not None:
+                    self._sidecar_status.waited(claim.step, time.monotonic() - since_s)
 
     async def notices(self) -> None:
-        """Tell those who wait that they wait, for ever."""
+        """Send a notice to every waiting claim, each NOTICE_PERIOD_S. Runs until it is cancelled. A hung sidecar sends no notices."""
         while True:
-            await asyncio.sleep(NOTICE_S)
+            await asyncio.sleep(NOTICE_PERIOD_S)
             for client, claim in list(self._unanswered.values()):
                 client.answer(claim.id, save_messages.Waiting())
 
     async def _claim(self, client: TrainerConnection, claim: save_messages.Claim, *, waited: bool) -> bool:
-        """Answer a claim; True when it has to wait."""
+        """Answer a claim. Return True if it must wait instead."""
         pod = self._trainers.require_pod()
         step, persist, destination = claim.step, claim.persist, claim.destination
         if destination is not None and not self._settings.embedded:
             destinations.check(destination, root=pod.identity.root, writer=pod.policy.storage.writer)
         fault_points.reach(FaultPoint.CLAIM, rank=client.rank, step=step)
-        decision = pod.table.claim(step, client.rank, persist=persist, destination=destination)
+        decision = pod.table.claim(step, client.rank, persist=persist, for_disk=claim.local, destination=destination)
         if isinstance(decision, slots.MustWait):
             self._sidecar_status.metrics.saves_waited += not waited
             self._waiting.append((client, claim))
+            self._since.setdefault((client.rank, claim.id), time.monotonic())
             return True
         if isinstance(decision, slots.Skipped):
             if decision.first:
@@ -152,13 +170,13 @@ class StagingCoordinator:
         self._trainers.broadcast(events.SaveFailed(step=victim.step, error=failures.document(error)))
 
     async def reserve(self, rank: int, room_bytes: int) -> list[int]:
-        """Have every slot of a rank hold at least `room_bytes`; the capacities."""
+        """Grow every slot of a rank to at least `room_bytes`. Return the capacities, bytes. Raises: see `PodArena.grow`."""
         pod = self._trainers.require_pod()
         self._look_ahead(pod, rank, room_bytes)
         return [await asyncio.to_thread(pod.grow, rank, slot, room_bytes) for slot in range(pod.policy.staging.slots)]
 
     def begin_reserve(self, client: TrainerConnection, request: save_messages.Reserve) -> None:
-        """`reserve`, and its answer, beside what else the rank says: its saves go on meanwhile."""
+        """Run `reserve` in the background, and answer the request then. Meanwhile the rank can save."""
         self._tasks.start(self._answer_reserve(client, request), "reserve")
 
     async def _answer_reserve(self, client: TrainerConnection, request: save_messages.Reserve) -> None:
@@ -171,7 +189,7 @@ class StagingCoordinator:
             client.refuse(request.id, InternalError(f"{type(err).__name__}: {err}"))
 
     def _look_ahead(self, pod: PodArena, rank: int, room_bytes: int) -> None:
-        """Whether all slots of all ranks will fit, now that a rank says how large its state is."""
+        """Note the size of a rank's state, and warn if the slots of all ranks will not fit into the arena."""
         if room_bytes <= pod.rooms.get(rank, 0):
             return
         pod.rooms[rank] = room_bytes
@@ -187,7 +205,7 @@ class StagingCoordinator:
         self._sidecar_status.memory(problem)
 
     def sealed(self, client: TrainerConnection, step: int, stall_s: float) -> None:
-        """A rank has sealed its slot, and was held up for `stall_s` by it; with the last one the save is complete."""
+        """Note that a rank has sealed its slot, which held it up for `stall_s`. With the last rank, the save is complete."""
         pod = self._trainers.require_pod()
         self._sidecar_status.sealed(step, stall_s)
         save = pod.table.sealed(step, client.rank, now_ns=time.time_ns())
@@ -202,7 +220,7 @@ class StagingCoordinator:
         self._seal_timers.pop((session, step), None)
         pod = self._trainers.pod
         save = pod.table.saves.get(step) if pod is not None and pod.identity.session == session else None
-        if save is None or save.phase is not Phase.FILLING or pod is None:
+        if save is None or save.state is not SaveState.FILLING or pod is None:
             return
         missing = sorted(pod.table.ranks - save.sealed)
         waited = self._settings.peer_timeout_s
@@ -221,23 +239,26 @@ class StagingCoordinator:
 
     def fail_rank(self, step: int, rank: int, error: ErrorDocument, *, persist: bool, gathers: bool = False) -> None:
         """
-        A rank will not seal `step`.
+        Fail a save, because one rank will not seal it.
 
         Args:
-            persist: it was to go to storage.
-            gathers: the trainers wait for the failures of all ranks, within GATHER_S.
+            step: the step of the save.
+            rank: the failed rank.
+            error: why it failed.
+            persist: whether the save was meant for storage.
+            gathers: whether the trainers wait for the failures of all ranks, up to GATHER_TIMEOUT_S.
         """
         pod = self._trainers.require_pod()
         first = step not in pod.table.saves and not pod.table.settled(step)
         save = pod.table.fail_rank(step, rank, error)
-        told = failures.staging_error(step, {rank: error})
+        staging_error = failures.staging_error(step, {rank: error})
         if save is not None:
-            # The rank itself knows, and better: its handle has the error as it was raised.
-            self._failed(save, told, but=rank, gathers=gathers)
+            # The failed rank gets no event, because its handle has the original error.
+            self._failed(save, staging_error, but=rank, gathers=gathers)
         elif first:
-            self._sidecar_status.abandoned(step, told)
+            self._sidecar_status.abandoned(step, staging_error)
             if not gathers:
-                self._persister.withdraw(step, told, persist=persist)
+                self._persister.withdraw(step, staging_error, persist=persist)
         if gathers:
             self._gather(step, rank, set() if save is None else save.sealed, persist=persist)
         self.released()
@@ -245,37 +266,38 @@ class StagingCoordinator:
     def _gather(self, step: int, rank: int, sealed: Set[int], *, persist: bool) -> None:
         key = self._trainers.require_pod().identity.session, step
         if key not in self._gathering:
-            timer = asyncio.get_running_loop().call_later(GATHER_S, self._gathered, key)
+            timer = asyncio.get_running_loop().call_later(GATHER_TIMEOUT_S, self._gathered, key)
             self._gathering[key] = _Gathering(persist, set(sealed), timer)
         self._settled(step, rank)
 
     def _settled(self, step: int, rank: int) -> None:
-        """A rank has sealed `step`, or has said why not, or is gone."""
+        """Note that a rank's outcome for `step` is known: it has sealed or failed, or is gone."""
         pod = self._trainers.pod
-        of = self._gathering.get((pod.identity.session, step)) if pod is not None else None
-        if of is not None and pod is not None:
-            of.settled.add(rank)
-            if of.settled >= pod.table.ranks:
+        gathering = self._gathering.get((pod.identity.session, step)) if pod is not None else None
+        if gathering is not None and pod is not None:
+            gathering.settled.add(rank)
+            if gathering.settled >= pod.table.ranks:
                 self._gathered((pod.identity.session, step))
 
     def _gathered(self, key: tuple[str, int]) -> None:
-        """Tell everybody which ranks of this pod could not stage a step; with other pods, when those have told theirs."""
-        of, (session, step) = self._gathering.pop(key), key
-        of.timer.cancel()
+        """Report which ranks of this pod could not stage a step. With several pods, the pods first exchange their failures."""
+        gathering, (session, step) = self._gathering.pop(key), key
+        gathering.timer.cancel()
         pod = self._trainers.pod
         if pod is None or pod.identity.session != session:
             return
-        told = failures.staging_error(step, pod.table.failures(step))
+        error = failures.staging_error(step, pod.table.failures(step))
         if len(pod.identity.pods) > 1 and key not in self._withdrawn:
             self._withdrawn.append(key)
-            self._persister.withdraw(step, told, persist=of.persist)
+            self._persister.withdraw(step, error, persist=gathering.persist)
         else:
-            self._trainers.broadcast(events.SaveFailures(step=step, error=failures.document(told)))
+            self._trainers.broadcast(events.SaveFailures(step=step, error=failures.document(error)))
 
     def rank_lost(self, client: TrainerConnection) -> None:
-        """A trainer is gone; without a goodbye what it was filling is torn."""
-        self._waiting = [(each, claim) for each, claim in self._waiting if each is not client]
+        """Drop the claims of a trainer that is gone. Without a goodbye, fail the saves that it was filling."""
+        self._waiting = [(claimer, claim) for claimer, claim in self._waiting if claimer is not client]
         self._unanswered = {key: entry for key, entry in self._unanswered.items() if entry[0] is not client}
+        self._since = {key: since_s for key, since_s in self._since.items() if key[0] != client.rank}
         pod = self._trainers.pod
         if pod is None or client.said_goodbye:
             return
@@ -299,7 +321,7 @@ class StagingCoordinator:
             timer.cancel()
 
     def released(self) -> None:
-        """A slot may be free: the waiting claims try again, in their order."""
+        """Let the waiting claims try again, in order, because a slot may be free."""
         waiting, self._waiting = self._waiting, []
         for client, claim in waiting:
             self._tasks.start(self._retry(client, claim), "claim")

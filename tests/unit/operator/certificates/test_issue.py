@@ -156,10 +156,10 @@ def test_an_authority_whose_key_is_lost_stays_trusted() -> None:
 def test_a_bundle_does_not_grow_for_ever() -> None:
     """Of many authorities the newest few are trusted, each once."""
     last = AUTHORITY
-    for _ in range(issue.PREVIOUS_MOST + 3):
+    for _ in range(issue.MAX_PREVIOUS + 3):
         last = issue.make_authority(NOW, before=last, trusted=last.certificate)
     found = issue.split(issue.bundle(last, NOW, trusted=AUTHORITY.certificate))
-    assert len(found) == len(set(found)) == issue.PREVIOUS_MOST + 1
+    assert len(found) == len(set(found)) == issue.MAX_PREVIOUS + 1
     assert found[0] == last.certificate
 
 

@@ -21,7 +21,7 @@ def record(holder: str, lifetime_s: float = 15.0) -> Record:
 def test_another_holder_is_followed_after_its_lifetime_only(seen_s: float, later_s: float, lifetime_s: float) -> None:
     """A lease that another holds is free once it has not changed for its own lifetime, by our clock, and not a moment before."""
     now_s = seen_s + later_s
-    found = lease.is_free(record("other", lifetime_s), mine="mine", seen_s=seen_s, now_s=now_s)
+    found = lease.is_free(record("other", lifetime_s), identity="mine", seen_s=seen_s, now_s=now_s)
     assert found == (now_s - seen_s > lifetime_s)
 
 
@@ -29,7 +29,7 @@ def test_another_holder_is_followed_after_its_lifetime_only(seen_s: float, later
 def test_a_lease_of_nobody_or_of_ours_is_free_at_once(now_s: float) -> None:
     """What was released, and what a process of this pod held before it was started anew, need not be waited for."""
     for holder in ("", "mine"):
-        assert lease.is_free(record(holder), mine="mine", seen_s=now_s, now_s=now_s)
+        assert lease.is_free(record(holder), identity="mine", seen_s=now_s, now_s=now_s)
 
 
 def test_a_holder_gives_up_before_another_may_take_over() -> None:

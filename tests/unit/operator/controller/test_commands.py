@@ -98,7 +98,7 @@ def test_a_job_is_told_all_that_is_open_oldest_first_within_a_bound() -> None:
     found = commands.commands([young, old], [note()])
     assert [each.id for each in found] == ["checkpoint-uid-b", "checkpoint-uid-a", note().id]
     many = [reports.request(str(number)) for number in range(100)]
-    assert len(commands.commands(many, [])) == commands.COMMANDS_MOST
+    assert len(commands.commands(many, [])) == commands.MAX_COMMANDS
 
 
 def test_the_id_of_an_annotation_is_its_object_and_its_value() -> None:
@@ -194,7 +194,7 @@ def test_an_annotation_of_an_unknown_time_asks_from_when_it_was_seen() -> None:
 
 def test_what_is_remembered_of_annotations_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever annotates for ever does not fill our memory."""
-    monkeypatch.setattr(commands, "FINISHED_MOST", 5)
+    monkeypatch.setattr(commands, "MAX_FINISHED", 5)
     notes = SaveAnnotations(BEGUN_S)
     for number in range(50):
         found = note(str(number))

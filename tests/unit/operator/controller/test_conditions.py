@@ -65,6 +65,26 @@ def test_a_policy_that_nobody_uses_is_ready_and_no_more_is_known() -> None:
     assert "lastCheckpoint" not in found
 
 
+def test_what_an_object_store_needs_is_named_while_nobody_reports() -> None:
+    """
+    A missing Secret keeps the sidecar from starting, so that no job can report it; the controller may not look. With a job that
+    reports, everything was there.
+    """
+    store = {
+        "url": "s3://bucket",
+        "credentials": {"secret": "s3-writer"},
+        "caBundle": {"configMap": "corp-ca"},
+    }
+    found = conditions.condition(status(storage={"objectStore": store}), "StorageReachable")
+    assert (found["status"], found["reason"]) == ("Unknown", "NoJob")
+    assert "the Secret s3-writer and the ConfigMap corp-ca" in found["message"]
+    alone = conditions.condition(status(storage={"objectStore": {"url": "s3://bucket"}}), "StorageReachable")
+    assert "Secret" not in alone["message"]
+    reporting = conditions.condition(status(reports.job(10), storage={"objectStore": store}), "StorageReachable")
+    assert (reporting["status"], reporting["reason"]) == ("True", "Writable")
+    assert "Secret" not in reporting["message"]
+
+
 def test_a_policy_that_cannot_be_used_says_all_that_is_wrong() -> None:
     """The message has every problem, in the words of the policy's reader."""
     found = status(trigger={}, staging={})
@@ -204,3 +224,58 @@ def test_every_reason_is_one_that_the_api_server_takes(reason: conditions.Reason
     """A code in CamelCase."""
     schema = dict(structural.walk(CRD))["conditions[].reason"]
     assert structural.problems(schema, reason.value) == []
+
+
+def test_disks_of_the_nodes_have_a_condition_where_the_policy_has_them() -> None:
+    """Held, late, or left out with the disk's error; a save that has waited for less than five minutes is not late."""
+    disks = {"storage": SPEC["storage"] | {"local": {"emptyDir": {}}}}
+    held = home.HeldSave(step=20, held=reports.at(-conditions.UPLOAD_LATE_S + 1))
+    late = home.HeldSave(step=20, held=reports.at(-conditions.UPLOAD_LATE_S - 1))
+    assert "LocalDisks" not in said(status(reports.job(10)))
+    assert said(status(**disks))["LocalDisks"] == ("Unknown", "NoJob")
+    assert said(status(reports.job(10, held=(held,)), **disks))["LocalDisks"] == ("True", "Held")
+    assert said(status(reports.job(10, held=(late,)), **disks))["LocalDisks"] == ("False", "UploadBehind")
+    found = status(reports.job(10, held=(late,), local_error="ranks [1]: No space left"), **disks)
+    assert said(found)["LocalDisks"] == ("False", "LocalDiskUnusable")
+    assert "job run: ranks [1]: No space left" in conditions.condition(found, "LocalDisks")["message"]
+
+
+def test_a_quota_has_a_condition_where_the_policy_has_one() -> None:
+    """Within it, or above it with the sidecar's words."""
+    limited: dict[str, Any] = {"retention": {"maxBytes": "1Gi"}}
+    assert "QuotaExceeded" not in said(status(reports.job(10, quota_error="old")))
+    assert said(status(**limited))["QuotaExceeded"] == ("False", "NoJob")
+    assert said(status(reports.job(10), **limited))["QuotaExceeded"] == ("False", "Fits")
+    found = status(reports.job(10, quota_error="the newest alone is larger"), reports.job(10, job_id="b"), **limited)
+    assert said(found)["QuotaExceeded"] == ("True", "QuotaExceeded")
+    assert "job run: the newest alone is larger" in conditions.condition(found, "QuotaExceeded")["message"]
+
+
+def test_the_status_has_the_automatic_interval_of_each_job_with_its_inputs_and_the_reason() -> None:
+    """In the order of the jobs' ids, of sixteen jobs at most; a job without one is not in it, and none leaves no field."""
+    numbers = {"period_s": 59.6, "stall_s": 0.5, "persist_s": 20.0, "step_s": 2.0, "mtbf_s": 3600.0, "failures": 1.6}
+    chosen: dict[str, Any] = {
+        "interval_steps": 30,
+        "interval_bound": "Optimum",
+        "interval_reason": "every 30 steps",
+        "interval_inputs": numbers,
+    }
+    found = status(reports.job(10, job_id="b", **chosen), reports.job(10, job_id="a", **chosen), reports.job(10))
+    assert [each["jobID"] for each in found["intervals"]] == ["a", "b"]
+    assert found["intervals"][0] == {
+        "jobID": "a",
+        "steps": 30,
+        "seconds": 60,
+        "reason": "Optimum",
+        "message": "every 30 steps",
+        "stallMilliseconds": 500,
+        "persistMilliseconds": 20_000,
+        "stepMilliseconds": 2000,
+        "meanTimeBetweenFailuresSeconds": 3600,
+        "failures": 2,
+    }
+    many = [reports.job(10, job_id=f"{number:03}", **chosen) for number in range(20)]
+    assert len(status(*many)["intervals"]) == 16
+    assert "intervals" not in status(reports.job(10))
+    absurd = chosen | {"interval_inputs": {"stall_s": 1e300, "persist_s": -1e300, "mtbf_s": 1e18}}
+    assert status(reports.job(10, **absurd))["intervals"][0]["persistMilliseconds"] == 0

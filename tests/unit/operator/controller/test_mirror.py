@@ -72,6 +72,18 @@ def test_each_checkpoint_has_an_object() -> None:
     assert all(each.is_ours and not each.is_request for each in made)
 
 
+def test_an_object_has_the_metrics_of_its_checkpoint_and_no_wrong_one_blocks_it() -> None:
+    """Numbers are texts; what is no number, has no name or is one too many is left out. Others replace them all."""
+    report = reports.report(10)
+    said = {"loss": 0.25, "bad": "much", "": 1, "nan": "nan", "x" * 129: 1, "steps": 3, "third": -1e-9, "fifth": 5}
+    (stored,) = report.checkpoints
+    (made,) = mirrored(dataclasses.replace(report, checkpoints=(dataclasses.replace(stored, metrics=said),)))
+    assert made.status.metrics == (("loss", "0.25"), ("nan", "nan"), ("steps", "3"), ("third", "-1e-09"))
+    again = dataclasses.replace(report, checkpoints=(dataclasses.replace(stored, metrics={"other": 1.5}),))
+    (changed,) = mirrored(again, [made])
+    assert changed.status.to_json()["metrics"] == [{"name": "other", "value": "1.5"}]
+
+
 def test_an_object_goes_with_its_checkpoint() -> None:
     """What retention removed from storage is removed from the cluster, and nothing else is touched."""
     before = mirrored(reports.report(10, 20))
@@ -271,3 +283,31 @@ def test_one_pass_is_enough_and_takes_nothing_that_is_not_ours(world: tuple[list
         stored = {each.step for each in job.report.checkpoints}
         assert {each.status.step for each in ours} <= stored
         assert stored <= {*standing}
+
+
+def test_a_save_on_the_disks_of_the_nodes_has_an_object_until_it_is_committed_or_passed_over() -> None:
+    """It is Held, becomes the committed one's object, and goes where a newer one was uploaded instead."""
+    both = tuple(home.HeldSave(step=step, held=reports.at(-5)) for step in (30, 20))
+    made = {each.name: each for each in mirrored(reports.report(10, held=both))}
+    assert sorted(made) == ["run-000000010", "run-000000020", "run-000000030"]
+    held = made["run-000000030"].status
+    assert (held.step, held.ready, held.reason, held.changed) == (30, "Unknown", "Held", reports.at(-5))
+    assert mirrored(reports.report(10, held=both), list(made.values())) == list(made.values())
+    after = {each.name: each.status for each in mirrored(reports.report(10, 30), list(made.values()))}
+    assert sorted(after) == ["run-000000010", "run-000000030"]
+    assert (after["run-000000030"].ready, after["run-000000030"].reason) == ("True", "Committed")
+
+
+def test_held_saves_are_shown_while_storage_cannot_be_listed() -> None:
+    """That is when they matter. Those that are passed over go, and nothing that may be committed is touched."""
+    first = mirrored(reports.report(10, held=(home.HeldSave(step=20, held=reports.at(-5)),)))
+    later = reports.report(listed=False, committed_step=20, held=(home.HeldSave(step=40, held=reports.at(-1)),))
+    shown = mirrored(later, first)
+    assert [(each.status.step, each.status.reason) for each in sorted(shown, key=lambda each: each.name)] == [
+        (10, "Committed"),
+        (20, "Held"),
+        (40, "Held"),
+    ]
+    assert mirrored(later, shown) == shown
+    newer = reports.report(listed=False, committed_step=20, held=(home.HeldSave(step=60, held=reports.at(-1)),))
+    assert sorted(each.status.step or 0 for each in mirrored(newer, shown)) == [10, 20, 60]

@@ -281,7 +281,7 @@ def test_what_is_gone_is_forgotten() -> None:
         await quiet(writer)
         del writer.api.objects[f"{CHECKPOINTS}/run-000000010"]
         writer.report(10, 20)
-        writer.reconciler.checkpoints.remove(*writer.reconciler.checkpoints.of(next(iter(writer.jobs.jobs())).key))
+        writer.reconciler.checkpoints.remove(*writer.reconciler.checkpoints.for_job(next(iter(writer.jobs.jobs())).key))
         await until(lambda: writer.names() == ["run-000000010", "run-000000020"])
         del writer.api.objects[f"{POLICIES}/{reports.POLICY}"]
         writer.report(30)

@@ -12,7 +12,7 @@ from kopf._core.intents import registries
 
 from pillion.wire import home
 from pillion_operator import metrics
-from pillion_operator.controller import endpoint, handlers, policies
+from pillion_operator.controller import checkpoints, endpoint, handlers, policies
 from pillion_operator.controller.pod_index import PodIndex
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.controller.report_handler import ReportHandler
@@ -107,6 +107,20 @@ def test_a_job_is_told_of_requests_by_object_and_by_annotation(handled: Handled)
     assert handled.report_handler.commands_of(JobKey("other", reports.JOB)) == ()
 
 
+def test_a_job_is_told_of_pins_by_annotation(handled: Handled) -> None:
+    """As long as its report does not have the pin, and beside the saves that are asked for."""
+    handled.report(10)
+    ready = checkpoints.Status(step=10, ready=checkpoints.TRUE)
+    handled.reconciler.checkpoints.put(
+        reports.request("kept", trigger="Periodic", is_ours=True, pin=True, status=ready)
+    )
+    handled.reconciler.checkpoints.put(reports.request())
+    told = [(each.kind, each.step) for each in handled.report_handler.commands_of(KEY)]
+    assert told == [("SaveNow", -1), ("Pin", 10)]
+    handled.report(10, checkpoints=(reports.stored(10, pinned_by="cluster"),))
+    assert [each.kind for each in handled.report_handler.commands_of(KEY)] == ["SaveNow"]
+
+
 def test_the_metrics_of_a_job_end_with_it(handled: Handled, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come from its newest report, with the age of its newest commit; no series of a job that is gone is left."""
     numbers = {"saves_committed": 3, "saves_failed": 1, "persist_seconds": 2.5, "unknown": 1}
@@ -140,7 +154,7 @@ def test_the_metrics_of_a_job_end_with_it(handled: Handled, monkeypatch: pytest.
 
 def test_series_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """More jobs than the bound are counted, and have no series."""
-    monkeypatch.setattr(metrics, "JOBS_MOST", 3)
+    monkeypatch.setattr(metrics, "MAX_JOBS", 3)
     rows = [
         metrics.JobRow(namespace="n", job=f"j{number}", policy="p", gauges={"pods": 1.0}, counters={})
         for number in range(10)

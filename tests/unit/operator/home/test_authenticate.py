@@ -92,7 +92,7 @@ def test_an_answer_never_outlives_the_token() -> None:
         ("Bearer ", "Authorization"),
         ("Bearer garbage", "not a service account token"),
         ("Bearer a.b.c", "not a service account token"),
-        (f"Bearer {'x' * (authenticate.TOKEN_MOST + 1)}", "longer"),
+        (f"Bearer {'x' * (authenticate.MAX_TOKEN + 1)}", "longer"),
         (f"Bearer {reports.token('other')}", "another audience"),
         (f"Bearer {reports.token(end_s=reports.NOW_S - 1)}", "expired"),
     ],
@@ -169,8 +169,8 @@ def test_many_who_ask_at_once_are_one_question() -> None:
 
 def test_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many are asked at one time, only so many wait, and what is remembered does not grow."""
-    monkeypatch.setattr(authenticate, "WAITING_MOST", 12)
-    monkeypatch.setattr(authenticate, "REMEMBERED_MOST", 5)
+    monkeypatch.setattr(authenticate, "MAX_WAITING", 12)
+    monkeypatch.setattr(authenticate, "MAX_REMEMBERED", 5)
 
     async def scenario() -> None:
         authenticator, api, _ = made()
@@ -219,8 +219,8 @@ def test_a_token_that_is_bound_to_no_pod_costs_no_question(bound: Any) -> None:
 
 def test_refusals_push_no_good_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever knows an injected pod may make up tokens for it; the good one is remembered, and they are bounded."""
-    monkeypatch.setattr(authenticate, "REMEMBERED_MOST", 2)
-    monkeypatch.setattr(authenticate, "REFUSALS_MOST", 3)
+    monkeypatch.setattr(authenticate, "MAX_REMEMBERED", 2)
+    monkeypatch.setattr(authenticate, "MAX_REFUSALS", 3)
     authenticator, api, _ = made()
     ask(authenticator, reports.token())
     api.review = lambda _: {"status": {"authenticated": False}}

@@ -5,6 +5,7 @@ Called from: pytest.
 """
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pillion_operator.cluster import client
 from pillion_operator.home import injected, times
 from pillion_operator.home.refusal import Refused
-from pillion_operator.injection import annotations
+from pillion_operator.injection import annotations, status
 from support import reports
 from support.api_in_memory import ApiInMemory
 
@@ -70,6 +71,16 @@ def test_a_pod_is_its_policy_its_job_and_its_owner() -> None:
 def test_a_pod_that_was_not_injected_is_none(metadata: reports.Json) -> None:
     """Neither a label nor an annotation alone makes a pod ours."""
     assert injected.project(reports.pod(**metadata)) is None
+
+
+def test_warnings_in_a_pods_annotation_are_bounded() -> None:
+    """Everybody who creates a pod can write thousands of long ones, and there may be five thousand pods."""
+    document = reports.pod()
+    record = status.read(document)
+    assert record is not None
+    text = status.dump(dataclasses.replace(record, warnings=("w" * 10_000,) * 1000))
+    found = projected(annotations={annotations.STATUS: text})
+    assert found.warnings == ("w" * injected.MAX_WARNING,) * injected.MAX_WARNINGS
 
 
 def test_an_annotation_asks_from_the_moment_that_it_was_set() -> None:
@@ -133,13 +144,13 @@ def test_when_the_api_server_is_away_nobody_is_refused_for_good() -> None:
 
 def test_answers_about_pods_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many strangers call, only so many are remembered."""
-    monkeypatch.setattr(injected, "REMEMBERED_MOST", 3)
+    monkeypatch.setattr(injected, "MAX_REMEMBERED", 3)
 
     async def scenario() -> None:
         pods = injected.Pods(Cache(), ApiInMemory())
         for number in range(10):
             await pods.find("team-a", f"p{number}", "uid")
-        assert len(pods._asked) == 3
+        assert len(pods._answers) == 3
 
     asyncio.run(scenario())
 

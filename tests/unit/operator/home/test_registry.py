@@ -107,7 +107,7 @@ def test_no_order_of_restarts_shuts_a_job_out(events: list[tuple[str, str, int, 
     last = reports.report(pod_uid="a", session="sa0")
     tries = [
         jobs.receive(last, created="1", now_s=now_s + number * home.DEFAULT_INTERVAL_S)
-        for number in range(round(registry.GONE_LEAST_S / home.DEFAULT_INTERVAL_S) + 2)
+        for number in range(round(registry.MIN_GONE_S / home.DEFAULT_INTERVAL_S) + 2)
     ]
     assert not tries[-1].stale
 
@@ -167,9 +167,9 @@ def test_what_a_report_makes_us_keep_is_bounded() -> None:
     }
     failure = home.Failure(step=1, reason="E" * 1000, message="m" * 10000, time="")
     kept = reports.job(metrics=metrics, failures=(failure,), storage_error="e" * 10000).report
-    assert len(kept.metrics) == registry.NUMBERS_MOST
+    assert len(kept.metrics) == registry.MAX_NUMBERS
     assert {type(each) for each in kept.metrics.values()} == {int}
-    assert (len(kept.failures[0].reason), len(kept.failures[0].message)) == (registry.NAME_MOST, home.TEXT_LIMIT)
+    assert (len(kept.failures[0].reason), len(kept.failures[0].message)) == (registry.MAX_NAME, home.TEXT_LIMIT)
     assert len(kept.storage_error) == home.TEXT_LIMIT
 
 

@@ -243,7 +243,7 @@ def test_a_report_that_does_not_come_has_a_deadline(monkeypatch: pytest.MonkeyPa
 
 def test_more_requests_than_the_bound_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in memory at one time is bounded, and a place is free again afterwards."""
-    monkeypatch.setattr(server, "IN_FLIGHT_MOST", 2)
+    monkeypatch.setattr(server, "MAX_IN_FLIGHT", 2)
 
     async def scenario(called: Called) -> None:
         called.api.gate = asyncio.Event()

@@ -112,7 +112,7 @@ def test_one_template_of_several_trainings_is_left_to_the_webhook(
 def test_warnings_are_those_of_the_webhook_and_of_the_claim_beside(
     tmp_path: Path, policy_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A claim for one node, which a file may hold and the webhook does not read, is doubted for a training of several pods."""
+    """A claim for one node that the file holds is doubted for a training of several pods."""
     gang = {"kueue.x-k8s.io/pod-group-name": "gang"}
     notes = {"pillion.dev/policy": "llm", "kueue.x-k8s.io/pod-group-total-count": "2"}
     pod = {"apiVersion": "v1", "kind": "Pod", "spec": TEMPLATE["spec"]}

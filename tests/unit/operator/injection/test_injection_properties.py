@@ -9,6 +9,7 @@ import copy
 from typing import Any, Final
 
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pillion_operator.injection import apply, checkpoint_policy, decide
 from pillion_operator.settings import Settings
@@ -33,9 +34,25 @@ POLICY: Final = checkpoint_policy.from_object(
 )
 
 
-def injected(pod: dict[str, Any]) -> decide.Inject:
+IN_A_BUCKET: Final = checkpoint_policy.from_object(
+    {
+        "trigger": {"periodSeconds": 60},
+        "staging": {"sizeLimit": "2Gi"},
+        "storage": {
+            "objectStore": {
+                "url": "s3://bucket/runs",
+                "caBundle": {"configMap": "ca"},
+                "credentials": {"awsRoleArn": "arn:aws:iam::123456789012:role/a"},
+            },
+        },
+        "sidecar": {"envFrom": [{"secretRef": {"name": "own"}}]},
+    }
+)
+
+
+def injected(pod: dict[str, Any], policy: checkpoint_policy.CheckpointPolicy = POLICY) -> decide.Inject:
     before = copy.deepcopy(pod)
-    made = decide.inject(pod, POLICY, SETTINGS)
+    made = decide.inject(pod, policy, SETTINGS, namespace="team-a")
     assert pod == before, "what is given is not changed"
     assert isinstance(made, decide.Inject), decide.message(made)
     assert json_patch.apply(pod, made.patch) == made.pod
@@ -43,13 +60,15 @@ def injected(pod: dict[str, Any]) -> decide.Inject:
 
 
 @settings(max_examples=80, deadline=None)
-@given(pod_strategies.pods)
-def test_injection_is_a_patch_of_single_entries_that_can_be_taken_back(pod: dict[str, Any]) -> None:
+@given(pod_strategies.pods, st.sampled_from([POLICY, IN_A_BUCKET]))
+def test_injection_is_a_patch_of_single_entries_that_can_be_taken_back(
+    pod: dict[str, Any], policy: checkpoint_policy.CheckpointPolicy
+) -> None:
     """The patch gives the pod, overwrites no list, says nothing the second time, and `remove` gives back what was there."""
-    made = injected(pod)
+    made = injected(pod, policy)
     assert {operation["op"] for operation in made.patch} <= {"add", "replace"}
     assert not any(operation["op"] == "replace" and isinstance(operation["value"], list) for operation in made.patch)
-    again = injected(made.pod)
+    again = injected(made.pod, policy)
     assert (again.patch, again.pod) == ([], made.pod)
     assert apply.remove(made.pod) == pod
     assert apply.remove(pod) == pod

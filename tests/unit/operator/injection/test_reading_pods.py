@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: compare whole messages; only what a reader needs from them.
 """
 
+import json
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pillion_operator.injection import (
     reasons,
     status,
 )
+from support import reports
 
 IMAGE = "example/pillion-sidecar:1"
 SPEC: dict[str, Any] = {
@@ -112,6 +114,15 @@ def test_repositories_are_compared_without_tag_and_digest() -> None:
 def test_a_status_that_cannot_be_read_is_no_status(text: str) -> None:
     """Anyone can write the annotation; nothing in it makes injection fail."""
     assert status.read({"metadata": {"annotations": {annotations.STATUS: text}}}) is None
+
+
+def test_a_status_of_a_newer_release_is_read_without_its_new_fields() -> None:
+    """While releases change, one replica sees pods that another has injected; a field that it does not know costs it nothing."""
+    document = json.loads(reports.pod()["metadata"]["annotations"][annotations.STATUS])
+    known = status.read(reports.pod())
+    newer = document | {"added": [1]} | {"before": document["before"] | {"added": 1}}
+    assert known is not None
+    assert status.read({"metadata": {"annotations": {annotations.STATUS: json.dumps(newer)}}}) == known
 
 
 def test_every_reason_has_a_code_of_its_own_and_a_sentence() -> None:

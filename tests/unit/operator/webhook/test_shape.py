@@ -57,6 +57,6 @@ def test_another_shape_is_told_with_its_place(pod: Any, told: str) -> None:
 def test_a_value_nested_without_end_is_no_pod() -> None:
     """Each level costs a call within a call where a pod is copied."""
     nested: Any = "x"
-    for _ in range(shape.DEPTH_MOST + 1):
+    for _ in range(shape.MAX_DEPTH + 1):
         nested = [nested]
     assert "nested" in shape.problem(POD | {"x": nested})

@@ -133,7 +133,7 @@ def test_a_body_that_says_that_it_is_too_long_is_not_read() -> None:
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
         reader, writer = await port.connect()
-        writer.write(head(server.BODY_MOST_BYTES + 1))
+        writer.write(head(server.MAX_BODY_BYTES + 1))
         assert b" 413 " in await served.read_to_end(reader)
         writer.close()
 
@@ -150,8 +150,8 @@ def test_a_body_that_says_that_it_is_too_long_is_not_read() -> None:
 
 def test_bodies_that_hang_make_room_for_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held of all is bounded, and the one that has been coming the longest goes: the API server's is answered."""
-    monkeypatch.setattr(server, "BODIES_MOST_BYTES", 200_000)
-    monkeypatch.setattr(server, "BODY_MOST_BYTES", 150_000)
+    monkeypatch.setattr(server, "MAX_BODIES_BYTES", 200_000)
+    monkeypatch.setattr(server, "MAX_BODY_BYTES", 150_000)
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
         held = asked.server._bodies
@@ -176,7 +176,7 @@ def test_bodies_that_hang_make_room_for_one_that_comes(monkeypatch: pytest.Monke
 
 def test_requests_that_hang_make_room_for_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number is bounded as well as their bytes."""
-    monkeypatch.setattr(server, "BODIES_MOST", 2)
+    monkeypatch.setattr(server, "MAX_BODIES", 2)
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
         slow = []
@@ -209,7 +209,7 @@ def test_a_compressed_body_is_not_unpacked() -> None:
 
 def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Bodies that are given up, requests that are none, and handshakes that fail are no warnings."""
-    monkeypatch.setattr(server, "BODIES_MOST", 1)
+    monkeypatch.setattr(server, "MAX_BODIES", 1)
     caplog.set_level("WARNING")
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
@@ -233,7 +233,7 @@ def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_connections_that_ask_nothing_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many, the oldest that was never answered goes, and not the API server's, which is older."""
-    monkeypatch.setattr(listener, "CONNECTIONS_MOST", 3)
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 3)
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:
         assert (await port.post(session, review()))[0] == 200
@@ -251,7 +251,7 @@ def test_connections_that_ask_nothing_make_room(monkeypatch: pytest.MonkeyPatch)
 
 def test_handshakes_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than so many are closed at once, those that hang end after a while, and then there is room again."""
-    monkeypatch.setattr(listener, "HANDSHAKES_MOST", 2)
+    monkeypatch.setattr(listener, "MAX_HANDSHAKES", 2)
     monkeypatch.setattr(listener, "HANDSHAKE_S", 0.3)
 
     async def scenario(asked: Asked, port: served.Served, session: aiohttp.ClientSession) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pillion.wire import arena, control, policy
-from pillion_sidecar.arena.pod_arena import EPOCH_MOST, Identity, PodArena
-from pillion_sidecar.arena.slots import Phase, Save
+from pillion_sidecar.arena.pod_arena import MAX_EPOCH, Identity, PodArena
+from pillion_sidecar.arena.slots import Save, SaveState
 
 SESSION = "a" * 32
 
@@ -72,7 +72,7 @@ def test_what_was_sealed_before_anybody_knew_the_generation_is_dated_later(first
     """By the session itself as of its own; by the next session as newer than all that was committed before that."""
     save = seal(first, 7)
     assert save.born is None
-    assert found_by(tmp_path, "b" * 32, (5, 0))[7].born == (4, EPOCH_MOST)
+    assert found_by(tmp_path, "b" * 32, (5, 0))[7].born == (4, MAX_EPOCH)
     assert found_by(tmp_path, SESSION, (4, 0))[7].born == (4, 0)
     first.date((4, 0))
     assert save.born == (4, 0)
@@ -97,7 +97,7 @@ def test_a_load_sets_newer_snapshots_aside_until_another_one_goes_to_them(first:
     assert first.table.restorable().keys() == {2, 3, 5}
     first.set_aside(((4, 0), 3))
     assert {step for step, save in found_by(tmp_path, SESSION, (4, 1)).items() if save.set_aside} == {5}
-    assert first.table.saves[5].phase is Phase.DONE
+    assert first.table.saves[5].state is SaveState.DONE
 
 
 def test_a_snapshot_of_another_world_is_named_until_its_slot_is_needed(first: PodArena, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_a_rank_that_moved_is_noticed_in_every_pod(changes: dict[str, object]) -
 
 def test_pods_that_come_back_as_they_were_have_not_moved() -> None:
     """Another session, attempt and store change nothing."""
-    again = dataclasses.replace(identity(session="b" * 32), attempt=3, store=("10.0.0.2", 1), store_mode="prefix")
+    again = dataclasses.replace(
+        identity(session="b" * 32), attempt=3, store=("10.0.0.2", 1), store_mode=control.MeetingStore.PREFIX
+    )
     assert not again.moved_from(identity())
 
 

@@ -13,7 +13,7 @@ import pillion_sidecar
 from pillion.errors import ErrorDocument
 from pillion.wire.policy import Overlap
 from pillion_sidecar.arena import slots
-from pillion_sidecar.arena.slots import Granted, Phase, Save, SlotTable
+from pillion_sidecar.arena.slots import Granted, Save, SaveState, SlotTable
 
 FIELDS = {field.name for field in dataclasses.fields(Save)}
 
@@ -48,11 +48,11 @@ def test_nobody_but_the_slot_table_changes_a_save() -> None:
     assert changed == {}
 
 
-def test_the_table_of_states_names_every_phase_and_every_method_that_leaves_it() -> None:
+def test_the_table_of_states_names_every_state_and_every_method_that_leaves_it() -> None:
     """What the module says is what the code has."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in str(slots.__doc__).splitlines()]
-    table = {row[0]: row[2] for row in rows if len(row) == 3 and row[0] in set(Phase)}
-    assert list(table) == [phase.value for phase in Phase]
+    table = {row[0]: row[2] for row in rows if len(row) == 3 and row[0] in set(SaveState)}
+    assert list(table) == [state.value for state in SaveState]
     named = set(re.findall(r"\b(?:[a-z]+_[a-z]+|sealed|claim|lend|take|finish)\b", " ".join(table.values())))
     assert named == {name for name in named if hasattr(SlotTable, name)}
 
@@ -73,7 +73,7 @@ def test_a_snapshot_that_a_rescue_wants_while_the_executor_has_it_is_queued_agai
     assert table.next_to_persist() is save
     table.start_persist(save)
     assert not table.finish(save, persisted=True, concluded=True)
-    assert (save.phase, save.persisted) == (Phase.DONE, True)
+    assert (save.state, save.persisted) == (SaveState.DONE, True)
 
 
 def test_a_save_that_failed_on_a_rank_is_never_taken_up() -> None:

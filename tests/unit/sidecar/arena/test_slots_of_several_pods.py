@@ -75,7 +75,7 @@ def test_a_snapshot_that_all_pods_are_found_to_hold_makes_room_for_the_next_save
     pod = restarted(tmp_path)
     assert sorted(pod.table.restorable()) == [18, 20]
     assert isinstance(pod.table.claim(22, 0, persist=False), MustWait)
-    pod.heard(20, persisted=persisted)
+    pod.held_by_all(20, persisted=persisted)
     granted = pod.table.claim(22, 0, persist=False)
     assert isinstance(granted, Granted)
     assert sorted(pod.table.restorable()) == [20]

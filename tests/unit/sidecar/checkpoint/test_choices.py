@@ -5,13 +5,14 @@ from typing import Any, Final
 import pytest
 
 import pillion
-from pillion.wire.policy import OnMissing, Retention
-from pillion_sidecar.checkpoint import catalog, commit, retention
+from pillion.wire.policy import Best, KeepBest, OnMissing, Retention
+from pillion_sidecar.checkpoint import catalog, quota, retention
 from pillion_sidecar.executor.load import choose
+from pillion_sidecar.storage import generation as generation_module
 
 
 def pick(
-    arena: set[int] | dict[int, commit.Order], committed: set[int] | dict[int, commit.Order], *,
+    arena: set[int] | dict[int, generation_module.Order], committed: set[int] | dict[int, generation_module.Order], *,
     refused: dict[str, str] | None = None, step: int | None = None, fresh: bool = False, on_missing: OnMissing = OnMissing.FRESH,
     partial: set[int] | None = None, misfits: dict[int, str] | None = None,
 ) -> tuple[int, str] | None:  # fmt: skip
@@ -161,6 +162,72 @@ def test_what_a_rollback_left_stays_until_training_has_passed_it_and_never_count
     committed = {**ROLLED_BACK, **later}
     current = max(later, default=150)
     assert retention.choose(committed, Retention(keep_last=2), current=current, keep=keep) == removed
+
+
+@pytest.mark.parametrize(
+    ("policy", "keep", "removed"),
+    [
+        (Retention(max_age_seconds=100), [], [10, 20]),
+        (Retention(max_age_seconds=100), [10], [20]),
+        (Retention(keep_last=3, max_age_seconds=40), [], [10, 20, 30]),
+        (Retention(keep_last=1, keep_every_steps=10, max_age_seconds=150), [], [10, 35]),
+        (Retention(max_age_seconds=1), [], [10, 20, 30]),
+    ],
+)
+def test_an_age_removes_what_is_older_than_the_newest_by_more(
+    policy: Retention, keep: list[int], removed: list[int]
+) -> None:
+    """Also what the other fields keep; never what must stay, and never one whose age is not known."""
+    committed = dict.fromkeys([10, 20, 30, 35, 40], (1, 0))
+    ages_s = {10: 200.0, 20: 101.0, 30: 50.0, 40: 0.0}
+    if policy.keep_last is not None:
+        ages_s[35] = 10.0
+    assert retention.choose(committed, policy, current=40, keep=keep, ages_s=ages_s) == removed
+
+
+@pytest.mark.parametrize(
+    ("policy", "keep", "removed"),
+    [
+        (Retention(max_bytes=100), [], []),
+        (Retention(max_bytes=99), [], [10]),
+        (Retention(max_bytes=60), [], [10, 20, 30]),
+        (Retention(max_bytes=60), [20], [10, 30]),
+        (Retention(max_bytes=1), [], [10, 20, 30]),
+        (Retention(keep_last=2, max_bytes=70), [], [10, 20]),
+        (Retention(keep_last=2, max_bytes=69), [], [10, 20, 30]),
+        (Retention(keep_last=3, keep_best=KeepBest(metric="loss", mode=Best.MIN, count=2), max_bytes=70), [], [20, 30]),
+        (
+            Retention(keep_last=3, keep_best=KeepBest(metric="loss", mode=Best.MIN, count=2), max_bytes=49),
+            [],
+            [10, 20, 30],
+        ),
+    ],
+)
+def test_a_quota_removes_the_oldest_first_and_the_best_last(
+    policy: Retention, keep: list[int], removed: list[int]
+) -> None:
+    """Sizes of 10, 20, 30 and 40 bytes; the newest stays whatever its size, and what is kept counts."""
+    committed = dict.fromkeys([10, 20, 30, 40], (1, 0))
+    sizes, values = {step: step for step in committed}, {10: 1.0, 20: 9.0, 30: 2.0, 40: 8.0}
+    assert retention.choose(committed, policy, current=40, keep=keep, values=values, sizes=sizes) == removed
+
+
+def test_what_a_rollback_left_goes_before_what_led_to_the_newest() -> None:
+    """Steps 200 and 300 are off the line once 310 is committed: they make room first. Those ahead stay, and count."""
+    sizes = dict.fromkeys((100, 150, 200, 300, 310), 10)
+    committed = {**ROLLED_BACK, 310: (1, 1)}
+    assert retention.choose(committed, Retention(max_bytes=30), current=310, sizes=sizes) == [200, 300]
+    assert retention.choose(ROLLED_BACK, Retention(max_bytes=20), current=150, sizes=sizes) == [100]
+
+
+def test_a_quota_that_cannot_be_kept_is_said_with_what_must_stay() -> None:
+    """The largest are named, with the reason that each has."""
+    sizes = dict.fromkeys(range(9), 2**30) | {9: 3 * 2**30}
+    assert quota.problem({8, 9}, sizes, {}, 2**32) == ""
+    assert quota.problem({8, 9}, sizes, {}, None) == ""
+    said = quota.problem(set(range(10)), sizes, {9: "the newest"}, 2**30)
+    assert "retention.maxBytes is 1Gi, and the checkpoints that must stay have 12Gi: step 9 (3Gi, the newest), " in said
+    assert said.endswith("and 5 more")
 
 
 def test_what_another_program_wrote_is_as_old_as_the_newest_of_ours_below_it() -> None:

@@ -12,14 +12,16 @@ from typing import Any, cast
 
 import pytest
 
-from pillion.wire import layout
+from pillion.wire import layout, policy
+from pillion.wire.save_messages import Destination
+from pillion_sidecar import channel
 from pillion_sidecar.checkpoint import commit
 from pillion_sidecar.executor import plan as plan_module
 from pillion_sidecar.executor.agreements import KEPT_PLANS, Agreements, layout_name, plan_name
 from pillion_sidecar.executor.exchange import protocol
 from pillion_sidecar.executor.save import persist
-from pillion_sidecar.executor.save.request import Request
 from pillion_sidecar.executor.session import Context
+from pillion_sidecar.storage.local import LocalFolder
 from support import contexts
 from support.parts import write_part
 
@@ -45,12 +47,18 @@ def test_a_place_that_a_clock_ahead_has_written_to_is_not_shut(tmp_path: Path) -
     folder = tmp_path / "latest"
     folder.mkdir()
     write_part(folder, 0, world_size=1, generation="5000-1")
-    commit.finish(str(folder))
-    destination = {"path": str(folder)}
-    request = Request.from_document({"step": 1, "slot": 0, "persist": True, "sequence": 2, "destination": destination})
+    commit.finish(LocalFolder(str(folder)))
+    request = channel.Persist(
+        step=1,
+        slot=0,
+        persist=True,
+        sequence=2,
+        destination=Destination(path=str(folder)),
+        retention=policy.Retention(),
+    )
     persist._agree(context, request, "save/0/1", {0: slot_image_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
     assert context.generation == 5001
-    elsewhere = dataclasses.replace(request, step=2, destination={"path": str(tmp_path / "new")})
+    elsewhere = dataclasses.replace(request, step=2, destination=Destination(path=str(tmp_path / "new")))
     persist._agree(context, elsewhere, "save/0/2", {0: slot_image_of(layout.Layout((), ("a",), {"a": ("a",)}))}, {})
     assert context.generation == 5001, "it never goes back"
 
@@ -62,7 +70,7 @@ def test_a_layout_that_is_new_with_each_save_leaves_nothing_behind(tmp_path: Pat
     for step in range(1, 30):
         names = tuple(f"history.{number}" for number in range(step))
         found = layout.Layout((), names, {name: (name,) for name in names})
-        request = cast("Request", types.SimpleNamespace(step=step, persist=step % 3 > 0))
+        request = cast("channel.Persist", types.SimpleNamespace(step=step, persist=step % 3 > 0, destination=None))
         plan = persist._agree(context, request, f"save/0/{step}", {0: slot_image_of(found)}, {})
         assert plan.plan_id == plan_module.plan_id({0: found.digest})
         sizes.append((len(between._published), len(between._posted), len(context.agreed.layouts)))

@@ -1,12 +1,16 @@
 """What storage holds, as reports tell it, and what a look at it costs."""
 
+import dataclasses
+import math
 import os
 from pathlib import Path
 
 import pytest
 
-from pillion.wire import home, manifest, names
+from pillion.wire import home, manifest, names, remarks
+from pillion_sidecar.checkpoint import pins
 from pillion_sidecar.reporting import inventory
+from pillion_sidecar.storage.local import LocalFolder
 
 
 def commit(root: Path, step: int, *, size: int = 10, started_ns: int = 10**18, cause: str = "OnDemand") -> Path:
@@ -44,7 +48,7 @@ def test_every_committed_checkpoint_is_listed_newest_first(tmp_path: Path) -> No
         commit(root, step)
     (root / "step-200").mkdir()
     (root / "notes").mkdir()
-    found = look(inventory.Inventory(str(root), "llm-0"))
+    found = look(inventory.Inventory(LocalFolder(str(root))))
     assert [each.step for each in found] == [100, 20, 5]
     assert found[0] == home.CommittedCheckpoint(
         step=100,
@@ -57,6 +61,37 @@ def test_every_committed_checkpoint_is_listed_newest_first(tmp_path: Path) -> No
     )
 
 
+def test_a_report_has_room_for_the_first_metrics_with_short_names(tmp_path: Path) -> None:
+    """A thousand checkpoints of four metrics fit into a report; NaN is a text there."""
+    folder = commit(tmp_path, 1)
+    decoded = manifest.decode_manifest((folder / names.MANIFEST).read_bytes())
+    said = {"n" * 65: 1.0, "loss": math.nan, **{f"metric{number}": float(number) for number in range(9)}}
+    made = dataclasses.replace(decoded, remarks=remarks.Remarks(metrics=said, metadata={"a": 1}))
+    (folder / names.MANIFEST).write_bytes(made.encode())
+    (found,) = look(inventory.Inventory(LocalFolder(str(tmp_path))))
+    assert found.metrics == {"loss": "nan", "metric0": 0.0, "metric1": 1.0, "metric2": 2.0}
+    name = "\u00e9" * ((home.MAX_METRIC_NAME_BYTES - 3) // 6)
+    longest = {f"{name}{number}": -1.2345678901234567e-300 for number in range(home.MAX_METRICS)}
+    (folder / names.MANIFEST).write_bytes(dataclasses.replace(made, remarks=remarks.Remarks(metrics=longest)).encode())
+    (found,) = look(inventory.Inventory(LocalFolder(str(tmp_path))))
+    assert found.metrics == longest
+    entry = dataclasses.replace(
+        found, step=10**9, path="p" * 100, started="2026-01-01T00:00:00.000000Z", metrics=longest
+    )
+    report = home.Report(
+        namespace="n",
+        pod="p",
+        pod_uid="u",
+        policy="p",
+        job_kind="Job",
+        job_name="j",
+        job_id="j",
+        checkpoints=(entry,) * home.MAX_CHECKPOINTS,
+        listed=True,
+    )
+    assert len(home.encode(report)) <= home.MAX_REPORT_BYTES
+
+
 def test_what_stock_dcp_or_an_older_release_wrote_is_listed_with_what_is_known(tmp_path: Path) -> None:
     """No manifest: the size of the files, the time of the marker, no ranks. One without the new fields is periodic."""
     stock = tmp_path / "step-1"
@@ -64,14 +99,14 @@ def test_what_stock_dcp_or_an_older_release_wrote_is_listed_with_what_is_known(t
     (stock / names.COMMIT_MARKER).write_bytes(b"1234")
     os.utime(stock / names.COMMIT_MARKER, (100.0, 100.0))
     commit(tmp_path, 2, started_ns=0, cause="")
-    newer, older = look(inventory.Inventory(str(tmp_path), "run"))
+    newer, older = look(inventory.Inventory(LocalFolder(str(tmp_path))))
     assert (older.size_bytes, older.world_size, older.completed) == (4, 0, "1970-01-01T00:01:40.000Z")
     assert (newer.started, newer.cause) == ("", "Periodic")
 
 
 def test_a_second_look_reads_nothing_that_it_knows(tmp_path: Path) -> None:
     """A manifest that is gone is not missed until the next minute, or until this sidecar has written the step anew."""
-    of = inventory.Inventory(str(tmp_path), "run")
+    of = inventory.Inventory(LocalFolder(str(tmp_path)))
     commit(tmp_path, 1)
     folder = commit(tmp_path, 2)
     before = look(of)
@@ -89,7 +124,7 @@ def test_a_second_look_reads_nothing_that_it_knows(tmp_path: Path) -> None:
 
 def test_what_is_removed_is_gone_from_the_next_look(tmp_path: Path) -> None:
     """By its directory at once; by its marker alone within a minute."""
-    of = inventory.Inventory(str(tmp_path), "run")
+    of = inventory.Inventory(LocalFolder(str(tmp_path)))
     for step in (1, 2):
         commit(tmp_path, step)
     assert len(look(of)) == 2
@@ -103,7 +138,7 @@ def test_the_newest_are_listed_where_there_are_too_many(tmp_path: Path) -> None:
     """A report has a bound, and so has what is kept in memory."""
     for step in range(home.MAX_CHECKPOINTS + 5):
         commit(tmp_path, step)
-    of = inventory.Inventory(str(tmp_path), "run")
+    of = inventory.Inventory(LocalFolder(str(tmp_path)))
     found = look(of)
     assert len(found) == len(of._known) == home.MAX_CHECKPOINTS
     assert (found[0].step, found[-1].step) == (home.MAX_CHECKPOINTS + 4, 5)
@@ -111,7 +146,23 @@ def test_the_newest_are_listed_where_there_are_too_many(tmp_path: Path) -> None:
 
 def test_a_root_that_is_not_there_yet_is_empty_and_one_that_is_none_is_an_error(tmp_path: Path) -> None:
     """The probe makes the root; a file in its place cannot be listed."""
-    assert look(inventory.Inventory(str(tmp_path / "new"), "run")) == []
+    assert look(inventory.Inventory(LocalFolder(str(tmp_path / "new")))) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        inventory.Inventory(str(tmp_path / "file"), "run").look(0.0, frozenset())
+        inventory.Inventory(LocalFolder(str(tmp_path / "file"))).look(0.0, frozenset())
+
+
+def test_pins_of_the_cluster_are_set_and_removed_and_shown_with_those_of_people(tmp_path: Path) -> None:
+    """The next look has them; a step that is gone is passed over, and a pin of people stays."""
+    for step in (1, 2):
+        commit(tmp_path, step)
+    root = LocalFolder(str(tmp_path))
+    of = inventory.Inventory(root)
+    assert [each.pinned_by for each in look(of)] == ["", ""]
+    of.pin([1, 9], [])
+    of.pin([1], [])
+    assert pins.pinned(root) == {1: ("cluster",)}
+    pins.pin(root, 1)
+    assert [(each.step, each.pinned_by) for each in look(of, 100.0)] == [(2, ""), (1, "cluster,people")]
+    of.pin([2], [1, 9])
+    assert [(each.step, each.pinned_by) for each in look(of, 100.0)] == [(2, "cluster"), (1, "people")]

@@ -67,3 +67,30 @@ def test_the_last_finished_ones_are_remembered_and_no_more() -> None:
     done = [each.id for each in of.acknowledgements() if each.progress == home.Progress.DONE]
     assert len(of.acknowledgements()) <= save_requests.REMEMBERED
     assert set(done) <= set(names[10:])
+
+
+def test_a_persons_request_is_followed_by_its_id_and_unknown_to_the_controller() -> None:
+    """Only the first call asks the trainers; the outcome is that of the save that served it."""
+    of = save_requests.SaveRequests()
+    answer, asks = of.ask("mine", 0.0, has_trainers=True)
+    assert (answer.progress, answer.step, asks) == ("Accepted", -1, True)
+    assert told(of) == {}
+    of.began(7)
+    answer, asks = of.ask("mine", 1.0, has_trainers=True)
+    assert (answer.progress, answer.step, asks) == ("Accepted", 7, False)
+    of.ended(7, None)
+    answer, asks = of.ask("mine", 2.0, has_trainers=False)
+    assert (answer.progress, answer.step, asks) == ("Done", 7, False)
+
+
+def test_a_persons_request_fails_without_trainers_at_its_bound_and_in_a_crowd() -> None:
+    """Nobody who can open the socket makes the sidecar remember more."""
+    of = save_requests.SaveRequests()
+    assert of.ask("nobody", 0.0, has_trainers=False)[0].message == "no trainer is connected to the sidecar"
+    for number in range(save_requests.REMEMBERED):
+        assert of.ask(f"{number}", 0.0, has_trainers=True)[1]
+    refused, asks = of.ask("more", 0.0, has_trainers=True)
+    assert (refused.progress, asks) == ("Failed", False)
+    assert "requests are open already" in refused.message
+    assert of.ask("0", save_requests.START_TIMEOUT_S, has_trainers=True)[0].progress == "Failed"
+    assert of.ask("more", save_requests.START_TIMEOUT_S, has_trainers=True)[1]

@@ -1,10 +1,13 @@
 """What is written down about each save: its cause, its times, and whose fault a failure is."""
 
+import dataclasses
+
 from pillion.errors import BarrierTimeout, PersistError, RemoteFailure, SaveSkipped, StagingError
+from pillion_sidecar import channel
 from pillion_sidecar.status import status
 from pillion_sidecar.status.status import SidecarStatus
 
-OUTCOME = {"size_bytes": 100, "persist_s": 2.0, "commit_s": 0.5}
+OUTCOME = channel.Persisted(size_bytes=100, persist_s=2.0, commit_s=0.5)
 
 
 class Clock:
@@ -27,7 +30,7 @@ def test_a_save_has_the_cause_that_made_it_due() -> None:
     """A period, somebody's demand (the first save after it), or the pod's end."""
     of, _, _ = a_journal()
     of.began(1, persist=True)
-    of.demands.take(["a"], 0.0, has_trainers=True)
+    of.save_requests.take(["a"], 0.0, has_trainers=True)
     of.began(2, persist=False)
     of.began(3, persist=True)
     of.began(4, persist=True)
@@ -35,7 +38,7 @@ def test_a_save_has_the_cause_that_made_it_due() -> None:
     of.began(5, persist=True)
     of.rescued(2)
     of.rescued(99)
-    causes = {step: of.about(step)["cause"] for step in (1, 2, 3, 4, 5, 99, 100)}
+    causes = {step: of.about(step).cause for step in (1, 2, 3, 4, 5, 99, 100)}
     assert causes == {
         1: "Periodic",
         2: "OnTermination",
@@ -45,8 +48,8 @@ def test_a_save_has_the_cause_that_made_it_due() -> None:
         99: "OnTermination",
         100: "Periodic",
     }
-    assert of.about(1)["started_ns"] == 1000 * 10**9
-    assert of.about(99)["started_ns"] == 0
+    assert of.about(1).started_ns == 1000 * 10**9
+    assert of.about(99).started_ns == 0
 
 
 def test_a_commit_is_counted_and_told_and_clears_what_storage_had() -> None:
@@ -80,7 +83,7 @@ def test_the_time_to_durable_begins_at_the_seal_and_says_how_much_of_it_was_the_
     of.taken_up(1)
     outcome = of.since_ready(1, OUTCOME)
     of.committed(1, outcome)
-    assert outcome == {**OUTCOME, "persist_s": 5.0}
+    assert outcome == dataclasses.replace(OUTCOME, persist_s=5.0)
     assert (of.metrics.queue_seconds, of.metrics.persist_seconds, of.metrics.commit_seconds) == (3.0, 5.0, 0.5)
 
 
@@ -93,7 +96,7 @@ def test_a_snapshot_that_a_rescue_calls_for_waits_from_the_call_on() -> None:
     of.rescued(1)
     clock.now_s += 1.0
     of.taken_up(1)
-    assert of.since_ready(1, OUTCOME)["persist_s"] == 3.0
+    assert of.since_ready(1, OUTCOME).persist_s == 3.0
     of.taken_up(99)
     assert of.since_ready(99, OUTCOME) == OUTCOME
 
@@ -112,9 +115,9 @@ def test_only_what_storage_did_is_its_problem() -> None:
 def test_a_dropped_save_answers_whoever_asked_for_it_and_is_no_failure() -> None:
     """`overlap: Skip` refuses a claim before anything begins; the demand that was waiting has its answer."""
     of, _, news = a_journal()
-    of.demands.take(["a"], 0.0, has_trainers=True)
+    of.save_requests.take(["a"], 0.0, has_trainers=True)
     of.dropped(3, SaveSkipped("no slot is free", step=3), persist=True)
-    (answer,) = of.demands.acknowledgements()
+    (answer,) = of.save_requests.acknowledgements()
     assert (answer.progress, answer.message) == ("Failed", "no slot is free")
     assert of.metrics.saves_failed == 0
     assert list(of.failures) == []
@@ -124,11 +127,11 @@ def test_a_dropped_save_answers_whoever_asked_for_it_and_is_no_failure() -> None
 def test_the_end_of_trainers_is_no_failure_of_saving() -> None:
     """A save that a killed trainer had not sealed is counted apart and answered; one that failed elsewhere too is a failure."""
     of, _, news = a_journal()
-    of.demands.take(["a"], 0.0, has_trainers=True)
+    of.save_requests.take(["a"], 0.0, has_trainers=True)
     died = RemoteFailure("TrainerDied", "the trainer ended before its state was sealed")
     of.began(3, persist=True)
     of.failed(3, StagingError("the trainer died", step=3, failures={1: died}))
-    (answer,) = of.demands.acknowledgements()
+    (answer,) = of.save_requests.acknowledgements()
     assert answer.progress == "Failed"
     assert (of.metrics.saves_interrupted, of.metrics.saves_failed, list(of.failures)) == (1, 0, [])
     assert news
@@ -144,9 +147,9 @@ def test_the_slowest_of_the_last_commits_is_what_a_drain_takes() -> None:
     """From the seal until it was visible; an hour in which storage was busy is forgotten after eight commits."""
     of, _, _ = a_journal()
     assert of.drain_s == 0.0
-    for step in range(1 + status.SLOWEST_OF):
-        of.committed(step, {"size_bytes": 1, "persist_s": 100.0 if step == 0 else 1.0, "commit_s": 0.5})
-        assert of.drain_s == (100.5 if step < status.SLOWEST_OF else 1.5)
+    for step in range(1 + status.RECENT_COMMITS):
+        of.committed(step, channel.Persisted(persist_s=100.0 if step == 0 else 1.0, commit_s=0.5))
+        assert of.drain_s == (100.5 if step < status.RECENT_COMMITS else 1.5)
 
 
 def test_nothing_grows_without_a_bound() -> None:

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pillion_sidecar.storage import directio
+from pillion_sidecar.storage import directio, stretches
 
-PAGE = directio.PAGE_BYTES
+PAGE = stretches.PAGE_BYTES
 SLOT_PAGES = 24
 SLOT_BYTES = SLOT_PAGES * PAGE
 CONTENT = os.urandom(SLOT_BYTES)
@@ -98,7 +98,7 @@ def mounted(kind: str, options: str, where: Path) -> Iterator[Path]:
         subprocess.run(["umount", where], check=True)
 
 
-def pages_of(run: directio.Run) -> bytes:
+def pages_of(run: stretches.Run) -> bytes:
     """What the file must hold for one run, without the module's own arithmetic: every page that has a byte of it."""
     numbers = range(SLOT_PAGES)
     hit = [n for n in numbers if max(n * PAGE, run.slot_offset) < min((n + 1) * PAGE, run.slot_offset + run.length)]
@@ -106,20 +106,20 @@ def pages_of(run: directio.Run) -> bytes:
 
 
 @st.composite
-def any_runs(draw: st.DrawFn) -> list[directio.Run]:
+def any_runs(draw: st.DrawFn) -> list[stretches.Run]:
     """Runs in any order, ragged, empty, adjacent or on each other's pages."""
     edges = st.one_of(st.integers(0, SLOT_BYTES), st.integers(0, SLOT_PAGES).map(lambda n: n * PAGE))
     pairs = draw(st.lists(st.tuples(edges, edges), max_size=6))
-    return [directio.Run(min(pair), max(pair) - min(pair)) for pair in pairs]
+    return [stretches.Run(min(pair), max(pair) - min(pair)) for pair in pairs]
 
 
 @st.composite
-def any_pieces(draw: st.DrawFn) -> tuple[bytes, list[directio.Piece]]:
+def any_pieces(draw: st.DrawFn) -> tuple[bytes, list[stretches.Piece]]:
     """
     A file, and pieces of it for places in the slot that do not overlap: adjacent or not, congruent or not, of any size.
     """
     file_bytes = draw(st.integers(1, SLOT_BYTES))
-    pieces: list[directio.Piece] = []
+    pieces: list[stretches.Piece] = []
     slot_offset = file_offset = 0
     for _ in range(draw(st.integers(0, 8))):
         kind = draw(st.sampled_from(["next", "congruent", "anywhere"]))
@@ -132,7 +132,7 @@ def any_pieces(draw: st.DrawFn) -> tuple[bytes, list[directio.Piece]]:
         if longest < 0:
             break
         length = draw(st.one_of(st.integers(0, longest), st.sampled_from([0, longest]), st.just(min(longest, 7))))
-        pieces.append(directio.Piece(file_offset, slot_offset, length))
+        pieces.append(stretches.Piece(file_offset, slot_offset, length))
         slot_offset += length
         file_offset += length
     return CONTENT[:file_bytes], pieces
@@ -140,7 +140,7 @@ def any_pieces(draw: st.DrawFn) -> tuple[bytes, list[directio.Piece]]:
 
 @given(runs=any_runs())
 @few
-def test_runs_lie_in_the_file_as_in_the_slot_page_for_page(runs: list[directio.Run]) -> None:
+def test_runs_lie_in_the_file_as_in_the_slot_page_for_page(runs: list[stretches.Run]) -> None:
     """A run keeps its place in its page, in a file that is nothing but the pages of the runs, end to end."""
     layout = directio.place(runs)
     assert layout.file_bytes == sum(len(pages_of(run)) for run in runs)
@@ -154,7 +154,7 @@ def test_runs_lie_in_the_file_as_in_the_slot_page_for_page(runs: list[directio.R
 @given(runs=any_runs(), num_threads=st.integers(1, 3), block_pages=st.integers(1, 5))
 @few
 def test_a_file_is_the_pages_of_its_runs(
-    directory: Path, runs: list[directio.Run], num_threads: int, block_pages: int
+    directory: Path, runs: list[stretches.Run], num_threads: int, block_pages: int
 ) -> None:
     """Whatever the runs, the block size and the threads, every byte is where `place` said, and counted once."""
     path = directory / "written"
@@ -175,7 +175,7 @@ def test_a_file_is_the_pages_of_its_runs(
 @given(case=any_pieces(), num_threads=st.integers(1, 3), block_pages=st.integers(1, 5))
 @few
 def test_a_read_fills_its_pieces_in_order_and_nothing_else(
-    directory: Path, case: tuple[bytes, list[directio.Piece]], num_threads: int, block_pages: int
+    directory: Path, case: tuple[bytes, list[stretches.Piece]], num_threads: int, block_pages: int
 ) -> None:
     """Every piece is whole when it is announced, in order, and no other byte of the slot has changed at the end."""
     content, pieces = case
@@ -206,9 +206,9 @@ def test_memory_that_direct_io_refuses_goes_through_the_page_cache(
 ) -> None:
     """A slot at an odd address is slower, with a warning that says so, and just as exact."""
     with slot_of(b"?" + CONTENT + b"?") as memory, memory[1 : 1 + SLOT_BYTES] as slot:
-        directio.write_file(tmp_path / "file", slot, [directio.Run(0, SLOT_BYTES)], block_bytes=PAGE)
+        directio.write_file(tmp_path / "file", slot, [stretches.Run(0, SLOT_BYTES)], block_bytes=PAGE)
         slot[:] = bytes(SLOT_BYTES)
-        directio.read_file(tmp_path / "file", slot, [directio.Piece(0, 0, SLOT_BYTES)], block_bytes=PAGE)
+        directio.read_file(tmp_path / "file", slot, [stretches.Piece(0, 0, SLOT_BYTES)], block_bytes=PAGE)
         assert bytes(memory) == b"?" + CONTENT + b"?"
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert {record.levelno for record in caplog.records} <= {logging.WARNING}
@@ -216,7 +216,7 @@ def test_memory_that_direct_io_refuses_goes_through_the_page_cache(
 
 def test_a_file_system_with_neither_direct_io_nor_reservation_is_written_and_read(tmp_path: Path) -> None:
     """ramfs refuses O_DIRECT at open and fallocate altogether; both are tolerated, and nothing else changes."""
-    runs = [directio.Run(100, 5 * PAGE), directio.Run(7 * PAGE, 1)]
+    runs = [stretches.Run(100, 5 * PAGE), stretches.Run(7 * PAGE, 1)]
     with mounted("ramfs", "mode=700", tmp_path / "ram") as where, slot_of(CONTENT) as slot:
         with pytest.raises(OSError, match="Invalid argument"):
             os.open(where / "probe", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
@@ -224,7 +224,7 @@ def test_a_file_system_with_neither_direct_io_nor_reservation_is_written_and_rea
         slot[:] = bytes(SLOT_BYTES)
         offsets = directio.place(runs).file_offsets
         pieces = [
-            directio.Piece(offset, run.slot_offset, run.length) for run, offset in zip(runs, offsets, strict=True)
+            stretches.Piece(offset, run.slot_offset, run.length) for run, offset in zip(runs, offsets, strict=True)
         ]
         directio.read_file(where / "file", slot, pieces, block_bytes=PAGE)
         assert bytes(slot[100 : 100 + 5 * PAGE]) == CONTENT[100 : 100 + 5 * PAGE]
@@ -238,13 +238,13 @@ def test_a_full_file_system_is_enospc_and_leaves_no_file(tmp_path: Path) -> None
     with mounted("tmpfs", f"size={8 * PAGE}", tmp_path / "small") as where, slot_of(CONTENT) as slot:
         with pytest.raises(OSError, match="No space left") as caught:
             directio.write_file(
-                where / "file", slot, [directio.Run(0, SLOT_BYTES)], block_bytes=PAGE, on_progress=progress.append
+                where / "file", slot, [stretches.Run(0, SLOT_BYTES)], block_bytes=PAGE, on_progress=progress.append
             )
         assert caught.value.errno == errno.ENOSPC
         assert progress == []
         assert caught.value.filename == str(where / "file")
         assert list(where.iterdir()) == []
-        assert directio.write_file(where / "file", slot, [directio.Run(0, PAGE)]) == PAGE
+        assert directio.write_file(where / "file", slot, [stretches.Run(0, PAGE)]) == PAGE
 
 
 def test_a_file_beyond_the_limit_of_the_process_is_efbig_and_leaves_no_file(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_file_beyond_the_limit_of_the_process_is_efbig_and_leaves_no_file(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * PAGE, hard))
         try:
             with pytest.raises(OSError, match="File too large") as caught:
-                directio.write_file(tmp_path / "file", slot, [directio.Run(0, SLOT_BYTES)])
+                directio.write_file(tmp_path / "file", slot, [stretches.Run(0, SLOT_BYTES)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
@@ -267,7 +267,7 @@ def test_an_error_in_a_writing_thread_is_raised_and_leaves_no_file(tmp_path: Pat
     with cut_slot(num_pages=16, num_pages_left=6) as slot:
         with pytest.raises(OSError, match="Bad address") as caught:
             directio.write_file(
-                tmp_path / "file", slot, [directio.Run(0, 16 * PAGE)], block_bytes=PAGE, num_threads=num_threads
+                tmp_path / "file", slot, [stretches.Run(0, 16 * PAGE)], block_bytes=PAGE, num_threads=num_threads
             )
         assert (caught.value.errno, caught.value.filename) == (errno.EFAULT, str(tmp_path / "file"))
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +278,7 @@ def test_an_error_in_a_reading_thread_is_raised_after_the_pieces_before_it(tmp_p
     path = tmp_path / "file"
     path.write_bytes(CONTENT[: 16 * PAGE])
     announced: list[int] = []
-    pieces = [directio.Piece(n * PAGE, n * PAGE, PAGE) for n in range(16)]
+    pieces = [stretches.Piece(n * PAGE, n * PAGE, PAGE) for n in range(16)]
     with cut_slot(num_pages=16, num_pages_left=6) as slot:
         with pytest.raises(OSError, match="Bad address") as caught:
             directio.read_file(path, slot, pieces, block_bytes=PAGE, on_piece=announced.append)
@@ -298,7 +298,7 @@ def test_a_caller_gives_up_a_write_by_raising_and_no_file_stays(tmp_path: Path) 
 
     with slot_of(CONTENT) as slot, pytest.raises(GivenUp):
         directio.write_file(
-            tmp_path / "file", slot, [directio.Run(0, SLOT_BYTES)], block_bytes=PAGE, on_progress=give_up
+            tmp_path / "file", slot, [stretches.Run(0, SLOT_BYTES)], block_bytes=PAGE, on_progress=give_up
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -313,7 +313,7 @@ def test_a_caller_gives_up_a_read_by_raising(tmp_path: Path) -> None:
         if index == 1:
             raise ValueError("digest")
 
-    pieces = [directio.Piece(n * PAGE, n * PAGE, PAGE) for n in range(SLOT_PAGES)]
+    pieces = [stretches.Piece(n * PAGE, n * PAGE, PAGE) for n in range(SLOT_PAGES)]
     with slot_of(bytes(SLOT_BYTES)) as slot, pytest.raises(ValueError, match="digest"):
         directio.read_file(tmp_path / "file", slot, pieces, block_bytes=PAGE, on_piece=refuse_the_second)
     assert announced == [0, 1]
@@ -324,8 +324,8 @@ def test_a_short_file_is_an_error_with_both_lengths_before_any_byte_is_read(tmp_
     path = tmp_path / "file"
     path.write_bytes(CONTENT[: 3 * PAGE + 5])
     with slot_of(CONTENT[::-1]) as slot:
-        pieces = [directio.Piece(0, 0, PAGE), directio.Piece(2 * PAGE, 2 * PAGE, PAGE + 6)]
-        with pytest.raises(directio.TruncatedFile) as caught:
+        pieces = [stretches.Piece(0, 0, PAGE), stretches.Piece(2 * PAGE, 2 * PAGE, PAGE + 6)]
+        with pytest.raises(stretches.TruncatedFile) as caught:
             directio.read_file(path, slot, pieces)
         assert bytes(slot) == CONTENT[::-1]
     assert (caught.value.wanted_bytes, caught.value.found_bytes) == (3 * PAGE + 6, 3 * PAGE + 5)
@@ -343,8 +343,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         os.truncate(path, 2 * PAGE)
 
     # The empty piece is announced before the first block is asked for.
-    pieces = [directio.Piece(0, 0, 0), directio.Piece(0, 0, SLOT_BYTES)]
-    with slot_of(bytes(SLOT_BYTES)) as slot, pytest.raises(directio.TruncatedFile) as caught:
+    pieces = [stretches.Piece(0, 0, 0), stretches.Piece(0, 0, SLOT_BYTES)]
+    with slot_of(bytes(SLOT_BYTES)) as slot, pytest.raises(stretches.TruncatedFile) as caught:
         directio.read_file(path, slot, pieces, on_piece=shrink)
     assert (caught.value.wanted_bytes, caught.value.found_bytes) == (SLOT_BYTES, 2 * PAGE)
 
@@ -352,7 +352,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
 def test_a_missing_file_is_the_ordinary_error(tmp_path: Path) -> None:
     """A file that is not there is FileNotFoundError with its name, not a truncated one."""
     with slot_of(CONTENT) as slot, pytest.raises(FileNotFoundError) as caught:
-        directio.read_file(tmp_path / "none", slot, [directio.Piece(0, 0, 1)])
+        directio.read_file(tmp_path / "none", slot, [stretches.Piece(0, 0, 1)])
     assert caught.value.filename == str(tmp_path / "none")
 
 
@@ -361,14 +361,14 @@ def test_ranges_outside_the_slot_are_refused_before_a_file_is_touched(tmp_path: 
     path = tmp_path / "file"
     path.write_bytes(b"before")
     with slot_of(CONTENT) as slot:
-        for run in (directio.Run(0, SLOT_BYTES + 1), directio.Run(-1, 2), directio.Run(0, -1)):
+        for run in (stretches.Run(0, SLOT_BYTES + 1), stretches.Run(-1, 2), stretches.Run(0, -1)):
             with pytest.raises(ValueError, match=r"[Rr]un"):
                 directio.write_file(path, slot, [run])
         with pytest.raises(ValueError, match="beyond the slot"):
-            directio.write_file(path, slot[: PAGE + 10], [directio.Run(PAGE, 5)])
+            directio.write_file(path, slot[: PAGE + 10], [stretches.Run(PAGE, 5)])
         with pytest.raises(ValueError, match="block_bytes"):
             directio.write_file(path, slot, [], block_bytes=PAGE + 1)
-        for piece in (directio.Piece(0, SLOT_BYTES - 1, 2), directio.Piece(-1, 0, 2), directio.Piece(0, 0, -1)):
+        for piece in (stretches.Piece(0, SLOT_BYTES - 1, 2), stretches.Piece(-1, 0, 2), stretches.Piece(0, 0, -1)):
             with pytest.raises(ValueError, match=r"[Pp]iece"):
                 directio.read_file(path, slot, [piece])
         with slot.toreadonly() as readonly, pytest.raises(ValueError, match="read-only"):

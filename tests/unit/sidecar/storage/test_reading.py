@@ -16,7 +16,8 @@ from pillion.errors import LoadError
 from pillion.wire import names
 from pillion_sidecar.checkpoint import catalog
 from pillion_sidecar.storage import reading
-from pillion_sidecar.storage.directio import TruncatedFile
+from pillion_sidecar.storage.local import LocalFolder
+from pillion_sidecar.storage.stretches import TruncatedFile
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_file_that_is_missing_or_short_says_so_at_once(no_pauses: None, tmp_pa
     short = tmp_path / "short"
     short.write_bytes(b"12345")
     with pytest.raises(TruncatedFile):
-        reading.read_piece(str(short), 2, 4)
+        LocalFolder(str(tmp_path)).read_piece("short", 2, 4)
 
 
 def test_a_piece_is_read_whole_however_little_one_call_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_piece_is_read_whole_however_little_one_call_gives(monkeypatch: pytest
         return whole(fd, [view[:7] for view in views], offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert reading.read_piece(str(path), 10, 60) == bytes(range(10, 70))
+    assert LocalFolder(str(tmp_path)).read_piece(path.name, 10, 60) == bytes(range(10, 70))
 
 
 def test_a_checkpoint_whose_storage_does_not_answer_is_not_called_damaged(
@@ -84,8 +85,8 @@ def test_a_checkpoint_whose_storage_does_not_answer_is_not_called_damaged(
 ) -> None:
     """One whose manifest cannot be read for a moment is read; for good, the load ends; without its marker, it is damaged."""
     with pytest.raises(catalog.Damaged, match=names.COMMIT_MARKER):
-        catalog.read(str(tmp_path), 1)
+        catalog.read(LocalFolder(str(tmp_path)), 1)
     (tmp_path / names.COMMIT_MARKER).write_bytes(b"")
     (tmp_path / names.MANIFEST).symlink_to(names.MANIFEST)  # ELOOP: neither there nor missing
     with pytest.raises(LoadError, match=names.MANIFEST):
-        catalog.read(str(tmp_path), 1)
+        catalog.read(LocalFolder(str(tmp_path)), 1)

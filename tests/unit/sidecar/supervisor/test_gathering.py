@@ -11,6 +11,7 @@ import pytest
 
 from pillion.errors import ErrorDocument, RemoteFailure, SaveError
 from pillion.wire.policy import Overlap
+from pillion.wire.save_messages import Destination
 from pillion_sidecar.arena.slots import Granted, SlotTable
 from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.supervisor import staging
@@ -47,7 +48,7 @@ class World:
         self.told.append((f"failed, more={more}", dict(error.failures)))
 
     def claim(self, rank: int) -> None:
-        assert isinstance(self.table.claim(STEP, rank, persist=True, destination={}), Granted)
+        assert isinstance(self.table.claim(STEP, rank, persist=True, destination=Destination()), Granted)
 
     def seal(self, rank: int) -> None:
         self.of.sealed(cast("Any", type("Client", (), {"rank": rank})()), STEP, 0.0)
@@ -91,7 +92,7 @@ def test_all_ranks_that_cannot_stage_are_told_when_every_rank_has_said_its_part(
 
 def test_a_rank_that_says_nothing_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then what is known is told; one that fails later is told to this pod alone, as the other pods have ended the save."""
-    monkeypatch.setattr(staging, "GATHER_S", 0.0)
+    monkeypatch.setattr(staging, "GATHER_TIMEOUT_S", 0.0)
 
     async def story() -> None:
         of = World(((0, 1, 2), (3,)))

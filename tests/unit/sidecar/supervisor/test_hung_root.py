@@ -25,7 +25,7 @@ def test_a_root_that_hangs_is_an_error_at_its_bound_and_the_loop_goes_on(
     hangs = threading.Event()
 
     async def ask() -> list[str]:
-        root = root_access.RootAccess()
+        root = root_access.RootAccess("")
         errors: list[str] = []
         first = asyncio.create_task(root.look_at("/lost", hangs.wait))
         for look in (first, root.look_at("/lost", lambda: None)):
@@ -61,7 +61,7 @@ def test_a_policy_file_on_storage_that_hangs_holds_up_nobody_else(
     os.mkfifo(path)  # whoever opens it waits for a writer
 
     async def ask() -> str:
-        root, nobody = root_access.RootAccess(), cast("Any", None)
+        root, nobody = root_access.RootAccess(""), cast("Any", None)
         own = settings.Settings(runtime_dir=str(tmp_path), embedded=True)
         try:
             await session_policy.SessionPolicy(own, root, nobody).begin(str(path))

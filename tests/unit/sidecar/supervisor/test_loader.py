@@ -38,7 +38,7 @@ def test_each_load_has_all_of_its_bound(monkeypatch: Any) -> None:
         pod = types.SimpleNamespace(segments={0: None, 1: None}, table=table)
         settings = types.SimpleNamespace(peer_timeout_s=Deadline.REPLY.s)
         trainers = types.SimpleNamespace(pod=pod)
-        of = loader.Loader(*cast("Any", (settings, trainers, None, None, None)))
+        of = loader.Loader(*cast("Any", (settings, trainers, None, None, None, None)))
         await of.ask(cast("TrainerConnection", Asking(0)), Load(layout="{}"))
         first = of._timer
         of.rank_lost(0)
@@ -63,7 +63,7 @@ def test_a_load_whose_trainers_have_ended_is_no_failure(here: bool, kind: str, f
     """A restart in the middle of a load is part of a restart: no condition and no Warning of it; who waits is answered in any case."""
     asking, sidecar_status = Asking(0), status.SidecarStatus()
     trainers = types.SimpleNamespace(pod=None, clients={0: asking if here else Asking(0)})
-    of = loader.Loader(*cast("Any", (None, trainers, None, None, sidecar_status)))
+    of = loader.Loader(*cast("Any", (None, trainers, None, None, None, sidecar_status)))
     of._fail({0: (cast("TrainerConnection", asking), Load(layout="{}"))}, ErrorDocument(kind, "why"))
     assert [each.reason for each in sidecar_status.failures] == (["LoadFailed"] if failed else [])
     assert len(asking.refused) == 1

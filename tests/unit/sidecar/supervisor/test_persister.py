@@ -16,7 +16,7 @@ from pillion.wire import arena, events, policy
 from pillion.wire.message import Message
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
-from pillion_sidecar.arena.slots import Granted, Phase
+from pillion_sidecar.arena.slots import Granted, SaveState
 from pillion_sidecar.concurrency import tasks as tasks_module
 from pillion_sidecar.executor.exchange import failures as failures_module
 from pillion_sidecar.status.metrics import Metrics
@@ -26,8 +26,15 @@ from pillion_sidecar.supervisor.executor_client import ExecutorClient
 from pillion_sidecar.supervisor.executor_process import ExecutorDied, ExecutorProcess
 from pillion_sidecar.supervisor.persister import Persister
 from pillion_sidecar.supervisor.trainers import Trainers
+from pillion_sidecar.supervisor.uploader import Uploader
 from support.deadlines import Deadline
 from support.identities import identity
+
+
+def no_uploader(trainers: Trainers) -> Uploader:
+    """One that nothing waits for."""
+    client: Any = None
+    return Uploader(SidecarStatus(), trainers, client, on_committed=lambda _: None, on_idle=lambda: None)
 
 
 class Broken:
@@ -62,7 +69,7 @@ def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: PodArena, dama
         trainers = Trainers(executor_client, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
         trainers.begin_session(pod)
         trainers.broadcast = lambda event, **_: told.append(event)  # type: ignore[method-assign] # there is no trainer
-        persister = Persister(SidecarStatus(), trainers, executor_client, lambda: None)
+        persister = Persister(SidecarStatus(), trainers, executor_client, no_uploader(trainers), lambda: None)
         if damaged:
             with Path(pod.segments[0].path).open("r+b") as file:
                 file.seek(pod.segments[0].header.slot_offset(pod.table.saves[1].slot))
@@ -74,7 +81,7 @@ def test_whatever_is_raised_ends_the_save_and_frees_its_slot(pod: PodArena, dama
 
     asyncio.run(scenario())
     assert [type(each) for each in told] == [events.SaveFailed]
-    assert pod.table.saves[1].phase is Phase.DONE
+    assert pod.table.saves[1].state is SaveState.DONE
     assert isinstance(pod.table.claim(2, 0, persist=True), Granted)
     pod.close()
 
@@ -97,7 +104,7 @@ def test_a_save_that_another_pod_dropped_counts_as_dropped_and_not_as_failed(
         executor_client: Any = Broken(caught.value)
         trainers = Trainers(executor_client, tasks, on_policy=lambda _: None, on_rescue=lambda _: None)
         trainers.begin_session(pod)
-        persister = Persister(sidecar_status, trainers, executor_client, lambda: None)
+        persister = Persister(sidecar_status, trainers, executor_client, no_uploader(trainers), lambda: None)
         persister.start(tasks)
         persister.wake()
         assert await persister.quiet(Deadline.REPLY.s)
@@ -117,7 +124,7 @@ def test_an_executor_that_cannot_be_started_for_a_while_is_started_then(
 ) -> None:
     """A sidecar that has no descriptor left at that moment tries again; and what stays so is the executor's death, which saves know."""
     monkeypatch.setattr(executor_client, "START_PAUSE_S", 0.0)
-    shortages = [OSError(24, "Too many open files")] * executor_client.START_TRIES
+    shortages = [OSError(24, "Too many open files")] * executor_client.START_ATTEMPTS
 
     async def start(_: ExecutorProcess) -> None:
         if shortages:

@@ -13,6 +13,7 @@ import pytest
 
 from pillion.wire import policy
 from pillion.wire.message import Message
+from pillion_sidecar import channel
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks
 from pillion_sidecar.status.status import SidecarStatus
@@ -63,13 +64,18 @@ class Scene:
             self.commit(step)
 
     def commit(self, step: int) -> None:
-        self.sidecar_status.committed(step, {"size_bytes": 1, "persist_s": 0.1, "commit_s": 0.1})
+        self.sidecar_status.committed(step, channel.Persisted(persist_s=0.1, commit_s=0.1))
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds of a fraction of a second, in the same order."""
-    for name, seconds in (("LAST_SAVE_S", 0.1), ("UNTIL_END_S", 0.3), ("SIGNAL_FOLLOWS_S", 0.05), ("POLL_S", 0.01)):
+    for name, seconds in (
+        ("LAST_SAVE_TIMEOUT_S", 0.1),
+        ("UNTIL_END_S", 0.3),
+        ("SIGNAL_FOLLOWS_S", 0.05),
+        ("POLL_S", 0.01),
+    ):
         monkeypatch.setattr(pod_end, name, seconds)
 
 

@@ -41,8 +41,8 @@ def test_a_child_that_has_ended_and_was_not_waited_for_lives_no_more() -> None:
 
 def test_trainers_that_come_back_are_waited_for_and_the_dead_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that lives and does not come is named at the bound; one that cannot be seen gets a shorter one."""
-    monkeypatch.setattr(returning, "RETURN_S", 0.1)
-    monkeypatch.setattr(returning, "RETURN_LIVING_S", 0.2)
+    monkeypatch.setattr(returning, "RETURN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(returning, "RETURN_LIVING_TIMEOUT_S", 0.2)
     monkeypatch.setattr(returning, "POLL_S", 0.001)
     assert wait([OURS], 3)[0] == []
     found, waited_s = wait([OURS, (0, 0)], 1_000_000)

@@ -16,7 +16,7 @@ from pillion.errors import ArenaExhausted, UsageError
 from pillion.wire import policy
 from pillion.wire.events import Notice
 from pillion.wire.message import Message
-from pillion.wire.save_messages import Claim, Claimed, Reserve, Reserved
+from pillion.wire.save_messages import Claim, Claimed, Destination, NamedWriter, Reserve, Reserved
 from pillion_sidecar import settings
 from pillion_sidecar.arena.pod_arena import PodArena
 from pillion_sidecar.concurrency import tasks as tasks_module
@@ -69,8 +69,8 @@ def test_an_arena_that_is_too_small_is_told_before_a_save_is_lost(tmp_path: Path
 def test_a_claim_in_a_pod_may_not_name_what_runs_in_the_sidecar(tmp_path: Path, embedded: bool) -> None:
     """Without a cluster both are one user's, and the trainer's writer is taken."""
     scene = Scene(tmp_path, embedded=embedded)
-    writer = {"name": "os:system", "arguments": {"command": "id"}}
-    claim = Claim(step=1, persist=True, room_bytes=100, destination={"path": None, "writer": writer})
+    writer = NamedWriter(name="os:system", arguments={"command": "id"})
+    claim = Claim(step=1, persist=True, room_bytes=100, destination=Destination(writer=writer))
     answers: list[Any] = []
     client: Any = scene
     scene.answer = lambda _, answer: answers.append(answer)  # type: ignore[attr-defined] # a client answers

@@ -1,11 +1,11 @@
 """
-Small messages to all pods of a job, in one order: a save or a change announced for a step, declined, or asked for.
+Signals: small messages to all pods of a job, in the same order everywhere. They announce, decline or request saves and changes.
 
-Called from: `executor.worker`. Over a store client of its own: the exchange's client may be waiting for a peer for minutes. Each
-pod looks for the next message a few times a second; nothing here is on the training path.
+Called from: `executor.worker`. It has a separate store client, because the exchange's client may wait for a peer for minutes. Each pod checks for
+the next message a few times a second. The training path does not use this module.
 
-A message reaches all pods or none: nothing is sent before every pod listens (ranks that heard of a change while others did not would
-save at different steps), and the successor of an executor goes on with the message after the last one that its predecessor passed on.
+A message reaches all pods or none. Nothing is sent before every pod listens; otherwise some ranks would know of a change and others not, and
+they would save at different steps. The successor of an executor continues with the first message that its predecessor did not deliver.
 """
 
 from __future__ import annotations
@@ -13,46 +13,37 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from pillion.errors import SidecarError
 from pillion_sidecar.executor.exchange import protocol
+from pillion_sidecar.executor.exchange.store_client import Store
 
 _log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5
-"""Between two looks, of two questions each. With checkpointer.LEAD_PODS_S (2 s) ahead, an announcement is there in time; 1,000 pods then
-ask the store 4,000 times a second, a fifth of what it answers."""
+"""Pause between two checks for a message. A check takes two requests. An announcement with a lead of checkpointer.LEAD_PODS_S (2 s) arrives in
+time. 1,000 pods send the store 4,000 requests a second, a fifth of its capacity."""
 KEPT_MESSAGES: Final = 64
-"""Messages that stay in the store for pods that look late."""
+"""Maximum messages that stay in the store, for pods that check late."""
 KEY: Final = "signals"
 LISTENING: Final = "listening"
 
 
-class Store(Protocol):
-    """What is used of a `torch.distributed.Store`."""
-
-    def add(self, key: str, amount: int) -> int: ...
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def delete_key(self, key: str) -> bool: ...
-
-
 class Signals:
     """
-    One pod's end.
+    Sends and receives the signals of one pod.
 
     Args:
-        store: the session's prefix of the store.
-        on_message: called with each message and its number, in their order.
+        store: the store, with the session's prefix.
+        on_message: called with the number and the content of each message, in order.
         pods: the first rank of every pod.
-        first_rank: this pod's.
-        seen: number of the last message that this pod has heard; None: it hears what comes from now on.
-        on_lost: called once, in the thread that looks, when the store is gone.
+        first_rank: the first rank of this pod.
+        seen: number of the last message that this pod has delivered. None: it receives messages from now on.
+        on_lost: called once, in the receiving thread, when the store is gone.
 
-    Owns: a thread that looks for messages until `close`.
+    Owns: the receiving thread, until `close`.
     """
 
     def __init__(
@@ -76,13 +67,15 @@ class Signals:
         self._thread = threading.Thread(target=self._watch, name="pillion-signals", daemon=True)
         self._thread.start()
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """
-        Tell every pod, this one too. Blocks: one round trip.
+        Send a message to every pod, including this one.
+
+        Blocks: for a few round trips to the store.
 
         Raises:
-            SidecarError: some pod does not listen yet; nothing was sent.
-            RuntimeError: the store is gone (torch's DistError is one).
+            SidecarError: a pod does not listen yet. Nothing was sent.
+            RuntimeError: the store is gone.
         """
         if self._awaited and not self._store.check(self._awaited):
             raise SidecarError("not every pod of the job listens yet")
@@ -97,14 +90,14 @@ class Signals:
         while not self._closed.wait(POLL_S):
             try:
                 if not self._store.check([KEY]):
-                    # The coordinator has forgotten the session: it is over, and `add` would make the key anew.
+                    # The coordinator has deleted the key, because the session is over. `add` would create it again.
                     return
                 newest = self._store.add(KEY, 0)
-                # A message that was deleted already, or whose sender died between its two steps, is passed over.
+                # A message that was already deleted is skipped.
                 self._seen = max(self._seen, newest - KEPT_MESSAGES)
                 while self._seen < newest and self._store.check([f"{KEY}/{self._seen + 1}"]):
                     self._seen += 1
-                    self._on_message(self._seen, protocol.decode(bytes(self._store.get(f"{KEY}/{self._seen}"))))
+                    self._on_message(self._seen, protocol.decode(self._store.get(f"{KEY}/{self._seen}")))
             except (RuntimeError, ValueError) as err:
                 _log.warning("this pod no longer receives announcements of other pods: %s", str(err).splitlines()[0])
                 if not self._closed.is_set():
@@ -113,7 +106,7 @@ class Signals:
 
     def forget(self) -> None:
         """
-        (coordinator) Delete the session's keys; it is over in every pod.
+        (coordinator) Delete the session's keys. The session is over in every pod.
 
         Raises:
             RuntimeError: the store is gone.
@@ -124,6 +117,6 @@ class Signals:
             self._store.delete_key(key)
 
     def close(self) -> None:
-        """Stop looking. Blocks: up to POLL_S and one round trip."""
+        """Stop receiving. Blocks: up to POLL_S and one round trip."""
         self._closed.set()
         self._thread.join(POLL_S * 10)

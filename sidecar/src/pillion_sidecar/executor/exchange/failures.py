@@ -1,7 +1,8 @@
 """
-How a save's failures travel between pods: rank -> `RemoteFailure`, as documents of the exchange.
+Converts the failures of a save (rank -> `RemoteFailure`) to documents of the exchange and back.
 
-Called from: `executor.save.persist`, `executor.save.dcp_writer`. Every pod ends a save with the same failures; a rank whose part went well is not in them.
+Called from: `executor.save.persist`, `executor.save.dcp_writer`. Every pod ends a save with the same failures. Ranks without a failure are not in
+them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def documents(failures: Mapping[int, RemoteFailure]) -> dict[str, Any]:
 
 
 def of_missing(err: BarrierTimeout) -> dict[int, RemoteFailure]:
-    """Those who did not arrive failed."""
+    """Return a failure for each rank that did not arrive."""
     text = f"did not arrive at {err.phase!r} within {err.waited_s:.1f} s"
     return {rank: RemoteFailure("BarrierTimeout", text) for rank in err.missing}
 
 
 def collect(documents: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailure]:
-    """The failures in the documents of all pods."""
+    """Return the failures in the documents of all pods."""
     return {
         int(rank): RemoteFailure.from_document(failure)
         for document in documents.values()
@@ -40,11 +41,11 @@ def collect(documents: Mapping[int, Mapping[str, Any]]) -> dict[int, RemoteFailu
 
 def raise_told(decision: Mapping[str, Any], step: int) -> None:
     """
-    End the save here when the coordinator's decision says that it failed.
+    Raise the failure of the save that the coordinator's decision contains. Return if it contains none.
 
     Raises:
-        SaveSkipped: another pod dropped it, as the policy's `overlap` says.
-        SaveError: with the failures of every failed rank.
+        SaveSkipped: another pod has dropped the save, by the policy's `overlap`.
+        SaveError: the save failed. Has the failures of every failed rank.
     """
     failures = collect({0: decision})
     if not failures:

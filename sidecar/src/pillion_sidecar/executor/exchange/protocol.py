@@ -1,15 +1,15 @@
 """
-How the pods of a job tell each other about a save or a load: small documents under named phases.
+The protocol of the exchange: the pods of a job send each other small documents about a save or a load, under named phases.
 
-Called from: the executor. Three implementations: `LocalExchange` here (all ranks in one pod: a dict), `StoreExchange` in
-`executor.exchange.tcpstore` (a prefix of the job's TCPStore), `StorageExchange` in `executor.exchange.storage` (files, when the store is lost).
+Called from: the executor. There are three implementations: `LocalExchange` here (all ranks in one pod: a dict), `StoreExchange` in
+`executor.exchange.tcpstore` (a prefix of the job's TCPStore), `StorageExchange` in `executor.exchange.storage` (files, if the store is lost).
 The coordinator is the pod of rank 0.
 
     every pod:    post(phase, document)
     coordinator:  collect(phase) -> {pod: document}, decide, publish(phase, document)
     every pod:    receive(phase) -> document
 
-Posting twice overwrites: an executor that died is repeated by its successor from the start, with the same keys.
+A second post overwrites the first: the successor of a dead executor repeats its work from the start, with the same keys.
 """
 
 from __future__ import annotations
@@ -24,45 +24,46 @@ Document = dict[str, Any]
 
 
 PIECE_S: Final = 1.0
-"""How long a wait for others goes on before it asks whether it is to go on (`SlicedExchange`): a store that does not answer is noticed
-this long, and its bound, after the question; a session that ended is left within it."""
+"""Length of the slices of a wait for peers. Between two slices, the wait checks whether the session has ended, or the peers use the exchange on
+storage by now (`SlicedExchange`)."""
 
 
 def nothing() -> None:
-    """For a wait that nobody interrupts."""
+    """Do nothing between two slices, for a wait that nothing interrupts."""
 
 
 class StoreLost(SidecarError):
-    """The store that the pods meet in is gone, for all of them: it lived in a process that ended."""
+    """The job's store is gone for all pods, because its process has ended."""
 
 
 class Exchange(Protocol):
     """
-    See the module. All waits are bounded by `timeout_s` and end in `BarrierTimeout`, which names the missing ranks; any call
-    may raise `StoreLost`.
+    Documents of one session, by phase and pod. See the module.
+
+    `timeout_s` bounds every wait. Then the wait raises `BarrierTimeout`, which names the missing ranks. Any call may raise `StoreLost`.
     """
 
     def post(self, phase: str, document: Document) -> None:
-        """(every pod) Say this pod's part."""
+        """(every pod) Post this pod's document."""
 
     def collect(self, phase: str, timeout_s: float) -> dict[int, Document]:
-        """(coordinator) Wait for all pods' parts, by the pod's first rank."""
+        """(coordinator) Wait for the documents of all pods. Return them by the pod's first rank."""
 
     def publish(self, phase: str, document: Document) -> None:
-        """(coordinator; a layout: the pod that has it) Say what everybody may read."""
+        """(coordinator; for a layout the pod that has it) Publish a document for all pods."""
 
     def receive(self, phase: str, timeout_s: float) -> Document:
-        """(every pod) Wait for the decision."""
+        """(every pod) Wait for the published document, and return it."""
 
     def forget(self, phases: Sequence[str]) -> None:
-        """(coordinator) Delete all that was posted and published under phases that every pod has left."""
+        """(coordinator) Delete all posted and published documents of phases that every pod has left."""
 
     def unpublish(self, phases: Sequence[str]) -> None:
-        """(coordinator) Delete what was published, and never posted, under these names."""
+        """(coordinator) Delete the published documents under names that have no posted ones."""
 
 
 class SlicedExchange(Exchange, Protocol):
-    """An exchange whose waits call `look` each PIECE_S or more often; what that raises ends them. All three are."""
+    """An exchange whose waits call `look` at least each PIECE_S. An error of `look` ends the wait. All three implementations are sliced."""
 
     def collect(self, phase: str, timeout_s: float, look: Callable[[], None] = nothing) -> dict[int, Document]: ...
 
@@ -70,7 +71,7 @@ class SlicedExchange(Exchange, Protocol):
 
 
 class LocalExchange:
-    """One pod has all ranks: nothing to wait for."""
+    """The exchange of a job of one pod: a dict. Nothing is waited for."""
 
     def __init__(self, first_rank: int) -> None:
         self._first_rank = first_rank
@@ -109,8 +110,10 @@ def encode(document: Mapping[str, Any]) -> bytes:
 
 def decode(data: bytes) -> Document:
     """
+    Read a document.
+
     Raises:
-        ValueError: not a document; somebody else writes into our prefix.
+        ValueError: not a document, as another program writes under these keys.
     """
     try:
         document = json.loads(data)

@@ -1,10 +1,10 @@
 """
-What the executor waits for at this moment, since when, and how long that may take: what tells a slow storage from one that hangs.
+The watchdog: notes what the executor waits for, since when, and with which timeout. It tells slow storage from storage that hangs.
 
-Called from: the running operation (`begins`, `idle`) and the thread that answers pings (`report`). A write that never returns cannot time
-out by itself: the supervisor sees it in the answer to its ping, says so while it lasts, and replaces this process at the bound.
+Called from: the running operation (`begins`, `idle`) and the thread that answers pings (`report`). A write that never returns cannot time out by
+itself. The supervisor sees it in the answer to its ping, reports it while it lasts, and replaces this process at the timeout.
 
-What is watched moves on with every block, phase and answer, so that the bound is one for standing still, not for the whole.
+Each block, phase and answer restarts the time. So the timeout bounds a standstill, not the whole operation.
 """
 
 from __future__ import annotations
@@ -12,35 +12,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from pillion.errors import BarrierTimeout
 from pillion_sidecar.executor.exchange import protocol
-from pillion_sidecar.waits import WaitKind
+from pillion_sidecar.waits import Wait, WaitKind
 
 T = TypeVar("T")
 
 SLOWEST_BYTES_PER_S: Final = 10e6
-"""A sync may take the storage's bound, and this rate for what it has to write out: a tenth of the slowest network disk."""
+"""Rate by which a sync's timeout grows with its bytes: a tenth of the slowest network disk."""
 LOOK_S: Final = 5.0
-"""How often one who waits for others looks whether they meet elsewhere by now. A thousand pods look at storage 200 times a second."""
+"""Interval at which a wait for peers checks whether they use the exchange on storage by now. A thousand pods check 200 times a second."""
 
 
 class SessionLeft(BaseException):
     """
-    The trainers that this is done for are gone, and others wait. Like `asyncio.CancelledError` no `Exception`: no boundary on the way
-    takes it for a failure, which peers were to be told.
+    The session of this operation is over, and another one waits.
+
+    Not an `Exception`, like `asyncio.CancelledError`, so that no boundary on the way treats it as a failure and reports it to peers.
     """
 
 
 class Watchdog:
     """
-    See the module.
+    The current waits of the executor. See the module.
 
     Args:
-        storage_timeout_s: how long storage may stand still.
-        store_timeout_s: how long the job's store may take for one answer.
-        is_over: whether the session has ended, so that whoever waits for its other pods leaves.
+        storage_timeout_s: timeout for a standstill of the storage.
+        store_timeout_s: timeout for one answer of the job's store.
+        is_over: returns whether the session has ended, so that waits for its other pods end.
     """
 
     def __init__(
@@ -49,52 +50,58 @@ class Watchdog:
         self.storage_timeout_s = storage_timeout_s
         self.store_timeout_s = store_timeout_s
         self.is_over = is_over
-        # By thread: the coordinator makes `.metadata` beside its writing, and asks its peers for it.
-        self._now: dict[int, tuple[str, str, float, float]] = {}
+        # By thread, because the coordinator makes `.metadata` beside its writing, and waits for its peers meanwhile.
+        self._now: dict[int, tuple[WaitKind, str, float, float]] = {}
 
-    def begins(self, kind: str, what: str, bound_s: float) -> None:
-        """From now on this thread waits for `what`."""
+    def begins(self, kind: WaitKind, what: str, bound_s: float) -> None:
+        """Note that this thread begins to wait for `what`, with a timeout of `bound_s`."""
         self._now[threading.get_ident()] = (kind, what, time.monotonic(), bound_s)
 
     def storage(self, what: str, size_bytes: int = 0) -> None:
-        """From now on this thread waits for storage, which has to make `size_bytes` durable."""
+        """Note that this thread begins to wait for storage, which must make `size_bytes` durable."""
         self.begins(WaitKind.STORAGE, what, self.storage_timeout_s + size_bytes / SLOWEST_BYTES_PER_S)
 
     def store(self, what: str, timeout_s: float = 0.0) -> None:
-        """From now on this thread waits for the job's store, which may take `timeout_s` itself."""
+        """Note that this thread begins to wait for the job's store, whose request itself may wait for `timeout_s`."""
         self.begins(WaitKind.PEERS, what, timeout_s + self.store_timeout_s)
 
     def moved(self) -> None:
-        """Storage has answered: whoever waits for it begins anew."""
+        """Restart the time of all waits for storage, because it has answered."""
         for thread, (kind, what, _, bound_s) in list(self._now.items()):
-            if kind == WaitKind.STORAGE:
+            if kind is WaitKind.STORAGE:
                 self._now[thread] = (kind, what, time.monotonic(), bound_s)
 
     def idle(self) -> None:
-        """This thread waits for nothing any more."""
+        """Note that this thread no longer waits."""
         self._now.pop(threading.get_ident(), None)
 
-    def report(self) -> dict[str, Any] | None:
-        """What is waited for, as it goes into a pong: what is nearest to its bound. None: nothing."""
+    def look(self) -> None:
+        """Raise SessionLeft if the session has ended."""
+        if self.is_over():
+            raise SessionLeft("the session is over")
+
+    def report(self) -> Wait | None:
+        """Return the wait that is nearest to its timeout. None if no thread waits."""
         now_s = time.monotonic()
-        # A copy: other threads go on meanwhile.
-        waits = [(now_s - since, bound_s, kind, what) for kind, what, since, bound_s in list(self._now.values())]
-        if not waits:
-            return None
-        for_s, bound_s, kind, what = max(waits, key=lambda each: each[0] - each[1])
-        return {"kind": kind, "what": what, "for_s": for_s, "bound_s": bound_s}
+        # A copy, because other threads change the dict meanwhile.
+        waits = [
+            Wait(kind=kind, what=what, for_s=now_s - since, bound_s=bound_s)
+            for kind, what, since, bound_s in list(self._now.values())
+        ]
+        return max(waits, key=lambda each: each.for_s - each.bound_s, default=None)
 
 
 class WatchedExchange:
     """
-    An exchange whose calls are watched. A wait for others is made in pieces (`exchange.PIECE_S`), each of which the store has to end
-    in time.
+    An exchange whose calls the watchdog watches. Waits for peers are sliced (`protocol.PIECE_S`), and the store must answer each slice in time.
 
     Args:
-        moved: whether other pods meet elsewhere by now; asked when somebody has not come yet.
+        inner: the exchange.
+        watch: the watchdog.
+        moved: returns whether other pods use the exchange on storage by now. It is called while a peer is missing.
 
     Raises:
-        SessionLeft: any wait; the session ended meanwhile.
+        SessionLeft: any wait, if the session has ended meanwhile.
     """
 
     def __init__(
@@ -144,7 +151,7 @@ class WatchedExchange:
             self._watch.idle()
 
     def _raise_if_moved(self, phase: str, cause: BarrierTimeout | None = None) -> None:
-        # A look at storage, which may hang as well as a write.
+        # Watched as a wait for storage, because this check may hang like a write.
         self._watch.storage("look whether other pods meet there")
         if self._moved():
             raise protocol.StoreLost(f"{cause or phase}: other pods do not meet in the job's store any more") from cause

@@ -1,16 +1,15 @@
 """
-Which checkpoint a load takes. Called from: `executor.load.restore`, in the pod of rank 0.
+The choice of the checkpoint that a load takes. Called from: `executor.load.restore`, in the pod of rank 0.
 
-The newest is the one that was committed (or sealed) last: by the generation of its session, then the loads of that session, then its step.
-So a rollback lasts: what was ahead of it belongs to a branch that was left, until somebody loads it by its number.
+The newest checkpoint is the one that was committed (or sealed) last. Checkpoints are ordered by the generation of their session, then by the
+number of loads in that session, then by step. So a rollback lasts: a later step of the abandoned branch is taken only when it is loaded by number.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from pillion.errors import (
     CorruptCheckpoint,
@@ -20,43 +19,52 @@ from pillion.errors import (
     NoCheckpoint,
     PillionError,
 )
-from pillion.wire import names
+from pillion.wire.load_messages import Tier
 from pillion.wire.policy import OnMissing, RestoreMode
-from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
-from pillion_sidecar.checkpoint.commit import Order
+from pillion.wire.remarks import Remarks
+from pillion_sidecar.arena import image
+from pillion_sidecar.checkpoint import catalog, milestones, retention
 from pillion_sidecar.executor.exchange import protocol
+from pillion_sidecar.executor.load import directory
 from pillion_sidecar.executor.load.request import Request
 from pillion_sidecar.executor.session import Context
 from pillion_sidecar.storage import reading
-
-ARENA: Final = "arena"
-STORAGE: Final = "storage"
+from pillion_sidecar.storage.folder import Folder
+from pillion_sidecar.storage.generation import Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What all pods hold in memory."""
+    """The snapshots that all pods hold in memory."""
 
     whole: Mapping[int, Order]
-    """Steps that hold all that is wanted -> when they were sealed."""
+    """Steps that every pod can load from memory or from its disk -> their place in the order of seals."""
+    on_disk: Collection[int] = ()
+    """Steps of `whole` that some pod has on its disk only."""
     partial: Collection[int] = ()
-    """Of these, the ones without some of it, where the load is not strict."""
+    """Steps of `whole` that lack a part of the state. Only a load that is not strict has them."""
     misfits: Mapping[int, tuple[str, Order]]
-    """Steps that some pod cannot use -> why not, and when they were sealed."""
+    """Steps that some pod cannot use -> the reason, and their place in the order of seals."""
 
 
 def gathered(offers: Mapping[int, Mapping[str, Any]]) -> Memory:
-    """One picture of the memory of all pods, from what each offers. Pure."""
-    every = [{int(step): entry for step, entry in offer[ARENA].items()} for offer in offers.values()]
+    """Combine the offers of all pods into one view of their memory. Pure."""
+    every = [{int(step): entry for step, entry in offer["arena"].items()} for offer in offers.values()]
     shared = set.intersection(*(set(held) for held in every)) if every else set()
     # Two pods may hold one step of two branches: never mixed.
     alike = {step for step in shared if len({tuple(held[step]["order"]) for held in every}) == 1}
     misfits: dict[int, tuple[str, Order]] = {}
+    for step in sorted(alike):
+        if len({held[step].get("content", "") for held in every}) > 1:
+            # Each pod has names of its own, so no pod has the whole state.
+            alike.discard(step)
+            misfits[step] = ("the pods hold different parts of the state in memory", _order(every[0][step]["order"]))
     for offer in offers.values():
         for step, entry in offer["misfits"].items():
             misfits.setdefault(int(step), (str(entry["why"]), _order(entry["order"])))
     return Memory(
         whole={step: _order(every[0][step]["order"]) for step in alike},
+        on_disk={step for step in alike if any(held[step].get("disk") for held in every)},
         partial={step for step in alike if any(held[step]["partial"] for held in every)},
         misfits=misfits,
     )
@@ -68,16 +76,16 @@ def _order(entry: Any) -> Order:
 
 def choose(context: Context, request: Request, phase: str, refused: Mapping[str, str]) -> dict[str, Any]:
     """
-    (coordinator) What every pod loads next, as a document.
+    (coordinator) Choose the checkpoint that every pod loads next. Return the choice as a document.
 
     Blocks: peer_timeout_s for the slowest pod's offer; for the listing of the root.
 
     Raises:
-        exchange.StoreLost. Any other error is in the document.
+        exchange.StoreLost: the store is gone. Any other error is in the document.
     """
     choice: dict[str, Any] = {
         "step": None,
-        "tier": "",
+        "tier": Tier.FRESH,
         "path": "",
         "refused": dict(refused),
         "error": None,
@@ -85,6 +93,8 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
         "passed_over": {},
         "set_aside": [],
         "order": [0, 0],
+        "remarks": {},
+        "elsewhere": False,
     }
     try:
         offers = context.exchange.collect(f"{phase}/offer", context.peer_timeout_s)
@@ -93,12 +103,19 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
             raise LoadError(not_shared)
         for offer in offers.values():
             choice["refused"] |= {f"arena:{step}": str(why) for step, why in offer["torn"].items()}
-        if request.path is not None:
-            return choice | _of_directory(context, request.path, refused)
         memory = gathered(offers)
+        if request.path is not None:
+            own = directory.own_steps(context, request, request.path)
+            return choice | directory.choose(context, request, request.path, refused) | {"set_aside": sorted(own)}
         choice["arena"] = sorted(memory.whole)
         committed = _committed(context)
-        choice["refused"] |= missing(milestones.remembered(context.root), memory.whole, committed)
+        remembered = milestones.remembered(context.root) if context.root is not None else None
+        torn = any(offer["torn"] for offer in offers.values())
+        if not (committed or memory.whole or memory.misfits or torn or remembered) and request.step is None:
+            begun = directory.of_another_job(context, request, refused)
+            if begun is not None:
+                return choice | begun
+        choice["refused"] |= missing(remembered, memory.whole, committed)
         picked = pick(
             memory=memory,
             committed=committed,
@@ -106,22 +123,22 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
             step=_wanted_step(context, request),
             fresh=context.restore.mode is RestoreMode.NONE and request.step is None,
             on_missing=context.restore.on_missing,
-            root=context.root,
+            root=str(context.root or ""),
         )
     except protocol.StoreLost:
         raise
     except NoCheckpoint as err:
-        # A step that a call of find() names may be missing: the answer is None. What the policy demands may not: who finds nothing begins
-        # from nothing, and never comes to the load that would refuse it.
-        asks = request.find and request.step is not None
-        choice["error"] = None if asks else ErrorDocument.from_exception(err).to_document()
+        # find(step) answers None for a missing step. A checkpoint that the policy demands is an error here too: a script whose find() answers
+        # None starts from nothing, and would never call the load() that refuses.
+        may_be_missing = request.find and request.step is not None
+        choice["error"] = None if may_be_missing else ErrorDocument.from_exception(err).to_document()
     except PillionError as err:
         choice["error"] = ErrorDocument.from_exception(err).to_document()
     except OSError as err:
         choice["error"] = ErrorDocument("LoadError", f"cannot list {context.root}: {err}").to_document()
     else:
         if picked is not None:
-            choice |= _described(context, *picked, memory, committed, choice["refused"])
+            choice |= _described(context, request, *picked, memory, committed, choice["refused"])
     finally:
         context.watch.idle()
     return choice
@@ -129,55 +146,41 @@ def choose(context: Context, request: Request, phase: str, refused: Mapping[str,
 
 def _described(
     context: Context,
+    request: Request,
     step: int,
-    tier: str,
+    tier: Tier,
     memory: Memory,
-    committed: Mapping[int, commit.Order],
+    committed: Mapping[int, Order],
     refused: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What the document says of the step that was picked."""
-    order = committed[step] if tier == STORAGE else memory.whole[step]
+    """Return the part of the choice's document that describes the picked step."""
+    order = committed[step] if tier is Tier.STORAGE else memory.whole[step]
+    said, saved_ns = _remarks(context, request, step, tier)
     return {
         "step": step,
         "tier": tier,
-        "path": context.step_path(step) if tier == STORAGE else "",
+        # Of a copy on the disks the path says that storage has it as well.
+        "path": str(context.step_folder(step)) if tier is not Tier.ARENA and committed.get(step) == order else "",
         "order": list(order),
         "passed_over": passed_over(memory, (order, step)),
         "set_aside": set_aside(committed, refused, step),
+        "remarks": said.to_document(),
+        "saved_ns": saved_ns,
     }
 
 
-DIRECTORY_STEP: Final = 0
-"""What a checkpoint is called that is loaded by its directory: its own step is a matter of whoever saved it."""
-
-
-def _of_directory(context: Context, path: str, refused: Mapping[str, str]) -> dict[str, Any]:
-    """
-    The checkpoint in a directory, whatever else there is.
-
-    Raises:
-        NoCheckpoint: nothing is committed there.
-        CorruptCheckpoint: it was refused.
-    """
-    where = f"{STORAGE}:{DIRECTORY_STEP}"
-    if where in refused:
-        raise CorruptCheckpoint(
-            f"the checkpoint in {path} is corrupt: {refused[where]}", reasons={path: refused[where]}
-        )
-    context.watch.storage(f"look at {path}")
-    marker = os.path.join(path, names.COMMIT_MARKER)
-
-    def there() -> bool:
-        try:
-            os.stat(marker)
-        except (FileNotFoundError, NotADirectoryError):
-            # One that was interrupted between its last part and its commit is finished first, as a listing of the root does.
-            return os.path.isdir(path) and commit.finish(path) is not None
-        return True
-
-    if not reading.retried(path, there):
-        raise NoCheckpoint(f"there is no checkpoint in {path}: it has no {names.COMMIT_MARKER}")
-    return {"step": DIRECTORY_STEP, "tier": STORAGE, "path": path}
+def _remarks(context: Context, request: Request, step: int, tier: Tier) -> tuple[Remarks, int]:
+    """Return what the script said about the save: the manifest's, or rank 0's in memory; and when the save began. 0: not known here."""
+    if tier is Tier.STORAGE:
+        described = catalog.manifest_of(context.step_folder(step))
+        return (Remarks(), 0) if described is None else (described.remarks, described.started_ns)
+    if step not in request.arena:
+        # Rank 0's pod has it on its disk alone.
+        return (Remarks() if context.disk is None else context.disk.remarks(step)), 0
+    try:
+        return context.reader.read(context.segments[context.first_rank], request.arena[step], step=step).remarks, 0
+    except image.TornSlot:
+        return Remarks(), 0  # the load finds the damage
 
 
 def _wanted_step(context: Context, request: Request) -> int | None:
@@ -187,11 +190,14 @@ def _wanted_step(context: Context, request: Request) -> int | None:
 
 
 def _committed(context: Context) -> dict[int, Order]:
-    context.watch.storage(f"list {context.root}")
-    return reading.retried(context.root, lambda: _list(context.root))
+    root = context.root
+    if root is None:
+        return {}
+    context.watch.storage(f"list {root}")
+    return reading.retried(root, lambda: _list(root))
 
 
-def _list(root: str) -> dict[int, Order]:
+def _list(root: Folder) -> dict[int, Order]:
     retention.put_back(root)
     catalog.finish_interrupted(root)
     return catalog.committed(root)
@@ -201,26 +207,26 @@ def missing(
     remembered: tuple[int, Order] | None, arena: Mapping[int, Order], committed: Mapping[int, Order]
 ) -> dict[str, str]:
     """
-    The newest commit, when it is not on storage any more and nothing as new is in memory: refused, with the reason. Pure.
+    Refuse the newest commit if storage has lost it and memory holds no snapshot as new. Return it with the reason. Pure.
 
-    So an older checkpoint is never taken in silence, and a start from nothing never follows a loss.
+    So a load never takes an older checkpoint silently, and never starts from nothing after a loss.
     """
     if remembered is None:
         return {}
-    lost, at = remembered
-    if lost in committed or any((order, step) >= (at, lost) for step, order in arena.items()):
+    lost, lost_order = remembered
+    if lost in committed or any((order, step) >= (lost_order, lost) for step, order in arena.items()):
         return {}
     return {f"storage:{lost}": "was committed as the newest, and is not there any more"}
 
 
 def passed_over(memory: Memory, chosen: tuple[Order, int]) -> dict[str, str]:
-    """Snapshots that are newer than what is loaded, and why they are not used. Pure."""
+    """Return the snapshots that are newer than the chosen checkpoint, with the reason why each is not used. Pure."""
     newer = {step: why for step, (why, order) in memory.misfits.items() if (order, step) > chosen}
     return {f"arena:{step}": why for step, why in sorted(newer.items())}
 
 
 def set_aside(committed: Mapping[int, Order], refused: Mapping[str, str], step: int) -> list[int]:
-    """Committed steps ahead of the one that is loaded: of a branch that is left with it. Pure."""
+    """Return the committed steps ahead of the loaded one. They belong to the branch that this load abandons. Pure."""
     return sorted(each for each in committed if each > step and f"storage:{each}" not in refused)
 
 
@@ -233,24 +239,25 @@ def pick(
     fresh: bool,
     on_missing: OnMissing,
     root: str,
-) -> tuple[int, str] | None:
+) -> tuple[int, Tier] | None:
     """
-    Step and tier to load, or None for a fresh start. Pure.
+    Pick the step and the tier to load, or None for a fresh start. Pure.
 
-    The newest by order and step; of one checkpoint the arena wins, as it is faster, unless it has less of what is wanted. What was refused
-    is out; when only refused ones are left, or ones that do not fit, it is an error, never a fresh start.
+    The newest checkpoint by order and step wins. If it is in memory and on storage, memory wins, as it is faster, unless it lacks a part of the
+    state. Refused checkpoints do not count. If only refused checkpoints are left, or ones that do not fit, that is an error, never a fresh start.
 
     Raises:
         NoCheckpoint, CorruptCheckpoint, IncompatibleCheckpoint.
     """
     if fresh:
         return None
+    tiers = {s: Tier.LOCAL if s in memory.on_disk else Tier.ARENA for s in memory.whole}
     candidates = [
-        (order, s, -1 if s in memory.partial else 1, ARENA)
+        (order, s, -1 if s in memory.partial else 1, tiers[s])
         for s, order in memory.whole.items()
-        if f"arena:{s}" not in refused and s not in memory.misfits
+        if f"{tiers[s]}:{s}" not in refused and s not in memory.misfits
     ]
-    candidates += [(order, s, 0, STORAGE) for s, order in committed.items() if f"storage:{s}" not in refused]
+    candidates += [(order, s, 0, Tier.STORAGE) for s, order in committed.items() if f"storage:{s}" not in refused]
     misfits = {s: why for s, (why, _) in memory.misfits.items()}
     if step is not None:
         candidates = [candidate for candidate in candidates if candidate[1] == step]

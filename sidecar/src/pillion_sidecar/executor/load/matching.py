@@ -1,7 +1,7 @@
 """
-What a checkpoint has of what a state dict wants, and what it has besides. Pure; by names, shapes and dtypes.
+Comparison of a checkpoint with the state dict to fill: by names, shapes and dtypes. Finds what is missing and what is unexpected. Pure.
 
-Called from: `executor.load.fill` (storage), `executor.load.snapshot` (memory), `executor.load.restore` (the pods together).
+Called from: `executor.load.fill` (storage), `executor.load.snapshot` (memory), `executor.load.restore` (all pods together).
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ from dataclasses import dataclass
 from typing import Final
 
 from pillion.errors import IncompatibleCheckpoint
-from pillion.wire import layout
+from pillion.wire import layout, manifest
 
 MISMATCHES_SHOWN: Final = 20
-"""Names listed in an error's text; the error's field has all."""
-UNEXPECTED_MOST: Final = 256
-"""Names that are reported as not asked for. They are the shortest prefixes, so that a model of a hundred layers has some hundreds at most."""
+"""Names that the text of an error lists. The field of the error has all."""
+MAX_UNEXPECTED: Final = 256
+"""Maximum of names that are reported as unexpected. They are shortest prefixes, so a model of a hundred layers has some hundreds at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of the checkpoint, as far as its fit is concerned."""
+    """The dtype and the shape of a tensor in the checkpoint."""
 
     dtype: str
     size: tuple[int, ...]
 
 
+def tensors_in(chunks: Mapping[str, Sequence[manifest.StoredChunk]]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their names. `chunks`: FQN -> its chunks, at least one."""
+    return {fqn: Tensor(each[0].dtype, each[0].size) for fqn, each in chunks.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What of a rank's wishes a checkpoint fulfils."""
+    """The part of a rank's state dict that a checkpoint can fill."""
 
     layout: layout.Layout
-    """The wanted layout in the dtypes of the checkpoint, without what is missing."""
+    """The wanted layout in the dtypes of the checkpoint, without missing tensors and leaves."""
     dtypes: Mapping[str, str]
-    """FQN -> the checkpoint's dtype, where it is another than the wanted one."""
+    """FQN -> the checkpoint's dtype, where it differs from the wanted one."""
     missing: tuple[str, ...] = ()
     """FQNs that the checkpoint does not have."""
 
@@ -46,34 +51,34 @@ def match(
     wanted: layout.Layout, tensors: Mapping[str, Tensor], opaque: Collection[str], *, strict: bool, where: str
 ) -> Match:
     """
-    Compare what is wanted with what there is.
+    Compare the layout of a state dict with a checkpoint.
 
     Args:
         wanted: layout of the state dict to fill.
-        tensors: FQN -> what the checkpoint has.
-        opaque: FQNs of its leaves that are no tensors.
-        strict: what is missing is an error.
-        where: the checkpoint's name, for the error's text.
+        tensors: FQN -> tensor of the checkpoint.
+        opaque: FQNs of the checkpoint's leaves that are not tensors.
+        strict: a missing name is an error.
+        where: the checkpoint's name, for the text of the error.
 
     Raises:
-        IncompatibleCheckpoint: names, shapes or kinds do not fit; lists what is missing and what nothing asked for, so that a rename shows.
+        IncompatibleCheckpoint: names, shapes or kinds do not fit. The text lists missing and unexpected names, so a rename is easy to see.
     """
     problems: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     items = []
     missing: dict[str, None] = {}
     for item in wanted.items:
-        there = tensors.get(item.fqn)
-        if there is None and item.fqn in opaque:
+        tensor = tensors.get(item.fqn)
+        if tensor is None and item.fqn in opaque:
             problems[item.fqn] = "is no tensor there"
-        elif there is None:
+        elif tensor is None:
             missing[item.fqn] = None
-        elif there.size != item.size:
-            problems[item.fqn] = f"has shape {list(there.size)} there, {list(item.size)} here"
+        elif tensor.size != item.size:
+            problems[item.fqn] = f"has shape {list(tensor.size)} there, {list(item.size)} here"
         else:
-            if there.dtype != item.dtype:
-                dtypes[item.fqn] = there.dtype
-            items.append(dataclasses.replace(item, dtype=there.dtype))
+            if tensor.dtype != item.dtype:
+                dtypes[item.fqn] = tensor.dtype
+            items.append(dataclasses.replace(item, dtype=tensor.dtype))
     for fqn in wanted.opaque:
         if fqn in opaque:
             continue
@@ -83,13 +88,13 @@ def match(
             missing[fqn] = None
     wrong = problems | (dict.fromkeys(missing, "is not in it") if strict else {})
     if wrong:
-        beside = unexpected([*tensors, *opaque], names_of(wanted))
+        not_wanted = unexpected([*tensors, *opaque], names_of(wanted))
         text = f"{where} does not fit: " + _shown([f"{fqn!r} {why}" for fqn, why in wrong.items()])
-        if missing and beside:
-            text += "; it has, and nothing here asks for: " + _shown([repr(fqn) for fqn in beside])
+        if missing and not_wanted:
+            text += "; it has, and nothing here asks for: " + _shown([repr(fqn) for fqn in not_wanted])
         raise IncompatibleCheckpoint(text, fqns=list(wrong))
-    left = tuple(fqn for fqn in wanted.opaque if fqn not in missing)
-    return Match(layout.Layout(tuple(items), left, wanted.paths), dtypes, tuple(missing))
+    leaves = tuple(fqn for fqn in wanted.opaque if fqn not in missing)
+    return Match(layout.Layout(tuple(items), leaves, wanted.paths), dtypes, tuple(missing))
 
 
 def _shown(entries: Sequence[str]) -> str:
@@ -103,24 +108,25 @@ def names_of(rank_layout: layout.Layout) -> set[str]:
 
 def unexpected(stored: Iterable[str], asked: Collection[str]) -> list[str]:
     """
-    What the checkpoint has and nobody asked for, as the shortest dotted prefixes under which nothing was asked for. At most
-    UNEXPECTED_MOST.
+    Return the names in the checkpoint that nobody asked for, at most MAX_UNEXPECTED.
+
+    Each is shortened to the shortest dotted prefix under which nobody asked for any name.
     """
     left = [fqn for fqn in stored if fqn not in asked]
     if not left:  # the usual case, and the prefixes of a hundred thousand names take 0.3 s
         return []
     above = {prefix for fqn in asked for prefix in _prefixes(fqn)}
     prefixes = {next((prefix for prefix in _prefixes(fqn) if prefix not in above), fqn) for fqn in left}
-    return sorted(prefixes)[:UNEXPECTED_MOST]
+    return sorted(prefixes)[:MAX_UNEXPECTED]
 
 
 def common(lists: Sequence[Collection[str]]) -> list[str]:
-    """What every one of these lists of prefixes covers: asked for by no rank of the job. At most UNEXPECTED_MOST."""
+    """Return the prefixes that every list covers, at most MAX_UNEXPECTED: no rank of the job asked for them."""
     shared = set(lists[0]) if lists else set()
     for each in lists[1:]:
         others = set(each)
         shared = {fqn for fqn in shared if _covers(others, fqn)} | {fqn for fqn in others if _covers(shared, fqn)}
-    return sorted(shared)[:UNEXPECTED_MOST]
+    return sorted(shared)[:MAX_UNEXPECTED]
 
 
 def _covers(prefixes: Collection[str], fqn: str) -> bool:
@@ -128,7 +134,7 @@ def _covers(prefixes: Collection[str], fqn: str) -> bool:
 
 
 def _prefixes(fqn: str) -> Iterable[str]:
-    """The dotted prefixes of a name, the shortest first; the name itself comes last."""
+    """Yield the dotted prefixes of a name, the shortest first. The name itself comes last."""
     end = fqn.find(".")
     while end >= 0:
         yield fqn[:end]
@@ -136,6 +142,6 @@ def _prefixes(fqn: str) -> Iterable[str]:
     yield fqn
 
 
-def fingerprint(*what: object) -> str:
-    """A short text that is equal where `what` is: for ranks to learn whether all would report the same."""
-    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
+def fingerprint(*values: object) -> str:
+    """Return a short digest of the values. Ranks compare digests to learn whether all would report the same."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,21 +1,21 @@
 """
-The whole of: what the supervisor asks the executor to load, or only to look for.
+The request for a load, as the executor works on it: the message `channel.Load`, with its layouts decoded.
 
-Producer: `supervisor.loader`. Consumer: `executor.load.restore`, `executor.load.choose`, `executor.load.snapshot`, `executor.load.fill`.
+Producer: `executor.worker`. Consumer: `executor.load.restore`, `executor.load.choose`, `executor.load.snapshot`, `executor.load.fill`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pillion.wire import layout
+from pillion_sidecar import channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What one local rank wants filled."""
+    """The layout of the state dict that one local rank wants filled."""
 
     rank: int
     layout: layout.Layout
@@ -23,7 +23,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the supervisor asks for."""
+    """See the module."""
 
     step: int | None
     wanted: tuple[Wanted, ...]
@@ -31,35 +31,51 @@ class Request:
     """step -> slot that every local rank has sealed."""
     orders: Mapping[int, tuple[int, int]]
     """step -> (generation, epoch) in which it was sealed; see `commit.Order`."""
-    strangers: tuple[tuple[int, int, tuple[int, int]], ...]
-    """Snapshots of another world that were found in the arena: step, number of ranks, order."""
+    strangers: tuple[channel.Stranger, ...]
+    """Snapshots of another world that are in the arena."""
     spare_slot: int
-    """A slot that may be filled; NO_SLOT: one is taken once the pods have agreed on what to fill it with."""
+    """Slot that may be filled; NO_SLOT: a slot is taken when the pods have agreed on the checkpoint."""
     near: Mapping[int, int] = field(default_factory=dict)
-    """rank -> process of its trainer, which memory for it is to be near to."""
+    """rank -> process id of its trainer. Memory for the rank is allocated near that process."""
     strict: bool = True
-    """What the checkpoint does not have is an error; else it is left as it is, and named."""
+    """True: a name that the checkpoint lacks is an error. False: the tensor keeps its value, and the name is reported."""
     find: bool = False
-    """Only choose: read nothing, fill nothing."""
+    """Only choose a checkpoint. Read nothing, fill nothing."""
     path: str | None = None
-    """The checkpoint in this directory, and no other; None: one of the root or of memory."""
+    """Directory of the only checkpoint that counts; None: any checkpoint of the root or of memory."""
+    below: bool = False
+    """True: `path` may be the root of a run. Then the checkpoints below it count."""
+    whole: bool = False
+    """True: the wanted layouts have whole tensors, and nothing but the slot changes by the load."""
+    prefixes: tuple[str, ...] = ()
+    """With `find` and `whole`: the dotted names whose content is wanted. Empty: all."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints that an earlier read of the same call has found corrupt."""
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Request:
+    def from_message(cls, message: channel.Load) -> Request:
+        """
+        Return the request that a message asks for.
+
+        Raises:
+            ValueError: a layout cannot be read.
+        """
         return cls(
-            step=document.get("step"),
+            step=message.step,
             wanted=tuple(
-                Wanted(rank=int(rank), layout=layout.decode(str(encoded).encode()))
-                for rank, encoded in sorted(document["layouts"].items(), key=lambda entry: int(entry[0]))
+                Wanted(rank=rank, layout=layout.decode(encoded.encode()))
+                for rank, encoded in sorted(message.layouts.items())
             ),
-            arena={int(step): int(slot) for step, slot in document["arena"].items()},
-            orders={int(step): (int(order[0]), int(order[1])) for step, order in document["orders"].items()},
-            strangers=tuple(
-                (int(step), int(ranks), (int(order[0]), int(order[1]))) for step, ranks, order in document["strangers"]
-            ),
-            spare_slot=int(document["spare_slot"]),
-            near={int(rank): int(pid) for rank, pid in document["near"].items()},
-            strict=bool(document["strict"]),
-            find=bool(document["find"]),
-            path=document.get("path"),
+            arena=message.arena,
+            orders=message.orders,
+            strangers=message.strangers,
+            spare_slot=message.spare_slot,
+            near=message.near,
+            strict=message.strict,
+            find=message.find,
+            path=message.path,
+            below=message.below,
+            whole=message.whole,
+            prefixes=message.prefixes,
+            refused=message.refused,
         )

@@ -1,23 +1,24 @@
 """
-Loading from the arena: which snapshots have what is wanted, and handing one over. Called from: `executor.load.restore`.
+Loading from the arena: finds the snapshots that fit the request, and hands one to the trainers. Called from: `executor.load.restore`.
 
-A snapshot of exactly the wanted layout is read by the trainer where it lies. One that has all of it in another layout (more leaves, another
-order, other dtypes) is copied into the spare slot as it is wanted. Either is verified against the digests that were taken after its seal.
+If a snapshot has exactly the wanted layout, the trainer reads it in its own slot. If it has the state in another layout (more leaves, another
+order, other dtypes), it is copied into the spare slot in the wanted layout. Both are verified against the digests that were taken after the seal.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
 
 from pillion.errors import IncompatibleCheckpoint
 from pillion.wire import arena, layout
+from pillion.wire.load_messages import LoadBegin, LoadProgress, OpaqueLeaves, Tier
+from pillion_sidecar import channel
 from pillion_sidecar.arena import image
 from pillion_sidecar.checkpoint import catalog
-from pillion_sidecar.executor.load import fill, matching
+from pillion_sidecar.executor.load import fill, matching, whole
 from pillion_sidecar.executor.load.request import Request, Wanted
 from pillion_sidecar.executor.session import Context, Progress
 from pillion_sidecar.storage import digest
@@ -25,31 +26,39 @@ from pillion_sidecar.storage import digest
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the arena of this pod has for a load."""
+    """The snapshots in this pod's arena, sorted by their use for a load."""
 
     usable: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """step -> its order, and whether it lacks some of what is wanted (`partial`)."""
+    """step -> the snapshot's order, and whether it lacks a part of the state (`partial`). For a request of whole tensors also a fingerprint
+    (`content`)."""
     torn: dict[int, str] = field(default_factory=dict)
-    """step -> what is wrong with a slot that was sealed."""
+    """step -> the damage of a sealed slot."""
     misfits: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """step -> why it is whole and yet not usable, and its order."""
+    """step -> the reason why a whole snapshot is not usable, and its order."""
 
     def to_document(self) -> dict[str, Any]:
         return {"arena": self.usable, "torn": self.torn, "misfits": self.misfits}
 
 
 def offer(context: Context, request: Request) -> Offer:
-    """Look at every snapshot that all local ranks have sealed."""
+    """Compare every snapshot that all local ranks have sealed with the request."""
     offered = Offer()
-    for step, num_ranks, born in request.strangers:
-        offered.misfits[step] = {
-            "why": f"the snapshot of step {step} in memory is of {num_ranks} ranks, and there are {context.world_size} now: only through"
-            " storage could these share it out",
-            "order": list(born),
+    for stranger in request.strangers:
+        offered.misfits[stranger.step] = {
+            "why": f"the snapshot of step {stranger.step} in memory is of {stranger.world_size} ranks, and there are {context.world_size} now:"
+            " only through storage could these share it out",
+            "order": list(stranger.order),
         }
     for step, slot in request.arena.items():
         order = list(request.orders.get(step, (0, 0)))
         try:
+            if request.whole:
+                offered.usable[step] = {
+                    "order": order,
+                    "partial": False,
+                    "content": _content(context, request, slot, step),
+                }
+                continue
             partial = [_missing(context, request, slot, step, rank) for rank in context.local_ranks]
         except image.TornSlot as err:
             offered.torn[step] = str(err)
@@ -60,31 +69,65 @@ def offer(context: Context, request: Request) -> Offer:
     return offered
 
 
-def _missing(context: Context, request: Request, slot: int, step: int, rank: int) -> tuple[str, ...]:
+def together(context: Context, slot: int, step: int) -> whole.Together:
     """
-    What a rank's snapshot does not have of what is wanted.
+    Return the snapshots of all local ranks in this slot.
 
     Raises:
-        images.TornSlot, IncompatibleCheckpoint.
+        image.TornSlot, IncompatibleCheckpoint.
+    """
+    images = [context.reader.read(context.segments[rank], slot, step=step) for rank in context.local_ranks]
+    for rank, slot_image in zip(context.local_ranks, images, strict=True):
+        _check_rank(context, slot_image, rank)
+    return whole.Together(images, step)
+
+
+def _content(context: Context, request: Request, slot: int, step: int) -> str:
+    """
+    Return a fingerprint of what the local ranks hold for a request of whole tensors. Pods with equal ones hold the same names.
+
+    Raises:
+        image.TornSlot; IncompatibleCheckpoint: the pod does not hold all of it.
+    """
+    held = together(context, slot, step)
+    if not request.find:
+        for wanted in request.wanted[:1]:  # every rank asks for the same
+            held.match(wanted.layout)
+        return ""
+    content = held.content(request.prefixes)
+    items = sorted((item.fqn, item.dtype, item.size) for item in content.items)
+    return matching.fingerprint(items, sorted(content.opaque))
+
+
+def _missing(context: Context, request: Request, slot: int, step: int, rank: int) -> tuple[str, ...]:
+    """
+    Return the wanted names that a rank's snapshot lacks.
+
+    Raises:
+        image.TornSlot, IncompatibleCheckpoint.
     """
     slot_image = context.reader.read(context.segments[rank], slot, step=step)
-    header = slot_image.header
-    if header.rank != rank or header.world_size != context.world_size:
-        raise IncompatibleCheckpoint(
-            f"it is of rank {header.rank} of {header.world_size}, this is rank {rank} of {context.world_size}"
-        )
+    _check_rank(context, slot_image, rank)
     wanted = next((each for each in request.wanted if each.rank == rank), None)
     if wanted is None or wanted.layout.digest == slot_image.layout.digest:
         return ()
     return match(wanted, slot_image.layout, step, strict=request.strict).missing
 
 
+def _check_rank(context: Context, slot_image: image.SlotImage, rank: int) -> None:
+    header = slot_image.header
+    if header.rank != rank or header.world_size != context.world_size:
+        raise IncompatibleCheckpoint(
+            f"it is of rank {header.rank} of {header.world_size}, this is rank {rank} of {context.world_size}"
+        )
+
+
 def match(wanted: Wanted, has: layout.Layout, step: int, *, strict: bool) -> matching.Match:
     """
-    What of a rank's wishes its own snapshot fulfils. Pure.
+    Compare a rank's state dict with the rank's own snapshot. Pure.
 
     Raises:
-        IncompatibleCheckpoint: as `matching.match`; or the ranks cut a tensor otherwise now, for which storage is needed.
+        IncompatibleCheckpoint: as `matching.match`; or the tensors are sharded otherwise now, which only a load from storage can handle.
     """
     where = f"the snapshot of step {step} in the memory of rank {wanted.rank}"
     tensors = {item.fqn: matching.Tensor(item.dtype, item.size) for item in has.items}
@@ -102,11 +145,14 @@ def match(wanted: Wanted, has: layout.Layout, step: int, *, strict: bool) -> mat
 
 def from_arena(context: Context, request: Request, slot: int, step: int, progress: Progress) -> dict[int, fill.Filled]:
     """
-    Hand a snapshot over to every local rank, every item verified.
+    Hand a snapshot to every local rank, and verify every item.
 
     Raises:
         catalog.Damaged: an item does not match its digest.
     """
+
+    if request.whole:
+        return _from_all(context, request, slot, step, progress)
 
     def hand_over(wanted: Wanted) -> tuple[int, fill.Filled]:
         try:
@@ -114,7 +160,7 @@ def from_arena(context: Context, request: Request, slot: int, step: int, progres
         except image.TornSlot as err:
             raise catalog.Damaged(str(err)) from err
         if slot_image.layout.digest == wanted.layout.digest:
-            return wanted.rank, _as_it_lies(slot_image, wanted, progress)
+            return wanted.rank, _as_it_lies(slot_image, wanted, progress, first=context.checked.count(slot_image))
         return wanted.rank, _copied(context, request, slot_image, wanted, step, progress)
 
     with futures.ThreadPoolExecutor(max(1, min(len(request.wanted), os.cpu_count() or 1)), "pillion-verify") as pool:
@@ -122,20 +168,21 @@ def from_arena(context: Context, request: Request, slot: int, step: int, progres
 
 
 def needs_spare(context: Context, request: Request, slot: int) -> bool:
-    """Whether some local rank's snapshot has another layout than is wanted."""
-    return any(
+    """Return whether the snapshot of some local rank has another layout than the wanted one."""
+    return request.whole or any(
         context.reader.read(context.segments[wanted.rank], slot).layout.digest != wanted.layout.digest
         for wanted in request.wanted
     )
 
 
-def _as_it_lies(slot_image: image.SlotImage, wanted: Wanted, progress: Progress) -> fill.Filled:
+def _as_it_lies(slot_image: image.SlotImage, wanted: Wanted, progress: Progress, *, first: int) -> fill.Filled:
+    """Hand over a snapshot in its own slot. `first`: index of the first archive that is not verified yet."""
     digests = image.known_digests(slot_image)
-    progress({"type": "load_begin", "rank": wanted.rank, "tier": "arena", "slot": slot_image.slot, "dtypes": {}})
-    # The copy goes on beside the verification, and counts only when that has passed: reading memory twice in turn would
-    # take twice as long. An item that fails refuses the snapshot as a whole, and the next round copies everything again.
-    progress({"type": "load_progress", "rank": wanted.rank, "upto": len(slot_image.layout.items)})
-    for index, _ in enumerate(slot_image.extents()):
+    progress(channel.LoadBegun(rank=wanted.rank, begin=LoadBegin(tier=Tier.ARENA, slot=slot_image.slot)))
+    # The trainer copies while this verifies: one after the other would take twice as long. The copy counts only if every item passes. If an item
+    # fails, the snapshot is refused, and the next round copies everything again.
+    progress(channel.LoadMoved(rank=wanted.rank, progress=LoadProgress(upto=len(slot_image.layout.items))))
+    for index in range(first, slot_image.num_leaves):
         _verify(slot_image, index, digests, wanted.rank)
     return fill.Filled(opaque=_opaque(slot_image, wanted.layout))
 
@@ -147,31 +194,79 @@ def _copied(
     matched = match(wanted, has, step, strict=request.strict)
     target = matched.layout
     digests = image.known_digests(slot_image)
-    memory = fill.begin(context, request, wanted.rank, matched, progress, tier="arena")
+    memory = fill.begin(context, request, wanted.rank, matched, progress, tier=Tier.ARENA)
     source = slot_image.memory
-    where = {item.key: index for index, item in enumerate(has.items)}
+    source_indexes = {item.key: index for index, item in enumerate(has.items)}
     ready = fill.Ready(len(target.items), wanted.rank, target, progress)
     for index, item in enumerate(target.items):
-        there = where[item.key]
-        _verify(slot_image, there, digests, wanted.rank)
-        start, into, length = has.payload_starts[there], target.payload_starts[index], item.payload_bytes
-        memory[into : into + length] = source[start : start + length]
+        source_index = source_indexes[item.key]
+        _verify(slot_image, source_index, digests, wanted.rank)
+        start, target_start, length = has.payload_starts[source_index], target.payload_starts[index], item.payload_bytes
+        memory[target_start : target_start + length] = source[start : start + length]
         ready.mark(index)
     opaque = frozenset(target.opaque)
     for index, fqn in enumerate(has.opaque):
         if fqn in opaque:
             _verify(slot_image, len(has.items) + index, digests, wanted.rank)
-    beside = matching.unexpected(matching.names_of(has), matching.names_of(wanted.layout))
-    return fill.Filled(opaque=_opaque(slot_image, target), match=matched, unexpected=beside)
+    not_wanted = matching.unexpected(matching.names_of(has), matching.names_of(wanted.layout))
+    return fill.Filled(opaque=_opaque(slot_image, target), match=matched, unexpected=not_wanted)
+
+
+def _from_all(context: Context, request: Request, slot: int, step: int, progress: Progress) -> dict[int, fill.Filled]:
+    """Put whole tensors together from the snapshots of all local ranks, into the spare slot of each."""
+    try:
+        held = together(context, slot, step)
+    except image.TornSlot as err:
+        raise catalog.Damaged(str(err)) from err
+    verified: set[tuple[int, int]] = set()
+
+    def verify(part: whole.Part, index: int) -> None:
+        rank = part.image.header.rank
+        if (rank, index) not in verified:
+            _verify(part.image, index, image.known_digests(part.image), rank)
+            verified.add((rank, index))
+
+    def put_together(wanted: Wanted) -> tuple[int, fill.Filled]:
+        matched = held.match(wanted.layout)
+        target = matched.layout
+        leaves = [held.leaf(fqn) for fqn in target.opaque]
+        for leaf in leaves:
+            verify(leaf, len(leaf.image.layout.items) + leaf.index)
+        lengths = [leaf.image.opaque_lengths[leaf.index] for leaf in leaves]
+        memory = fill.begin(
+            context, request, wanted.rank, matched, progress, tier=Tier.ARENA, opaque_bytes=sum(lengths)
+        )
+        ready = fill.Ready(len(target.items), wanted.rank, target, progress)
+        for index, item in enumerate(target.items):
+            parts = list(held.chunks(item.fqn))
+            for part in parts:
+                verify(part, part.index)
+            whole.copy(parts, target, index, memory)
+            ready.mark(index)
+        place = target.tensors_bytes
+        starts = []
+        for leaf, length in zip(leaves, lengths, strict=True):
+            start = leaf.image.opaque_starts[leaf.index]
+            memory[place : place + length] = leaf.image.memory[start : start + length]
+            starts.append(place)
+            place += length
+        segment = context.segments[wanted.rank]
+        base = segment.header.slot_offset(request.spare_slot) + arena.PAGE_BYTES
+        opaque = OpaqueLeaves(file=segment.path, starts=tuple(base + start for start in starts), lengths=tuple(lengths))
+        return wanted.rank, fill.Filled(opaque=opaque, match=matched)
+
+    return dict(map(put_together, request.wanted))
 
 
 def _verify(slot_image: image.SlotImage, index: int, digests: list[str] | None, rank: int) -> None:
     """
+    Compare an item of a snapshot with its digest.
+
     Raises:
-        catalog.Damaged.
+        catalog.Damaged: the item does not match.
     """
     if digests is None:
-        # Killed between its seal and its digests: layout and manifest matched, there is nothing to hold the rest against.
+        # The sidecar was killed between the seal and the digests. Layout and trailer matched; nothing else can be compared.
         return
     slot_layout = slot_image.layout
     num_items = len(slot_layout.items)
@@ -184,8 +279,8 @@ def _verify(slot_image: image.SlotImage, index: int, digests: list[str] | None, 
         raise catalog.Damaged(f"{name!r} in the arena's slot {slot_image.slot} of rank {rank} changed since its seal")
 
 
-def _opaque(slot_image: image.SlotImage, target: layout.Layout) -> Mapping[str, Any]:
-    """Where the trainer finds its opaque leaves: in the snapshot itself, which the load keeps where it is."""
+def _opaque(slot_image: image.SlotImage, target: layout.Layout) -> OpaqueLeaves:
+    """Return the place of the trainer's opaque leaves: the snapshot itself, whose slot the load does not change."""
     places = {
         fqn: (start, length)
         for fqn, start, length in zip(
@@ -193,8 +288,8 @@ def _opaque(slot_image: image.SlotImage, target: layout.Layout) -> Mapping[str, 
         )
     }
     base = slot_image.segment.header.slot_offset(slot_image.slot) + arena.PAGE_BYTES
-    return {
-        "file": slot_image.segment.path,
-        "starts": [base + places[fqn][0] for fqn in target.opaque],
-        "lengths": [places[fqn][1] for fqn in target.opaque],
-    }
+    return OpaqueLeaves(
+        file=slot_image.segment.path,
+        starts=tuple(base + places[fqn][0] for fqn in target.opaque),
+        lengths=tuple(places[fqn][1] for fqn in target.opaque),
+    )

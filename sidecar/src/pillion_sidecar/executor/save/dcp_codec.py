@@ -1,7 +1,7 @@
 """
-Objects of a DCP `StorageWriter` as JSON, to cross from one pod's executor to another's without a pickle.
+The codec for objects of a DCP `StorageWriter`: as JSON they go from one pod's executor to another's, without a pickle.
 
-Called from: `executor.save.dcp_writer`, with several pods only. Pure, no torch: what torch has of its own comes in as atoms.
+Called from: `executor.save.dcp_writer`, with several pods only. Pure, and without torch: types of torch are passed in as atoms.
 Must never build an object of a class that neither DCP nor the writer's own module defines.
 
     | value                                  | document                                        |
@@ -30,12 +30,12 @@ DCP_PACKAGE: Final = "torch.distributed.checkpoint"
 
 
 class CodecError(TypeError):
-    """An object that cannot cross between pods, or a document that no codec of ours wrote."""
+    """An object cannot be sent to another pod, or no codec has written a document."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A type that is sent as one value of simpler types."""
+    """A type whose values are sent as one value of a simpler type."""
 
     tag: str
     kind: type
@@ -56,11 +56,11 @@ _ATOMS: Final = (
 
 class Codec:
     """
-    Encodes and decodes for one writer.
+    Encodes and decodes the objects of one writer.
 
     Args:
-        writer: the writer's name, for messages.
-        module: the module whose dataclasses and enums may cross besides DCP's.
+        writer: name of the writer, for messages.
+        module: module whose dataclasses and enums may be sent, besides DCP's.
         atoms: further types.
     """
 
@@ -73,8 +73,10 @@ class Codec:
 
     def encode(self, value: object) -> Any:
         """
+        Return an object as a document.
+
         Raises:
-            CodecError: an object of another type; names it and the writer.
+            CodecError: the type of an object cannot be sent. Names the type and the writer.
         """
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
@@ -87,7 +89,7 @@ class Codec:
         if isinstance(value, enum.Enum):
             return {"=": "enum", "c": self._name(kind), "v": value.name}
         if dataclasses.is_dataclass(value):
-            # What is not set yet stays unset: a dataclass may fill a field later.
+            # A field without a value is left out: the dataclass may set it later.
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
             return {
                 "=": "object",
@@ -101,8 +103,10 @@ class Codec:
 
     def decode(self, document: Any) -> Any:
         """
+        Return the object of a document.
+
         Raises:
-            CodecError: the document names a class that may not cross, or is no document.
+            CodecError: the document names a class that may not be sent, or is not a document of this codec.
         """
         if isinstance(document, list):
             return [self.decode(each) for each in document]
@@ -118,17 +122,17 @@ class Codec:
             kind = self._class(document["c"])
             made = object.__new__(kind)
             for name, each in document["v"].items():
-                # Past a frozen dataclass's guard and past any __init__ of its own (MetadataIndex has one).
+                # This bypasses a frozen dataclass's guard, and the class's own __init__ (MetadataIndex has one).
                 object.__setattr__(made, name, self.decode(each))
             return made
         raise CodecError(f"{self._writer}: the document {document!r:.80} is none of this codec")
 
     def encode_plan(self, plan: Any, own: Sequence[Any], paths: Mapping[str, Any]) -> dict[str, Any]:
         """
-        A rank's SavePlan: an item that both sides can make from the rank's layout is its number and its index hint.
+        Return a rank's SavePlan as a document. An item that both pods can make from the rank's layout is sent as its number and its index hint.
 
         Raises:
-            CodecError: the writer put something into it that cannot cross.
+            CodecError: the writer has put an object into the plan that cannot be sent.
         """
         places = {item.index: place for place, item in enumerate(own)}
         items: list[Any] = []
@@ -145,10 +149,10 @@ class Codec:
 
     def decode_plan(self, document: Mapping[str, Any], own: Sequence[Any], paths: Mapping[str, Any]) -> dict[str, Any]:
         """
-        The fields of a SavePlan.
+        Return the fields of a SavePlan.
 
         Raises:
-            CodecError, KeyError, TypeError, IndexError: no plan of this codec.
+            CodecError, KeyError, TypeError, IndexError: the document is not a plan of this codec.
         """
         items = []
         for entry in document["items"]:
@@ -179,7 +183,7 @@ class Codec:
             raise CodecError(f"{self._writer}: a class of {module} may not come from another pod")
         attribute: Any = importlib.import_module(module)
         for part in qualname.split("."):
-            # A module that is merely imported there is no class of the module.
+            # A module that this module only imports does not belong to it.
             attribute = (
                 None
                 if isinstance(attribute, types.ModuleType) and attribute.__name__ != module

@@ -1,7 +1,7 @@
 """
-DCP's plans of a save through somebody else's `StorageWriter`: the items of each rank, and their data as views of the arena.
+DCP's plans for a save through a named `StorageWriter`: the items of each rank, and their data as views of the arena.
 
-Called from: `executor.save.dcp_writer`. Pure, but for the arena memory that it hands out.
+Called from: `executor.save.dcp_writer`. Pure, except that it returns views of arena memory.
 Source: torch 2.15, torch/distributed/checkpoint/planner.py and default_planner.py.
 """
 
@@ -25,7 +25,7 @@ from pillion_sidecar.executor import plan as plan_module
 
 
 def write_items(slot_layout: layout.Layout, opaque_lengths: Sequence[int]) -> list[dcp_planner.WriteItem]:
-    """DCP's items of a rank: one for each item of the layout, then one for each opaque leaf."""
+    """Return the DCP items of a rank: one for each item of the layout, then one for each opaque leaf."""
     items = []
     for item in slot_layout.items:
         offsets, sizes, size = torch.Size(item.offsets), torch.Size(item.sizes), torch.Size(item.size)
@@ -49,9 +49,9 @@ def write_items(slot_layout: layout.Layout, opaque_lengths: Sequence[int]) -> li
 
 def global_plan(plans: Mapping[int, SavePlan], layouts: Mapping[int, layout.Layout]) -> tuple[list[SavePlan], Metadata]:
     """
-    The plans of all ranks without replicas, and the checkpoint's metadata.
+    Return the plans of all ranks without replicas, and the checkpoint's metadata.
 
-    An item that a writer made itself stays: only its maker knows what it is.
+    An item that the writer has added itself stays: only the writer knows what it is.
 
     Raises:
         PlanError: the layouts contradict one another.
@@ -76,9 +76,9 @@ def global_plan(plans: Mapping[int, SavePlan], layouts: Mapping[int, layout.Layo
 
 class ArenaPlanner(SavePlanner):
     """
-    One rank's planner: the items are those of its layout, and their data are views of the arena.
+    The planner of one rank: its items are those of the rank's layout, and their data are views of the arena.
 
-    Must never copy a tensor: a view by `frombuffer` has a storage of its own size, so that no writer clones it.
+    Must never copy a tensor. A view by `frombuffer` has a storage of its own size, so that no writer clones it.
     """
 
     def __init__(self, slot_image: image.SlotImage, layouts: Mapping[int, layout.Layout]) -> None:
@@ -88,7 +88,7 @@ class ArenaPlanner(SavePlanner):
         self._places = {item.index: place for place, item in enumerate(self.items)}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing: the state is in the slot."""
+        """Do nothing: the state is in the slot."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(list(self.items), planner_data=dict(self._slot_image.layout.paths))
@@ -101,10 +101,10 @@ class ArenaPlanner(SavePlanner):
 
     def resolve_data(self, write_item: dcp_planner.WriteItem) -> torch.Tensor | io.BytesIO:
         """
-        The data of an item: a view of arena memory, or a copy of an opaque leaf's bytes.
+        Return the data of an item: a view of arena memory, or a copy of an opaque leaf's bytes.
 
         Raises:
-            KeyError: the plan asks for what is not in this rank's state.
+            KeyError: the plan names an item that is not in this rank's state.
         """
         slot_image = self._slot_image
         slot_layout = slot_image.layout

@@ -1,7 +1,7 @@
 """
-One save through somebody else's DCP `StorageWriter`. Called from: `executor.worker`, one at a time.
+One save through a DCP `StorageWriter` that the user names. Called from: `executor.worker`, one save at a time.
 
-One writer object for each local rank and save, each in a thread of its own, in DCP's order of calls:
+Each local rank and save has its own writer object, which is used in its own thread, in DCP's order of calls:
 
     every rank    reset(checkpoint_id), storage_meta, set_up_storage_writer, prepare_local_plan --> post "plan"
     coordinator   collect, plan and dedup, prepare_global_plan --> publish
@@ -9,8 +9,9 @@ One writer object for each local rank and save, each in a thread of its own, in 
     coordinator   collect, finish(metadata, results of all ranks) --> publish the outcome
     every pod     receive the outcome
 
-Within a pod objects are passed as they are, across pods as documents (`executor.save.dcp_codec`). Whatever a hook raises, also a
-BaseException, is that rank's failure; what the coordinator's own hooks raise is rank 0's. A writer that hangs ends at a bound.
+Within a pod objects are passed as they are; between pods they are sent as documents (`executor.save.dcp_codec`). Any exception of a hook,
+also a BaseException, is a failure of its rank. An exception of the coordinator's own hooks is a failure of rank 0. A timeout ends a writer
+that hangs.
 Source: torch 2.15, torch/distributed/checkpoint/state_dict_saver.py (`_save_state_dict`) and storage.py.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -31,20 +33,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from pillion.errors import BarrierTimeout, RemoteFailure
 from pillion.wire import layout
+from pillion_sidecar import channel
 from pillion_sidecar.arena import image
-from pillion_sidecar.checkpoint import catalog, commit, milestones, retention
+from pillion_sidecar.checkpoint import catalog, commit, facts, milestones, retention
 from pillion_sidecar.executor import plan as plan_module
 from pillion_sidecar.executor.exchange import failures as failures_module
 from pillion_sidecar.executor.save import dcp_codec, writer_class
 from pillion_sidecar.executor.save import persist as persist_module
 from pillion_sidecar.executor.save.dcp_planner import ArenaPlanner, write_items
-from pillion_sidecar.executor.save.request import Request
 from pillion_sidecar.executor.session import Context
+from pillion_sidecar.storage import generation as generations
+from pillion_sidecar.storage.local import LocalFolder
 
 _log = logging.getLogger(__name__)
 
 PHASES_OF_A_DECISION: Final = 3
-"""A pod that has posted waits for the slowest pod's hooks, the coordinator's own and its decision: each has one bound."""
+"""Number of phases that a pod waits for after its post: the slowest pod's hooks, the coordinator's hooks, and its decision. Each has one timeout."""
 
 T = TypeVar("T")
 
@@ -74,25 +78,25 @@ ATOMS: Final = (
 # --- the save ----------------------------------------------------------------------------------------------------------
 
 
-def persist(context: Context, request: Request) -> dict[str, Any]:
+def persist(context: Context, request: channel.Persist, *, retained: bool) -> channel.Persisted:
     """
     Run one save through the writer that the destination names.
 
+    Args:
+        retained: whether the save goes to the policy's root. Then the policy's retention applies to it.
+
     Blocks: peer_timeout_s for the planning hooks and each agreement, persist_timeout_s for writing and for `finish`.
 
-    Returns:
-        The outcome: path, size_bytes, persist_s, commit_s.
-
     Raises:
-        SaveError: with the failures of exactly the ranks that failed.
+        SaveError: the save failed. Has the failures of exactly the failed ranks.
     """
     started = time.monotonic()
     phase = persist_module.phase_of(context, request.step, persist=True)
     slot_images, failures = persist_module.read_slots(context, request)
-    save = _Save(context, request, phase, slot_images)
+    save = _Save(context, request, phase, slot_images, retained=retained)
     try:
         plans = save.plan(failures)
-        # The digests for a restore from the arena, beside the writing, as in Pillion's own path.
+        # The digests for a restore from memory are made during the writes, as in Pillion's own save.
         digesting = futures.ThreadPoolExecutor(1, "pillion-digest")
         digests = [digesting.submit(_digest, slot_image) for slot_image in slot_images.values()]
         try:
@@ -109,12 +113,12 @@ def persist(context: Context, request: Request) -> dict[str, Any]:
         failures_module.raise_told(outcome, request.step)
     finally:
         save.close()
-    return {
-        "path": save.path or "",
-        "size_bytes": int(outcome["size_bytes"]),
-        "persist_s": durable - started,
-        "commit_s": time.monotonic() - durable,
-    }
+    return channel.Persisted(
+        path=save.path or "",
+        size_bytes=int(outcome["size_bytes"]),
+        persist_s=durable - started,
+        commit_s=time.monotonic() - durable,
+    )
 
 
 def _digest(slot_image: image.SlotImage) -> None:
@@ -122,7 +126,7 @@ def _digest(slot_image: image.SlotImage) -> None:
 
 
 class _Rank:
-    """One local rank's writer and planner, used in one thread only."""
+    """The writer and the planner of one local rank. One thread alone uses them."""
 
     def __init__(self, rank: int, planner: ArenaPlanner) -> None:
         self.rank = rank
@@ -138,24 +142,30 @@ class _Rank:
 
 
 class _Save:
-    """One save in this pod. See the module."""
+    """One save of this pod. See the module."""
 
     def __init__(
-        self, context: Context, request: Request, phase: str, slot_images: Mapping[int, image.SlotImage]
+        self,
+        context: Context,
+        request: channel.Persist,
+        phase: str,
+        slot_images: Mapping[int, image.SlotImage],
+        *,
+        retained: bool,
     ) -> None:
         self._context = context
         self._phase = phase
         self._slot_images = slot_images
-        destination = request.destination or {}
-        self.path: str | None = destination.get("path")
+        destination = request.destination
+        if destination is None or destination.writer is None:
+            raise AssertionError("a save without a writer is Pillion's own")
+        self.path = destination.path
         self._step = request.step
-        self._retained = bool(destination.get("retained"))
-        named = destination["writer"]
-        self._name = str(named["name"])
-        self._arguments: Mapping[str, Any] = dict(named.get("arguments") or {})
+        self._retained = retained
+        self._name, self._arguments = destination.writer.name, destination.writer.arguments
         self._codec = dcp_codec.Codec(self._name, self._name.partition(":")[0], ATOMS)
         self._layouts: dict[int, layout.Layout] = {}
-        """(coordinator) rank -> its layout, for all ranks."""
+        """(coordinator) Rank -> its layout, for all ranks."""
         self._ranks = {
             rank: _Rank(rank, ArenaPlanner(slot_image, self._layouts)) for rank, slot_image in slot_images.items()
         }
@@ -167,13 +177,13 @@ class _Save:
 
     def close(self) -> None:
         for rank in self._ranks.values():
-            # A writer that hangs keeps its thread; nobody waits for it.
+            # A writer that hangs keeps its thread. No other thread waits for it.
             rank.thread.shutdown(wait=False)
 
     def _each(
         self, hook: Callable[[_Rank], T], bound_s: float, ranks: Sequence[int] | None = None
     ) -> tuple[dict[int, T], dict[int, RemoteFailure]]:
-        """Run a hook on the local ranks beside one another; what each returned, and how each failed."""
+        """Run a hook on the local ranks in parallel. Return the results, and the failures, by rank."""
         running = {rank: self._ranks[rank].thread.submit(hook, self._ranks[rank]) for rank in ranks or self._ranks}
         done, _ = futures.wait(running.values(), timeout=bound_s)
         results: dict[int, T] = {}
@@ -191,7 +201,7 @@ class _Save:
 
     def plan(self, failures: dict[int, RemoteFailure]) -> dict[int, SavePlan]:
         """
-        Agree on the final plans; those of the local ranks where they are objects (the coordinator's pod).
+        Agree on the final plans. Return those of the local ranks, as objects, in the coordinator's pod; nothing in another pod.
 
         Raises:
             SaveError: a rank failed, here or in another pod.
@@ -218,7 +228,7 @@ class _Save:
         decision = context.agreed.decision(context.exchange, self._phase, context.peer_timeout_s * PHASES_OF_A_DECISION)
         failures_module.raise_told(decision, self._step)
         if not context.coordinator:
-            # Read in `write`: a plan that cannot be read is that rank's failure, and the other pods wait for its result.
+            # `write` decodes the plans. A plan that cannot be decoded is its rank's failure, and the other pods wait for that rank's result.
             self._told_plans = {rank: decision["plans"][str(rank)] for rank in self._ranks}
         return final
 
@@ -238,20 +248,20 @@ class _Save:
     def _encoded(
         self, own: Mapping[int, T], encode: Callable[[int, T], Any], failures: dict[int, RemoteFailure]
     ) -> dict[str, Any]:
-        """Documents of what local ranks have to tell another pod; what cannot cross is that rank's failure."""
+        """Return documents of the local ranks' objects for another pod. An object that cannot be sent is a failure of its rank."""
         documents = {}
         for rank, value in own.items():
             try:
                 documents[str(rank)] = encode(rank, value)
-            except Exception as err:  # a boundary: the writer's objects may fail in any way when they are looked at
+            except Exception as err:  # a boundary: a writer's objects may raise any error
                 failures[rank] = failures_module.of_exception(err)
         return documents
 
     def _global_step(self, final: dict[int, SavePlan], gone: list[str]) -> dict[str, Any]:
-        """(coordinator) Plan for all ranks; `final` gets those of the local ranks, `gone` the names to unpublish."""
+        """(coordinator) Return the plan for all ranks. `final` gets the plans of the local ranks, `gone` the names to unpublish."""
         context = self._context
         documents = context.exchange.collect(f"{self._phase}/plan", context.peer_timeout_s)
-        # Every pod is here, so every pod has left the save before: its keys can go.
+        # Every pod is here, so every pod has left the save before. Its keys can be deleted.
         context.exchange.forget(context.finished_phases)
         context.finished_phases = [f"{self._phase}/{name}" for name in ("plan", "result", "outcome")]
         failures = failures_module.collect(documents)
@@ -293,13 +303,13 @@ class _Save:
     # --- write, finish -----------------------------------------------------------------------------------------------
 
     def write(self, plans: Mapping[int, SavePlan]) -> None:
-        """Every local rank writes its plan; the results are posted. Never raises for what a writer does."""
+        """Write the plan of every local rank, and post the results. Never raises for an error of a writer."""
 
         def write(rank_save: _Rank) -> list[WriteResult]:
             plan = plans.get(rank_save.rank) or self._told_plan(rank_save)
             written = rank_save.writer.write_data(rank_save.planner.finish_plan(plan), rank_save.planner)
             written.wait()
-            # As it is: only the writer's own `finish` knows what it holds.
+            # The result is passed on unchanged: only the writer's own `finish` knows its content.
             returned: list[WriteResult] = written.value()
             return returned
 
@@ -316,7 +326,7 @@ class _Save:
         return SavePlan(**self._codec.decode_plan(self._told_plans[rank_save.rank], rank_save.planner.items, paths))
 
     def conclude(self) -> None:
-        """(coordinator) `finish` when every rank has written, and tell every pod what became of the save."""
+        """(coordinator) Call `finish` if every rank has written, and publish the outcome to every pod."""
         outcome = self._concluded(self._finish)
         self._context.exchange.publish(f"{self._phase}/outcome", outcome)
 
@@ -330,7 +340,7 @@ class _Save:
         for document in documents.values():
             for rank, encoded in document["results"].items():
                 results[int(rank)] = self._codec.decode(encoded)
-        if context.root:
+        if context.root is not None:
             commit.fence(context.root, context.generation)
 
         def finish(lead: _Rank) -> None:
@@ -340,15 +350,19 @@ class _Save:
 
         _, failures = self._each(finish, context.persist_timeout_s, [0])
         if self._retained and not failures:
-            number = commit.save_number(context.epoch, rescued=False)
-            generation = commit.generation_text(context.generation, number)
-            milestones.remember(context.root, self._step, generation)
-            retention.note_written(context.root, self._step, generation)
-            _retain(context, self._step)
+            self._note(generations.text(context.generation, generations.save_number(context.epoch, rescued=False)))
         return {"failures": failures_module.documents(failures), "size_bytes": count_bytes(results.values())}
 
+    def _note(self, generation: str) -> None:
+        """Note the commit in the root's milestones, and remove checkpoints that the policy does not keep."""
+        context = self._context
+        root = LocalFolder(str(context.own_root()))
+        milestones.remember(root, self._step, generation)
+        milestones.note_written(root, self._step, generation, os.listdir(str(context.step_folder(self._step))))
+        _retain(context, root, self._step)
+
     def _concluded(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A decision of the coordinator; the peers wait for it, so that a failure of it is one too."""
+        """Return the coordinator's decision. An error becomes a decision with failures, because the peers wait for a decision."""
         try:
             return decide()
         except BarrierTimeout as err:
@@ -358,30 +372,29 @@ class _Save:
             return {
                 "failures": failures_module.documents({rank: failures_module.of_exception(err) for rank in err.ranks})
             }
-        except Exception as err:  # a boundary: see above
+        except Exception as err:  # a boundary: see the docstring
             return {"failures": failures_module.documents({0: failures_module.of_exception(err)})}
 
 
 def count_bytes(results: Iterable[object]) -> int:
     """
-    Bytes that the ranks' write results name. Pure.
+    Return the sum of the sizes in the ranks' write results, bytes. Pure.
 
-    DCP types them as lists of `WriteResult` and never looks into them, so that a writer may return anything; what names no
-    size counts as 0.
+    DCP types the results as lists of `WriteResult` and never reads them. So a writer may return anything. A result without a size counts as 0.
     """
     of_ranks = (each for each in results if isinstance(each, Iterable))
     sizes = (getattr(result, "size_in_bytes", 0) for each in of_ranks for result in each)
     return sum(size for size in sizes if isinstance(size, int) and size > 0)
 
 
-def _retain(context: Context, current: int) -> None:
-    """Remove what the policy does not keep. A directory without DCP's marker is the writer's business, and stays."""
-    chosen = retention.choose(
-        catalog.committed(context.root), context.retention, current=current, keep=milestones.verified(context.root)
-    )
+def _retain(context: Context, root: LocalFolder, current: int) -> None:
+    """Remove checkpoints that the policy does not keep. A folder without DCP's marker belongs to the writer, and stays."""
+    keep = retention.kept_whatever_the_policy(root)
+    known = facts.Known().read(root, catalog.committed(root))
+    chosen = retention.judge(known, context.retention, current=current, keep=keep)
     for step in chosen:
         try:
-            for _ in retention.remove_written(context.root, step):
+            for _ in retention.remove_written(root, step):
                 context.watch.moved()
         except OSError as err:
             _log.warning(
@@ -390,7 +403,7 @@ def _retain(context: Context, current: int) -> None:
 
 
 def _accepted(writer: StorageWriter, **offered: object) -> dict[str, object]:
-    """The keyword arguments that its `set_up_storage_writer` takes: older writers take none (torch < 2.9)."""
+    """Return the keyword arguments that the writer's `set_up_storage_writer` takes: older writers take none (torch < 2.9)."""
     parameters = inspect.signature(writer.set_up_storage_writer).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return offered

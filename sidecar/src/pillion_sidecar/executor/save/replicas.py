@@ -1,9 +1,10 @@
 """
-Leaves that several ranks have under one name, and whose values differ. Pure.
+The comparison of replicas: finds leaves that several ranks hold under one name with different values. Pure.
 
-Called from: `executor.save.write` (within a pod, for every save: the digests are there), `executor.save.commit` (across pods, once a plan). Of replicas storage keeps the
-lowest rank's, so that after a load from there all ranks have that one: random generators, positions of data loaders, averages that were never
-reduced. Nothing else tells.
+Called from: `executor.save.write` (within a pod, for every save, as the digests are there) and `executor.save.commit` (between pods, once a plan).
+
+Storage keeps the replica of the lowest rank. After a load from storage all ranks have that value. This matters for random generators, positions of
+data loaders, and averages that were never reduced. No other check shows the difference.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from typing import Any, Final
 
 from pillion.wire import layout
 
-DIFFERING_MOST: Final = 256
-"""Names that a manifest and a warning have at most."""
-SAMPLED_MOST: Final = 256
-"""Digests that a pod sends for the comparison with others: 20 KB, once a plan."""
+MAX_DIFFERING: Final = 256
+"""Maximum of names in a manifest or a warning."""
+MAX_SAMPLED: Final = 256
+"""Maximum of digests that a pod sends for the comparison with other pods: 20 KB, once a plan."""
 SAMPLED_BYTES: Final = 64 * 1024
-"""Tensors up to this size are compared across pods. What differs by its nature is small; weights differ together with these."""
+"""Maximum size of a tensor that is compared between pods. Leaves that differ by nature are small, and weights differ together with these."""
 
 Digested = tuple[layout.Layout, Sequence[str]]
 """A rank's layout, and the digests of its items and then of its opaque leaves."""
 
 
 def within(ranks: Sequence[Digested]) -> list[str]:
-    """Names whose bytes differ between these ranks, where they hold the same part of it."""
+    """Return the names whose bytes differ between these ranks. Only equal parts of a leaf are compared."""
     if len(ranks) < 2:
         return []
     seen: dict[object, str] = {}
@@ -38,11 +39,11 @@ def within(ranks: Sequence[Digested]) -> list[str]:
         for key, digest in zip(keys, digests, strict=True):
             if seen.setdefault(key, digest) != digest:
                 fqns.add(key[0])
-    return sorted(fqns)[:DIFFERING_MOST]
+    return sorted(fqns)[:MAX_DIFFERING]
 
 
 def sample(ranks: Iterable[Digested]) -> dict[str, str]:
-    """Name -> digest, of what other pods are likely to have as well: opaque leaves first, then small tensors that are whole."""
+    """Return name -> digest of leaves that other pods probably hold too: first opaque leaves, then small tensors that are whole."""
     opaque: dict[str, str] = {}
     tensors: dict[str, str] = {}
     for rank_layout, digests in ranks:
@@ -51,11 +52,11 @@ def sample(ranks: Iterable[Digested]) -> dict[str, str]:
                 tensors.setdefault(item.fqn, digest)
         for fqn, digest in zip(rank_layout.opaque, digests[len(rank_layout.items) :], strict=True):
             opaque.setdefault(fqn, digest)
-    return dict([*sorted(opaque.items()), *sorted(tensors.items())][:SAMPLED_MOST])
+    return dict([*sorted(opaque.items()), *sorted(tensors.items())][:MAX_SAMPLED])
 
 
 def across(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names that differ within a pod or between pods, from the result documents of all."""
+    """Return the names that differ within a pod or between pods. `results` are the result documents of all pods."""
     seen: dict[str, str] = {}
     fqns: set[str] = set()
     for result in results:
@@ -63,4 +64,4 @@ def across(results: Iterable[Mapping[str, Any]]) -> list[str]:
         for fqn, digest in result.get("sample", {}).items():
             if seen.setdefault(str(fqn), str(digest)) != digest:
                 fqns.add(str(fqn))
-    return sorted(fqns)[:DIFFERING_MOST]
+    return sorted(fqns)[:MAX_DIFFERING]

@@ -1,105 +1,68 @@
 """
-Which snapshot the pods of a job persist when a trainer is dead: the newest that all of them hold whole. Called from: `executor.worker`;
-what it answers is read by `supervisor.executor_client`.
+The agreement on a rescue: which snapshot the pods persist after a trainer's death. It is the newest that all pods hold whole.
 
-A trainer that dies takes what it was staging with it, and often the job's store as well; the pods then hold different steps. They
-agree on one here, on storage when it must be (`context.with_failover`), and each persists it like any other save.
+Called from: `executor.worker`. A dead trainer has lost what it was staging, and often the job's store as well. Then the pods hold different
+steps. Here they agree on one step, over storage if necessary (`context.with_failover`). Then each pod persists it like any other save.
 
-    every pod:    post the steps that it holds, oldest first, with their orders, which are on storage already, and the calls that it heard
-    coordinator:  the newest of its own that every pod holds, and all the calls -> publish
+    every pod:    post its steps, oldest first, with their orders; which of them are on storage; and the calls for a rescue that it knows
+    coordinator:  choose the newest of its own steps that every pod holds; publish it with all calls
 
-A call reaches the pods at different times. All that any of them has heard are answered together, so that none waits for a rescue by itself.
+A call reaches the pods at different times. One rescue answers all calls that any pod knows. So no pod waits in a rescue alone.
 
-A rescue counts once it is decided, also when some pod was missing: that pod finds the decision when it comes, and meets the others under
-the next number if it calls them again (`supervisor.persister`).
+A rescue counts once it is decided, even if a pod was missing. That pod reads the decision when it comes. If it calls the others again, all
+meet under the next number (`supervisor.persister`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pillion import fault_points
 from pillion.errors import BarrierTimeout
+from pillion_sidecar import channel
 from pillion_sidecar.executor.exchange.watchdog import LOOK_S
-
-if TYPE_CHECKING:
-    from pillion_sidecar.executor.session import Context
+from pillion_sidecar.executor.session import Context
 
 PEERS_S: Final = 20.0
-"""Bound for every pod to come to a rescue. All are called by one message, or by the loss of the store, which each notices within
-`signals.POLL_S`; a pod that is gone with its memory would be waited for in vain, while a restart waits behind this."""
+"""Timeout for every pod to come to a rescue. One message calls all pods, or each notices the loss of the store within `signals.POLL_S`. The
+bound is short because a restart waits for the rescue, and a pod that is gone with its memory never comes."""
 
 PEERS_SHARE: Final = 1 / 4
-"""Of the bound for peers in general: a pod that has gone on to the next session is waited for in vain here, while it waits there."""
+"""Share of the timeout for peers that a rescue may take. A pod that is already in the next session never comes, and waits there meanwhile."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreements:
-    """What every pod does next."""
-
-    step: int | None
-    """To persist. None: nothing is left to do."""
-    persisted: list[int]
-    """Steps that all pods hold and some pod knows to be committed."""
-    calls: list[str]
-    """Names of the calls that are answered with it."""
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Agreements:
-        step = document["step"]
-        return cls(
-            step=None if step is None else int(step),
-            persisted=[int(each) for each in document["persisted"]],
-            calls=[str(call) for call in document["calls"]],
-        )
-
-
-def agree(
-    context: Context,
-    held: Sequence[int],
-    persisted: Sequence[int],
-    calls: Sequence[str],
-    *,
-    born: Mapping[int, Sequence[int]] | None = None,
-) -> Agreements:
+def agree(context: Context, own_offer: channel.Rescue) -> channel.Agreed:
     """
-    Agree with the other pods.
-
-    Args:
-        held: steps that this pod holds whole, oldest first.
-        persisted: those of them that are committed.
-        calls: names of the calls that it heard.
-        born: step -> (generation, epoch) of each: one step of two branches is not one snapshot.
+    Agree on a rescue with the other pods. `own_offer` has the steps that this pod holds, and the calls that it knows.
 
     Blocks: twice the bound.
 
     Raises:
-        BarrierTimeout: some pod did not come; nothing can be persisted without it. It names this one when it came too late.
+        BarrierTimeout: a pod did not come, and nothing can be persisted without it. The missing pod is this one if it came too late.
         exchange.StoreLost: see `context.with_failover`.
     """
     fault_points.reach(fault_points.FaultPoint.RESCUE)
     phase = f"rescue/{context.rescues}"
     bound_s = min(PEERS_S, context.peer_timeout_s * PEERS_SHARE)
     if context.store_lost:
-        # Nobody could be called: who waited for a store that is silent notices it this much later than who asked it something.
+        # No pod could be called. A pod that waits for a silent store notices the loss this much later than a pod that sends it a request.
         bound_s += LOOK_S
-    offer = {"held": list(held), "persisted": list(persisted), "calls": list(calls)}
+    offer = {"held": list(own_offer.held), "persisted": list(own_offer.persisted), "calls": list(own_offer.calls)}
     context.exchange.post(
-        f"{phase}/offer", offer | {"born": {str(step): list(at) for step, at in (born or {}).items()}}
+        f"{phase}/offer", offer | {"born": {str(step): list(at) for step, at in own_offer.born.items()}}
     )
     if context.coordinator:
         try:
             offers = context.exchange.collect(f"{phase}/offer", bound_s)
             heard = sorted({call for offer in offers.values() for call in offer["calls"]})
             decision: dict[str, Any] = {
-                "step": pick(held, offers),
+                "step": pick(own_offer.held, offers),
                 "persisted": on_storage(offers),
                 "calls": heard,
                 "missing": [],
             }
-            # Every pod is here, so that every pod has left the rescues before.
+            # Every pod is here, so every pod has left the earlier rescues.
             context.exchange.forget(context.rescue_phases(context.rescues))
             context.rescues_forgotten = context.rescues
         except BarrierTimeout as err:
@@ -110,26 +73,26 @@ def agree(
     context.rescues += 1
     if decision["missing"]:
         raise BarrierTimeout(phase=f"{phase}/offer", missing=decision["missing"], waited_s=decision["waited_s"])
-    return Agreements.from_document(decision)
+    return channel.Agreed(step=decision["step"], persisted=tuple(decision["persisted"]), calls=tuple(decision["calls"]))
 
 
 def on_storage(offers: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Steps that every pod holds and one, at least, knows to be committed. Pure."""
+    """Return the steps that every pod holds, and that at least one pod knows to be committed. Pure."""
     return sorted(_everywhere(offers) & {step for offer in offers.values() for step in offer["persisted"]})
 
 
 def pick(held: Sequence[int], offers: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """The newest step, in the coordinator's order, that every pod holds; None when it is on storage already. Pure."""
+    """Return the newest step, in the coordinator's order, that every pod holds; None: there is none, or it is on storage already. Pure."""
     everywhere = _everywhere(offers)
     for step in reversed(held):
         if step in everywhere:
-            # One pod that knows of the commit is enough: the others have not heard of it.
+            # One pod that knows of the commit is enough. The other pods do not know of it yet.
             return None if any(step in offer["persisted"] for offer in offers.values()) else step
     return None
 
 
 def _everywhere(offers: Mapping[int, Mapping[str, Any]]) -> set[int]:
-    """Steps that every pod holds, of one branch; the coordinator's own offer is among them."""
+    """Return the steps that every pod holds, with the same order. `offers` contains the coordinator's own offer too."""
     shared = set.intersection(*(set(offer["held"]) for offer in offers.values()))
     return {
         step

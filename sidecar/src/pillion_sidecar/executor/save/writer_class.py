@@ -1,7 +1,7 @@
 """
-The class that the name of a `StorageWriter` stands for. Called from: `executor.save.dcp_writer`.
+Finds the class of a `StorageWriter` by its name. Called from: `executor.save.dcp_writer`.
 
-Must never: call what is found. A name may stand for any callable, and one that is called runs where the credentials are.
+Must never: call the object that a name stands for. A name may stand for any callable, and a call runs in the process with the credentials.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.distributed.checkpoint import StorageWriter
 
 def find(name: str) -> type[StorageWriter]:
     """
-    Import what ``package.module:Class`` names.
+    Import the class that ``package.module:Class`` names.
 
     Raises:
-        TypeError: it is no class of DCP's `StorageWriter`.
-        ImportError, AttributeError: there is none of that name.
+        TypeError: the name is not that of a class derived from DCP's `StorageWriter`.
+        ImportError, AttributeError: there is no module or class of this name.
     """
     module, _, qualname = name.partition(":")
     attribute: object = importlib.import_module(module)

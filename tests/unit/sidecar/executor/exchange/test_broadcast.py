@@ -8,7 +8,6 @@ Must never: use a store that is no TCPStore.
 from collections.abc import Iterator
 
 import pytest
-import torch.distributed as dist
 
 from pillion.errors import SidecarError
 from pillion_sidecar.executor.exchange import broadcast, tcpstore
@@ -24,11 +23,9 @@ class Ends:
     def __init__(self) -> None:
         self._keep, _ = tcpstore.host("127.0.0.1", "pillion/test")
         self._open: list[broadcast.Signals] = []
-        self._clients: list[dist.Store] = []
 
     def open(self, first_rank: int, heard: list[tuple[int, object]], seen: int | None = None) -> broadcast.Signals:
-        client, view = tcpstore.connect("127.0.0.1", self._keep.port, "pillion/test")
-        self._clients.append(client)
+        view = tcpstore.connect("127.0.0.1", self._keep.port, "pillion/test")
         end = broadcast.Signals(
             view,
             lambda number, message: heard.append((number, message["n"])),

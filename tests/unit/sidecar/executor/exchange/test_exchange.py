@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch.distributed as dist
 
 from pillion.errors import BarrierTimeout
-from pillion_sidecar.executor.exchange import protocol, storage, tcpstore
+from pillion_sidecar.executor.exchange import protocol, storage, store_client, tcpstore
 from pillion_sidecar.executor.exchange.watchdog import SessionLeft, Watchdog, WatchedExchange
+from pillion_sidecar.storage.local import LocalFolder
 from support.deadlines import Deadline
 
 
@@ -68,7 +68,7 @@ def two_over_a_store(_: Path) -> protocol.SlicedExchange:
 
 def two_over_storage(root: Path) -> protocol.SlicedExchange:
     """As before, after the store was lost."""
-    return storage.StorageExchange(str(root), "a" * 32, [[0], [1]], 0)
+    return storage.StorageExchange(LocalFolder(str(root)), "a" * 32, [[0], [1]], 0)
 
 
 @pytest.mark.parametrize("make", [two_over_a_store, two_over_storage])
@@ -113,7 +113,7 @@ def test_the_ranks_of_a_pod_that_is_missing_are_all_named() -> None:
 class CountingStore:
     """A store that counts the questions which it is asked, by name."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: store_client.Store) -> None:
         self._store = store
         self.asked: Counter[str] = Counter()
 
@@ -127,10 +127,10 @@ def test_a_commit_waits_in_the_store_and_does_not_poll() -> None:
     keep, view = tcpstore.host("127.0.0.1", "pillion/test")
     pods = [[first] for first in range(64)]
     # Another client: in one, the coordinator's wait would keep the others from posting.
-    own, seen = tcpstore.connect("127.0.0.1", keep.port, "pillion/test", timeout_s=Deadline.REPLY.s)
-    peers = [tcpstore.StoreExchange(seen, own, pods, first) for first in range(1, 64)]
+    seen = tcpstore.connect("127.0.0.1", keep.port, "pillion/test", timeout_s=Deadline.REPLY.s)
+    peers = [tcpstore.StoreExchange(seen, None, pods, first) for first in range(1, 64)]
     counting = CountingStore(view)
-    coordinator = tcpstore.StoreExchange(cast("dist.Store", counting), keep, pods, 0)
+    coordinator = tcpstore.StoreExchange(cast("store_client.Store", counting), keep, pods, 0)
     coordinator.post("result", {"from": 0})
     for peer in peers[1:]:
         peer.post("result", {})
@@ -149,7 +149,7 @@ def test_documents_of_any_size_cross_the_store_and_leave_nothing_there() -> None
     which are forgotten with their key, by whoever has read or written them.
     """
     keep, view = tcpstore.host("127.0.0.1", "pillion/test")
-    _, other = tcpstore.connect("127.0.0.1", keep.port, "pillion/test")
+    other = tcpstore.connect("127.0.0.1", keep.port, "pillion/test")
     coordinator = tcpstore.StoreExchange(view, keep, [[0], [1]], 0)
     pod = tcpstore.StoreExchange(other, None, [[0], [1]], 1)
     empty = keep.num_keys()
@@ -192,5 +192,5 @@ def test_a_store_that_is_not_there_is_an_error_at_the_bound() -> None:
     keep, _ = tcpstore.host("127.0.0.1", "x")
     port = keep.port
     del keep, _
-    with pytest.raises(dist.DistError):
+    with pytest.raises(store_client.StoreGone):
         tcpstore.connect("127.0.0.1", port, "x", timeout_s=0.2)

@@ -21,7 +21,8 @@ from pillion_sidecar.executor.exchange.watchdog import Watchdog, WatchedExchange
 from pillion_sidecar.executor.load import choose
 from pillion_sidecar.executor.save import rescue
 from pillion_sidecar.executor.session import Context, with_failover
-from pillion_sidecar.waits import WaitKind
+from pillion_sidecar.storage.local import LocalFolder
+from pillion_sidecar.waits import Wait, WaitKind
 from support.deadlines import Deadline
 
 SESSION = "a" * 32
@@ -29,7 +30,7 @@ PODS = ((0, 1), (2, 3))
 
 
 def pod(root: Path, first_rank: int) -> StorageExchange:
-    return StorageExchange(str(root), SESSION, PODS, first_rank)
+    return StorageExchange(LocalFolder(str(root)), SESSION, PODS, first_rank)
 
 
 def test_pods_collect_decide_and_receive_over_files(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_pods_collect_decide_and_receive_over_files(tmp_path: Path) -> None:
     assert second.receive("save/0/5/plan", Deadline.REPLY.s) == {"decided": True}
     waiting.join()
     first.forget(["save/0/5/plan"])
-    assert list((tmp_path / ".pillion" / "meetings" / SESSION).iterdir()) == []
+    assert [path.name for path in (tmp_path / ".pillion" / "meetings" / SESSION).iterdir()] == [storage.OPEN]
 
 
 def test_who_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
@@ -58,11 +59,11 @@ def test_who_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
 def test_a_pod_of_a_session_that_is_over_is_told_so(tmp_path: Path) -> None:
     """The coordinator of the next session removes what earlier ones met in."""
     left = pod(tmp_path, 2)
-    storage.forget_sessions(str(tmp_path), but="b" * 32)
-    assert not storage.is_used(str(tmp_path), SESSION)
-    with pytest.raises(SidecarError, match="other trainers"):
+    storage.forget_sessions(LocalFolder(str(tmp_path)), but="b" * 32)
+    assert not storage.is_used(LocalFolder(str(tmp_path)), SESSION)
+    with pytest.raises(SidecarError, match="another session has begun"):
         left.post("plan", {})
-    with pytest.raises(SidecarError, match="other trainers"):
+    with pytest.raises(SidecarError, match="another session has begun"):
         left.receive("plan", Deadline.REPLY.s)
 
 
@@ -112,17 +113,19 @@ def test_pods_that_wait_in_the_store_follow_the_one_that_has_left_it(
     """They look again and again whether somebody meets elsewhere, long before the bound; else it is what it was."""
     monkeypatch.setattr(watchdog_module, "LOOK_S", 0.05)
     watch = Watchdog(storage_timeout_s=1.0, store_timeout_s=1.0)
-    looks: list[Any] = []
+    looks: list[Wait | None] = []
 
     def moved() -> bool:
         looks.append(watch.report())
-        return storage.is_used(str(tmp_path), SESSION)
+        return storage.is_used(LocalFolder(str(tmp_path)), SESSION)
 
-    waiting = WatchedExchange(StorageExchange(str(tmp_path / "store"), SESSION, PODS, 0), watch, moved)
+    waiting = WatchedExchange(StorageExchange(LocalFolder(str(tmp_path / "store")), SESSION, PODS, 0), watch, moved)
     with pytest.raises(BarrierTimeout) as caught:
         waiting.receive("plan", 0.12)
     assert len(looks) > 1
-    assert {look["kind"] for look in looks} == {WaitKind.STORAGE}, "storage that hangs there is noticed too"
+    assert {look.kind for look in looks if look is not None} == {WaitKind.STORAGE}, (
+        "storage that hangs there is noticed too"
+    )
     assert caught.value.waited_s >= 0.12
     pod(tmp_path, 2)
     begun = time.monotonic()
@@ -138,7 +141,7 @@ def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) 
     pod that could not hear what the last rescue decided.
     """
     context = types.SimpleNamespace(
-        store_lost=False, root=str(tmp_path), session=SESSION, pods=PODS, first_rank=2, agreed=Agreements(), watch=Watchdog(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
+        store_lost=False, root=LocalFolder(str(tmp_path)), session=SESSION, pods=PODS, first_rank=2, agreed=Agreements(), watch=Watchdog(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
         finished_loads=["y"], coordinator=True, generation=7,
         last_choice=("rescue/0/choice", {"step": 5, "missing": []}),
     )  # fmt: skip
@@ -170,10 +173,12 @@ def test_a_watch_reports_the_thread_that_is_nearest_to_its_bound() -> None:
     other.join()
     report = watch.report()
     assert report is not None
-    assert (report["kind"], report["what"]) == (WaitKind.STORAGE, "write file")
-    assert report["for_s"] > report["bound_s"]
+    assert (report.kind, report.what) == (WaitKind.STORAGE, "write file")
+    assert report.for_s > report.bound_s
     watch.moved()
     begun = time.monotonic()
-    assert watch.report()["for_s"] <= time.monotonic() - begun + report["for_s"]  # type: ignore[index]
+    again = watch.report()
+    assert again is not None
+    assert again.for_s <= time.monotonic() - begun + report.for_s
     watch.idle()
     assert watch.report() is None

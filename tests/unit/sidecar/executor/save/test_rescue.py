@@ -4,16 +4,18 @@ The whole of: how the pods of a job agree on a rescue, and that none is left to 
 Called from: pytest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pillion.errors import BarrierTimeout
+from pillion_sidecar import channel
 from pillion_sidecar.executor.exchange import storage
 from pillion_sidecar.executor.save import rescue
 from pillion_sidecar.executor.session import Context
+from pillion_sidecar.storage.local import LocalFolder
 from support import contexts
 from support.deadlines import Deadline
 
@@ -22,7 +24,7 @@ PODS = ((0, 1), (2, 3))
 
 def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -> Context:
     """A pod that meets the other one on storage."""
-    between = storage.StorageExchange(str(root), contexts.SESSION, PODS, first_rank)
+    between = storage.StorageExchange(LocalFolder(str(root)), contexts.SESSION, PODS, first_rank)
     return contexts.of_pod(
         root,
         between,
@@ -33,8 +35,14 @@ def context(root: Path, first_rank: int, *, bound_s: float = Deadline.REPLY.s) -
     )
 
 
-def agree(of: Context, held: list[int], calls: list[str], persisted: Sequence[int] = ()) -> rescue.Agreements:
-    return rescue.agree(of, held, persisted, calls)
+def ours(
+    held: list[int], calls: list[str], persisted: Sequence[int] = (), born: Mapping[int, channel.Order] | None = None
+) -> channel.Rescue:
+    return channel.Rescue(held=tuple(held), persisted=tuple(persisted), calls=tuple(calls), born=born or {})
+
+
+def agree(of: Context, held: list[int], calls: list[str], persisted: Sequence[int] = ()) -> channel.Agreed:
+    return rescue.agree(of, ours(held, calls, persisted))
 
 
 def test_a_pod_hears_which_of_its_snapshots_are_committed(tmp_path: Path) -> None:
@@ -42,7 +50,7 @@ def test_a_pod_hears_which_of_its_snapshots_are_committed(tmp_path: Path) -> Non
     pods = [context(tmp_path, 0), context(tmp_path, 2)]
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[18, 20], [18, 20]], [["a"], ["a"]], [[], [10, 20]]))
-    assert found == [rescue.Agreements(step=None, persisted=[20], calls=["a"])] * 2
+    assert found == [channel.Agreed(step=None, persisted=(20,), calls=("a",))] * 2
 
 
 def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
@@ -50,21 +58,21 @@ def test_one_rescue_answers_what_any_pod_was_called_by(tmp_path: Path) -> None:
     pods = [context(tmp_path, 0), context(tmp_path, 2)]
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[5, 6, 7], [5, 6]], [["b"], ["a", "c"]]))
-    assert found == [rescue.Agreements(step=6, persisted=[], calls=["a", "b", "c"])] * 2
+    assert found == [channel.Agreed(step=6, persisted=(), calls=("a", "b", "c"))] * 2
     assert [pod.rescues for pod in pods] == [1, 1]
 
 
 def test_one_step_of_two_branches_is_not_one_snapshot(tmp_path: Path) -> None:
     """After a rollback one pod has saved step 3 again and the other one died before it: they persist what both hold of one branch."""
-    born = [{2: [1, 0], 3: [1, 1]}, {2: [1, 0], 3: [1, 0]}]
+    born: list[Mapping[int, channel.Order]] = [{2: (1, 0), 3: (1, 1)}, {2: (1, 0), 3: (1, 0)}]
     pods = [context(tmp_path, 0), context(tmp_path, 2)]
 
-    def both(of: Context, own: dict[int, list[int]]) -> rescue.Agreements:
-        return rescue.agree(of, [2, 3], [], ["a"], born=own)
+    def both(of: Context, own: Mapping[int, channel.Order]) -> channel.Agreed:
+        return rescue.agree(of, ours([2, 3], ["a"], born=own))
 
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(both, pods, born))
-    assert found == [rescue.Agreements(step=2, persisted=[], calls=["a"])] * 2
+    assert found == [channel.Agreed(step=2, persisted=(), calls=("a",))] * 2
 
 
 def test_a_pod_that_does_not_come_is_named_at_the_bound(tmp_path: Path) -> None:
@@ -91,7 +99,7 @@ def test_a_pod_that_came_too_late_meets_the_others_in_the_next_rescue(tmp_path: 
     pods = one_too_late(tmp_path)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(agree, pods, [[5, 6], [5]], [["b"], ["b"]]))
-    assert found == [rescue.Agreements(step=5, persisted=[], calls=["b"])] * 2
+    assert found == [channel.Agreed(step=5, persisted=(), calls=("b",))] * 2
     assert [pod.rescues for pod in pods] == [2, 2]
 
 
@@ -102,4 +110,4 @@ def test_keys_of_a_rescue_go_when_every_pod_has_left_it(tmp_path: Path) -> None:
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(agree, pods, [[5], [5]], [["b"], ["b"]]))
     (folder,) = (tmp_path / ".pillion" / storage.MEETINGS).iterdir()
-    assert {path.name.split(".")[1] for path in folder.iterdir()} == {"2"}
+    assert {path.name.split(".")[1] for path in folder.iterdir() if path.name != storage.OPEN} == {"2"}
