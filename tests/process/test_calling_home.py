@@ -10,7 +10,6 @@ import dataclasses
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,10 +372,8 @@ def test_the_last_commit_is_told_before_the_end(
         opened.close()
 
     ranks.start(train, env=sidecar.trainer).finish()
-    begun = time.monotonic()
     sidecar.run.signal(signal.SIGTERM)
-    assert sidecar.run.wait(Deadline.DRAINED) == 0
-    assert time.monotonic() - begun < 1.0
+    assert sidecar.run.wait(Deadline.ENDED_AT_ONCE) == 0
     assert controller.reports[-1].committed_step == 1
     assert controller.reports[-1].draining or len(controller.reports) == 2
 
@@ -384,16 +381,14 @@ def test_the_last_commit_is_told_before_the_end(
 def test_a_controller_that_is_away_does_not_hold_up_the_end(
     controller: Controller, processes: Processes, tmp_path: Path
 ) -> None:
-    """Nobody answers: the sidecar ends in under a second all the same."""
+    """Nobody answers: the sidecar does not wait for the controller at its end."""
     controller.stop()
     sidecar = Injected(processes, tmp_path / "arena", tmp_path / "run", env=controller.env())
     deadlines.eventually(
         lambda: "cannot report to the controller" in sidecar.run.stderr, Deadline.REPLY, "it has tried"
     )
-    begun = time.monotonic()
     sidecar.run.signal(signal.SIGTERM)
-    assert sidecar.run.wait(Deadline.DRAINED) == 0
-    assert time.monotonic() - begun < 1.0
+    assert sidecar.run.wait(Deadline.ENDED_AT_ONCE) == 0
 
 
 def test_a_storage_that_cannot_be_used_is_told_and_so_is_its_return(

@@ -5,6 +5,7 @@ Called from: pytest.
 Must never: wait for the executor to be in the middle of something by chance; it is stopped first.
 """
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from pillion.errors import SaveError
 from pillion.fault_points import FaultPoint
 from pillion.testing import faults
-from pillion_sidecar import app
+from pillion_sidecar import app, channel
 from pillion_sidecar.executor import worker
 from pillion_sidecar.supervisor import persister
+from pillion_sidecar.supervisor.executor_process import ExecutorDied, ExecutorProcess
 from process import ranks as processes
 from process.ranks import Ranks
 from support import deadlines
@@ -136,3 +138,33 @@ def test_a_load_whose_executor_dies_is_repeated_by_its_successor(ranks: Ranks, t
     loading.join(Deadline.LOADED.s)
     assert found == [1]
     assert torch.equal(state["weight"], state_of(1)["weight"])
+
+
+def test_an_executor_whose_death_a_request_finds_first_is_not_asked_again() -> None:
+    """A process without torch ends before the supervisor's loop hears of it. A save that is tried again must find a successor, not the same dead one."""
+
+    async def scenario() -> None:
+        ends: list[bool] = []
+        executor = ExecutorProcess(
+            log_level="INFO",
+            ping_timeout_s=Deadline.REPLY.s,
+            patience_s=Deadline.REPLY.s,
+            on_wait=lambda _: None,
+            on_event=lambda _: None,
+            on_exit=lambda: ends.append(True),
+        )
+        await executor.start()
+        pid = executor.pid
+        assert pid is not None
+        try:
+            os.kill(pid, signal.SIGKILL)
+            # A thread reaps it. The loop stands still meanwhile, and hears of nothing.
+            deadlines.eventually(lambda: not psutil.pid_exists(pid), Deadline.PROCESS_EXIT, "it is dead and reaped")
+            with pytest.raises(ExecutorDied):
+                await executor.request(channel.Ping())
+            assert executor.pid is None
+            assert ends == [True]
+        finally:
+            await executor.stop()
+
+    asyncio.run(scenario())

@@ -31,6 +31,10 @@ class Deadline(enum.Enum):
     SETTLE = (10.0, "what a test stopped is gone: processes reaped, files unlinked, descriptors closed")
     PROCESS_START = (30.0, "an interpreter that does not import torch starts and says so")
     PROCESS_EXIT = (20.0, "a process that was asked to end has ended")
+    ENDED_AT_ONCE = (
+        5.0,
+        "a sidecar with nothing left to do ends when it is told to; under a second on a quiet machine",
+    )
     TORCH_START = (90.0, "an interpreter that imports torch starts, several at once on two cores")
     STAGED = (30.0, "a save's bytes are in the arena")
     COMMITTED = (60.0, "a save of a few MiB is durable and visible")

@@ -160,6 +160,9 @@ class ExecutorProcess:
             await self._writer.drain()
             answer: A | channel.Failed = await answered
         except (ConnectionError, OSError) as err:
+            # Its end is noticed here before the reader or the watcher of processes notices it. A request that is sent again is to find a successor.
+            del self._pending[request_id]
+            self._end(f"its channel is broken: {err}")
             raise ExecutorDied(f"the executor is gone: {err}") from err
         finally:
             self._pending.pop(request_id, None)
