@@ -104,7 +104,9 @@ def _build(name: str) -> None:
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath -buildvcs=false"}
     with tempfile.TemporaryDirectory(dir=target.parents[1]) as made:
         run(
-            *("go", "build", "-ldflags", f"-s -w {_version_flags(source)}", "-o", f"{made}/{name}"),
+            # No debug information: the linker would drop it, and making it takes 8 % of a build (helm's: 2 min 0 s for 2 min 11 s, two cores).
+            *("go", "build", "-gcflags=all=-dwarf=false"),
+            *("-ldflags", f"-s -w {_version_flags(source)}", "-o", f"{made}/{name}"),
             _PACKAGES.get(name) or _tool(source, name),
             limit=Limit.BUILD,
             cwd=source,
