@@ -18,6 +18,8 @@ from pillion.wire import layout, manifest
 
 MISMATCHES_SHOWN: Final = 20
 """Names that the text of an error lists. The field of the error has all."""
+COMPILED: Final = "_orig_mod"
+"""The name that `torch.compile` gives the module which it wraps. A compiled model's own state dict has it in its names."""
 MAX_UNEXPECTED: Final = 256
 """Maximum of names that are reported as unexpected. They are shortest prefixes, so a model of a hundred layers has some hundreds at most."""
 
@@ -92,9 +94,35 @@ def match(
         text = f"{where} does not fit: " + _shown([f"{fqn!r} {why}" for fqn, why in wrong.items()])
         if missing and not_wanted:
             text += "; it has, and nothing here asks for: " + _shown([repr(fqn) for fqn in not_wanted])
+            text += _compiled(missing, [*tensors, *opaque])
         raise IncompatibleCheckpoint(text, fqns=list(wrong))
     leaves = tuple(fqn for fqn in wanted.opaque if fqn not in missing)
     return Match(layout.Layout(tuple(items), leaves, wanted.paths), dtypes, tuple(missing))
+
+
+def _compiled(missing: Iterable[str], stored: Iterable[str]) -> str:
+    """Return the end of an error's text if names are missing because one of the two models was compiled. Otherwise nothing."""
+    there = {_uncompiled(fqn): fqn for fqn in stored}
+    pairs = [(fqn, other) for fqn in missing if (other := there.get(_uncompiled(fqn), fqn)) != fqn]
+    if not pairs:
+        return ""
+    rename = dict(_ahead_of_what_is_equal(*pair) for pair in pairs)
+    text = f"; names differ by the {COMPILED!r} of a module that torch.compile has wrapped: "
+    if "" in rename or "" in rename.values() or len(rename) > MISMATCHES_SHOWN:
+        return text + f"save and load the state of the module within (model.{COMPILED}), or pass a function as rename"
+    return text + f"load with rename={rename!r}"
+
+
+def _uncompiled(fqn: str) -> str:
+    return ".".join(part for part in fqn.split(".") if part != COMPILED)
+
+
+def _ahead_of_what_is_equal(one: str, other: str) -> tuple[str, str]:
+    """Return both dotted names without the parts that are equal at their ends."""
+    ones, others = one.split("."), other.split(".")
+    while ones and others and ones[-1] == others[-1]:
+        del ones[-1], others[-1]
+    return ".".join(ones), ".".join(others)
 
 
 def _shown(entries: Sequence[str]) -> str:

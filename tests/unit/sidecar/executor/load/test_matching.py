@@ -31,6 +31,33 @@ def test_what_is_missing_is_an_error_that_shows_a_rename() -> None:
     assert "nothing here asks for: 'model.old'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "told"),
+    [
+        (["model._orig_mod.0.w", "model._orig_mod.1.w"], ["model.0.w", "model.1.w"], "{'model._orig_mod': 'model'}"),
+        (["model.0.w", "model.1.w"], ["model._orig_mod.0.w", "model._orig_mod.1.w"], "{'model': 'model._orig_mod'}"),
+        (["m.0.w", "m.1.w"], ["m.0.w", "m.1._orig_mod.w"], "{'m.1': 'm.1._orig_mod'}"),
+        (["m._orig_mod.0.w", "m._orig_mod.1.w"], ["m.0._orig_mod.w", "m.1.w"], "{'m._orig_mod.0': 'm.0._orig_mod', "),
+        (["m.0.w", "step"], ["m._orig_mod.0.w"], "{'m': 'm._orig_mod'}"),
+        (["0.w"], ["_orig_mod.0.w"], "the module within (model._orig_mod)"),
+        ([f"m.{i}.w" for i in range(99)], [f"m.{i}._orig_mod.w" for i in range(99)], "pass a function as rename"),
+        (["m.0.w"], ["m.1.w"], None),
+        (["m.0.w"], ["n._orig_mod.0.w"], None),
+    ],
+)
+def test_a_name_that_differs_by_torch_compile_alone_is_told_with_its_rename(
+    here: list[str], there: list[str], told: str | None
+) -> None:
+    """In both directions, for a model and for a layer of it; and no word of it for any other name."""
+    stored = {name: matching.Tensor("float32", (4,)) for name in there}
+    with pytest.raises(IncompatibleCheckpoint) as caught:
+        matching.match(
+            layout.Layout(tuple(map(tensor, here)), (), {}), stored, set(), strict=True, where="the checkpoint"
+        )
+    assert told is None or told in str(caught.value)
+    assert ("torch.compile" in str(caught.value)) == (told is not None)
+
+
 def test_without_strict_what_is_there_is_filled_and_the_rest_named() -> None:
     """In the dtypes that are stored. A shape or a kind that differs stays an error."""
     found = matching.match(WANTED, STORED, {"step"}, strict=False, where="the checkpoint")
