@@ -16,9 +16,10 @@ import accelerate
 import pytest
 import torch
 from accelerate import data_loader
+from torch.distributed.tensor import DTensor
 
 import pillion
-from frameworks import losses
+from frameworks import cpu_fsdp, losses
 from pillion import checkpointer
 from pillion.accelerate import app_state
 from process.ranks import Peer, Ranks
@@ -41,12 +42,17 @@ class Rows(torch.utils.data.Dataset[torch.Tensor]):
         return torch.full((4,), 1.0 + index)
 
 
-def run(peer: Peer, folder: Path, root: Path | None, *, kill_at: int = -1, seedable: bool = True) -> tuple[Any, ...]:
-    """A user's script, with Pillion if there is a root."""
+def run(
+    peer: Peer, folder: Path, root: Path | None, *, kill_at: int = -1, seedable: bool = True, shards: bool = False
+) -> tuple[Any, ...]:
+    """A user's script, with Pillion if there is a root. With `shards` it has FSDP2 rather than DDP."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(3)
+    if shards:
+        cpu_fsdp.allow()
     accelerator = accelerate.Accelerator(
         cpu=True,
+        fsdp_plugin=cpu_fsdp.plugin() if shards else None,
         gradient_accumulation_steps=1,
         dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=seedable),
     )
@@ -75,7 +81,8 @@ def run(peer: Peer, folder: Path, root: Path | None, *, kill_at: int = -1, seeda
             if opened is not None and opened.due(state["step"]):
                 opened.save(state, state["step"]).staged.result(Deadline.STAGED.s)
         state["epoch"] += 1
-    losses.note_weights(folder, peer.rank, net.state_dict())
+    assert shards == any(isinstance(each, DTensor) for each in model.parameters())
+    losses.note_weights(folder, peer.rank, accelerator.unwrap_model(model).state_dict())
     if opened is None:
         return (None,)
     tier = None if opened.last_load is None else str(opened.last_load.tier)
@@ -84,14 +91,25 @@ def run(peer: Peer, folder: Path, root: Path | None, *, kill_at: int = -1, seeda
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "killed_at", "seedable"), [(1, 7, True), (1, 9, False), (2, 7, True), (2, 9, False)]
+    ("num_ranks", "killed_at", "seedable", "shards"),
+    [
+        (1, 7, True, False),
+        (1, 9, False, False),
+        (2, 7, True, False),
+        (2, 9, False, False),
+        (2, 7, True, True),
+        (2, 9, False, True),
+    ],
 )
 def test_a_killed_script_resumes_as_the_one_without_pillion_went_on(
-    ranks: Ranks, tmp_path: Path, num_ranks: int, killed_at: int, seedable: bool
+    ranks: Ranks, tmp_path: Path, num_ranks: int, killed_at: int, seedable: bool, shards: bool
 ) -> None:
-    """Losses and weights, bit for bit: from memory and from storage, within an epoch and behind its last batch, with both of its samplers."""
+    """
+    Losses and weights, bit for bit: from memory and from storage, within an epoch and behind its last batch, with both of its samplers; with
+    one process, DDP, FSDP2.
+    """
     root, whole, first = tmp_path / "runs", tmp_path / "whole", tmp_path / "first"
-    script = functools.partial(run, seedable=seedable)
+    script = functools.partial(run, seedable=seedable, shards=shards)
     ranks.start(lambda peer: script(peer, whole, None), num_ranks=num_ranks).finish(Deadline.SCRIPT)
     killed = ranks.start(lambda peer: script(peer, first, root, kill_at=killed_at), num_ranks=num_ranks)
     assert [killed[rank].wait(Deadline.SCRIPT) for rank in range(num_ranks)] == [7] * num_ranks
