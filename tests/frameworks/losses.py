@@ -6,8 +6,9 @@ Must never: round a number.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,9 +21,19 @@ def note(folder: Path, rank: int, step: int, loss: float) -> None:
 
 
 def note_weights(folder: Path, rank: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write the weights at the end. All ranks call it, as sharded ones are gathered."""
-    whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in weights.items()}
+    """Write the weights at the end. All ranks call it, as sharded ones are gathered. Of a quantized one it writes the tensors within."""
+    whole = dict(plain for name, each in weights.items() for plain in _plain(name, each))
     torch.save({name: each.detach().clone() for name, each in whole.items()}, folder / f"weights.{rank}.pt")
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tensor, DTensor):
+        yield name, tensor.full_tensor()
+    elif hasattr(tensor, "__tensor_flatten__"):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
+    else:
+        yield name, tensor
 
 
 def of(folder: Path, rank: int) -> list[tuple[int, str]]:
