@@ -41,7 +41,7 @@ COLUMNS: Final = 3
 WIDTH, HEIGHT, GAP, TITLE = 420, 190, 16, 24
 """Of a panel and around it, pixels."""
 COLORS: Final = ("#3274d9", "#e0752d", "#56a64b", "#a352cc", "#e02f44", "#8f8f8f")
-UNITS: Final = {"s": "s", "Bps": "B/s", "ops": "/s", "reqps": "/s", "short": "", "bool": ""}
+UNITS: Final = {"percentunit": "", "s": "s", "Bps": "B/s", "ops": "/s", "reqps": "/s", "short": "", "bool": ""}
 
 Series = tuple[str, list[tuple[float, float]]]
 
@@ -62,6 +62,8 @@ class Told:
         self._coming: list[tuple[float, float, float]] = []
         """When saves will be committed, when they were due, and how long they are written."""
         self.counters = dict.fromkeys(metrics._JOB_COUNTERS, 0.0)
+        self.restarts: dict[str, float] = {"retrained": 0.0, "restoring": 0.0, "down": 0.0}
+        """What the restarts have cost so far."""
 
     def at(self, second: int, *, slow: bool, away: bool) -> metrics.JobRow:
         """The job so many seconds after the begin; `slow` and `away` say how its storage is."""
@@ -96,7 +98,12 @@ class Told:
             "pods": 4.0,
             "checkpoints": float(min(3, of["saves_committed"])),
         }
-        return metrics.JobRow(namespace="research", job=self.name, policy="llm", gauges=gauges, counters=dict(of))
+        lost = {**self.restarts, "stalled": of["stall_seconds"], "waited": 0.0}
+        spent = {"trained": max(0.0, second - sum(lost.values())), **lost}
+        gauges |= {"goodput_ratio": spent["trained"] / max(1, second), "attempts": 1.0}
+        return metrics.JobRow(
+            namespace="research", job=self.name, policy="llm", gauges=gauges, counters=dict(of), seconds=spent
+        )
 
 
 def samples() -> Iterator[tuple[str, Mapping[str, str], float, int]]:
@@ -112,8 +119,10 @@ def samples() -> Iterator[tuple[str, Mapping[str, str], float, int]]:
         rows = [jobs[0].at(second, slow=slow, away=False), jobs[1].at(second, slow=slow, away=away)]
         if second == 5400:
             jobs[1].counters["loads_arena"] += 1
+            jobs[1].restarts = {"retrained": 21.0, "restoring": 4.0, "down": 35.0}
         if second == 9600:
             jobs[1].counters["loads_storage"] += 1
+            jobs[1].restarts = {"retrained": 480.0, "restoring": 30.0, "down": 260.0}
         fleet.jobs = lambda rows=rows: rows  # type: ignore[misc] # bound now
         at_s = END_S - SPAN_S + second
         for family in fleet.collect():

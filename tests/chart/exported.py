@@ -13,8 +13,10 @@ from typing import Any, Final
 from prometheus_client import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
+from pillion.wire import home
 from pillion_operator import metrics as operator
 from pillion_sidecar.reporting import prometheus
+from pillion_sidecar.run import journal
 from pillion_sidecar.status import metrics as sidecar
 
 OURS: Final = "pillion_"
@@ -50,6 +52,7 @@ def of_operator() -> list[Exported]:
         policy="hourly",
         gauges=dict.fromkeys(operator._JOB_GAUGES, 1.0),
         counters=dict.fromkeys(operator._JOB_COUNTERS, 1.0),
+        seconds=dict.fromkeys(home.RUN_KINDS, 1.0),
     )
     fleet = operator.Fleet()
     fleet.jobs, fleet.pods = (lambda: [row]), (lambda: [(("team", "hourly"), 1)])
@@ -64,7 +67,8 @@ def of_operator() -> list[Exported]:
 def of_sidecar() -> list[Exported]:
     """Those of one sidecar that has committed, and failed once."""
     numbers = sidecar.Metrics(last_committed_timestamp=1.0, failures_by_kind={"StorageFull": 1})
-    supervisor: Any = SimpleNamespace(sidecar_status=SimpleNamespace(metrics=numbers, behind_s=0.0), pod=None)
+    status = SimpleNamespace(metrics=numbers, behind_s=0.0, run=SimpleNamespace(journal=journal.Journal))
+    supervisor: Any = SimpleNamespace(sidecar_status=status, pod=None)
     return sorted(_exported(prometheus.Exporter(supervisor).collect(), {}))
 
 

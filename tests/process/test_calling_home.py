@@ -460,6 +460,10 @@ def test_the_prometheus_endpoint_has_the_fields_names(
     for name in ("stage", "stall", "queue", "persist", "commit"):
         assert float(values[f"pillion_{name}_seconds_count"]) == 1
         assert float(values[f"pillion_{name}_seconds_sum"]) > 0
+    kinds = [float(values[f'pillion_run_seconds{{kind="{kind}"}}']) for kind in home.RUN_KINDS]
+    assert sum(kinds) > 0
+    assert 0 < float(values["pillion_run_goodput_ratio"]) < 1
+    assert float(values["pillion_run_attempts"]) == 1
     page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
     listed = re.findall(r"^\| `(pillion_\w+)` \|", page.partition("## Sidecar")[2], flags=re.MULTILINE)
     assert len(listed) > 15

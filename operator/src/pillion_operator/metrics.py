@@ -7,7 +7,7 @@ exception is `FLEET`, whose series are bounded and end with the job.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
@@ -153,7 +153,7 @@ RECONCILE_ERRORS: Final = Counter(
 )
 
 MAX_JOBS: Final = 2000
-"""Maximum number of jobs with series of their own. Each job has some twenty, which end with the job."""
+"""Maximum number of jobs with series of their own. Each job has some thirty, which end with the job."""
 _JOB_LABELS: Final = ("namespace", "job", "policy")
 _JOB_GAUGES: Final = {
     "last_committed_step": "Training step of the job's newest committed checkpoint.",
@@ -164,7 +164,10 @@ _JOB_GAUGES: Final = {
     "storage_reachable": "1 while the job's sidecars can use the storage.",
     "pods": "Pods of the job.",
     "checkpoints": "Checkpoints of the job on storage.",
+    "goodput_ratio": "Share of the run's time that trained, and whose training was kept.",
+    "attempts": "Attempts of the training.",
 }
+_JOB_SECONDS: Final = "run_seconds"
 _JOB_COUNTERS: Final = {
     # By the name in a report: the metric, its help, and the label that tells it from its siblings.
     "saves_committed": ("saves", "Saves, by outcome.", ("outcome", "committed")),
@@ -177,6 +180,7 @@ _JOB_COUNTERS: Final = {
     "stalls": ("stalls", "Saves that delayed training, in the coordinator's pod.", None),
     "stall_seconds": ("stall_seconds", "Delay of the slowest rank by these saves.", None),
     "loads_arena": ("loads", "Loads, by source.", ("source", "arena")),
+    "loads_local": ("loads", "", ("source", "local")),
     "loads_storage": ("loads", "", ("source", "storage")),
     "checkpoints_refused": ("checkpoints_refused", "Checkpoints that a load skipped as corrupt.", None),
     "executor_restarts": ("executor_restarts", "Restarts of executors.", None),
@@ -202,6 +206,8 @@ class JobRow:
     """By the name in `_JOB_GAUGES`; what is not known is left out."""
     counters: Mapping[str, float]
     """By the name in `_JOB_COUNTERS`, since the sidecar started."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What the time of the run went to, by `home.RUN_KINDS`. Empty: not known."""
 
 
 class Fleet(Collector):
@@ -234,6 +240,9 @@ class Fleet(Collector):
         for name, text, label in _JOB_COUNTERS.values():
             names = _JOB_LABELS + ((label[0],) if label else ())
             families.setdefault(name, CounterMetricFamily(f"pillion_job_{name}", text, labels=names))
+        families[_JOB_SECONDS] = GaugeMetricFamily(
+            f"pillion_job_{_JOB_SECONDS}", "Time of the run, by what it went to.", labels=(*_JOB_LABELS, "kind")
+        )
         for row in rows[:MAX_JOBS]:
             own = (row.namespace, row.job, row.policy)
             for name in _JOB_GAUGES.keys() & row.gauges.keys():
@@ -241,6 +250,8 @@ class Fleet(Collector):
             for key in _JOB_COUNTERS.keys() & row.counters.keys():
                 name, _, label = _JOB_COUNTERS[key]
                 families[name].add_metric(own + ((label[1],) if label else ()), row.counters[key])
+            for kind, spent_s in row.seconds.items():
+                families[_JOB_SECONDS].add_metric((*own, kind), spent_s)
         yield from families.values()
 
 

@@ -50,6 +50,10 @@ MAX_INTERVAL_S: Final = 60.0
 least 30 s."""
 
 
+RUN_KINDS: Final = ("trained", "retrained", "stalled", "waited", "restoring", "down")
+"""What the time of a run goes to. Together they are its wall time; docs/reference/goodput.md has the definition."""
+
+
 class BadReport(ValueError):
     """A message is not a report or an answer of this protocol. The text names the field and what is allowed."""
 
@@ -187,6 +191,10 @@ class Report:
     """Why, for people."""
     interval_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Its numbers: period_s, stall_s, persist_s, step_s, mtbf_s, failures."""
+    run_attempts: int = 0
+    """Attempts of the training on this root. 0: the root's journal is not read yet."""
+    run_seconds: Mapping[str, Any] = field(default_factory=dict)
+    """Seconds of the run until now, by RUN_KINDS. Empty: the root's journal is not read yet."""
     drain_s: float = 0.0
     """Seconds from the seal of the slowest recent save until its commit, which the end of the pod must wait for. 0: none yet."""
     loaded_step: int = -1

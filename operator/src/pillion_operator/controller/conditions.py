@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from pillion.wire import home
+from pillion_operator.controller import goodput
 from pillion_operator.home import times
 from pillion_operator.home.registry import Job
 from pillion_operator.injection.checkpoint_policy import CheckpointPolicy
@@ -109,6 +110,9 @@ def status(
     intervals = [_interval(job.report) for job in _paced(jobs)]
     if intervals:
         result["intervals"] = intervals
+    spent = goodput.entries(before, jobs)
+    if spent:
+        result["goodput"] = spent
     return result
 
 

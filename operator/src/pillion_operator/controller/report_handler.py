@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from pillion.wire import home
 from pillion_operator import metrics
-from pillion_operator.controller import commands, conditions, news, pinning
+from pillion_operator.controller import commands, conditions, goodput, news, pinning
 from pillion_operator.controller.pod_index import PodIndex
 from pillion_operator.controller.reconcile import Reconciler
 from pillion_operator.home import injected, registry, times
@@ -94,6 +94,7 @@ class ReportHandler:
         now_s = self._clock()
         for job in self._jobs.jobs():
             report = job.report
+            spent = goodput.seconds(report)
             gauges = {
                 "last_committed_step": float(report.committed_step) if report.committed_step >= 0 else None,
                 "last_committed_timestamp_seconds": times.parse(report.committed_time),
@@ -103,6 +104,8 @@ class ReportHandler:
                 "storage_reachable": float(not report.storage_error),
                 "pods": float(report.num_pods),
                 "checkpoints": float(len(report.checkpoints)) if report.listed else None,
+                "goodput_ratio": goodput.ratio(spent) if spent else None,
+                "attempts": float(report.run_attempts) if spent else None,
             }
             yield metrics.JobRow(
                 namespace=report.namespace,
@@ -110,6 +113,7 @@ class ReportHandler:
                 policy=report.policy,
                 gauges={name: value for name, value in gauges.items() if value is not None},
                 counters=report.metrics,
+                seconds=spent,
             )
 
     def _open_annotations(self, key: JobKey) -> list[commands.SaveAnnotation]:

@@ -214,7 +214,7 @@ def _lasting(report: home.Report) -> tuple[Any, ...]:
     return tuple(getattr(report, name) for name in _LASTING)
 
 
-_PASSING: Final = ("metrics", "step", "snapshot_time")
+_PASSING: Final = ("metrics", "run_seconds", "step", "snapshot_time")
 _LASTING: Final = tuple(each.name for each in dataclasses.fields(home.Report) if each.name not in _PASSING)
 
 
@@ -237,6 +237,7 @@ def _bounded(report: home.Report) -> home.Report:
         interval_bound=report.interval_bound[:MAX_NAME],
         interval_reason=report.interval_reason[: home.TEXT_LIMIT],
         interval_inputs=_numbers(report.interval_inputs),
+        run_seconds=_numbers(report.run_seconds),
         loaded_from=report.loaded_from[:MAX_NAME],
         failures=failures,
         metrics=_numbers(report.metrics),

@@ -17,6 +17,8 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from pillion_sidecar.run import account
+
 if TYPE_CHECKING:
     from pillion_sidecar.supervisor.dispatcher import Supervisor
 
@@ -104,6 +106,17 @@ class Exporter(Collector):
             "Uploads from the local disks that failed, and are tried again.",
             value=metrics.uploads_failed,
         )
+        journal = self._supervisor.sidecar_status.run.journal()
+        if journal is not None:
+            run = account.of(journal)
+            seconds = GaugeMetricFamily("pillion_run_seconds", "Time of the run, by what it went to.", labels=["kind"])
+            for kind, spent_s in run.seconds().items():
+                seconds.add_metric([kind], spent_s)
+            yield seconds
+            yield GaugeMetricFamily(
+                "pillion_run_goodput_ratio", "Share of the run's time that trained and was kept.", value=run.goodput
+            )
+            yield GaugeMetricFamily("pillion_run_attempts", "Attempts of the training.", value=run.attempts)
         held = len(pod.table.held()) if pod is not None else 0
         yield GaugeMetricFamily("pillion_slots_in_use", "Slots of each segment that hold a save.", value=held)
         if metrics.last_committed_timestamp:

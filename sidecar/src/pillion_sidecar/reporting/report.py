@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pillion.wire import home
+from pillion_sidecar.run import account
 from pillion_sidecar.status.status import rfc3339
 from pillion_sidecar.supervisor.dispatcher import Supervisor
 
@@ -43,6 +44,8 @@ def make(supervisor: Supervisor, storage: Storage) -> home.Report:
     newest = pod.table.newest_complete() if pod is not None else None
     committed_step, committed_time = _committed(supervisor, storage)
     interval = sidecar_status.interval
+    journal = sidecar_status.run.journal()
+    run = account.of(journal) if journal is not None else None
     return home.Report(
         namespace=settings.pod_namespace,
         pod=settings.pod_name,
@@ -69,6 +72,8 @@ def make(supervisor: Supervisor, storage: Storage) -> home.Report:
         interval_bound=interval.bound.value if interval is not None else "",
         interval_reason=interval.reason[: home.TEXT_LIMIT] if interval is not None else "",
         interval_inputs=interval.inputs() if interval is not None else {},
+        run_attempts=run.attempts if run is not None else 0,
+        run_seconds=run.seconds() if run is not None else {},
         drain_s=sidecar_status.drain_s,
         loaded_step=sidecar_status.loaded.step if sidecar_status.loaded is not None else -1,
         loaded_from=sidecar_status.loaded.tier if sidecar_status.loaded is not None else "",

@@ -3,7 +3,7 @@ The account of a run: from the facts of its journal to the seconds of each kind,
 
     wall = trained + retrained + stalled + waited + restoring + down
 
-Called from: `pillion report`, and the reports to the controller.
+Called from: `pillion report`, the reports to the controller, and the metrics endpoint of the sidecar.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pillion.wire import home
 from pillion_sidecar.run.journal import Attempt, Journal, Load
 
 NS: Final = 1e-9
@@ -61,6 +62,10 @@ class Account:
     def goodput(self) -> float:
         """Share of the wall time that trained, 0 to 1."""
         return self.trained_s / self.wall_s if self.wall_s > 0 else 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each kind by its name in a report (`home.RUN_KINDS`), to the millisecond."""
+        return {kind: round(getattr(self, f"{kind}_s"), 3) for kind in home.RUN_KINDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,9 @@ def _lost(
         if cut_ns is None:
             continue
         total = 0
-        for before in range(index):
+        for before in reversed(range(index)):
+            if stretches[before].end_ns <= cut_ns:
+                break  # stretches are in the order of time, so no earlier one reaches the cut
             kept_until = stretches[before].end_ns - lost[before]
             more = max(0, kept_until - max(cut_ns, stretches[before].begin_ns))
             lost[before] += more

@@ -161,12 +161,18 @@ class Ledger:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def journal(self) -> Journal | None:
-        """Return the journal as of now. None: the session does not own the root yet, so that earlier attempts are not known."""
-        if self._now is None or self._now.number == UNCLAIMED:
+        """
+        Return the journal as of now. Any thread may call it, as nothing is changed.
+
+        Returns:
+            None: the session does not own the root yet, so that earlier attempts are not known.
+        """
+        now = self._now
+        if now is None or now.number == UNCLAIMED:
             return None
-        if not self._now.ended:
-            self._change(seen_ns=self._now_ns())
-        return journal_module.with_attempt(self._journal, self._now)
+        if not now.ended:
+            now = replace(now, seen_ns=self._now_ns())
+        return journal_module.with_attempt(self._journal, now)
 
 
 def _continued(own: Attempt, since: Attempt) -> Attempt:

@@ -124,7 +124,8 @@ def test_a_job_is_told_of_pins_by_annotation(handled: Handled) -> None:
 def test_the_metrics_of_a_job_end_with_it(handled: Handled, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come from its newest report, with the age of its newest commit; no series of a job that is gone is left."""
     numbers = {"saves_committed": 3, "saves_failed": 1, "persist_seconds": 2.5, "unknown": 1}
-    handled.report(10, 20, metrics=numbers, storage_error="x")
+    spent = dict.fromkeys(home.RUN_KINDS, 1.0) | {"trained": 15.0}
+    handled.report(10, 20, metrics=numbers, storage_error="x", run_seconds=spent, run_attempts=2)
     monkeypatch.setattr(metrics.FLEET, "jobs", handled.report_handler.rows)
     monkeypatch.setattr(metrics.FLEET, "pods", lambda: [((reports.NAMESPACE, reports.POLICY), 4)])
 
@@ -139,6 +140,9 @@ def test_the_metrics_of_a_job_end_with_it(handled: Handled, monkeypatch: pytest.
     assert value("saves_total", outcome="committed") == 3
     assert value("saves_total", outcome="failed") == 1
     assert value("persist_seconds_total") == 2.5
+    assert value("goodput_ratio") == 0.75
+    assert value("attempts") == 2
+    assert value("run_seconds", kind="down") == 1.0
     assert (
         metrics.REGISTRY.get_sample_value(
             "pillion_policy_injected_pods", {"namespace": reports.NAMESPACE, "policy": reports.POLICY}

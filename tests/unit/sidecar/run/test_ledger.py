@@ -52,6 +52,16 @@ def test_nothing_is_written_before_the_session_owns_the_root(ledger: Ledger) -> 
     assert ledger.pending(Save(number=0, step=1, began_ns=1)) is not None
 
 
+def test_reading_the_journal_changes_nothing(ledger: Ledger, clock: Clock) -> None:
+    """The thread of the metrics endpoint reads it while the event loop writes: a change there could undo one of the loop."""
+    begin(ledger)
+    ledger.opened("a", 1, None, 0)
+    before = ledger._now
+    clock.now_s += 5
+    assert read(ledger).attempts[-1].seen_ns == int(1005 * 1e9)
+    assert ledger._now is before
+
+
 def test_only_the_pod_of_rank_0_writes(ledger: Ledger) -> None:
     """The journal has one writer."""
     ledger.begin("a", world_size=4, num_pods=2, coordinator=False)
