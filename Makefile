@@ -26,6 +26,11 @@ STAMP_FRAMEWORKS := $(VENV_FRAMEWORKS)/.set-up
 # The oldest torch that trainers may have; see requirements/oldest.in.
 VENV_OLDEST := .venv-oldest
 STAMP_OLDEST := $(VENV_OLDEST)/.set-up
+# What writes the bills of materials of a release; see requirements/release.in.
+VENV_RELEASE  := .venv-release
+STAMP_RELEASE := $(VENV_RELEASE)/.set-up
+# One environment for each Python and torch that the wheels are tried with.
+VENV_WHEELS := .venv-wheels
 UV_FRAMEWORKS    := $(BIN)/uv pip install --quiet --python $(VENV_FRAMEWORKS)/bin/python
 # uv trusts the machine's certificates as pip does; where they are the usual ones this changes nothing.
 export UV_SYSTEM_CERTS := 1
@@ -34,7 +39,7 @@ LOCK   := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 TYPED := $(wildcard client/src sidecar/src operator/src tests tools benchmarks examples)
 
-.PHONY: help setup lock check test test-frameworks test-filesystem test-cluster test-owners object-stores cluster-programs cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster wheels test-oldest-torch bench bench-cluster clean
+.PHONY: help setup lock check test test-frameworks test-filesystem test-cluster test-owners object-stores cluster-programs cluster-up cluster-down fuzz matrix campaign soak demo demo-cluster wheels test-wheels release-archives test-release test-oldest-torch bench bench-cluster clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -58,6 +63,7 @@ lock: $(STAMP)  ## pin requirements/*.in anew; versions already locked stay (rem
 	$(LOCK) --constraint <(sed -E '/^fsspec==/d; /^ /d; s/ \\$$//' requirements/dev.lock) requirements/frameworks.in -o requirements/frameworks.lock
 	$(LOCK) requirements/s3fs.in -o requirements/s3fs.lock
 	$(LOCK) requirements/oldest.in -o requirements/oldest.lock
+	$(LOCK) requirements/release.in -o requirements/release.lock
 	for image in build sidecar operator; do \
 	  $(LOCK) --constraint requirements/dev.lock requirements/$$image.in -o requirements/$$image.lock; done
 
@@ -141,6 +147,22 @@ bench-cluster: $(STAMP)  ## measure webhook, controller and pod start on a real 
 wheels: $(STAMP)  ## build wheels and sdists of client, sidecar and operator into dist/, the same bytes on every machine
 	$(BIN)/python tools/build_wheels.py dist
 
+# Made anew each time: what is tried is what pip installs where nothing of Pillion is.
+test-wheels: wheels  ## the wheels as pip installs them, each CPython that is here, by the laptop page's commands; PYTHONS=3.12 narrows it (10 GB)
+	$(BIN)/python tools/wheel_environments.py $(VENV_WHEELS) $(PYTHONS)
+	PILLION_WHEEL_ENVIRONMENTS=$(abspath $(VENV_WHEELS)) $(BIN)/python -m pytest tests/distributed/test_wheels.py $(ARGS)
+
+$(STAMP_RELEASE): $(STAMP) requirements/release.lock
+	test -x $(VENV_RELEASE)/bin/python || $(PYTHON) -m venv --without-pip $(VENV_RELEASE)
+	$(BIN)/uv pip install --quiet --python $(VENV_RELEASE)/bin/python --require-hashes -r requirements/release.lock
+	touch $@
+
+release-archives: $(STAMP_RELEASE)  ## wheels, sdists, the chart (needs helm), bills of materials and SHA256SUMS into dist/, the same bytes on every machine
+	$(BIN)/python tools/release_archives.py dist --sbom $(VENV_RELEASE)/bin/cyclonedx-py $(ARGS)
+
+test-release: $(STAMP_RELEASE)  ## what release-archives makes, with the program of the bills, which make test lacks
+	PILLION_CYCLONEDX=$(abspath $(VENV_RELEASE))/bin/cyclonedx-py $(BIN)/python -m pytest tests/process/test_release_archives.py $(ARGS)
+
 $(STAMP_OLDEST): $(STAMP) requirements/oldest.lock
 	test -x $(VENV_OLDEST)/bin/python || $(PYTHON) -m venv --without-pip $(VENV_OLDEST)
 	$(BIN)/uv pip install --quiet --python $(VENV_OLDEST)/bin/python --compile-bytecode --require-hashes -r requirements/oldest.lock
@@ -150,5 +172,5 @@ test-oldest-torch: $(STAMP_OLDEST)  ## trainers on torch 2.6 beside sidecars on 
 	PILLION_OLDEST_TORCH_PYTHON=$(abspath $(VENV_OLDEST))/bin/python $(BIN)/python -m pytest tests/distributed/test_oldest_torch.py $(ARGS)
 
 clean:  ## remove what the tools made; .venv too
-	rm -rf dist $(VENV) $(VENV_FRAMEWORKS) $(VENV_OLDEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache scratch
+	rm -rf dist $(VENV) $(VENV_FRAMEWORKS) $(VENV_OLDEST) $(VENV_WHEELS) $(VENV_RELEASE) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache scratch
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,7 @@ PLACES: Final[dict[str, tuple[tuple[str, int], ...]]] = {
     "charts/pillion/Chart.yaml": ((r"(?m)^version: (?P<v>\S+)$", 1), (r"(?m)^appVersion: (?P<v>\S+)$", 1)),
     "examples/cluster/job.yaml": ((r"pillion-sidecar:(?P<v>\S+)", 1),),
     "tests/cluster/demo.py": ((r'"pillion-sidecar:(?P<v>[^"]+)"', 1),),
+    "docs/guide/laptop.md": ((r"pillion-(?P<v>\d[^-]*)-py3", 1), (r"pillion_sidecar-(?P<v>[^-]+)-py3", 1)),
     "docs/guide/install.md": ((r"pillion-(?:operator|sidecar):(?P<v>\S+)", 4),),
 }
 """By file: a pattern whose group `v` is the version, and how often it is there."""

@@ -22,6 +22,7 @@ LOCKS: Final = (
     "requirements/operator.lock",
     "requirements/s3fs.lock",
     "requirements/oldest.lock",
+    "requirements/release.lock",
 )
 
 PIN: Final = re.compile(r"[a-z0-9][a-z0-9.-]*==[^\s/]+( ; [^/]*)? \\")

@@ -36,6 +36,7 @@ class Deadline(enum.Enum):
         "a sidecar with nothing left to do ends when it is told to; under a second on a quiet machine",
     )
     TORCH_START = (90.0, "an interpreter that imports torch starts, several at once on two cores")
+    INSTALLED = (300.0, "pip has fetched and installed what two wheels require, beside a torch that is there")
     STAGED = (30.0, "a save's bytes are in the arena")
     COMMITTED = (60.0, "a save of a few MiB is durable and visible")
     LOADED = (60.0, "a checkpoint of a few MiB is back in the state dict")

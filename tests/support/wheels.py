@@ -1,13 +1,12 @@
 """
-The whole of: the wheels of this checkout, built once for the tests of a module, and an environment that has them.
+The whole of: the wheels of this checkout, built once for the tests of a module.
 
-Called from: tests/process/test_wheels.py, tests/distributed/test_wheels.py.
+Called from: tests/process/test_wheels.py.
 Must never: reach an index of packages.
 """
 
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -36,33 +35,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(built: Path, distribution: str) -> Path:
     """The wheel of client, sidecar or operator."""
     return next(built.glob(f"{PACKAGES[distribution]}-*.whl"))
-
-
-def environment(built: Path, folder: Path) -> Path:
-    """
-    A virtual environment with the three wheels. What they require lies beneath it: the packages of the one that runs the tests.
-
-    Returns:
-        Its site-packages.
-    """
-    run([sys.executable, "-m", "venv", "--without-pip", folder])
-    uv = Path(sys.executable).with_name("uv")
-    install: list[str | Path] = [
-        uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--offline",
-        "--no-index",
-        "--no-deps",
-        "--python",
-        folder / "bin" / "python",
-    ]
-    run([*install, *(wheel(built, each) for each in PACKAGES)])
-    # A .pth file adds a folder behind the environment's own, and without that folder's .pth files, which name this checkout.
-    site = next(folder.glob("lib/python3*/site-packages"))
-    (site / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return site
 
 
 def run(command: Sequence[str | Path], *, umask: int = -1) -> None:

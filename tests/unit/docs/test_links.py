@@ -13,7 +13,18 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[3]
-IGNORED: Final = {".venv", ".git", "scratch", "node_modules", ".pytest_cache", ".hypothesis"}
+IGNORED: Final = {
+    ".venv",
+    ".venv-frameworks",
+    ".venv-oldest",
+    ".venv-release",
+    ".venv-wheels",
+    ".git",
+    "scratch",
+    "node_modules",
+    ".pytest_cache",
+    ".hypothesis",
+}
 DOCUMENTS: Final = sorted(
     path for path in ROOT.rglob("*.md") if not IGNORED & set(path.relative_to(ROOT).parts) and path.is_file()
 )
