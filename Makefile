@@ -60,7 +60,7 @@ $(STAMP): requirements/uv.lock requirements/dev.lock client/pyproject.toml sidec
 lock: $(STAMP)  ## pin requirements/*.in anew; versions already locked stay (remove the file to take the newest)
 	$(LOCK) requirements/uv.in -o requirements/uv.lock
 	$(LOCK) requirements/dev.in -o requirements/dev.lock
-	$(LOCK) --constraint <(sed -E '/^fsspec==/d; /^ /d; s/ \\$$//' requirements/dev.lock) requirements/frameworks.in -o requirements/frameworks.lock
+	$(LOCK) --constraint <(sed -E '/^(fsspec|setuptools)==/d; /^ /d; s/ \\$$//' requirements/dev.lock) requirements/frameworks.in -o requirements/frameworks.lock
 	$(LOCK) requirements/s3fs.in -o requirements/s3fs.lock
 	$(LOCK) requirements/oldest.in -o requirements/oldest.lock
 	$(LOCK) requirements/release.in -o requirements/release.lock
@@ -83,7 +83,7 @@ $(STAMP_FRAMEWORKS): $(STAMP) requirements/frameworks.lock
 	touch $@
 
 # Their own warnings are not ours to mend, so none is an error there.
-test-frameworks: $(STAMP_FRAMEWORKS)  ## training code of Transformers, Lightning, torchtitan, Accelerate with Pillion; installs them, once
+test-frameworks: $(STAMP_FRAMEWORKS)  ## training code of Transformers, Lightning, torchtitan, Accelerate and others with Pillion; installs them, once
 	$(VENV_FRAMEWORKS)/bin/python -m pytest tests/frameworks --frameworks -W default $(ARGS)
 
 test-cluster: $(STAMP)  ## the stories on a real Kubernetes, made and taken down here; needs root, Go, Debian packages
