@@ -11,21 +11,7 @@ import pytest
 
 from support.jobs import policy
 from support.kube import Json, Kube, KubectlFailed
-from unit.crds.documents import BAD, GOOD
-
-EXPLAINED = {
-    "no period": "at least one of periodSteps and periodSeconds is needed",
-    "snapshots as rare as saves": "snapshotSteps must be less than periodSteps",
-    "no size": "sizeLimit is needed",
-    "a size of zero": "must be a positive number of bytes below 1Ei",
-    "a sub path upwards": "must be a relative directory without '..'",
-    "keeping multiples without the last": "keepEverySteps needs keepLast",
-    "a mode without its step": "step is the step to load with mode: Step",
-    "a CPU request above its limit": "requests.cpu must be at most limits.cpu",
-    "a memory request above its limit": "requests.memory must be at most limits.memory",
-}
-"""Every CEL rule of CheckpointPolicy, by a document that breaks it: what a person reads."""
-
+from unit.crds.documents import BAD, EXPLAINED, GOOD
 
 def _policy(spec: Json) -> Json:
     return policy() | {"spec": spec}

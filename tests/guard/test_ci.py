@@ -1,5 +1,5 @@
 """
-That `.ci/run`, which divides the tests between two lanes, leaves no level out.
+That `.ci/run`, which divides the tests between lanes, leaves no level out.
 
 Called from: pytest.
 """
@@ -19,7 +19,7 @@ def test_each_level_is_in_one_lane() -> None:
     """What is in none would run nowhere, and what is in both would run twice."""
     text = RUN.read_text(encoding="utf-8")
     lanes = [re.findall(r"tests/(\w+)", found) for found in re.findall(r'^readonly \w+="([^"]*)"', text, re.MULTILINE)]
-    assert len(lanes) == 2
+    assert len(lanes) == 3
     assert sorted(level for lane in lanes for level in lane) == sorted(set(conftest.LEVELS) - ELSEWHERE)
     for target in ("test-frameworks", "test-cluster", "test-filesystem", "check"):
         assert f"make --no-print-directory {target}" in text

@@ -252,3 +252,16 @@ BAD: Final[dict[str, dict[str, Any]]] = {
     "an unknown checksum": _in_a_bucket("checksum", "CRC32C"),
     "a field that is not there": _with("trigger.periodMinutes", 5),
 }
+
+EXPLAINED: Final = {
+    "no period": "at least one of periodSteps, periodSeconds and auto is needed",
+    "snapshots as rare as saves": "snapshotSteps must be less than periodSteps",
+    "no size": "sizeLimit is needed",
+    "a size of zero": "must be a positive number of bytes below 1Ei",
+    "a sub path upwards": "must be a relative directory without '..'",
+    "keeping multiples without the last": "keepEverySteps needs keepLast",
+    "a mode without its step": "step is the step to load with mode: Step",
+    "a CPU request above its limit": "requests.cpu must be at most limits.cpu",
+    "a memory request above its limit": "requests.memory must be at most limits.memory",
+}
+"""By a document of BAD that breaks a CEL rule: what a person reads of it. The cluster tests look for it in the answer of a real API server."""

@@ -6,6 +6,7 @@ Must never: list a field of the policy by hand where the model can be walked.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from pillion.wire import policy, quantities
 from pillion_operator.injection import annotations, identity
 from unit.crds import structural
-from unit.crds.documents import BAD, GOOD
+from unit.crds.documents import BAD, EXPLAINED, GOOD
 
 NAMES: Final = ("checkpointpolicies", "checkpoints")
 SPEC: Final = structural.schema_of(structural.read("checkpointpolicies"))["properties"]["spec"]
@@ -340,3 +341,10 @@ def test_the_id_of_a_job_fits_into_a_checkpoint() -> None:
     assert isinstance(job, identity.Job)
     for job_id in (pod_annotations.job_id, job.id):
         assert structural.problems(schema, job_id) == []
+
+
+def test_what_a_person_reads_of_a_broken_rule_stands_in_the_crd() -> None:
+    """The cluster tests look for these texts in the answers of a real API server; here a change of a rule's text is noticed without one."""
+    text = json.dumps(structural.read("checkpointpolicies"))
+    assert EXPLAINED.keys() <= BAD.keys()
+    assert [name for name, explained in EXPLAINED.items() if explained not in text] == []
