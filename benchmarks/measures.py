@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,8 @@ import pillion
 from pillion import session
 
 SAVE_TIMEOUT_S = 600.0
+MAX_SHOWN_BYTES = 20_000
+"""Maximum of the standard error of a failed benchmark that is shown, its end: some two hundred lines."""
 SIDECAR_GONE_S = 60.0
 """Bound for an embedded sidecar to end after its trainer has closed."""
 
@@ -51,6 +54,8 @@ class Line:
     sense: Literal["<=", ">="] = "<="
     samples: Sequence[float] = field(default_factory=tuple)
     note: str = ""
+    group: str = ""
+    """The benchmark that it is of. `run.py` writes it."""
 
     @property
     def verdict(self) -> str:
@@ -78,6 +83,26 @@ def scratch(of: Settings) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keep what this process and its children write to standard error: DCP's background process logs each request. It is shown if the benchmark fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:  # shown, and raised again
+            sys.stderr.flush()
+            said.seek(0)
+            os.write(kept, said.read()[-MAX_SHOWN_BYTES:])
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextlib.contextmanager

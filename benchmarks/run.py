@@ -2,24 +2,24 @@
 All benchmarks, and one table: what, measured, goal, met or missed.
 
     python benchmarks/run.py [--only stall,persist,step,load,verify,commit,memory,objects,peers] [--bytes 1GiB] [--repeat 7]
-                             [--dir DIR] [--json FILE]
+                             [--dir DIR] [--json FILE] [--await-quiet SECONDS]
 
 Every ratio comes from one run: the thing and its floor are measured in turn. The exit status is 0 whether goals are met or
-not: on a shared machine a missed one is a fact to look at, not a failure. Leaves nothing behind.
+not: on a shared machine a missed one is a fact to look at, not a failure. Before each benchmark it looks whether the machine is
+quiet, and says so in the table and in the record. Leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import platform
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import bench_commit
@@ -31,8 +31,8 @@ import bench_persist
 import bench_stall
 import bench_verify
 import floors
+import machine
 import measures
-import torch
 
 BENCHMARKS: dict[str, Callable[[measures.Settings], list[measures.Line]]] = {
     "stall": bench_stall.measure,
@@ -58,39 +58,38 @@ def main() -> None:
         "--dir", type=Path, default=Path(tempfile.gettempdir()), help="a directory on the disk to measure"
     )
     parser.add_argument("--json", type=Path, help="write every sample here")
+    parser.add_argument(
+        "--await-quiet",
+        type=float,
+        default=0.0,
+        help="seconds to wait before each benchmark until the machine is quiet",
+    )
     args = parser.parse_args()
     wanted = args.only.split(",")
     unknown = [name for name in wanted if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     of = measures.Settings(num_bytes=args.bytes, repeat=args.repeat, directory=args.dir)
-    facts = _facts()
+    facts = {"command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]), **machine.facts(args.dir)}
     print("; ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     lines: list[measures.Line] = []
+    busy: dict[str, float] = {}
     for name in wanted:
+        busy[name] = machine.await_quiet(args.await_quiet)
         begin_s = time.perf_counter()
-        found = BENCHMARKS[name](of)
-        load = os.getloadavg()[0]
-        print(f"\n{name}: {time.perf_counter() - begin_s:.0f} s, load {load:.1f}", flush=True)
+        with measures.muted():
+            found = BENCHMARKS[name](of)
+        quiet = "" if busy[name] <= machine.QUIET_SHARE else ": NOT QUIET"
+        print(f"\n{name}: {time.perf_counter() - begin_s:.0f} s, {busy[name]:.0%} busy before{quiet}", flush=True)
         _print_table(found)
-        lines += found
+        lines += [dataclasses.replace(line, group=name) for line in found]
     if args.json is not None:
-        rows = [asdict(line) | {"verdict": line.verdict} for line in lines]
-        args.json.write_text(json.dumps({"facts": facts, "lines": rows}, indent=1) + "\n", encoding="utf-8")
+        rows = [dataclasses.asdict(line) | {"verdict": line.verdict} for line in lines]
+        args.json.write_text(
+            json.dumps({"facts": facts, "busy": busy, "lines": rows}, indent=1) + "\n", encoding="utf-8"
+        )
     missed = [line.what for line in lines if line.verdict == "MISSED"]
     print(f"\n{sum(line.verdict == 'met' for line in lines)} goals met, {len(missed)} missed")
-
-
-def _facts() -> dict[str, object]:
-    return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch threads": torch.get_num_threads(),
-        "load at the start": round(os.getloadavg()[0], 1),
-    }
 
 
 def _print_table(lines: Sequence[measures.Line]) -> None:

@@ -13,6 +13,7 @@ from support.jobs import policy
 from support.kube import Json, Kube, KubectlFailed
 from unit.crds.documents import BAD, EXPLAINED, GOOD
 
+
 def _policy(spec: Json) -> Json:
     return policy() | {"spec": spec}
 
