@@ -7,8 +7,11 @@ Must never: reach an index of packages.
 
 import email
 import hashlib
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +21,7 @@ from typing import Final
 import pytest
 
 from guard import repository
+from support.deadlines import Deadline
 from support.wheels import PACKAGES, build, built, wheel
 
 __all__ = ["built"]
@@ -85,3 +89,25 @@ def test_the_extra_for_a_laptop_brings_the_sidecar_and_never_a_torch(built: Path
     }
     assert f"pillion=={version}" in required["sidecar"]
     assert [each for each in required["sidecar"] if each.startswith("torch") and "extra" not in each] == []
+
+
+def test_without_any_python_there_is_nothing_to_try_and_that_is_an_error(tmp_path: Path) -> None:
+    """
+    Each Python that is missing is named, one on the PATH that only fails is as good as missing, and the end is exit status 1: no run without an
+    environment ends well.
+    """
+    (tmp_path / "python3.12").write_text("#!/bin/sh\necho choose a version >&2\nexit 127\n")
+    (tmp_path / "python3.12").chmod(0o755)
+    nowhere = {"PATH": str(tmp_path), "PYENV_ROOT": str(tmp_path), "UV_PYTHON_INSTALL_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, repository.ROOT / "tools" / "wheel_environments.py", tmp_path / "made"],
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=Deadline.PROCESS_START.s,
+    )
+    assert done.returncode == 1
+    assert re.findall(r"CPython (\S+): none", done.stdout) == ["3.11", "3.12", "3.13"]
+    assert "none of the Pythons" in done.stderr
+    assert not (tmp_path / "made").exists()

@@ -41,6 +41,10 @@ class Deadline(enum.Enum):
     COMMITTED = (60.0, "a save of a few MiB is durable and visible")
     LOADED = (60.0, "a checkpoint of a few MiB is back in the state dict")
     DRAINED = (60.0, "a sidecar has persisted its newest snapshot and ended")
+    LINGERED = (
+        200.0,
+        "a sidecar whose trainers died has kept their snapshots for 120 s, persisted the newest, and ended",
+    )
     SCRIPT = (120.0, "a training script of a few dozen steps has ended")
     TORCHRUN = (170.0, "the same under torchrun, with one restart; below the wall of pytest's own timeout")
     API = (20.0, "a controller of the cluster has noticed a change and written its answer")
