@@ -83,7 +83,7 @@ $(STAMP_FRAMEWORKS): $(STAMP) requirements/frameworks.lock
 	touch $@
 
 # Their own warnings are not ours to mend, so none is an error there.
-test-frameworks: $(STAMP_FRAMEWORKS)  ## training code of Transformers, Lightning, torchtitan, Accelerate and others with Pillion; installs them, once
+test-frameworks: $(STAMP_FRAMEWORKS)  ## training code of Transformers, Lightning, torchtitan, Accelerate, Ray and others with Pillion; installs them, once
 	$(VENV_FRAMEWORKS)/bin/python -m pytest tests/frameworks --frameworks -W default $(ARGS)
 
 test-cluster: $(STAMP)  ## the stories on a real Kubernetes, made and taken down here; needs root, Go, Debian packages

@@ -17,7 +17,8 @@ _REQUIREMENTS: Final = Path(__file__).parents[2] / "requirements"
 def _asked() -> dict[str, str]:
     """Return the distributions that frameworks.in asks for by version."""
     lines = (_REQUIREMENTS / "frameworks.in").read_text().splitlines()
-    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {name.partition("[")[0]: version for name, version in pairs}  # without extras
 
 
 @pytest.mark.parametrize("name", sorted(_asked()))
