@@ -8,6 +8,7 @@ Must never: hide a test without a reason that the summary shows.
 from pathlib import Path
 from typing import Final
 
+import hypothesis
 import pytest
 
 from support import on_file_systems
@@ -48,6 +49,10 @@ __all__ = [
     "stock_reader",
     "tmp_path",
 ]
+
+# How long an example takes says how busy the machine is: Hypothesis fails one above 200 ms by default. The wall of each test bounds it.
+hypothesis.settings.register_profile("pillion", deadline=None)
+hypothesis.settings.load_profile("pillion")
 
 LEVELS: Final = (
     "unit",

@@ -28,6 +28,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first run; each has the next")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--pods", type=int, choices=(1, 2), help="only runs of so many pods")
+    parser.add_argument(
+        "--disks",
+        action="store_true",
+        help="each pod has a disk of its node in front of storage; runs of odd seeds lose it with the pod",
+    )
     parser.add_argument("--report", type=Path, help="file for the results, one JSON line a run")
     of = parser.parse_args()
     warm()
@@ -38,7 +43,7 @@ def main() -> int:
     seeds = list(itertools.islice(every, of.runs))
     # A process for each run: what one leaves behind by a defect does not reach the next.
     with multiprocessing.get_context("fork").Pool(
-        of.jobs, initializer=_become, initargs=(reference,), maxtasksperchild=1
+        of.jobs, initializer=_become, initargs=(reference, of.disks), maxtasksperchild=1
     ) as pool:
         for result in pool.imap_unordered(_one, seeds):
             results.append(result)
@@ -69,8 +74,12 @@ def warm() -> None:
 _REFERENCE: list[tuple[float, dict[str, torch.Tensor]]] = []
 
 
-def _become(reference: list[tuple[float, dict[str, torch.Tensor]]]) -> None:
+_DISKS: list[bool] = []
+
+
+def _become(reference: list[tuple[float, dict[str, torch.Tensor]]], disks: bool) -> None:
     _REFERENCE[:] = reference
+    _DISKS[:] = [disks]
     # Pool workers are daemons, which may have no children by multiprocessing's rule; ours are ended by `Run`.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
@@ -79,7 +88,7 @@ def _one(seed: int) -> Result:
     drawn = plan.draw(seed)
     folder = Path(tempfile.mkdtemp(prefix=f"pillion-run-{seed}-"))
     try:
-        result = Run(drawn, folder, _REFERENCE).run()
+        result = Run(drawn, folder, _REFERENCE, disks=_DISKS[0]).run()
     except BaseException:
         result = Result(seed=seed, pods=drawn.pods, strikes=[], inside=drawn.inside.value, verdict="broken")
         result.detail = traceback.format_exc()

@@ -30,7 +30,9 @@ from pillion.testing import faults
 SNAPSHOT_STEPS: Final = 2
 PERIOD_STEPS: Final = 10
 KEEP_LAST: Final = 3
-POLICY: Final = {
+LOCAL_STEPS: Final = 4
+"""Steps between the saves to the disks of the nodes, in a job that has such."""
+POLICY: Final[dict[str, Any]] = {
     "trigger": {"periodSteps": PERIOD_STEPS, "snapshotSteps": SNAPSHOT_STEPS},
     "retention": {"keepLast": KEEP_LAST},
 }
@@ -54,6 +56,21 @@ class Job:
     """A worker of a data loader of rank 0 is stuck for as long as the job goes on."""
     rollback_at: int = 0
     """The step at which all go back to an older one, once; 0: never."""
+    disks: bool = False
+    """Whether each pod has a disk of its node in front of storage."""
+
+    def disk(self, pod: int) -> Path:
+        return self.folder / f"disk.{pod}"
+
+    def policy(self) -> dict[str, Any]:
+        """In a trainer: its policy."""
+        if not self.disks:
+            return POLICY
+        disk = self.disk(int(os.environ["PILLION_POD"].rpartition("-")[2]))
+        return POLICY | {
+            "trigger": POLICY["trigger"] | {"localSteps": LOCAL_STEPS},
+            "storage": {"local": {"path": str(disk)}},
+        }
 
     @property
     def root(self) -> Path:
@@ -82,7 +99,7 @@ def train(job: Job) -> None:
     of = Training(rank)
     # Kept for as long as the trainer lives, and longer.
     helper = training.stuck(job.folder) if job.stuck and rank == 0 else None
-    with pillion.Checkpointer(str(job.root), policy=POLICY) as checkpointer:
+    with pillion.Checkpointer(str(job.root), policy=job.policy()) as checkpointer:
         loaded = _load(checkpointer, of)
         report = checkpointer.last_load
         say(

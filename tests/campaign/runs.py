@@ -97,11 +97,13 @@ AWAY: Final = frozenset(
 class Run:
     """One run."""
 
-    def __init__(self, plan: Plan, folder: Path, reference: list[tuple[float, dict[str, torch.Tensor]]]) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, reference: list[tuple[float, dict[str, torch.Tensor]]], *, disks: bool = False
+    ) -> None:
         self._plan = plan
         self._reference = reference
         self._mark = f"campaign-{os.getpid()}-{plan.seed}"
-        self.job = Job(folder=folder, pods=plan.pods, stuck=plan.stuck, rollback_at=plan.rollback_at)
+        self.job = Job(folder=folder, pods=plan.pods, stuck=plan.stuck, rollback_at=plan.rollback_at, disks=disks)
         self._kit = folder / "faults"
         self._agents: dict[int, int] = {}
         self._store: StoreHost | None = None
@@ -297,6 +299,9 @@ class Run:
                 process.kill()
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
+        if self._plan.seed % 2:
+            # A disk that is an emptyDir goes with its pod; one of the node stays.
+            shutil.rmtree(self.job.disk(pod), ignore_errors=True)
 
     # --- judging -----------------------------------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ def _meet_in_store(
 ) -> _Meeting:
     # The store of a new session may still be starting. A store that existed before answers at once, or is lost.
     timeout_s = min(tcpstore.CONNECT_TIMEOUT_S, watch.store_timeout_s) if is_successor else tcpstore.CONNECT_TIMEOUT_S
-    # Watched: what a store that does not answer costs is told in the pings.
+    # Watched, so that the pings name a store that does not answer, and for how long.
     watch.store("connect to the job's store", timeout_s)
     where = (store.host, store.port)
     own = store.kind is control.MeetingStore.OWN and first_rank == 0
@@ -276,7 +276,7 @@ def _meet_in_store(
         view = tcpstore.connect(*where, prefix, timeout_s=timeout_s, look=watch.look)
     try:
         signal_store = tcpstore.connect(*where, prefix, timeout_s=timeout_s, look=watch.look)
-    except BaseException:
+    except BaseException:  # also a request to stop: nobody else has the first connection
         view.close()
         raise
     return tcpstore.StoreExchange(view, keep, pods, first_rank), (view, signal_store), where if own else None

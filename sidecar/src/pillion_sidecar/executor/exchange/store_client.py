@@ -30,7 +30,7 @@ RETRY_PAUSE_S: Final = 0.2
 SHORTEST_S: Final = 0.001
 """Minimum timeout of a wait for a key. A socket takes 0 for no wait at all, and the store is to answer."""
 MAX_VALUE_BYTES: Final = 64 * 1024**2
-"""Maximum bytes of a value that is read. A longer one is none of ours (`tcpstore.PIECE_BYTES`), or the stream is out of step."""
+"""Maximum bytes of a value that is read. Pillion writes no longer ones (`tcpstore.PIECE_BYTES`), so a longer one means that the stream is out of step."""
 CONNECT_PIECE_S: Final = 5.0
 """Timeout of one attempt to connect, between two looks."""
 MAGIC: Final = 0x3C85F7CE
@@ -141,7 +141,7 @@ class StoreClient:
         client = cls(_connected(host, port, timeout_s, look), prefix, look=look, timeout_s=timeout_s)
         try:
             client._try_all()
-        except BaseException:
+        except BaseException:  # also a request to stop: the connection is not left to the garbage collector
             client.close()
             raise
         client._timeout_s = ANSWER_TIMEOUT_S
@@ -236,7 +236,7 @@ class StoreClient:
                 raise
             except OSError as err:
                 raise self._lost(f"{query.name}: {str(err) or type(err).__name__}") from err
-            except BaseException as err:
+            except BaseException as err:  # also a request to stop: half of an answer may be read, and the next one would begin in it
                 self._lost(f"{query.name} was interrupted: {type(err).__name__}")
                 raise
 
@@ -305,6 +305,7 @@ def _connected(host: str, port: int, timeout_s: float, look: Callable[[], None])
         except OSError as err:
             if time.monotonic() + RETRY_PAUSE_S > deadline_s:
                 raise StoreGone(f"no store answers at {host}:{port} within {timeout_s:.0f} s: {err}") from err
+            # In a thread of the executor, which may block. The deadline above bounds the attempts.
             time.sleep(RETRY_PAUSE_S)
         else:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
