@@ -83,11 +83,10 @@ def main() -> None:
         print(f"\n{name}: {time.perf_counter() - begin_s:.0f} s, {busy[name]:.0%} busy before{quiet}", flush=True)
         _print_table(found)
         lines += [dataclasses.replace(line, group=name) for line in found]
-    if args.json is not None:
-        rows = [dataclasses.asdict(line) | {"verdict": line.verdict} for line in lines]
-        args.json.write_text(
-            json.dumps({"facts": facts, "busy": busy, "lines": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+        if args.json is not None:  # after each one, so that a later one that fails costs nothing
+            rows = [dataclasses.asdict(line) | {"verdict": line.verdict} for line in lines]
+            document = {"facts": facts, "busy": busy, "lines": rows}
+            args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     missed = [line.what for line in lines if line.verdict == "MISSED"]
     print(f"\n{sum(line.verdict == 'met' for line in lines)} goals met, {len(missed)} missed")
 
