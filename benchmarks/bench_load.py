@@ -61,7 +61,7 @@ def measure(of: measures.Settings) -> list[measures.Line]:
 
 def _restarted(of: measures.Settings, root: Path) -> list[measures.Line]:
     """Loads of trainers whose predecessor was killed. The sidecar verifies the snapshot while they start."""
-    ratios, seconds, verified = [], [], 0
+    ratios, pieces, seconds, verified = [], [], [], 0
     for number in range(of.repeat):
         run = root / f"restarted-{number}"
         _life("save", run, of.num_bytes)
@@ -70,10 +70,12 @@ def _restarted(of: measures.Settings, root: Path) -> list[measures.Line]:
             raise RuntimeError(f"expected a load from the arena, got {found}")
         verified += found["verified"]
         ratios.append(found["floor_s"] / found["load_s"])
+        pieces.append(found["pieces_s"] / found["load_s"])
         seconds.append(found["load_s"])
     note = f"{verified} of {of.repeat} snapshots were verified before the load"
     return [
         measures.median_line("memcpy / load from the arena, after a restart", ratios, goal=0.9, sense=">=", note=note),
+        measures.median_line("memcpy of the same pieces / load from the arena, after a restart", pieces, sense=">="),
         measures.median_line("load from the arena, after a restart", seconds, unit="s"),
     ]
 

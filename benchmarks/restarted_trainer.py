@@ -14,6 +14,7 @@ from pathlib import Path
 
 import floors
 import measures
+import torch
 
 from pillion.wire import control
 
@@ -31,6 +32,12 @@ def load(root: Path, num_bytes: int) -> None:
     """Load the newest step, and print what it took."""
     source, target = floors.shared_memory(num_bytes), measures.private_memory(num_bytes)
     floor_s = min(measures.copy_floor_s(target, source) for _ in range(3))
+    pieces = [
+        view[start : start + num_bytes // 64]
+        for view in (target, source)
+        for start in range(0, num_bytes, num_bytes // 64)
+    ]
+    pieces_s = min(floors.memcpy_pieces_s(pieces[:64], pieces[64:], torch.get_num_threads()) for _ in range(3))
     with measures.checkpointer(root) as checkpointer:
         checkpointer.load(measures.state(num_bytes, 64))
         report = checkpointer.last_load
@@ -38,7 +45,7 @@ def load(root: Path, num_bytes: int) -> None:
         status = session.request(control.ReadStatus(), measures.SAVE_TIMEOUT_S)
         if report is None or not isinstance(status, control.Status):
             raise RuntimeError("no load, or no status")
-        found = {"load_s": report.elapsed_s, "tier": report.tier, "floor_s": floor_s}
+        found = {"load_s": report.elapsed_s, "tier": report.tier, "floor_s": floor_s, "pieces_s": pieces_s}
         found["verified"] = status.metrics["snapshots_verified"]
     print(json.dumps(found))
 
