@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -106,6 +107,37 @@ def test_a_restarted_trainer_loads_the_newest_step_from_the_arena_without_readin
     root.rename(tmp_path / "away")
     answers = ranks.start(lambda peer: load(root, peer), num_ranks=2).finish()
     assert answers == [(2, "arena", {}), (2, "arena", {})]
+
+
+def test_what_an_earlier_trainer_left_is_mapped_before_the_load(ranks: Ranks, tmp_path: Path) -> None:
+    """While a script builds its model, the pages of the newest snapshot are mapped, so that the load meets no page fault for them. Nothing in them changes."""
+    mib, root = 2**20, tmp_path / "run"
+
+    def save(peer: Peer) -> None:
+        opened = checkpointer.Checkpointer(root, policy=POLICY)
+        opened.save({"w": torch.full((8 * mib,), 3, dtype=torch.uint8)}, 1).result(Deadline.COMMITTED.s)
+        peer.tell()
+        peer.hear()
+
+    def resident() -> int:
+        """Bytes of the arena that this process has mapped."""
+        maps = psutil.Process().memory_maps(grouped=True)
+        return sum(each.rss for each in maps if each.path == str(segment_of(root)))
+
+    def load_later(peer: Peer) -> tuple[int, int | None, bool]:
+        with checkpointer.Checkpointer(root, policy=POLICY) as opened:
+            opened._saver.join(Deadline.SETTLE.s)
+            before = resident()
+            state = {"w": torch.zeros(8 * mib, dtype=torch.uint8)}
+            step = opened.load(state)
+            return before, step, bool((state["w"] == 3).all())
+
+    first = ranks.start(save)
+    first.hear()
+    first.trainers[0].kill()
+    [(before, step, same)] = ranks.start(load_later, attempt=1).finish()
+    assert (step, same) == (1, True)
+    assert before >= 8 * mib
 
 
 def test_a_bit_flipped_in_the_arena_is_found_and_the_files_are_loaded(ranks: Ranks, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ class Checkpointer:
         self._teller = telling.Teller(self._session, on_commit, on_failure)
         self._session.listen()
         self._teller.look()
+        self._saver.prepare_load()
         exit_drain.drain_at_exit(self)
 
     @property

@@ -428,6 +428,10 @@ class Saver:
         )
         self._look_ahead(leaves, room)
 
+    def prepare_load(self) -> None:
+        """Map what earlier trainers have left in memory, beside what the script does before its load. Never blocks."""
+        self._ahead.begin(preparing.WHAT_IS_THERE)
+
     def _look_ahead(self, leaves: leaves_module.Leaves, room_bytes: int) -> None:
         self._ahead.begin(preparing.Need(room_bytes, leaves.layout, devices.used_by(leaves.tensors)))
 

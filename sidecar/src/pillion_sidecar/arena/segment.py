@@ -110,9 +110,10 @@ class Segment:
             slot: index of the slot.
             enough_bytes: return the last known capacity if it is at least this. None: always ask the file system.
         """
-        if enough_bytes is not None and self._known.get(slot, 0) >= enough_bytes:
+        known = self._known.get(slot)
+        if enough_bytes is not None and known is not None and known >= enough_bytes:
             # SEEK_HOLE walks every page and takes 10 ms for each GiB, while a claim waits.
-            return self._known[slot]
+            return known
         start = self.header.slot_offset(slot)
         try:
             hole = os.lseek(self._fd, start, os.SEEK_HOLE)

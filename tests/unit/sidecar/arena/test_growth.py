@@ -56,6 +56,17 @@ def limits(free_bytes: int) -> Level:
     return Level("/sys/fs/cgroup", 100 * MIB + free_bytes + growth.SPARE_BYTES, 100 * MIB)
 
 
+def test_a_slot_that_nobody_has_asked_for_says_what_it_has(folder: Path, segments: dict[int, Segment]) -> None:
+    """Also who needs no room is told what is there: a trainer maps what an earlier one has left."""
+    assert segments[0].capacity_bytes(0, enough_bytes=0) < MIB
+    segments[0].grow(0, 2 * MIB)
+    again = Segment.attach(str(folder / "segment-0.arena"))
+    try:
+        assert again.capacity_bytes(0, enough_bytes=0) >= 2 * MIB
+    finally:
+        again.close()
+
+
 def test_ranks_that_grow_at_once_stay_within_the_limit(
     segments: dict[int, Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
