@@ -24,8 +24,9 @@ from pillion import checkpointer
 from pillion.errors import LoadError, PillionError
 from pillion.wire import names
 from process.ranks import Job, Peer, Ranks
-from support import deadlines
+from support import deadlines, file_systems
 from support.deadlines import Deadline
+from support.file_systems import Kind as FileSystem
 from support.object_stores import behind
 from support.object_stores.fault_proxy import FaultProxy
 from support.object_stores.faults import Fault
@@ -36,6 +37,9 @@ POLICY: Final[dict[str, Any]] = {"trigger": {"periodSteps": 10, "localSteps": 2}
 RESCUES: Final = "TEST_RESCUES"
 """Whether a dead trainer's newest snapshot goes to storage, as the policy says it: Save or Skip."""
 DISKS: Final = "TEST_DISKS"
+LEAST: Final = "loop,data=writeback,noauto_da_alloc"
+"""The least that ext4 promises, as in test_power_loss.py: neither data before names, nor a flush at a rename that replaces."""
+IMAGE_MIB: Final = 64
 
 
 def train(peer: Peer) -> None:
@@ -93,9 +97,10 @@ def lose_pods(ranks: Ranks, job: Job) -> None:
     job.kill()
     sidecars = ranks._named("pillion_sidecar")
     folders = [Path(line[line.index("--runtime-dir") + 1]) for line in (each.cmdline() for each in sidecars)]
-    for process in (*sidecars, *ranks._named("pillion_sidecar.executor.worker")):
+    processes = [*sidecars, *ranks._named("pillion_sidecar.executor.worker")]
+    for process in processes:
         process.kill()
-    psutil.wait_procs(sidecars, timeout=Deadline.PROCESS_EXIT.s)
+    psutil.wait_procs(processes, timeout=Deadline.PROCESS_EXIT.s)
     for folder in folders:
         shutil.rmtree(folder)
     ranks.alone()
@@ -237,5 +242,35 @@ def test_a_disk_that_is_full_is_left_out_and_the_save_goes_to_the_bucket(
         assert ask(job, "save", 20) == [None, None]
         assert ask(job, "result", 20) == [f"{environment['MATRIX_ROOT']}/step-20"] * 2
         assert len(copies(disks, "a")) == len(copies(disks, "b")) == 1
+        finish(job)
+    check_bucket(s3_proxy, tmp_path / "bucket")
+
+
+def test_what_was_held_is_on_the_disks_after_a_power_cut(
+    ranks: Ranks, s3_proxy: FaultProxy, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The nodes lose power right after a save was said to be held, while the bucket hangs: new pods load it from the disks, and upload it."""
+    if absence := file_systems.absent(FileSystem.EXT4):
+        pytest.skip(absence.reason)
+    image, copy = file_systems.make_image(FileSystem.EXT4, tmp_path / "disk.img", IMAGE_MIB), tmp_path / "copy.img"
+    with file_systems.mounted_image(FileSystem.EXT4, image, tmp_path / "before", options=LEAST) as before:
+        job = ranks.start(train, num_ranks=2, pods=PODS, env=environment | {DISKS: str(before)})
+        assert ask(job, "save", 10) == [None, None]
+        assert ask(job, "result", 10) == [f"{environment['MATRIX_ROOT']}/step-10"] * 2
+        s3_proxy.arm(Fault.HANG, DATA, times=None)
+        assert ask(job, "save", 20) == [None, None]
+        assert ask(job, "save", 22) == [None, None]
+        # What the device has now, and nothing of what the file system still has in memory.
+        shutil.copyfile(image, copy)
+        lose_pods(ranks, job)
+    s3_proxy.disarm()
+    s3_proxy.release()
+    assert behind.committed(s3_proxy.place, FOLDER) == [10]
+    with file_systems.mounted_image(FileSystem.EXT4, copy, tmp_path / "after", options=LEAST) as after:
+        job = ranks.start(train, num_ranks=2, pods=PODS, env=environment | {DISKS: str(after)})
+        assert ask(job, "load") == [(22, "local")] * 2
+        deadlines.eventually(
+            lambda: behind.committed(s3_proxy.place, FOLDER) == [10, 22], Deadline.COMMITTED, "step 22 is in the bucket"
+        )
         finish(job)
     check_bucket(s3_proxy, tmp_path / "bucket")
