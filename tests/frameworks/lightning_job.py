@@ -81,6 +81,7 @@ def fit(
     epochs: int = 3,
     plugins: Callable[[], list[Any]] = list,
     ckpt_path: str | None = None,
+    loaded_by: type[torch.utils.data.DataLoader[Any]] = StatefulDataLoader,
     **options: Any,
 ) -> dict[str, Any]:
     """Fit, and return losses, weights, and what the callbacks say. With `kill_after` the process ends as if killed behind that step and its save."""
@@ -95,7 +96,7 @@ def fit(
         **{"enable_checkpointing": bool(callbacks()), "limit_val_batches": 0} | options,
     )  # fmt: skip
     script = Script(out, kill_after)
-    loader = StatefulDataLoader(Data(16 * num_devices), batch_size=4, shuffle=True)
+    loader = loaded_by(Data(16 * num_devices), batch_size=4, shuffle=True)
     held_out = torch.utils.data.DataLoader(Data(4 * num_devices), batch_size=4)
     trainer.fit(script, loader, held_out, ckpt_path=ckpt_path)
     weights = {

@@ -6,6 +6,7 @@ Called from: pytest. Lightning is imported once, in this process; each run is fo
 
 import inspect
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -234,3 +235,20 @@ def test_the_names_of_lightning_that_are_overridden_or_private_are_as_they_were(
     assert signature(CheckpointIO.save_checkpoint) == ["self", "checkpoint", "path", "storage_options"]
     assert signature(CheckpointIO.load_checkpoint) == ["self", "path", "map_location", "weights_only"]
     assert signature(CheckpointIO.remove_checkpoint) == ["self", "path"]
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "StatefulDataLoader"])
+def test_a_loader_without_a_position_is_warned_of(job: Any, ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    """A resume within an epoch could not go on where it was, and nothing else would say so."""
+
+    def body(_: Any) -> list[str]:
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("pillion.lightning").addHandler(handler)
+        loaded_by = job.StatefulDataLoader if kind == "StatefulDataLoader" else torch.utils.data.DataLoader
+        job.fit(tmp_path / "out", "auto", saving(tmp_path / "run"), epochs=1, loaded_by=loaded_by)
+        return lines
+
+    [lines] = run(ranks, body, 1)
+    assert any("no state to save" in line for line in lines) == (kind == "DataLoader")

@@ -137,6 +137,11 @@ class PillionCheckpoint(Checkpoint):  # type: ignore[misc] # Lightning has no ty
         self._rng.put_back()  # where no loader has done it
         self._shuffles.go_on()
         self._seen = trainer.global_step
+        if not all(hasattr(loader, "state_dict") for loader in _loaders(trainer)):
+            _log.warning(
+                "pillion: a data loader has no state to save, so a fit that resumes within an epoch trains on other batches than it"
+                " would have: give the trainer torchdata's StatefulDataLoader"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         step = trainer.global_step
