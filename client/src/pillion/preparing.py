@@ -4,7 +4,7 @@ Prepares the arena beside training, so that the slots are large enough before a 
 Called from: `pillion.saving`, after a load, and after each save that was larger than the previous ones. One rank's slots take a second a
 GiB to allocate and touch, and on a GPU some 0.1 s more to register. Without a load, the first save pays for its own slot; later saves
 pay nothing. And once at the begin of a session: the pages that earlier trainers have left are mapped while the script builds its model, so that a
-load from memory copies without a page fault for each 64 KiB (it took twice as long).
+load from memory copies without a page fault for each 64 KiB. With the faults 1 GiB took 0.20 s, and without them 0.15 s.
 
 A failure here is no error. The save that needs the room requests it itself, and reports errors.
 """

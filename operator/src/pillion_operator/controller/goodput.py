@@ -32,7 +32,7 @@ def seconds(report: home.Report) -> dict[str, float]:
 
 
 def ratio(spent: Mapping[str, float]) -> float | None:
-    """The share of the time that trained, 0 to 1. None: there is no time yet."""
+    """The share of the time that trained, 0 to 1. None: there is no time yet, or it is not known."""
     wall_s = sum(spent.values())
     return spent["trained"] / wall_s if wall_s > 0 else None
 
@@ -50,7 +50,7 @@ def entries(before: Json, jobs: Iterable[Job]) -> list[Json]:
     for job in sorted(jobs, key=lambda each: each.report.job_id):
         report = job.report
         spent, committed = seconds(report), times.canonical(report.committed_time)
-        share = ratio(spent) if spent else None
+        share = ratio(spent)
         if not committed or share is None:
             continue
         old = kept.get(report.job_id)

@@ -104,7 +104,7 @@ class ReportHandler:
                 "storage_reachable": float(not report.storage_error),
                 "pods": float(report.num_pods),
                 "checkpoints": float(len(report.checkpoints)) if report.listed else None,
-                "goodput_ratio": goodput.ratio(spent) if spent else None,
+                "goodput_ratio": goodput.ratio(spent),
                 "attempts": float(report.run_attempts) if spent else None,
             }
             yield metrics.JobRow(

@@ -236,9 +236,8 @@ class StoreClient:
                 raise
             except OSError as err:
                 raise self._lost(f"{query.name}: {str(err) or type(err).__name__}") from err
-            except (
-                BaseException
-            ) as err:  # also a request to stop: half of an answer may be read, and the next one would begin in it
+            except BaseException as err:
+                # Also a request to stop: half of an answer may be read, and the next one would begin in it.
                 self._lost(f"{query.name} was interrupted: {type(err).__name__}")
                 raise
 
