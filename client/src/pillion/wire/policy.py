@@ -26,7 +26,7 @@ from pillion.wire.object_store import Checksum as Checksum
 from pillion.wire.object_store import Credentials as Credentials
 from pillion.wire.object_store import Encryption as Encryption
 from pillion.wire.object_store import ObjectStore as ObjectStore
-from pillion.wire.policy_document import MAX_PROBLEMS, Broken, Reading, Section, nearest, plain, text_rule
+from pillion.wire.policy_document import MAX_PROBLEMS, Broken, Reading, Section, plain, text_rule
 from pillion.wire.policy_document import PolicyError as PolicyError
 from pillion.wire.policy_document import PolicyProblem as PolicyProblem
 from pillion.wire.quantities import BYTES, CPU
@@ -451,15 +451,15 @@ def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
     Raises:
         PolicyError: the document is not a valid policy. Has all problems.
     """
-    reading = Reading(embedded)
-    path, spec = "", cast("object", document)
-    if isinstance(spec, Mapping) and any(each in spec for each in _ENVELOPE):
-        path, spec = "spec", spec.get("spec")
+    is_whole = isinstance(document, Mapping) and any(each in document for each in _ENVELOPE)
+    path, spec = ("spec", document.get("spec")) if is_whole else ("", cast("object", document))
+    reading = Reading(embedded, Policy, path)
+    if is_whole:
         for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
             if document.get(name) != wanted:
                 reading.refuse(name, document.get(name), wanted)
         for key in [each for each in document if each not in _ENVELOPE][:MAX_PROBLEMS]:
-            reading.refuse(str(key), document[key], nearest(key, _ENVELOPE)[0])
+            reading.refuse_unknown("", key, document[key], _ENVELOPE)
     policy = reading.section(Policy, path, spec)
     if reading.problems:
         raise PolicyError(tuple(reading.problems))

@@ -9,6 +9,7 @@ Must never: stop at the first problem, or compute or print more than the size of
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import reprlib
@@ -28,6 +29,12 @@ MAX_PROBLEMS: Final = 100
 """Maximum problems before unknown fields and arguments are no longer reported. A document may have a hundred thousand."""
 
 
+_NEAR: Final = 0.6
+"""How similar, as a ratio of `difflib`, a name is to the one of its section that was meant."""
+_VERY_NEAR: Final = 0.85
+"""The same for a name anywhere in the document. There are many, and some resemble others."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyProblem:
     """One thing in a policy document that is not allowed."""
@@ -37,12 +44,18 @@ class PolicyProblem:
     value: object
     """The value in the document. None: the field was absent."""
     allowed: str
-    """Description of the allowed values."""
+    """Description of the allowed values; of the allowed fields, for an unknown one."""
+    unknown: bool = False
+    """Whether no field has this name at this place."""
+    meant: str | None = None
+    """The field that was probably meant instead of an unknown one, dotted from the beginning of the document. None: no field is near."""
 
     def __str__(self) -> str:
         # reprlib shortens the value, which could flood a log. The path identifies the field.
         shown = "nothing" if self.value is None else reprlib.repr(_without_credentials(self.value))
-        return f"{self.path}: got {shown}; allowed: {self.allowed}"
+        guess = f" (did you mean {self.meant}?)" if self.meant else ""
+        unknown = f"unknown field{guess}; " if self.unknown else ""
+        return f"{self.path}: got {shown}; {unknown}allowed: {self.allowed}"
 
 
 class PolicyError(ValueError):
@@ -88,14 +101,47 @@ class Section:
 class Reading:
     """Reads one document, and collects all of its problems."""
 
-    def __init__(self, embedded: bool) -> None:
+    def __init__(self, embedded: bool, kind: type[Section], at: str = "") -> None:
+        """
+        Args:
+            embedded: whether the document is that of a run without a cluster.
+            kind: the section that the document as a whole describes.
+            at: where that section stands in the document. Empty: it is the document.
+        """
         self.embedded = embedded
         self.problems: list[PolicyProblem] = []
+        self._kind, self._at = kind, at
         self._values = 0
         """Number of values of the arguments that are being read."""
 
     def refuse(self, path: str, value: object, allowed: str) -> None:
         self.problems.append(PolicyProblem(path=path or "document", value=value, allowed=allowed))
+
+    def refuse_unknown(self, at: str, key: object, value: object, allowed: Collection[str]) -> str | None:
+        """
+        Refuse a field that its section does not have.
+
+        Args:
+            at: where the section stands. Empty: the beginning of the document.
+            key, value: the field.
+            allowed: the section's fields.
+
+        Returns:
+            The field that was probably meant, dotted from the beginning of the document. None: no field is near.
+        """
+        here = {name: _dotted(at, name) for name in allowed}
+        elsewhere = {name: _dotted(self._at, place) for name, place in places(self._kind).items()}
+        meant = nearest(key, here, elsewhere)
+        self.problems.append(
+            PolicyProblem(
+                path=_dotted(at, str(key)),
+                value=value,
+                allowed="the fields " + ", ".join(allowed),
+                unknown=True,
+                meant=meant,
+            )
+        )
+        return meant
 
     def section(self, kind: type[Section], path: str, value: object) -> Section | None:
         """Read an object of the document as a section. A refused field has its default or None."""
@@ -107,9 +153,10 @@ class Reading:
         given, doubtful = dict[str, object](), set[str]()
         for key, each in value.items():
             if key not in names and len(self.problems) < MAX_PROBLEMS:
-                hint, meant = nearest(key, names)
-                self.refuse(f"{at}{key}", each, hint)
-                doubtful |= {names[meant].name} if meant else set()
+                meant = self.refuse_unknown(path, key, each, names)
+                # Not only a field of this section: `periodSteps` beside `trigger` was meant for `trigger`.
+                if meant is not None and meant.startswith(at):
+                    doubtful.add(names[meant.removeprefix(at).partition(".")[0]].name)
             elif each is not None and key in names:
                 num_problems = len(self.problems)
                 taken = self.value(kind, names[key], f"{at}{key}", each)
@@ -232,10 +279,50 @@ def field_names(kind: type[Section]) -> dict[str, dataclasses.Field[Any]]:
     }
 
 
-def nearest(name: object, allowed: Collection[str]) -> tuple[str, str | None]:
-    """Return a hint about an unknown field, and the allowed field that was probably meant."""
-    folded = {each.lower(): each for each in allowed}
+@functools.cache
+def places(kind: type[Section]) -> Mapping[str, str]:
+    """
+    Return where each name stands in a section and the sections below it: name -> dotted path. A name of several places has the highest
+    one. Fields of objects in a list are left out: their place has a number that nobody knows.
+    """
+    found, level = dict[str, str](), [("", kind)]
+    while level:
+        below = []
+        for at, section in level:
+            hints = get_type_hints(section)
+            for name, spec in field_names(section).items():
+                found.setdefault(name, _dotted(at, name))
+                for each in (hints[spec.name], *get_args(hints[spec.name])):
+                    if (
+                        isinstance(each, type)
+                        and issubclass(each, Section)
+                        and get_origin(hints[spec.name]) is not tuple
+                    ):
+                        below.append((_dotted(at, name), each))
+        level = below
+    return found
+
+
+def nearest(name: object, here: Mapping[str, str], elsewhere: Mapping[str, str]) -> str | None:
+    """
+    Return the place of the field that was probably meant by a name, of those in its section and those anywhere. None: no field is near.
+
+    Args:
+        name: as the document spells it.
+        here: the fields of its section, name -> place.
+        elsewhere: all fields, name -> place.
+    """
     # Folding equates `period_steps` and `PeriodSteps` with `periodSteps`. Any other difference is a typo.
-    near = difflib.get_close_matches(re.sub("[_-]", "", str(name)).lower(), folded, n=1)
-    meant = folded[near[0]] if near else None
-    return (f"did you mean {meant}? " if meant else "") + "the fields " + ", ".join(allowed), meant
+    wanted = re.sub("[_-]", "", str(name)).lower()
+    own, every = ({each.lower(): place for each, place in fields.items()} for fields in (here, elsewhere))
+    if wanted in own or wanted in every:
+        return own.get(wanted, every.get(wanted))
+    for folded, cutoff in ((own, _NEAR), (every, _VERY_NEAR)):
+        near = difflib.get_close_matches(wanted, folded, n=1, cutoff=cutoff)
+        if near:
+            return folded[near[0]]
+    return None
+
+
+def _dotted(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name
