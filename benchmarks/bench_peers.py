@@ -48,7 +48,7 @@ def measure(of: measures.Settings) -> list[measures.Line]:
                 waited = measures.seconds(lambda made=handle: made.result(measures.SAVE_TIMEOUT_S))  # type: ignore[misc]
                 times["pillion"].append((handle.stall_s, handle.stall_s + waited))
                 # Removing a GiB takes 0.2 s on some file systems: everybody writes to a fresh place, and it is not timed.
-                shutil.rmtree(handle.result(0).path)
+                shutil.rmtree(root / "run" / f"step-{step}")
                 for name in ("DCP save", "thread", "process"):
                     times[name].append(_dcp_s(name, state_dict, root / "dcp"))
                     shutil.rmtree(root / "dcp")

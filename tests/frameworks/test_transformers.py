@@ -234,7 +234,7 @@ def test_the_trainers_strategy_and_the_policy_both_ask_for_saves(ranks: Ranks, t
         with checkpointer.Checkpointer(tmp_path / strategy, policy=policy) as opened:
             trainer = PillionTrainer(model=model(), args=args, train_dataset=Rows(12), checkpointer=opened)
             trainer.train()
-            assert opened.find() == pillion.Found(step=12, tier=Tier.ARENA, path="")
+            assert opened.find() == pillion.Found(step=12, tier=Tier.ARENA, path=None)
         return committed(tmp_path / strategy)
 
     for strategy, steps in (("steps", [4, 8, 12]), ("epoch", [6, 12])):

@@ -60,7 +60,7 @@ def test_the_whole_state_or_a_part_of_it_comes_from_memory_and_from_storage_and_
         opened.save(state_of(step), step).result(Deadline.COMMITTED.s)
     opened.save(state_of(5), 5, persist=False).result(Deadline.COMMITTED.s)
     found = opened.find()
-    assert found == pillion.Found(step=5, tier=Tier.ARENA, path="")
+    assert found == pillion.Found(step=5, tier=Tier.ARENA, path=None)
     assert same(opened.read(), state_of(5))
     assert opened.find(1) == pillion.Found(step=1, tier=Tier.STORAGE, path=f"{tmp_path}/step-1")
     assert same(opened.read(1), state_of(1))

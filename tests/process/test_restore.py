@@ -378,7 +378,7 @@ def test_a_rollback_lasts(ranks: Ranks, tmp_path: Path) -> None:
     newest = opened.latest()
     assert newest is not None
     assert newest.step == 3
-    assert opened.find() == pillion.Found(step=3, tier=Tier.ARENA, path="")
+    assert opened.find() == pillion.Found(step=3, tier=Tier.ARENA, path=None)
     assert opened.load(state) == 3
     assert ahead(opened) == [4, 5]
     assert state["note"] == ["the other", "branch"]

@@ -67,7 +67,7 @@ def test_a_snapshot_in_memory_is_persisted_when_its_trainer_is_killed(ranks: Ran
         opened.save(state_of(1), 1, persist=True).result(Deadline.COMMITTED.s)
         for step in (2, 3):
             found = opened.save(state_of(step), step, persist=False).result(Deadline.COMMITTED.s)
-            assert found.path == ""
+            assert found.path is None
         peer.tell(processes.committed(tmp_path))
         peer.hear()
 

@@ -28,8 +28,9 @@ class Checkpoint:
     """One committed checkpoint."""
 
     step: int
-    path: str
-    """Its directory on storage; empty for a snapshot that stays in the arena."""
+    path: str | None
+    """Its directory on storage, or its URL. None for a snapshot that stays in memory, or on the nodes' disks. That of `latest` and of `on_commit`
+    is never None."""
     size_bytes: int = 0
     """Bytes on storage, all ranks."""
     persist_s: float = 0.0
@@ -49,8 +50,9 @@ class LoadReport:
     step: int | None
     """The loaded step. None if there was no checkpoint and the policy allows a fresh start."""
     tier: Tier
-    """``arena``, ``storage`` or ``fresh``."""
-    path: str
+    """``arena``, ``local``, ``storage`` or ``fresh``."""
+    path: str | None
+    """Directory on storage, or URL, of the loaded checkpoint. None for a snapshot in memory, and without a checkpoint."""
     elapsed_s: float
     size_bytes: int
     refused: Mapping[str, str]
@@ -80,9 +82,9 @@ class Found:
 
     step: int
     tier: Tier
-    """``arena`` or ``storage``."""
-    path: str
-    """Its directory on storage; empty for a snapshot in the arena."""
+    """``arena``, ``local`` or ``storage``."""
+    path: str | None
+    """Its directory on storage, or its URL. None for a snapshot in memory."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The metrics of its save, as rank 0 gave them."""
     metadata: Mapping[str, Any] = field(default_factory=dict)

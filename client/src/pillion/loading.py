@@ -108,7 +108,7 @@ def load(
     report = LoadReport(
         step=answer.step,
         tier=answer.tier,
-        path=answer.path,
+        path=answer.path or None,
         elapsed_s=time.perf_counter() - started,
         size_bytes=requested.tensors_bytes,
         refused=answer.refused,
@@ -124,7 +124,7 @@ def load(
     for where, why in report.refused.items():
         _log.warning("pillion: skipped the corrupt checkpoint %s: %s", where, why)
     load_notes.warn(
-        report, empty=empty, first=session.group.rank == 0, alike=answer.alike, what=report.path if path else ""
+        report, empty=empty, first=session.group.rank == 0, alike=answer.alike, what=(report.path or "") if path else ""
     )
     return report, leaves
 
@@ -170,7 +170,7 @@ def find(session: Session, step: int | None, *, path: str | None = None) -> Foun
 
 def found_of(step: int, answer: load_messages.Loaded) -> Found:
     said = remarks.read(answer.remarks)
-    return Found(step=step, tier=answer.tier, path=answer.path, metrics=said.metrics, metadata=said.metadata)
+    return Found(step=step, tier=answer.tier, path=answer.path or None, metrics=said.metrics, metadata=said.metadata)
 
 
 def ask(session: Session, request: load_messages.Load) -> load_messages.Loaded:

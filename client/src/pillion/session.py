@@ -302,7 +302,7 @@ class Session:
         if handle is None:
             self._on_other_event(event)
             return
-        found = Checkpoint(step=event.step, path=event.path, size_bytes=event.size_bytes)
+        found = Checkpoint(step=event.step, path=event.path or None, size_bytes=event.size_bytes)
         handle.resolve(dataclasses.replace(found, persist_s=event.persist_s, commit_s=event.commit_s))
 
     def _end(self, _: events.End) -> None:

@@ -94,7 +94,7 @@ def test_a_handle_knows_whether_somebody_waits_for_it() -> None:
     asked.start()
     deadlines.eventually(lambda: handle.awaited, Deadline.REPLY, "a thread waits")
     handle.claiming = True
-    handle.resolve(Checkpoint(step=1, path="", size_bytes=0))
+    handle.resolve(Checkpoint(step=1, path=None, size_bytes=0))
     asked.join(Deadline.REPLY.s)
     assert handle.awaited
     handle.claiming = False
