@@ -4,6 +4,7 @@ The whole of: a load restores what was asked, or says what it did not.
 Called from: pytest.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, 
 
     some: dict[str, Any] = {"step": 0, "model": {"b": torch.zeros(7, dtype=torch.int16), "w": torch.zeros(300)}}
     targets = some["model"]["b"], some["model"]["w"]
-    assert opened.find() == pillion.Found(step=15, tier=Tier.ARENA, path="")
+    assert opened.find() == pillion.Found(step=15, tier=Tier.ARENA, path=None)
     assert opened.load(some) == 15
     assert some["step"] == 15
     assert torch.equal(targets[1], torch.full((300,), 15.0))
@@ -71,7 +72,7 @@ def test_a_snapshot_that_holds_more_than_is_asked_serves_the_load(ranks: Ranks, 
     assert list(reported(opened).passed_over) == ["arena:15"]
     assert "'old'" in reported(opened).passed_over["arena:15"]
     assert opened.find(7) is None
-    assert opened.find(10) == pillion.Found(step=10, tier=Tier.ARENA, path="")
+    assert opened.find(10) == pillion.Found(step=10, tier=Tier.ARENA, path=None)
 
 
 def test_what_shares_memory_or_keeps_a_state_below_the_top_level_is_restored_or_named(
@@ -137,4 +138,47 @@ def test_values_that_differ_from_rank_to_rank_are_named_at_the_save_and_at_the_l
     assert second == []
     ranks.alone()
     loaded = ("rank 0", 0, "storage", ("loader", "rng"))
-    assert ranks.start(load, num_ranks=2).finish() == [(*loaded, 1), (*loaded, 0)]
+    # Rank 0 also says what the run resumed from.
+    assert ranks.start(load, num_ranks=2).finish() == [(*loaded, 2), (*loaded, 0)]
+
+
+def test_the_first_rank_says_in_one_line_what_a_run_resumed_from(ranks: Ranks, tmp_path: Path) -> None:
+    """
+    From memory, from storage, and from where the script named a path. A fresh start says nothing. Behind the first load neither does a read,
+    nor a load of what the script names; a load that lets Pillion choose says it again.
+    """
+
+    def train(peer: Peer) -> list[list[str]]:
+        said = []
+        with checkpointer.Checkpointer(tmp_path / "root", policy=POLICY) as opened:
+            with logs.heard() as fresh:
+                opened.load(state_of(0))
+            said.append(fresh)
+            for step in (1, 2):
+                opened.save(state_of(step), step, persist=step == 1).result(Deadline.COMMITTED.s)
+            with logs.heard() as chosen:
+                opened.load(state_of(0))
+            said.append(chosen)
+            with logs.heard() as named:
+                opened.read()
+                opened.load(state_of(0), path=tmp_path / "root" / "step-1")
+            said.append(named)
+        return said
+
+    def resume(peer: Peer) -> list[list[str]]:
+        with logs.heard() as lines, checkpointer.Checkpointer(tmp_path / "root", policy=POLICY) as opened:
+            opened.load(state_of(0))
+        with logs.heard() as elsewhere, checkpointer.Checkpointer(tmp_path / "new", policy=POLICY) as opened:
+            opened.load(state_of(0), path=tmp_path / "root")
+        return [lines, elsewhere]
+
+    first, second = ranks.start(train, num_ranks=2).finish()
+    ranks.alone()
+    from_storage, on_rank_1 = ranks.start(resume, num_ranks=2).finish()
+    assert [first[0], first[2], *second, *on_rank_1] == [[]] * 7
+    lines = [*first[1], *from_storage[0], *from_storage[1]]
+    assert [re.sub(r"\d+\.\d\d s", "TIME", each) for each in lines] == [
+        "pillion: resumed from step 2 (memory, TIME)",
+        "pillion: resumed from step 1 (storage, TIME)",
+        f"pillion: resumed from step 1 in {tmp_path}/root/step-1 (storage, TIME)",
+    ]

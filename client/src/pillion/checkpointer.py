@@ -21,6 +21,7 @@ from pillion import (
     callbacks,
     exit_drain,
     group,
+    load_notes,
     loading,
     policy_source,
     reading,
@@ -84,6 +85,8 @@ class Checkpointer:
         """The newest save. None after a load."""
         self._last_stored: SaveHandle | None = None
         """The newest save to storage."""
+        self._has_begun = False
+        """Whether this process has loaded or saved a state."""
         self._at_stake: SaveHandle | None = None
         """The newest save meant for storage, even if it was refused. It must not be lost unnoticed."""
         where = _root(root, environ)
@@ -191,6 +194,7 @@ class Checkpointer:
             tier = self._schedule.tier(step)
             persist, for_disk = tier is Due.PERSIST, tier is Due.LOCAL
         self._last_step = step
+        self._has_begun = True
         said = remarking.checked(step, metrics, metadata)
         handle = self._last = self._saver.save(
             state_dict, step, persist=persist, for_disk=for_disk, overlap=overlap, remarks=said
@@ -330,7 +334,8 @@ class Checkpointer:
 
         Returns:
             The step loaded. None if there has never been a checkpoint and the policy allows a fresh start.
-            `last_load` has the tier, the time and every difference between state dict and checkpoint; one warning names them.
+            `last_load` has the tier, the time and every difference between state dict and checkpoint; one warning names them. One line of
+            rank 0's log says what the run resumed from: for a load without `step` and `path`, and for the first load or save of a process.
 
         Ranks: all.
 
@@ -356,6 +361,11 @@ class Checkpointer:
             rename=rename,
         )
         self.last_load = report
+        if report.step is not None:
+            # The script chose nothing, or it begins. A step or path that it names later, such as that of the best weights, is no resume.
+            if not self._has_begun or (step is None and source is None):
+                self._say_resumed(report, given=source is not None)
+            self._has_begun = True
         if source is not None:
             self._saver.prepare(leaves)
             return report.step
@@ -367,6 +377,11 @@ class Checkpointer:
             self._schedule.loaded(report.step)
         self._saver.prepare(leaves)
         return report.step
+
+    def _say_resumed(self, report: LoadReport, *, given: bool) -> None:
+        """Say on rank 0 what the run goes on from. A warning, as Python shows no line of a lower level by itself."""
+        if self._group.rank == 0:
+            _log.warning("pillion: %s", load_notes.resumed(report, root=self.root, given=given))
 
     def _begin_load(self) -> None:
         """Check that this process may load now, and wait for an overlapped save."""

@@ -1,7 +1,8 @@
 """
-The differences between a load's request and its result, as one warning. Pure, except for the log.
+What a load has to say: what a run resumes from, in one line, and the differences between request and result, in one warning. Pure, except
+for the log.
 
-Called from: `pillion.loading` (what is narrowed), `pillion.checkpointer` (the warning). None of these differences is an error.
+Called from: `pillion.loading` (the differences), `pillion.checkpointer` (the line). None of these differences is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from pillion import leaves as leaves_module
 from pillion.handle import LoadReport
 from pillion.wire import layout as layout_module
+from pillion.wire.load_messages import Tier
 
 SHOWN: Final = 20
 """Maximum names of each kind in the warning. `last_load` has all of them."""
+
+_PLACES: Final = {Tier.ARENA: "memory", Tier.LOCAL: "local disk", Tier.STORAGE: "storage"}
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +105,21 @@ def warn(report: LoadReport, *, empty: Sequence[str], first: bool, alike: bool, 
     ]
     if notes:
         _log.warning("pillion: loaded %s, with these differences:%s", what, "".join(f"\n  - {n}" for n in notes))
+
+
+def resumed(report: LoadReport, *, root: str, given: bool) -> str:
+    """
+    Return the line that says what a run goes on from.
+
+    Args:
+        report: of a load that found a checkpoint.
+        root: of the run.
+        given: whether the script has named the place of the checkpoint.
+    """
+    # Of the run's own checkpoints the step says all. Another job's may be one that the policy names.
+    is_own = report.path is None or (report.path.startswith(f"{root}/") and not given)
+    where = "" if is_own else f" in {report.path}"
+    return f"resumed from step {report.step}{where} ({_PLACES[report.tier]}, {report.elapsed_s:.2f} s)"
 
 
 def _of_own(report: LoadReport) -> Iterator[str]:

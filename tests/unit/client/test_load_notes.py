@@ -47,6 +47,23 @@ def test_one_warning_names_all_that_was_not_restored_as_asked(caplog: pytest.Log
     assert said(caplog, REPORT, first=True, alike=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("tier", "path", "given", "line"),
+    [
+        (Tier.ARENA, None, False, "resumed from step 2 (memory, 0.16 s)"),
+        (Tier.LOCAL, None, False, "resumed from step 2 (local disk, 0.16 s)"),
+        (Tier.STORAGE, "/r/step-2", False, "resumed from step 2 (storage, 0.16 s)"),
+        (Tier.STORAGE, "/r/step-2", True, "resumed from step 2 in /r/step-2 (storage, 0.16 s)"),
+        (Tier.STORAGE, "/jobs/other/step-2", False, "resumed from step 2 in /jobs/other/step-2 (storage, 0.16 s)"),
+        (Tier.STORAGE, "s3://bucket/r/step-2", True, "resumed from step 2 in s3://bucket/r/step-2 (storage, 0.16 s)"),
+    ],
+)
+def test_the_line_of_a_resume_names_step_and_place(tier: Tier, path: str | None, given: bool, line: str) -> None:
+    """A checkpoint of the run's own root is named by its step, and another one, also one that the policy names, by its path too."""
+    report = dataclasses.replace(REPORT, tier=tier, path=path, elapsed_s=0.1649)
+    assert load_notes.resumed(report, root="/r", given=given) == line
+
+
 def test_what_all_ranks_would_say_is_said_by_the_first(caplog: pytest.LogCaptureFixture) -> None:
     """The others speak of their own leaves, and only where these differ from rank to rank."""
     assert said(caplog, WHOLE, first=False, alike=True) == ""
