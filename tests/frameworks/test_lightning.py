@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from pillion.errors import UsageError
+from pillion.errors import SettingsError, UsageError
 from process.ranks import Ranks
 from support.deadlines import Deadline
 
@@ -171,6 +171,11 @@ def test_what_is_not_possible_is_refused_by_name(job: Any, monkeypatch: pytest.M
 
     with pytest.raises(UsageError, match="'min' or 'max'"):
         module.PillionCheckpoint("x", mode="least")
+    # At once, and not when the fit begins.
+    with pytest.raises(SettingsError, match=r"did you mean trigger\.periodSteps"):
+        module.PillionCheckpoint("x", policy={"periodSteps": 5})
+    with pytest.raises(SettingsError, match="cannot hold a URL"):
+        module.PillionCheckpoint(Path("s3://bucket/run-1"))
     with pytest.raises(UsageError, match="ModelParallelStrategy"):
         module._check_strategy(object())
     monkeypatch.setenv("PILLION_RUNTIME_DIR", "/run/pillion")

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint import state_dict as dcp_state
 
-from pillion import addresses
+from pillion import addresses, policy_source
 from pillion.checkpointer import Checkpointer
 from pillion.errors import UsageError
 from pillion.handle import SaveHandle
@@ -62,6 +62,8 @@ class PillionCheckpoint(Checkpoint):  # type: ignore[misc] # Lightning has no ty
     Ranks: all, each with its own.
 
     Raises:
+        SettingsError: the policy, given as a mapping, has an error, or the root is no place. Lists all problems. At the start of the fit: as
+            `Checkpointer`, also for a policy in a file.
         UsageError: at the start of the fit: the strategy is not supported, or `ckpt_path` was given although this run has a checkpoint. Each
             text says what to do instead.
     """
@@ -77,6 +79,11 @@ class PillionCheckpoint(Checkpoint):  # type: ignore[misc] # Lightning has no ty
     ) -> None:
         if mode not in _BETTER:
             raise UsageError(f"mode is {mode!r}: it must be 'min' or 'max'")
+        # Now, and not at the fit, which begins when models and data are there. A file is read at the fit, by the sidecar's package.
+        if isinstance(policy, Mapping):
+            policy_source.document(policy, os.environ)
+        if root is not None:
+            addresses.check(addresses.absolute(root))
         self.monitor, self.mode = monitor, mode
         self.best_model_score: float | None = None
         self.checkpointer: Checkpointer | None = None
@@ -323,7 +330,7 @@ def _path(handle: SaveHandle) -> str:
     """Return the directory of a committed save. Empty if it failed, is in flight or stays in memory. Does not set `examined`."""
     if not handle.staged.done() or not handle.committed.done() or handle.error() is not None:
         return ""
-    return futures.Future.result(handle.committed).path
+    return futures.Future.result(handle.committed).path or ""
 
 
 def _holds_tensors(value: object) -> bool:

@@ -451,8 +451,9 @@ def parse(document: Mapping[str, object], *, embedded: bool) -> Policy:
     Raises:
         PolicyError: the document is not a valid policy. Has all problems.
     """
-    is_whole = isinstance(document, Mapping) and any(each in document for each in _ENVELOPE)
-    path, spec = ("spec", document.get("spec")) if is_whole else ("", cast("object", document))
+    spec = cast("object", document)
+    is_whole = isinstance(spec, Mapping) and any(each in spec for each in _ENVELOPE)
+    path, spec = ("spec", document.get("spec")) if is_whole else ("", spec)
     reading = Reading(embedded, Policy, path)
     if is_whole:
         for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):

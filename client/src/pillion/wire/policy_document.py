@@ -117,6 +117,11 @@ class Reading:
     def refuse(self, path: str, value: object, allowed: str) -> None:
         self.problems.append(PolicyProblem(path=path or "document", value=value, allowed=allowed))
 
+    @functools.cached_property
+    def _everywhere(self) -> Mapping[str, str]:
+        """Where each name stands in the document."""
+        return {name: _dotted(self._at, place) for name, place in places(self._kind).items()}
+
     def refuse_unknown(self, at: str, key: object, value: object, allowed: Collection[str]) -> str | None:
         """
         Refuse a field that its section does not have.
@@ -130,8 +135,7 @@ class Reading:
             The field that was probably meant, dotted from the beginning of the document. None: no field is near.
         """
         here = {name: _dotted(at, name) for name in allowed}
-        elsewhere = {name: _dotted(self._at, place) for name, place in places(self._kind).items()}
-        meant = nearest(key, here, elsewhere)
+        meant = nearest(key, here, self._everywhere)
         self.problems.append(
             PolicyProblem(
                 path=_dotted(at, str(key)),
@@ -279,7 +283,6 @@ def field_names(kind: type[Section]) -> dict[str, dataclasses.Field[Any]]:
     }
 
 
-@functools.cache
 def places(kind: type[Section]) -> Mapping[str, str]:
     """
     Return where each name stands in a section and the sections below it: name -> dotted path. A name of several places has the highest
