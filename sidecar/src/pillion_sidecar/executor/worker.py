@@ -35,6 +35,7 @@ from pillion.wire.save_messages import Destination, NamedWriter
 from pillion_sidecar import channel, log
 from pillion_sidecar.arena import image
 from pillion_sidecar.executor import checked, garbage
+from pillion_sidecar.executor import priority as priority_module
 from pillion_sidecar.executor import session as session_module
 from pillion_sidecar.executor.exchange import broadcast
 from pillion_sidecar.executor.exchange.watchdog import SessionLeft, Watchdog
@@ -49,8 +50,6 @@ from pillion_sidecar.waits import Wait
 _log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Request[Any])
 
-NICE: Final = 10
-"""Nice value, below the trainer's priority, so that writing does not slow down the training step."""
 QUEUE_LIMIT: Final = 64
 """Maximum waiting requests. The supervisor sends one at a time, so this bounds only a defect."""
 
@@ -62,6 +61,7 @@ class Worker:
         self._sock = sock
         self._broken = broken
         self._garbage = garbage.Garbage(os.environ)
+        self._priority = priority_module.Priority()
         self._send_lock = threading.Lock()
         self._requests: queue.Queue[Request[Any]] = queue.Queue(QUEUE_LIMIT)
         self._outgoing: queue.Queue[channel.Signal] = queue.Queue(QUEUE_LIMIT)
@@ -96,7 +96,7 @@ class Worker:
         self._operations: Mapping[type[Message], Callable[[Any], channel.Answer]] = {
             channel.Warm: self._warm,
             channel.Open: self._open,
-            channel.Persist: self._persist,
+            channel.Persist: self._persist_beside_training,
             channel.Load: self._load,
             channel.Withdraw: self._withdraw,
             channel.Rescue: self._rescue,
@@ -118,6 +118,7 @@ class Worker:
                     self._take(message)
 
     def _take(self, body: messages.Message) -> None:
+        self._priority.settle()
         try:
             request = channel.read_request(body)
         except messages.BadFrame as err:
@@ -143,6 +144,7 @@ class Worker:
         """Write the state of the session's trainers to its record on the root, which other trainings read."""
         lease = self._context.lease if self._context is not None else None
         self._state = request.state
+        self._priority.settle(is_urgent=request.state is not State.TRAINING)
         if lease is None:
             self._answer(request, channel.Done())
         else:
@@ -231,7 +233,8 @@ class Worker:
                 self._beside.close()
             self._beside, self._beside_of = session_module.open_beside(context, opening, watch), request.session
         beside = self._beside
-        return with_failover(beside, lambda: upload.upload(beside, request, self._say))
+        with self._priority.beside_training():
+            return with_failover(beside, lambda: upload.upload(beside, request, self._say))
 
     # --- operations (runner thread) ------------------------------------------------------------------------------------
 
@@ -249,6 +252,7 @@ class Worker:
         self._context = self._signals = None
         self._watch = self._watchdog(request)
         self._state = None
+        self._priority.settle(is_urgent=False)
         self._context = session_module.open_context(request, self._watch, self._say)
         self._context.checked = self._checked
         if self._state is not None and self._context.lease is not None:
@@ -307,6 +311,12 @@ class Worker:
             raise InternalError("the executor has no session")
         return self._context
 
+    def _persist_beside_training(self, wanted: channel.Persist) -> channel.Persisted:
+        if wanted.rescued:
+            return self._persist(wanted)
+        with self._priority.beside_training():
+            return self._persist(wanted)
+
     def _persist(self, wanted: channel.Persist) -> channel.Persisted:
         context = self._opened()
         context.retention = wanted.retention
@@ -355,7 +365,8 @@ class Worker:
         context.loads += 1
         context.known.forget_all()  # a load may finish interrupted commits
         try:
-            return with_failover(context, lambda: restore.load(context, wanted, self._say))
+            with self._priority.awaited():
+                return with_failover(context, lambda: restore.load(context, wanted, self._say))
         finally:
             if not wanted.find:
                 self._checked.forget()
@@ -385,8 +396,7 @@ def main() -> None:
     # Only the supervisor ends this process. A SIGTERM to the whole process group must not end a drain early.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.configure(sys.argv[2])
-    with contextlib.suppress(OSError):
-        os.nice(NICE)
+    priority_module.begin()
     broken = None
     # Appended, so that a module of the trainer never replaces one that the executor needs.
     more = os.environ.get(names.ENV_IMPORT_PATH, "").split(os.pathsep)
