@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from pillion import fault_points
@@ -172,12 +173,21 @@ class Context:
 
 
 def open_context(
-    asked: channel.Open, watch: Watchdog, say: Callable[[events.Persisting], None] = lambda _: None
+    asked: channel.Open,
+    watch: Watchdog,
+    say: Callable[[events.Persisting], None] = lambda _: None,
+    earlier: Mapping[int, Segment] = MappingProxyType({}),
 ) -> Context:
     """
     Open the session that the supervisor requests.
 
     If a predecessor of this executor had opened it, and the job's store does not answer any more, the pods use the exchange on storage.
+
+    Args:
+        asked: the supervisor's request.
+        watch: watches the waits of the session.
+        say: called with the progress of long saves.
+        earlier: rank -> the segment that this executor had open for it in the session before.
 
     Blocks: up to tcpstore.CONNECT_TIMEOUT_S for the job's store, and the peer timeout for the coordinator's generation.
 
@@ -192,7 +202,7 @@ def open_context(
     root = opener.open(asked.root) if asked.root else None
     between, stores, address = _meet(asked, root, watch)
     lost = isinstance(between, storage.StorageExchange)
-    segments = {rank: Segment.attach(path) for rank, path in asked.segments.items()}
+    segments = {rank: Segment.attach(path, earlier.get(rank)) for rank, path in asked.segments.items()}
     context = Context(
         session=session,
         run_id=asked.run_id,

@@ -247,13 +247,14 @@ class Worker:
     def _open(self, request: channel.Open) -> channel.Opened:
         if self._signals is not None:
             self._signals.close()
+        earlier = self._context.segments if self._context is not None else {}
         if self._context is not None:
             self._leave(self._context, request)
         self._context = self._signals = None
         self._watch = self._watchdog(request)
         self._state = None
         self._priority.settle(is_urgent=False)
-        self._context = session_module.open_context(request, self._watch, self._say)
+        self._context = session_module.open_context(request, self._watch, self._say, earlier)
         self._context.checked = self._checked
         if self._state is not None and self._context.lease is not None:
             # The state changed while the session was being opened.
@@ -362,6 +363,10 @@ class Worker:
     def _load(self, request: channel.Load) -> channel.Loaded:
         context, wanted = self._opened(), request_module.Request.from_message(request)
         # Counted once, even if the load fails, because the phases of the exchange have this number.
+        __import__("os").write(
+            __import__("os").open("/tmp/trace", 1089, 0o666),
+            f"{__import__('time').monotonic():.6f} E _load begins\n".encode(),
+        )
         context.loads += 1
         context.known.forget_all()  # a load may finish interrupted commits
         try:

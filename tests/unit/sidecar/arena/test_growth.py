@@ -5,6 +5,7 @@ Called from: pytest.
 """
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -65,6 +66,43 @@ def test_a_slot_that_nobody_has_asked_for_says_what_it_has(folder: Path, segment
         assert again.capacity_bytes(0, enough_bytes=0) >= 2 * MIB
     finally:
         again.close()
+
+
+def test_a_session_does_not_walk_the_pages_that_the_session_before_has_walked(
+    folder: Path, segments: dict[int, Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainers of the new session wait for their load meanwhile: 10 ms for each GiB of every snapshot."""
+    path = str(folder / "segment-0.arena")
+    segments[0].grow(0, 2 * MIB)
+    before = Segment.attach(path)
+    before.capacity_bytes(0)
+    before.close()
+    looks: list[int] = []
+    plain = os.lseek
+
+    def counted(fd: int, start: int, how: int) -> int:
+        looks.append(start)
+        return plain(fd, start, how)
+
+    monkeypatch.setattr(os, "lseek", counted)
+    with contextlib.closing(Segment.attach(path, before)) as again:
+        assert again.capacity_bytes(0, enough_bytes=MIB) >= 2 * MIB
+    assert looks == []
+
+
+def test_what_is_known_of_a_segment_is_not_believed_of_another_file_of_its_name(
+    folder: Path, segments: dict[int, Segment]
+) -> None:
+    """An arena that was made anew at the same path is empty. A touch of its missing pages would end the process."""
+    path = str(folder / "segment-0.arena")
+    segments[0].grow(0, 2 * MIB)
+    with contextlib.closing(Segment.attach(path)) as before:
+        before.capacity_bytes(0)
+        with (
+            contextlib.closing(Segment.create(path, num_slots=2, stride_bytes=8 * MIB)),
+            contextlib.closing(Segment.attach(path, before)) as again,
+        ):
+            assert again.capacity_bytes(0, enough_bytes=MIB) < MIB
 
 
 def test_ranks_that_grow_at_once_stay_within_the_limit(
