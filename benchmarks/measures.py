@@ -146,7 +146,7 @@ def busy_gil(wanted: bool) -> Iterator[None]:
 
 def private_memory(num_bytes: int) -> memoryview:
     """Touched private memory, as a trainer's tensors live in: the source of a copy's floor."""
-    view = memoryview(mmap.mmap(-1, num_bytes))
+    view = memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     block = os.urandom(1 << 20)
     for start in range(0, num_bytes, len(block)):
         view[start : start + len(block)] = block[: num_bytes - start]

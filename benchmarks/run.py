@@ -1,7 +1,7 @@
 """
 All benchmarks, and one table: what, measured, goal, met or missed.
 
-    python benchmarks/run.py [--only stall,persist,step,load,verify,commit,memory,objects,peers] [--bytes 1GiB] [--repeat 7]
+    python benchmarks/run.py [--only stall,apart,persist,step,load,verify,commit,memory,objects,peers] [--bytes 1GiB] [--repeat 7]
                              [--dir DIR] [--json FILE] [--await-quiet SECONDS]
 
 Every ratio comes from one run: the thing and its floor are measured in turn. The exit status is 0 whether goals are met or
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import bench_apart
 import bench_commit
 import bench_load
 import bench_memory
@@ -36,6 +37,7 @@ import measures
 
 BENCHMARKS: dict[str, Callable[[measures.Settings], list[measures.Line]]] = {
     "stall": bench_stall.measure,
+    "apart": bench_apart.measure,
     "persist": bench_persist.measure,
     "step": bench_persist.measure_steps,
     "load": bench_load.measure,
