@@ -1,7 +1,8 @@
 """
 The whole of: a TorchTrainer of Ray Train on one machine, with two workers that save and resume through Pillion.
 
-Called from: `test_ray.py`, as a program: python ray_job.py FOLDER ROOT NAME KILL_AT RAYS_OWN. NAME is the folder of the run below FOLDER; a
+Called from: `test_ray.py`, as a program: python ray_job.py FOLDER ROOT NAME KILL_AT FIRST_KILLED RAYS_OWN. The
+ranks from FIRST_KILLED on die in the step KILL_AT. NAME is the folder of the run below FOLDER; a
 second try of the workers writes into NAME-again. RAYS_OWN is a folder with a short name, for Ray's sockets.
 """
 
@@ -49,7 +50,8 @@ def loop(config: dict[str, Any]) -> None:
     folder = Path(config["folder"]) / config["name"]
     again = (folder / f"losses.{peer.rank}").exists()
     folder = folder.with_name(f"{folder.name}-again") if again else folder
-    loaded = _run(peer, folder, Path(config["root"]), -1 if again else config["kill_at"])
+    dies = not again and peer.rank >= config["first_killed"]
+    loaded = _run(peer, folder, Path(config["root"]), config["kill_at"] if dies else -1)
     (folder / f"loaded.{peer.rank}").write_text(json.dumps(loaded))
     ray.train.report({"step": interrupted.STEPS})
 
@@ -60,7 +62,7 @@ def _run(peer: Any, folder: Path, root: Path | None, kill_at: int) -> Any:
     return own_script.run(make, peer, folder, root, kill_at)
 
 
-def main(folder: str, root: str, name: str, kill_at: str, rays_own: str) -> None:
+def main(folder: str, root: str, name: str, kill_at: str, first_killed: str, rays_own: str) -> None:
     """Run one TorchTrainer. Ray starts its workers again when they die, once."""
     variables = {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
     ray.init(
@@ -72,7 +74,13 @@ def main(folder: str, root: str, name: str, kill_at: str, rays_own: str) -> None
     )
     trainer = ray.train.torch.TorchTrainer(
         loop,
-        train_loop_config={"folder": folder, "root": root, "name": name, "kill_at": int(kill_at)},
+        train_loop_config={
+            "folder": folder,
+            "root": root,
+            "name": name,
+            "kill_at": int(kill_at),
+            "first_killed": int(first_killed),
+        },
         scaling_config=ray.train.ScalingConfig(num_workers=2, use_gpu=False),
         run_config=ray.train.RunConfig(
             storage_path=rays_own, name=name, failure_config=ray.train.FailureConfig(max_failures=1)
