@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any, Final
@@ -245,6 +246,29 @@ def test_what_is_not_possible_is_refused_by_name(titan: Any, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="snapshot_interval is 0"):
         pillion(titan, snapshot_interval=0)
     assert small(titan, tmp_path, 1, enable=False).load() is False
+
+
+def test_the_lines_of_the_guide_take_a_config_as_it_is_and_keep_its_fields(
+    titan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that keep the fields, on a config of torchtitan's own registry; its `interval` of 10 takes no snapshot_interval of 10."""
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "frameworks.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page.partition("## torchtitan")[2], flags=re.MULTILINE | re.DOTALL)
+    plain, keeping = blocks[:2]
+    config = titan.llama3_debugmodel()
+    before = {each.name: getattr(config.checkpoint, each.name) for each in dataclasses.fields(config.checkpoint)}
+    assert before.pop("async_mode") == "disabled"
+    assert (before["interval"], before["last_save_model_only"]) == (10, False)
+    exec(keeping, {"config": config})
+    assert isinstance(config.checkpoint, titan.PillionCheckpointManager.Config)
+    changed = {"enable": True, "snapshot_interval": 5, "overlap": True, "policy": None}
+    assert dataclasses.asdict(config.checkpoint) == before | changed
+    exec(plain, {"config": config})
+    assert (config.checkpoint.interval, config.checkpoint.last_save_model_only) == (500, True)
+    with pytest.raises(ValueError, match="less than interval, which is 10"):
+        titan.PillionCheckpointManager.Config(enable=True, interval=10, snapshot_interval=10)
+    monkeypatch.setenv("PILLION_POLICY", "policy.yaml")
+    assert titan.PillionCheckpointManager.Config(enable=True, interval=10, snapshot_interval=10).snapshot_interval == 10
 
 
 def test_the_names_of_torchtitan_that_are_overridden_or_private_are_as_they_were(titan: Any) -> None:

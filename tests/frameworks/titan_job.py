@@ -34,7 +34,7 @@ from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from pillion.torchtitan import PillionCheckpointManager
 from process.ranks import Peer
 
-__all__ = ["CheckpointManager", "PillionCheckpointManager", "make_assets", "off", "trains"]
+__all__ = ["CheckpointManager", "PillionCheckpointManager", "llama3_debugmodel", "make_assets", "off", "trains"]
 
 KILLED: Final = 7
 """Exit status of a rank that ended itself."""

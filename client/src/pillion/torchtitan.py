@@ -81,6 +81,13 @@ class PillionCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] # t
             BaseCheckpointManager.Config.__post_init__(self)  # slots=True makes another class, for which super() fails
             if self.snapshot_interval is not None and self.snapshot_interval < 1:
                 raise ValueError(f"snapshot_interval is {self.snapshot_interval}: it must be at least 1 step, or None")
+            # Here, and not when the trainer has built its model. A policy would come before both.
+            decides = self.enable and self.policy is None and not os.environ.get(names.ENV_POLICY) and not _in_pod()
+            if decides and self.snapshot_interval is not None and self.snapshot_interval >= self.interval:
+                raise ValueError(
+                    f"snapshot_interval is {self.snapshot_interval}: it must be less than interval, which is {self.interval}, or None,"
+                    " as a save to storage is in memory as well"
+                )
 
     def __init__(
         self,
