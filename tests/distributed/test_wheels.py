@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ def test_the_script_of_the_page_saves_and_resumes_and_the_commands_read_its_chec
     environment: Environment, processes: Processes, nothing_left: str
 ) -> None:
     """Two runs of the page's command are steps 1 to 600; then each command of section 3 ends well; afterwards no process is left."""
-    (train, _), (look,) = guide.blocks(PAGE, 2), guide.blocks(PAGE, 3)
+    (train, _), (said, resume, look) = guide.blocks(PAGE, 2), guide.blocks(PAGE, 3)
+    assert textwrap.indent(resume, " " * 4) in (environment.clone / "examples" / "minimal.py").read_text()
     first = environment.shell(processes, train).check(Deadline.SCRIPT)
     assert first.stdout.splitlines()[-1] == "trained up to step 300"
     # What the page shows of the folder is what is there.
@@ -176,6 +178,8 @@ def test_the_script_of_the_page_saves_and_resumes_and_the_commands_read_its_chec
 
     second = environment.shell(processes, train).check(Deadline.SCRIPT)
     assert second.stdout.splitlines()[-1] == "trained up to step 600"
+    assert said.partition("(storage, ")[:2] == ("pillion: resumed from step 300 ", "(storage, ")
+    assert "pillion: resumed from step 300 (storage, " in second.stderr
     looked = environment.shell(processes, look).check(Deadline.SCRIPT).stdout
     assert [step for step in range(100, 700, 100) if not re.search(rf"\b{step}\b", looked)] == []
     written = (environment.clone / "weights.safetensors").read_bytes()
