@@ -113,8 +113,7 @@ class Signals:
         """
         newest = self._store.add(KEY, 0)
         numbers = range(max(1, newest - KEPT_MESSAGES + 1), newest + 1)
-        for key in (KEY, *self._listening, *(f"{KEY}/{number}" for number in numbers)):
-            self._store.delete_key(key)
+        self._store.delete_keys([KEY, *self._listening, *(f"{KEY}/{number}" for number in numbers)])
 
     def close(self) -> None:
         """Stop receiving. Blocks: up to POLL_S and one round trip."""

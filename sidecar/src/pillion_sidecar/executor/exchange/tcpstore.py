@@ -107,10 +107,8 @@ class StoreExchange:
         with _alive():
             for name, piece in pieces.items():
                 self._store.set(f"{key}/{name}", piece)
-            # Set last, because other pods wait for this key.
-            self._store.set(key, first)
-            # `set` is not acknowledged. A round trip shows whether the store still lives.
-            self._store.check([key])
+            # Put last, because other pods wait for this key.
+            self._store.put(key, first)
 
     def _note(self, key: str, names: Sequence[str]) -> None:
         if names and self._first_rank == 0:
@@ -163,7 +161,9 @@ class StoreExchange:
     def receive(self, phase: str, timeout_s: float, look: Callable[[], None] = protocol.nothing) -> protocol.Document:
         self._wait(phase, [f"{phase}/decision"], [0], timeout_s, look)
         with _alive():
-            return self._whole(f"{phase}/decision", self._store.get(f"{phase}/decision").decode())
+            # Not `get`, which waits once more.
+            (value,) = self._store.multi_get([f"{phase}/decision"])
+            return self._whole(f"{phase}/decision", value.decode())
 
     def forget(self, phases: Sequence[str]) -> None:
         self._delete([f"{phase}/{first}" for phase in phases for first in self._pods])
@@ -174,9 +174,7 @@ class StoreExchange:
 
     def _delete(self, keys: Sequence[str]) -> None:
         with _alive():
-            for key in keys:
-                for stored_key in (key, *self._pieces.pop(key, ())):
-                    self._store.delete_key(stored_key)
+            self._store.delete_keys([stored for key in keys for stored in (key, *self._pieces.pop(key, ()))])
 
 
 def pack(document: protocol.Document) -> tuple[str, dict[str, str]]:

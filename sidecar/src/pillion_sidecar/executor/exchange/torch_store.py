@@ -68,6 +68,11 @@ class TorchStore:
         with _own_errors():
             self._store.set(key, value)
 
+    def put(self, key: str, value: str) -> None:
+        self.set(key, value)
+        # `set` is not acknowledged. A round trip shows whether the store still lives.
+        self.check([key])
+
     def get(self, key: str) -> bytes:
         with _own_errors():
             return bytes(self._store.get(key))
@@ -91,6 +96,10 @@ class TorchStore:
     def delete_key(self, key: str) -> bool:
         with _own_errors():
             return bool(self._store.delete_key(key))
+
+    def delete_keys(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete_key(key)
 
     def close(self) -> None:
         """Nothing: torch closes the connection with the last reference to it."""

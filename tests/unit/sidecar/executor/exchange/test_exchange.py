@@ -143,6 +143,22 @@ def test_a_commit_waits_in_the_store_and_does_not_poll() -> None:
     assert counting.asked == {"wait": 1, "multi_get": 1}
 
 
+def test_no_call_of_an_exchange_asks_the_store_once_for_each_pod() -> None:
+    """Of 64 pods: to publish, to receive and to forget take one or two questions each, and nothing is left."""
+    keep, view = tcpstore.host("127.0.0.1", "pillion/test")
+    pods = [[first] for first in range(64)]
+    for first in pods:
+        tcpstore.StoreExchange(view, None, pods, first[0]).post("result", {})
+    left = keep.num_keys() - len(pods)
+    counting = CountingStore(view)
+    coordinator = tcpstore.StoreExchange(cast("store_client.Store", counting), keep, pods, 0)
+    coordinator.publish("result", {"outcome": 1})
+    assert coordinator.receive("result", Deadline.REPLY.s) == {"outcome": 1}
+    coordinator.forget(["result"])
+    assert counting.asked == {"put": 1, "wait": 1, "multi_get": 1, "delete_keys": 2}
+    assert keep.num_keys() == left
+
+
 def test_documents_of_any_size_cross_the_store_and_leave_nothing_there() -> None:
     """
     A server of libuv drops a client that sets more than 8 MiB: the layout of 80,000 leaves has 13. What compresses badly goes in pieces,

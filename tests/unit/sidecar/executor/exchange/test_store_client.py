@@ -58,6 +58,31 @@ def test_each_client_reads_what_the_other_writes(server: dist.TCPStore, client: 
         assert not writer.check(["plain", "number"])
 
 
+@pytest.mark.parametrize("kind", ["ours", "torch's"])
+def test_many_keys_are_put_and_deleted_and_each_answer_is_read(
+    server: dist.TCPStore, client: StoreClient, kind: str
+) -> None:
+    """More keys than are asked for ahead, among them some that are not there: none is left, and the next answer belongs to the next question."""
+    store: Store = client if kind == "ours" else torchs(server)
+    keys = [f"phase/{number}" for number in range(store_client.MAX_AHEAD * 2 + 7)]
+    for key in keys[::2]:
+        store.put(key, "\u00fc" * 300)
+    assert store.multi_get(keys[::2]) == [("\u00fc" * 300).encode()] * len(keys[::2])
+    before = server.num_keys()
+    store.delete_keys(keys)
+    store.delete_keys([])
+    assert server.num_keys() == before - len(keys[::2])
+    assert store.add("number", 5) == 5
+
+
+def test_what_is_put_is_there_for_others_at_once(server: dist.TCPStore, client: StoreClient) -> None:
+    """Without a further request of the writer, in 100 tries."""
+    other = torchs(server)
+    for number in range(100):
+        client.put(f"put-{number}", "x")
+        assert other.check([f"put-{number}"])
+
+
 def test_no_key_lies_outside_the_prefix_and_none_is_left_of_the_greeting(
     server: dist.TCPStore, client: StoreClient
 ) -> None:
