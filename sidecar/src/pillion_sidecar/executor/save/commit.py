@@ -78,8 +78,8 @@ def conclude(
     metadata: futures.Future[bytes],
     *,
     attempt: int,
-) -> None:
-    """Commit the save if every pod's bytes are durable, and publish the outcome of this attempt to every pod."""
+) -> dict[str, Any]:
+    """Commit the save if every pod's bytes are durable, and publish the outcome of this attempt to every pod. Return it."""
     at = f"{phase}/{attempt}"
     outcome = _outcome(context, request, at, plan, share, metadata, attempt=attempt)
     context.finished_phases += [f"{at}/result", f"{at}/outcome"]
@@ -88,6 +88,7 @@ def conclude(
         # Some peers may wait in a later attempt, which the previous executor had announced to them.
         for later in range(attempt + 1, len(RETRY_AFTER_S) + 1):
             context.exchange.publish(f"{phase}/{later}/outcome", outcome)
+    return outcome
 
 
 def _outcome(

@@ -122,8 +122,10 @@ def _write(
             fault_points.reach(fault_points.FaultPoint.REPORT, path=share.folder.path or "")
             context.exchange.post(f"{at}/result", result)
             if metadata is not None:
-                commit_module.conclude(context, request, phase, plan, share, metadata, attempt=attempt)
-            outcome = context.exchange.receive(f"{at}/outcome", context.persist_timeout_s)
+                # Its own outcome, which it need not ask the store for: the store answers every other pod first.
+                outcome = commit_module.conclude(context, request, phase, plan, share, metadata, attempt=attempt)
+            else:
+                outcome = context.exchange.receive(f"{at}/outcome", context.persist_timeout_s)
             if outcome.get("again_s") is None:
                 break
             _log.warning(
@@ -282,9 +284,12 @@ def _agree(
     context.exchange.post(f"{phase}/plan", document)
     if context.coordinator:
         _rise_above(context, request)
-        _publish_decision(context, phase, persist=request.persist, object_bytes=_object_bytes(context, request))
-    # The coordinator waits this long for its peers, and decides only then.
-    decision = context.agreed.decision(context.exchange, phase, context.peer_timeout_s * 2)
+        cut = _object_bytes(context, request)
+        decision = _publish_decision(context, phase, persist=request.persist, object_bytes=cut)
+        context.agreed.hear(decision)
+    else:
+        # The coordinator waits this long for its peers, and decides only then.
+        decision = context.agreed.decision(context.exchange, phase, context.peer_timeout_s * 2)
     context.generation = max(context.generation, int(decision["generation"]))
     cut_bytes = decision.get("object_bytes")
     context.object_bytes = None if cut_bytes is None else int(cut_bytes)
@@ -355,7 +360,10 @@ def find_layout(context: Context, digest: str) -> layout.Layout:
     return cached
 
 
-def _publish_decision(context: Context, phase: str, *, persist: bool, object_bytes: int | None = None) -> None:
+def _publish_decision(
+    context: Context, phase: str, *, persist: bool, object_bytes: int | None = None
+) -> dict[str, Any]:
+    """(coordinator) Decide, and publish the decision to every pod. Return it."""
     gone: list[str] = []
     try:
         decision = _decide(context, phase, gone, persist=persist)
@@ -371,10 +379,11 @@ def _publish_decision(context: Context, phase: str, *, persist: bool, object_byt
         decision = {
             "failures": failures_module.documents({rank: failures_module.of_exception(err) for rank in err.ranks})
         }
-    about = {"generation": context.generation, "object_bytes": object_bytes, **context.agreed.notice()}
-    context.exchange.publish(f"{phase}/plan", decision | about)
+    decision |= {"generation": context.generation, "object_bytes": object_bytes, **context.agreed.notice()}
+    context.exchange.publish(f"{phase}/plan", decision)
     # Every pod waits for the decision, so this follows it.
     context.exchange.unpublish(gone)
+    return decision
 
 
 def _results(phase: str) -> list[str]:
