@@ -69,7 +69,9 @@ class Context:
     metadata: dict[object, bytes] = field(default_factory=dict)
     """Coordinator: the last `.metadata`. It stays the same while plan and lengths stay the same."""
     finished_phases: list[str] = field(default_factory=list)
-    """Phases of the last save. Their documents are deleted when every pod has arrived at the next save."""
+    """Phases of the last save. Their documents are deleted when every pod has arrived at the next save (`forget_finished`)."""
+    finished_names: list[str] = field(default_factory=list)
+    """Names of the last save under which nothing was posted, and a document published. It is deleted with the phases."""
     finished_loads: list[str] = field(default_factory=list)
     """Phases of the last load, which are deleted in the same way."""
     signal_store: store_client.Store | None = None
@@ -134,13 +136,19 @@ class Context:
         for each in self.stores:
             each.close()
 
+    def forget_finished(self) -> None:
+        """(coordinator) Delete what the last save has left in the exchange. Every pod has arrived at the next save."""
+        self.exchange.forget(self.finished_phases)
+        self.exchange.unpublish(self.finished_names)
+        self.finished_phases, self.finished_names = [], []
+
     def phases_left(self) -> list[str]:
         """(coordinator) Return the phases that still have documents in the exchange at the end of the session."""
         return [*self.finished_phases, *self.finished_loads, "before", *self.rescue_phases(self.rescues + 1)]
 
     def published_left(self) -> list[str]:
         """(coordinator) Return the names that are still published at the end of the session."""
-        return ["generation", *self.agreed.published()]
+        return ["generation", *self.finished_names, *self.agreed.published()]
 
     def rescue_phases(self, end: int) -> list[str]:
         """(coordinator) Return the phases of rescues before number `end` whose documents are not deleted yet."""
@@ -423,6 +431,7 @@ def open_beside(context: Context, asked: channel.Open, watch: Watchdog) -> Conte
         agreed=Agreements(),
         metadata={},
         finished_phases=[],
+        finished_names=[],
         finished_loads=[],
         signal_store=None,
         stores=stores,
@@ -457,7 +466,7 @@ def with_failover(context: Context, operation: Callable[[], T]) -> T:
         between = storage.StorageExchange(context.root, context.session, context.pods, context.first_rank)
         context.exchange = WatchedExchange(between, context.watch)
         context.store_lost = True
-        context.finished_phases, context.finished_loads = [], []
+        context.finished_phases, context.finished_names, context.finished_loads = [], [], []
         # Values that are published once a session are published here again, for a pod whose executor is replaced later.
         context.agreed.move()
         if context.coordinator:

@@ -108,7 +108,7 @@ def encode(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def decode(data: bytes) -> Document:
+def decode(data: bytes | str) -> Document:
     """
     Read a document.
 

@@ -217,7 +217,7 @@ def unpack(value: str, pieces: Sequence[str]) -> protocol.Document:
         ValueError: the value is not a document, as another program writes under these keys.
     """
     if not value.startswith(PACKED):
-        return protocol.decode(value.encode())
+        return protocol.decode(value)
     first = value[len(PACKED) :].partition(":")[2]
     unpacker = zlib.decompressobj()
     try:

@@ -82,7 +82,8 @@ def conclude(
     """Commit the save if every pod's bytes are durable, and publish the outcome of this attempt to every pod. Return it."""
     at = f"{phase}/{attempt}"
     outcome = _outcome(context, request, at, plan, share, metadata, attempt=attempt)
-    context.finished_phases += [f"{at}/result", f"{at}/outcome"]
+    context.finished_phases.append(f"{at}/result")
+    context.finished_names.append(f"{at}/outcome")
     context.exchange.publish(f"{phase}/{attempt}/outcome", outcome)
     if request.repeated and outcome.get("again_s") is None:
         # Some peers may wait in a later attempt, which the previous executor had announced to them.

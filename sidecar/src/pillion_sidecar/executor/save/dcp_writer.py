@@ -262,8 +262,9 @@ class _Save:
         context = self._context
         documents = context.exchange.collect(f"{self._phase}/plan", context.peer_timeout_s)
         # Every pod is here, so every pod has left the save before. Its keys can be deleted.
-        context.exchange.forget(context.finished_phases)
-        context.finished_phases = [f"{self._phase}/{name}" for name in ("plan", "result", "outcome")]
+        context.forget_finished()
+        context.finished_phases += [f"{self._phase}/{name}" for name in ("plan", "result")]
+        context.finished_names.append(f"{self._phase}/outcome")
         failures = failures_module.collect(documents)
         ranks = {int(rank): entry for document in documents.values() for rank, entry in document["ranks"].items()}
         gone += context.agreed.settle({rank: str(entry[0]) for rank, entry in ranks.items()})

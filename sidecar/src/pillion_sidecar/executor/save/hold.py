@@ -97,7 +97,8 @@ def _publish_outcome(context: Context, phase: str) -> None:
     why = "; ".join(
         f"ranks {list(pods.get(first, (first,)))}: {problem}" for first, problem in sorted(problems.items())
     )
-    context.finished_phases += [f"{phase}/local", f"{phase}/held"]
+    context.finished_phases.append(f"{phase}/local")
+    context.finished_names.append(f"{phase}/held")
     context.exchange.publish(f"{phase}/held", {"why": why})
 
 

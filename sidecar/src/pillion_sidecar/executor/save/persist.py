@@ -395,8 +395,8 @@ def _decide(context: Context, phase: str, gone: list[str], *, persist: bool) -> 
     """(coordinator) Return the plan for these layouts, or the failures of all pods. `gone` gets the names to unpublish."""
     documents = context.exchange.collect(f"{phase}/plan", context.peer_timeout_s)
     # Every pod is here, so every pod has left the save before. Its keys can be deleted.
-    context.exchange.forget(context.finished_phases)
-    context.finished_phases = [f"{phase}/plan"]
+    context.forget_finished()
+    context.finished_phases.append(f"{phase}/plan")
     failures = failures_module.collect(documents)
     digests = {int(rank): str(entry[0]) for document in documents.values() for rank, entry in document["ranks"].items()}
     # Also for a save that fails: its published layouts must be deleted some day.

@@ -141,7 +141,7 @@ def test_a_pod_that_leaves_the_store_says_again_what_lies_there(tmp_path: Path) 
     pod that could not hear what the last rescue decided.
     """
     context = types.SimpleNamespace(
-        store_lost=False, root=LocalFolder(str(tmp_path)), session=SESSION, pods=PODS, first_rank=2, agreed=Agreements(), watch=Watchdog(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"],
+        store_lost=False, root=LocalFolder(str(tmp_path)), session=SESSION, pods=PODS, first_rank=2, agreed=Agreements(), watch=Watchdog(storage_timeout_s=1.0, store_timeout_s=1.0), finished_phases=["x"], finished_names=["z"],
         finished_loads=["y"], coordinator=True, generation=7,
         last_choice=("rescue/0/choice", {"step": 5, "missing": []}),
     )  # fmt: skip
