@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="use the cluster that is up, and leave it up")
     parser.add_argument("--installed", action="store_true", help="measure what is up and installed; leave both")
     parser.add_argument("--only", default=",".join(parts), help=f"of {', '.join(parts)}")
-    parser.add_argument("--json", type=Path, help="write every sample here")
+    parser.add_argument("--json", type=argparse.FileType("w", encoding="utf-8"), help="write every sample here")
     for name, default, text in (
         ("pods", 5000, "injected pods that exist"),
         ("jobs", 500, "jobs that report"),
@@ -277,7 +277,8 @@ def main() -> int:
     print(f"\n{LEFT_OUT}")
     if given.json is not None:
         rows = [asdict(line) | {"verdict": line.verdict} for line in results.lines]
-        given.json.write_text(json.dumps({"facts": facts, "lines": rows}, indent=1) + "\n", encoding="utf-8")
+        given.json.write(json.dumps({"facts": facts, "lines": rows}, indent=1) + "\n")
+        given.json.close()
     verdicts = [line.verdict for line in results.lines]
     print(f"\n{verdicts.count('met')} goals met, {verdicts.count('MISSED')} missed; {len(results.failed)} parts failed")
     return 1 if results.failed else 0

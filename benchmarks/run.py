@@ -71,6 +71,8 @@ def main() -> None:
     unknown = [name for name in wanted if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {args.json.parent}")
     of = measures.Settings(num_bytes=args.bytes, repeat=args.repeat, directory=args.dir)
     facts = {"command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]), **machine.facts(args.dir)}
     print("; ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
