@@ -126,3 +126,31 @@ def test_an_error_of_the_user_keeps_its_own_exit_status_and_the_arena(
     assert opened.last_load is not None
     assert opened.last_load.tier == "arena"
     assert float(state["w"][0]) == 3.0
+
+
+OVERTAKEN = """
+import os, signal, sys
+import torch
+import pillion
+from pillion.wire import control
+
+checkpointer = pillion.Checkpointer(sys.argv[1], policy={"staging": {"slots": 3}})
+checkpointer.save({"w": torch.ones(1000)}, 1).result(60)
+executor = checkpointer._session.request(control.ReadStatus(), 10).executor_pid
+os.kill(executor, signal.SIGSTOP)
+checkpointer.save({"w": torch.ones(1000)}, 2)
+snapshots = {step: checkpointer.save({"w": torch.ones(1000)}, step, persist=False) for step in (3, 4, 5, 6)}
+print([step for step, each in snapshots.items() if step < 5 and each.result(60).path is None], flush=True)
+os.kill(executor, signal.SIGCONT)
+"""
+
+
+def test_a_snapshot_that_a_newer_one_overtakes_is_told_and_not_counted_as_lost(
+    processes: Processes, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Snapshots come faster than the executor looks at them, which is stopped here. Each of them was whole in memory."""
+    run = processes.python("-c", OVERTAKEN, tmp_path)
+    assert run.wait(Deadline.SCRIPT) == 0, run.tail()
+    assert "[3, 4]" in run.tail()
+    assert committed(tmp_path) == [1, 2, 6], "and the newest is written at the end"
+    ranks.alone()

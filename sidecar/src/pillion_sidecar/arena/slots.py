@@ -175,6 +175,8 @@ class SlotTable:
         self._doomed: dict[int, dict[int, ErrorDocument]] = {}
         self._order = 0
         self._lent: set[int] = set()
+        self.overtaken: list[Save] = []
+        """Whole snapshots that lost their slot before the executor took them up. `supervisor.staging` reports and removes them."""
 
     # --- questions -------------------------------------------------------------------------------------------------
 
@@ -335,17 +337,15 @@ class SlotTable:
         if free:
             return free[0]
         kept = self._kept(for_load=for_load)
-        done = [s for s in self.saves.values() if s.state is SaveState.DONE and s not in kept and not s.pins]
+        done = [s for s in self.saves.values() if s.state is SaveState.DONE]
         if self.alone:
             # A queued snapshot may be dropped once a newer save is complete. With other pods it may not, as they wait for its outcome.
-            done += [
-                s
-                for s in self.saves.values()
-                if s.state is SaveState.COMPLETE and not s.persist and s not in kept and not s.pins
-            ]
+            done += [s for s in self._queued() if not s.persist]
+        done = [s for s in done if s not in kept and not s.pins]
         if not done:
             return None
         oldest = min(done, key=lambda s: s.order)
+        self.overtaken += [oldest] if oldest.state is SaveState.COMPLETE else []
         del self.saves[oldest.step]
         return oldest.slot
 

@@ -128,6 +128,7 @@ class StagingCoordinator:
             destinations.check(destination, root=pod.identity.root, writer=pod.policy.storage.writer)
         fault_points.reach(FaultPoint.CLAIM, rank=client.rank, step=step)
         decision = pod.table.claim(step, client.rank, persist=persist, for_disk=claim.local, destination=destination)
+        self._report_overtaken(pod)
         if isinstance(decision, slots.MustWait):
             self._sidecar_status.metrics.saves_waited += not waited
             self._waiting.append((client, claim))
@@ -161,6 +162,20 @@ class StagingCoordinator:
             self._seal_timers[key] = loop.call_later(self._settings.peer_timeout_s, self._seal_timeout, *key)
         client.answer(claim.id, save_messages.Claimed(slot=save.slot, capacity_bytes=capacity))
         return False
+
+    def _report_overtaken(self, pod: PodArena) -> None:
+        """
+        Report the snapshots that a newer save has overtaken in the queue. They were whole in memory, which is all that was asked for.
+
+        Unreported, their handles would stay open, and the script's exit would count them as lost.
+        """
+        while pod.table.overtaken:
+            save = pod.table.overtaken.pop()
+            self._sidecar_status.snapshot()
+            _log.info(
+                "step %d was sealed on every rank, and a newer save has its slot", save.step, extra={"step": save.step}
+            )
+            self._trainers.broadcast(events.Committed(step=save.step, path=""))
 
     def _replaced(self, victim: Save, step: int) -> None:
         error = SaveSkipped(f"replaced by step {step} (staging.overlap: Latest)", step=victim.step)

@@ -84,3 +84,15 @@ def test_a_save_that_failed_on_a_rank_is_never_taken_up() -> None:
     table.sealed(1, 0)
     table.fail_rank(1, 1, ErrorDocument("StagingError", "x"))
     assert table.next_to_persist() is None
+
+
+def test_a_whole_snapshot_that_loses_its_slot_is_kept_for_a_report() -> None:
+    """Its trainer waits for its outcome: one that nobody reports counts as lost at the end of the script."""
+    table = SlotTable(2, [0], Overlap.WAIT)
+    for step in (1, 2, 3):
+        assert isinstance(table.claim(step, 0, persist=False), Granted)
+        table.sealed(step, 0)
+    assert [save.step for save in table.overtaken] == [1]
+    table.finish(table.saves[2], persisted=False)
+    assert isinstance(table.claim(4, 0, persist=False), Granted)
+    assert [save.step for save in table.overtaken] == [1], "what the executor had has its outcome already"
