@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
+from pillion import schedule
 from pillion.checkpointer import Checkpointer
 from process import ranks as processes
 from process.ranks import Ranks
@@ -73,3 +75,24 @@ def test_sigusr1_to_the_sidecar_asks_the_trainers_for_one_save(ranks: Ranks, tmp
     opened.save(state_of(due), due).result(Deadline.COMMITTED.s)
     assert processes.committed(tmp_path) == [due]
     assert not any(opened.due(next(steps)) for _ in range(100))
+
+
+def test_a_policy_that_asks_for_no_saves_is_warned_of_once(
+    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script that asks due() and gave no trigger would train to its end, save nothing, and end well. Requests and own saves go on."""
+    opened = ranks.open(tmp_path)
+    opened.save(state_of(1), 1).result(Deadline.COMMITTED.s)
+    assert schedule.NO_TRIGGER not in caplog.messages, "this script has not asked"
+    assert not any(opened.due(step) for step in range(2, 10))
+    assert caplog.messages.count(schedule.NO_TRIGGER) == 1
+    opened.close()
+
+
+def test_a_policy_with_any_trigger_is_not_warned_of(
+    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = ranks.open(tmp_path, trigger={"snapshotSteps": 3})
+    assert [step for step in range(1, 7) if opened.due(step)] == [3, 6]
+    assert schedule.NO_TRIGGER not in caplog.messages
+    opened.close()

@@ -23,6 +23,11 @@ LEAD_LOCAL_S: Final = 0.25
 LEAD_PODS_S: Final = 2.0
 """Lead of an announced save, within a pod and across pods. The announcement must reach every rank before the step."""
 
+NO_TRIGGER: Final = (
+    "pillion: the policy asks for no saves, so due() will not either: give it trigger.periodSteps, periodSeconds or auto (the argument policy, or"
+    " the file that PILLION_POLICY names). What the script saves without asking due() is saved"
+)
+
 
 class Schedule:
     """
@@ -41,6 +46,8 @@ class Schedule:
             decides=self._decides,
             lead_s=LEAD_LOCAL_S if len(session.group.pods) == 1 else LEAD_PODS_S,
         )
+        self.told_of_no_trigger = not self._decides or _has_trigger(self._policy.trigger)
+        """Whether a policy that asks for no save needs no warning: it was given, or what calls `due` has saves of its own."""
         self.events: Mapping[type[Message], Callable[[Any], None]] = {
             events.Announced: self._announced,
             events.Declined: self._declined,
@@ -58,6 +65,9 @@ class Schedule:
 
     def due(self, step: int) -> bool:
         """Return whether a save is due at this step, and pass on what the other ranks must know for it. Blocks: never."""
+        if not self.told_of_no_trigger:
+            self.told_of_no_trigger = True
+            _log.warning(NO_TRIGGER)
         now_s = time.monotonic()
         answer = self._cadence.due(step, now_s)
         proposal = self._cadence.proposal(step, now_s)
@@ -114,6 +124,12 @@ class Schedule:
         self._policy = dataclasses.replace(self._policy, drain=now.drain)
         if self._decides:
             self._cadence.request_change(rule_timeline.Rule(now.trigger, now.suspend))
+
+
+def _has_trigger(trigger: policy.Trigger) -> bool:
+    """Whether a trigger asks for any save by itself."""
+    periods = (trigger.period_steps, trigger.period_seconds, trigger.auto, trigger.snapshot_steps, trigger.local_steps)
+    return any(each is not None for each in periods)
 
 
 def _read(document: Mapping[str, Any]) -> policy.Policy | None:

@@ -270,7 +270,10 @@ def _checkpointer(args: Any) -> Checkpointer:
     if names.ENV_ROOT in os.environ:
         return Checkpointer()
     limited = args.save_total_limit is not None and names.ENV_POLICY not in os.environ
-    return Checkpointer(args.output_dir, policy={"retention": _retention(args)} if limited else None)
+    made = Checkpointer(args.output_dir, policy={"retention": _retention(args)} if limited else None)
+    # The Trainer's own strategy saves; then a policy that asks for nothing is no mistake.
+    made._schedule.told_of_no_trigger |= args.save_strategy != "no"
+    return made
 
 
 def _retention(args: Any) -> dict[str, Any]:
