@@ -160,6 +160,39 @@ def test_what_the_state_cannot_hold_is_refused_and_a_loop_that_is_not_counted_is
         assert expected in text
 
 
+def test_a_save_between_two_updates_is_warned_of_once_and_an_evaluation_is_not(ranks: Ranks, tmp_path: Path) -> None:
+    """What was summed of the gradients is in no checkpoint. An evaluation iterates over its loader, and no resume needs that position."""
+
+    def told(peer: Peer) -> list[str]:
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        net: Any = torch.nn.Linear(4, 4)
+        optimizer: Any = torch.optim.AdamW(net.parameters())
+        loaders = [torch.utils.data.DataLoader(Rows(8), batch_size=2) for _ in range(2)]
+        net, optimizer, loader, held_out = accelerator.prepare(net, optimizer, *loaders)
+        state = app_state(accelerator, step=0)
+        found = []
+        with heard() as lines, checkpointer.Checkpointer(tmp_path / "runs") as opened:
+            for step, batch in enumerate(state.batches(loader), 1):
+                with accelerator.accumulate(net):
+                    accelerator.backward(net(batch).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if step % 2 == 0:
+                    assert accelerator.sync_gradients
+                    assert len(list(held_out)) == 4
+                    opened.save(state, step).result(Deadline.COMMITTED.s)
+            found.append(len(lines))
+            for step, batch in enumerate(state.batches(loader), 5):
+                with accelerator.accumulate(net):
+                    accelerator.backward(net(batch).square().mean())
+                opened.save(state, step).result(Deadline.COMMITTED.s)
+        return [*map(str, found), *[line for line in lines if "position" in line or "between two updates" in line]]
+
+    [[before, *lines]] = ranks.start(told).finish(Deadline.SCRIPT)
+    assert before == "0"
+    assert [line.split(":")[1] for line in lines] == [" saved between two updates of the weights"]
+
+
 def test_accelerate_has_the_names_that_are_read(ranks: Ranks) -> None:
     """What `prepare` and `register_for_checkpointing` collect, and what a loader knows of its epoch."""
 
@@ -177,8 +210,10 @@ def test_accelerate_has_the_names_that_are_read(ranks: Ranks) -> None:
         assert accelerator._custom_objects == [kept]
         assert isinstance(optimizer.optimizer, torch.optim.AdamW)
         names = ("iteration", "set_epoch", "gradient_state", "synchronized_generator", "use_stateful_dataloader")
-        return [name for name in names if not hasattr(loader, name)] + [
-            name for name in ("scaler", "distributed_type", "state") if not hasattr(accelerator, name)
+        return [
+            *[name for name in names if not hasattr(loader, name)],
+            *[name for name in ("scaler", "distributed_type", "state") if not hasattr(accelerator, name)],
+            *[name for name in ("active_dataloader", "sync_gradients") if not hasattr(loader.gradient_state, name)],
         ]
 
     assert ranks.start(missing).finish(Deadline.SCRIPT) == [[]]

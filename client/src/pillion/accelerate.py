@@ -26,6 +26,11 @@ _REFUSED: Final = {
     DistributedType.MEGATRON_LM: "Megatron-LM keeps its state in an engine of its own: use DDP or FSDP version 2",
 }
 
+BETWEEN_UPDATES: Final = (
+    "pillion: saved between two updates of the weights: the gradients that were summed so far are not saved, so a resume from here differs; with"
+    " gradient_accumulation_steps, save where accelerator.sync_gradients is true"
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -125,13 +130,20 @@ class _Position:
         """State of torch's generator. A sampler without one of its own takes its seed from there."""
         self._loaded = False
         self._counts = False
+        self._is_told = False
+        """Whether the script was warned of a save between two updates."""
 
     def state_dict(self) -> dict[str, Any]:
-        if not self._counts and self.loader.gradient_state.in_dataloader:
+        gradients = self.loader.gradient_state
+        # Another loader, over which an evaluation iterates, has no position that a resume needs.
+        if not self._counts and gradients.active_dataloader is self.loader:
             self._counts = True
             _log.warning(
                 "pillion: the position in the data is not saved: iterate with state.batches(loader) rather than over the loader"
             )
+        if self._counts and not gradients.sync_gradients and not self._is_told:
+            self._is_told = True
+            _log.warning(BETWEEN_UPDATES)
         return {"epoch": self._epoch, "batches": self.batches, "generator": self._generator, "torch": self._torch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
