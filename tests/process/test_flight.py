@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pillion import connection, saving
 from pillion.errors import SaveSkipped
+from pillion_sidecar.supervisor import staging
 from process import ranks as processes
 from process.ranks import Ranks
 from support import deadlines
@@ -53,8 +55,10 @@ def test_saves_in_flight_hold_the_values_of_their_own_step(ranks: Ranks, tmp_pat
     assert_stored(opened, [1, 2, 3, 4], tmp_path)
 
 
-def test_wait_holds_the_training_until_a_slot_is_free(ranks: Ranks, tmp_path: Path) -> None:
-    """With overlap: Wait the save that finds no slot returns when one is free, counted, and nothing is lost."""
+def test_wait_holds_the_training_until_a_slot_is_free(
+    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With overlap: Wait the save that finds no slot returns when one is free, counted, and nothing is lost. The log says what it waits for."""
     opened = ranks.open(tmp_path, staging={"slots": 2, "overlap": "Wait"})
     executor = processes.executor_of(opened)
     processes.stop(executor)
@@ -65,6 +69,9 @@ def test_wait_holds_the_training_until_a_slot_is_free(ranks: Ranks, tmp_path: Pa
     deadlines.eventually(
         lambda: processes.status(opened)["metrics"]["saves_waited"] == 1, Deadline.STAGED, "a claim waits"
     )
+    deadlines.eventually(lambda: saving.NO_SLOT % 3 in caplog.messages, Deadline.REPLY, "the wait is told")
+    assert staging.NOTICE_PERIOD_S < connection.SILENCE_WARNING_S, "a sidecar that waits for a slot is not silent"
+    assert not any("has not answered" in line for line in caplog.messages)
     assert third == []
     processes.go_on(executor)
     waiting.join(Deadline.COMMITTED.s)

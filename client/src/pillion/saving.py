@@ -40,6 +40,9 @@ from pillion.wire.remarks import NO_REMARKS, Remarks
 
 _log = logging.getLogger(__name__)
 
+NO_SLOT: Final = "pillion: no slot is free for step %d: training waits until an earlier save is on storage, or until every rank has sealed it (staging.overlap: Wait)"
+"""Said some seconds into a wait, with the first notice of the sidecar."""
+
 OPAQUE_SLACK_BYTES: Final = 256 * 1024
 """Extra room in a slot, for the trailer and for opaque leaves that grow a little from save to save."""
 
@@ -273,6 +276,8 @@ class Saver:
 
             def on_wait() -> None:
                 handle.claiming = True
+                if session.group.local_rank == 0:
+                    _log.warning(NO_SLOT, handle.step)
                 waiting.callback(setattr, handle, "claiming", False)
                 if hurried:  # an overlapped claim does not hurry, so it has nothing to pause
                     waiting.enter_context(_hurry.paused())

@@ -45,8 +45,8 @@ _log = logging.getLogger(__name__)
 GATHER_TIMEOUT_S: Final = 5.0
 """Timeout for the other local ranks' outcomes of a save that a rank could not stage, if the trainers request all failures. Ranks reach a
 save within one or two steps of each other."""
-NOTICE_PERIOD_S: Final = 10.0
-"""Interval of the notices to a waiting claim: a third of the client's timeout for a silent sidecar (session.REQUEST_TIMEOUT_S)."""
+NOTICE_PERIOD_S: Final = 4.0
+"""Interval of the notices to a waiting claim: less than the silence of which a client warns (connection.SILENCE_WARNING_S), as this is none."""
 
 
 @dataclass
