@@ -33,7 +33,7 @@ from pillion.wire import control, messages, names
 from pillion.wire.message import Request
 from pillion_sidecar.arena.segment import Segment
 from process import ranks as processes
-from process.ranks import Ranks
+from process.ranks import Peer, Ranks
 from support.deadlines import Deadline
 
 
@@ -250,6 +250,20 @@ def test_another_protocol_version_is_refused_with_both_numbers(ranks: Ranks, tmp
         assert {caught.value.own_version, caught.value.peer_version} == {1, 999}
     finally:
         link.close()
+
+
+def test_ranks_without_a_process_group_are_told_what_they_lack(ranks: Ranks, tmp_path: Path) -> None:
+    """Each takes itself for a job of its own. The second one is told which process has the root, and what ranks of one job do first."""
+    ranks.open(tmp_path)
+
+    def second(peer: Peer) -> str:
+        with pytest.raises(UsageError) as caught:
+            checkpointer.Checkpointer(tmp_path)
+        return str(caught.value)
+
+    [told] = ranks.start(second).finish(Deadline.PROCESS_START)
+    assert f"rank 0 in process {os.getpid()}" in told
+    assert "init_process_group" in told
 
 
 def test_a_second_job_on_the_root_of_a_living_one_is_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -140,8 +140,10 @@ class Trainers:
             return UsageError(
                 f"this process (pid {client.pid}) has this root open with another Checkpointer: close() that one first"
             )
+        pids = ", ".join(f"rank {rank} in process {each.pid}" for rank, each in sorted(self.clients.items()))
         return UsageError(
-            f"another job (ranks {sorted(self.clients)}) uses this root's sidecar now: one job a root at a time"
+            f"another job ({pids}) uses this root's sidecar now: one job a root at a time; ranks of one job call"
+            " torch.distributed.init_process_group before they make a Checkpointer"
         )
 
     def broadcast(self, event: Message, *, but: int | None = None) -> None:
