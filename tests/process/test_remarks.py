@@ -44,7 +44,7 @@ def test_the_best_and_the_newest_checkpoints_stay_and_each_says_what_it_is(
     latest, found = opened.latest(), opened.find()
     assert latest is not None
     assert (latest.step, latest.metrics, latest.metadata) == (7, *said.values())
-    assert found == pillion.Found(step=7, tier=Tier.ARENA, path=None, **said)  # type: ignore[arg-type]
+    assert found == pillion.Found(step=7, tier=Tier.ARENA, path=None, **said)  # type: ignore[arg-type] # mypy takes `said` for a dict of one type
     older = opened.find(2, path=tmp_path)
     assert older is not None
     assert older.metrics["loss"] == 1.0

@@ -130,7 +130,7 @@ class _Position:
         """State of torch's generator. A sampler without one of its own takes its seed from there."""
         self._loaded = False
         self._counts = False
-        self._is_told = False
+        self._is_warned = False
         """Whether the script was warned of a save between two updates."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,8 +141,8 @@ class _Position:
             _log.warning(
                 "pillion: the position in the data is not saved: iterate with state.batches(loader) rather than over the loader"
             )
-        if self._counts and not gradients.sync_gradients and not self._is_told:
-            self._is_told = True
+        if self._counts and not gradients.sync_gradients and not self._is_warned:
+            self._is_warned = True
             _log.warning(BETWEEN_UPDATES)
         return {"epoch": self._epoch, "batches": self.batches, "generator": self._generator, "torch": self._torch}
 

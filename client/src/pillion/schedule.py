@@ -46,8 +46,8 @@ class Schedule:
             decides=self._decides,
             lead_s=LEAD_LOCAL_S if len(session.group.pods) == 1 else LEAD_PODS_S,
         )
-        self.told_of_no_trigger = not self._decides or _has_trigger(self._policy.trigger)
-        """Whether a policy that asks for no save needs no warning: it was given, or what calls `due` has saves of its own."""
+        self.warns_of_no_trigger = self._decides and not _has_trigger(self._policy.trigger)
+        """Whether the next `due` warns that the policy asks for no saves. A caller that saves of its own accord sets it to False."""
         self.events: Mapping[type[Message], Callable[[Any], None]] = {
             events.Announced: self._announced,
             events.Declined: self._declined,
@@ -65,8 +65,8 @@ class Schedule:
 
     def due(self, step: int) -> bool:
         """Return whether a save is due at this step, and pass on what the other ranks must know for it. Blocks: never."""
-        if not self.told_of_no_trigger:
-            self.told_of_no_trigger = True
+        if self.warns_of_no_trigger:
+            self.warns_of_no_trigger = False
             _log.warning(NO_TRIGGER)
         now_s = time.monotonic()
         answer = self._cadence.due(step, now_s)

@@ -272,7 +272,7 @@ def _checkpointer(args: Any) -> Checkpointer:
     limited = args.save_total_limit is not None and names.ENV_POLICY not in os.environ
     made = Checkpointer(args.output_dir, policy={"retention": _retention(args)} if limited else None)
     # The Trainer's own strategy saves; then a policy that asks for nothing is no mistake.
-    made._schedule.told_of_no_trigger |= args.save_strategy != "no"
+    made._schedule.warns_of_no_trigger &= args.save_strategy == "no"
     return made
 
 

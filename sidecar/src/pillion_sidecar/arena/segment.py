@@ -86,8 +86,8 @@ class Segment:
 
         Args:
             path: the segment.
-            earlier: what this process had open before, closed or not. If it was the same file, its known capacities are kept: to ask for
-                them anew takes 10 ms for each GiB, while trainers wait for their load.
+            earlier: what this process had open before, closed or not. If it was the same file, the new segment takes over the capacities that
+                it knew: the file system takes 10 ms for each GiB to count them, and trainers would wait for that at their load.
 
         Raises:
             FileNotFoundError: there is no file at `path`.

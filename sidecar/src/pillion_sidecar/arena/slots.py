@@ -345,7 +345,8 @@ class SlotTable:
         if not done:
             return None
         oldest = min(done, key=lambda s: s.order)
-        self.overtaken += [oldest] if oldest.state is SaveState.COMPLETE else []
+        if oldest.state is SaveState.COMPLETE:
+            self.overtaken.append(oldest)
         del self.saves[oldest.step]
         return oldest.slot
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +36,13 @@ def begin() -> None:
         os.setsid()
 
 
+class _Work(Enum):
+    """What this process does that decides its priority."""
+
+    BESIDE = auto()
+    AWAITED = auto()
+
+
 class Priority:
     """
     The nice value of this process' session: `GROUP_NICE` while work beside training is all that it does, 0 otherwise.
@@ -48,8 +57,7 @@ class Priority:
     def __init__(self, autogroup: Path = AUTOGROUP) -> None:
         self._autogroup = autogroup
         self._lock = threading.Lock()
-        self._beside = 0
-        self._awaited = 0
+        self._running: Counter[_Work] = Counter()
         self._is_urgent = False
         self._is: int | None = 0
         """The value that was written last; None: there is no such value here."""
@@ -61,34 +69,29 @@ class Priority:
                 self._is_urgent = is_urgent
             self._settle()
 
-    @contextlib.contextmanager
-    def beside_training(self) -> Iterator[None]:
+    def beside_training(self) -> contextlib.AbstractContextManager[None]:
         """The block writes a save while the trainers train on."""
-        with self._lock:
-            self._beside += 1
-            self._settle()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._beside -= 1
-                self._settle()
+        return self._during(_Work.BESIDE)
+
+    def awaited(self) -> contextlib.AbstractContextManager[None]:
+        """Trainers wait for the end of the block, whatever else this process does meanwhile."""
+        return self._during(_Work.AWAITED)
 
     @contextlib.contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Trainers wait for the end of the block, whatever else this process does meanwhile."""
+    def _during(self, work: _Work) -> Iterator[None]:
         with self._lock:
-            self._awaited += 1
+            self._running[work] += 1
             self._settle()
         try:
             yield
         finally:
             with self._lock:
-                self._awaited -= 1
+                self._running[work] -= 1
                 self._settle()
 
     def _settle(self) -> None:
-        should = GROUP_NICE if self._beside and not self._awaited and not self._is_urgent else 0
+        running = self._running
+        should = GROUP_NICE if running[_Work.BESIDE] and not running[_Work.AWAITED] and not self._is_urgent else 0
         if self._is is None or self._is == should:
             return
         try:

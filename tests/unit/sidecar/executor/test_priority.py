@@ -74,7 +74,7 @@ def test_a_kernel_without_groups_of_sessions_changes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "missing").exists()
 
 
-class Refusing(type(Path())):  # type: ignore[misc]
+class Refusing(type(Path())):  # type: ignore[misc] # Path() makes one of two classes, by the system
     """A file that answers EAGAIN while `refuses`."""
 
     refuses = False
